@@ -1,0 +1,6 @@
+"""The two operations this package exists for, as PyTorch ops."""
+
+from clipvip.ops.pairwise_logsumexp import pairwise_logsumexp
+from clipvip.ops.proxy_attention import proxy_attention
+
+__all__ = ["pairwise_logsumexp", "proxy_attention"]

@@ -1,0 +1,66 @@
+"""Builds clipvip._C with CMake and Ninja; everything else stands in pyproject.toml."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Drives CMake in a folder that outlives the call, so that a second build is incremental."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        arguments = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": self.ninja(),
+            "CLIPVIP_PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "CLIPVIP_PYBIND11_INCLUDE": str(self.pybind11_headers(build)),
+            "CLIPVIP_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "CLIPVIP_OUTPUT_DIR": str(build / "module"),
+        }
+        definitions = [f"-D{name}={value}" for name, value in arguments.items()]
+        subprocess.run(
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions], check=True
+        )
+        subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
+        # Copied under a temporary name: a process that has the old module loaded keeps its file.
+        partial = target.with_suffix(".partial")
+        shutil.copy2(build / "module" / target.name, partial)
+        partial.replace(target)
+
+    @staticmethod
+    def ninja() -> str:
+        path = shutil.which("ninja")
+        if path is None:
+            sys.exit("clipvip: ninja was not found; `pip install ninja` or build with isolation")
+        return path
+
+    @staticmethod
+    def pybind11_headers(build: Path) -> Path:
+        """The headers at a path that stays the same.
+
+        Build isolation puts them under another temporary name each time, which would change
+        every command line that names them and so rebuild what has not changed.
+        """
+        import pybind11
+
+        headers = build / f"pybind11-{pybind11.__version__}"
+        if not headers.exists():
+            partial = headers.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(pybind11.get_include(), partial)
+            partial.rename(headers)
+        return headers
+
+
+setup(ext_modules=[Extension("clipvip._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -8,7 +8,8 @@ def pairwise_logsumexp_reference(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the op means, in plain PyTorch; differentiable, any dtype and device."""
-    logits = scale * (a @ b.T)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    logits = scale.to(dtype) * (a.to(dtype) @ b.to(dtype).T)
     rows = torch.arange(a.shape[0], device=a.device)
     columns = rows + diagonal
     inside = (columns >= 0) & (columns < b.shape[0])

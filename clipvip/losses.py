@@ -1,0 +1,163 @@
+"""Contrastive losses of CLIP-ViP (section 3.3), over logits that are never stored.
+
+Features are unit vectors [n, D] of n clips; logits are `logit_scale` times their cosines;
+a clip's own pair is the positive and every other clip of the batch a negative.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clipvip.ops import pairwise_logsumexp
+
+VARIANTS = ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc")
+_NAMES = {"v": "video", "s": "subtitle", "f": "frame", "c": "caption"}
+
+
+class _Source(NamedTuple):
+    name: str
+    features: Tensor  # [n, D]
+    present: Tensor | None  # bool [n]; None: all
+
+
+class _Pair(NamedTuple):
+    """Statistics of two sources in the clips' order, and the clips that have both."""
+
+    row_lse: Tensor
+    col_lse: Tensor
+    positive: Tensor
+    clips: Tensor | slice
+
+
+def contrastive_loss(
+    a: Tensor, b: Tensor, logit_scale: Tensor, *, backend: str = "native"
+) -> Tensor:
+    """Symmetric InfoNCE: mean cross entropy of rows plus mean cross entropy of columns.
+
+    a, b: unit vectors [n, D]. logit_scale: 0-d, the multiplier itself (the exponential of
+    the model's parameter). Returns a 0-d tensor in at least fp32. backend: as in
+    `clipvip.ops.pairwise_logsumexp`. Equivalent to, without the n × n matrix:
+
+        logits = logit_scale * a @ b.T
+        own = torch.arange(len(a))
+        return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+
+    Raises ValueError where the shapes differ.
+    """
+    rows, columns = _Source("a", a, None), _Source("b", b, None)
+    _check(rows, columns)
+    return _symmetric(_pair(rows, columns, logit_scale, backend))
+
+
+def omnisource_loss(
+    video: Tensor,
+    subtitle: Tensor | None,
+    frame: Tensor | None,
+    caption: Tensor | None,
+    logit_scale: Tensor,
+    variant: str = "vsc_fc",
+    *,
+    subtitle_present: Tensor | None = None,
+    frame_present: Tensor | None = None,
+    caption_present: Tensor | None = None,
+    backend: str = "native",
+) -> Tensor:
+    """Omnisource cross-modal loss (section 3.3); the variant names its terms.
+
+    video, subtitle, frame, caption: unit vectors [n, D]; those that the variant does not use
+    may be None. logit_scale: 0-d, the multiplier itself. Returns a 0-d tensor in at least fp32.
+
+    variant: terms joined by "_". "vs", "vc" and "fc" are `contrastive_loss` of two sources.
+    "vsc" has the column halves of "vs" and "vc"; in its row halves a video's negatives are
+    all other clips' subtitles and captions together.
+
+    *_present: bool [n], False where a clip has no such source (its features are ignored).
+    It is then neither positive nor negative; each mean is over the clips that have both
+    sources of a term, and a term that no clip has is 0. The other source of such a clip
+    still is a negative for the others.
+
+    Raises ValueError for an unknown variant, a source the variant needs that is None, or
+    shapes that differ; TypeError for masks that are not bool.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
+    features = {"v": video, "s": subtitle, "f": frame, "c": caption}
+    present = {"s": subtitle_present, "f": frame_present, "c": caption_present}
+    sources = {}
+    for letter, name in _NAMES.items():
+        if letter in variant:
+            value = features[letter]
+            if value is None:
+                raise ValueError(f"{name} is None, but {variant} needs it as [n, D] features")
+            sources[letter] = _Source(name, value, present.get(letter))
+    _check(*sources.values())
+
+    losses = []
+    for term in variant.split("_"):
+        pairs = [_pair(sources[term[0]], sources[x], logit_scale, backend) for x in term[1:]]
+        losses.append(_joint(*pairs) if term == "vsc" else _symmetric(*pairs))
+    return torch.stack(losses).sum()
+
+
+def _pair(rows: _Source, columns: _Source, scale: Tensor, backend: str) -> _Pair:
+    a, b = rows.features, columns.features
+    if rows.present is None and columns.present is None:
+        return _Pair(*pairwise_logsumexp(a, b, scale, backend=backend), slice(None))
+
+    # Clips with both sources come first among the rows and last among the columns, so that
+    # their positives are the whole of the one diagonal that ends in the last column.
+    everyone = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    has_row = everyone if rows.present is None else rows.present
+    has_column = everyone if columns.present is None else columns.present
+    clips = (has_row & has_column).nonzero().squeeze(1)
+    row_order = torch.cat([clips, (has_row & ~has_column).nonzero().squeeze(1)])
+    column_order = torch.cat([(has_column & ~has_row).nonzero().squeeze(1), clips])
+    row_lse, col_lse, positive = pairwise_logsumexp(
+        a[row_order], b[column_order], scale, len(column_order) - len(clips), backend=backend
+    )
+    absent = row_lse.new_full((len(a),), float("-inf"))
+    return _Pair(
+        absent.index_copy(0, row_order, row_lse),
+        absent.index_copy(0, column_order, col_lse),
+        absent.index_copy(0, row_order, positive),
+        clips,
+    )
+
+
+def _cross_entropy(clips: Tensor | slice, positive: Tensor, *others: Tensor) -> Tensor:
+    """Mean over clips of log(1 + Σ exp(others − positive)), 0 over none."""
+    positive = positive[clips]
+    loss = positive.new_zeros(())
+    for other in others:
+        loss = torch.logaddexp(loss, other[clips] - positive)
+    return loss.sum() / max(len(positive), 1)
+
+
+def _symmetric(pair: _Pair) -> Tensor:
+    rows = _cross_entropy(pair.clips, pair.positive, pair.row_lse)
+    return rows + _cross_entropy(pair.clips, pair.positive, pair.col_lse)
+
+
+def _joint(subtitles: _Pair, captions: _Pair) -> Tensor:
+    negatives = subtitles.row_lse, captions.row_lse
+    loss = subtitles.row_lse.new_zeros(())
+    for pair in (subtitles, captions):
+        loss = loss + _cross_entropy(pair.clips, pair.positive, *negatives)
+        loss = loss + _cross_entropy(pair.clips, pair.positive, pair.col_lse)
+    return loss
+
+
+def _check(first: _Source, *others: _Source) -> None:
+    if first.features.ndim != 2:
+        raise ValueError(f"{first.name} is {list(first.features.shape)}, expected [n, D]")
+    for name, features, present in (first, *others):
+        if features.shape != first.features.shape:
+            expected = list(first.features.shape)
+            raise ValueError(
+                f"{name} is {list(features.shape)}, expected {expected} as {first.name}"
+            )
+        if present is not None and present.dtype != torch.bool:
+            raise TypeError(f"{name}_present is {present.dtype}, expected torch.bool")
+        if present is not None and present.shape != features.shape[:1]:
+            raise ValueError(f"{name}_present is {list(present.shape)}, expected [{len(features)}]")

@@ -1,0 +1,97 @@
+"""The package as installed: what importing it costs, what the build offers, what the CLI says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipvip import _C
+from clipvip.cli import main
+
+HEAVY = ("transformers", "accelerate", "av", "omegaconf", "tyro", "rich")
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+@pytest.fixture
+def clipvip(monkeypatch, capsys):
+    """Runs one command in this process; returns (exit status, output, errors)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["clipvip", *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_import_leaves_heavy_packages_alone():
+    # torch's own imports do not count: only what importing clipvip adds.
+    code = (
+        "import sys, torch; before = set(sys.modules); import clipvip; "
+        f"print([m for m in {HEAVY} if m in set(sys.modules) - before])"
+    )
+    assert python(code).stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_one_openmp_runtime_is_loaded():
+    torch.ones(1)
+    _C.build_info()
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert len([path for path in paths if "libgomp" in path or "libiomp" in path]) == 1
+
+
+def test_cpu_capability_follows_the_environment():
+    code = "from clipvip import _C; print(_C.cpu_capability())"
+    assert python(code, CLIPVIP_CPU="plain").stdout.strip() == "plain"
+    assert "'sse9' cannot be used here" in python(code, CLIPVIP_CPU="sse9").stderr
+
+
+def test_unknown_cpu_capability_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'sse9'.*runs plain"):
+        _C.set_cpu_capability("sse9")
+
+
+def test_doctor_finds_no_problem(clipvip):
+    status, output, _ = clipvip("doctor")
+    assert status == 0, output
+    assert "CPU kernels chosen" in output
+    assert "problem" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("train", "nowhere.yaml"), "nowhere.yaml"),
+        (("eval", "nowhere", "clips.jsonl"), "clips.jsonl"),
+        (("search", "a cat", "--index", "nowhere"), "nowhere"),
+        (("convert", "nowhere.pt", "out"), "nowhere.pt"),
+        (("embed", "nowhere", "no-videos"), "no-videos"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failure(clipvip, arguments, expected):
+    status, _, errors = clipvip(*arguments)
+    assert status == 1
+    (line,) = errors.strip().splitlines()
+    assert line.startswith("clipvip: error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "convert", "embed", "search", "doctor"])
+def test_help_describes_every_command(clipvip, command):
+    status, output, _ = clipvip(command, "--help")
+    assert status == 0
+    assert "usage: clipvip" in output

@@ -1,0 +1,150 @@
+"""Annotations: JSON Lines, one clip a line.
+
+    {"video": "clips/0001.mp4", "text": "a red circle moves left"}
+    {"video": "talk.mp4", "start": 12.5, "end": 20, "text": ["a man speaks", "he points"]}
+    {"video": "clips/0002.mp4", "subtitle": "so now we fry it", "caption": "a pan with an egg"}
+    {"video": "photos/egg.jpg", "text": "a fried egg"}
+
+| key | type | meaning |
+|---|---|---|
+| `video` | string, required | video or image (jpg, png, webp), relative to this file's folder |
+| `start`, `end` | seconds | the part of the video that is the clip; the whole of it if absent |
+| `text` | string or list | what retrieval trains and measures on; a list holds alternatives |
+| `subtitle` | string | speech heard in the clip (post-pretraining) |
+| `caption` | string | a sentence on `image`, or on the clip's middle frame (post-pretraining) |
+| `image` | string | picture that `caption` is about, relative; the middle frame if absent |
+
+A key that is null counts as absent; blank lines are skipped.
+"""
+
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KEYS = ("video", "start", "end", "text", "subtitle", "caption", "image")
+MAX_REPORTED = 5
+
+
+class AnnotationError(ValueError):
+    """An annotation file that cannot be used; one line naming file, line numbers, reasons."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One annotated clip. Times in seconds from the video's first frame."""
+
+    video: Path
+    start: float | None = None
+    end: float | None = None
+    text: tuple[str, ...] = ()
+    subtitle: str | None = None
+    caption: str | None = None
+    image: Path | None = None
+    line: int = 0
+
+
+def load_annotations(path: str | Path) -> list[Clip]:
+    """Every clip of a JSON Lines file, in order.
+
+    Raises AnnotationError where the file is missing or holds no clip, or where lines are
+    bad: then the first five are reported together.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    except OSError as error:
+        raise AnnotationError(f"{path}: {error.strerror}; expected a JSON Lines file") from error
+    clips: list[Clip] = []
+    problems: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            clips.append(parse_line(line, path.parent, number))
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if problems:
+        more = len(problems) - MAX_REPORTED
+        tail = f"; and {more} more bad lines" if more > 0 else ""
+        raise AnnotationError("; ".join(problems[:MAX_REPORTED]) + tail)
+    if not clips:
+        raise AnnotationError(f"{path}: holds no clips; expected one JSON object a line")
+    return clips
+
+
+def parse_line(line: str | bytes, folder: Path, number: int = 0) -> Clip:
+    """One line's clip, its paths taken relative to `folder`. ValueError gives the reason."""
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object in braces, got {_kind(record)}")
+    for key in record:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(KEYS)}"
+            raise ValueError(f"unknown key '{key}' ({hint})")
+    video = _string(record, "video")
+    if video is None:
+        raise ValueError("no 'video'")
+    start, end = _seconds(record, "start"), _seconds(record, "end")
+    if end is not None and end <= (start or 0.0):
+        raise ValueError(f"'end' {end:g} is not after 'start' {start or 0.0:g}")
+    image = _string(record, "image")
+    return Clip(
+        video=folder / video,
+        start=start,
+        end=end,
+        text=_texts(record),
+        subtitle=_string(record, "subtitle"),
+        caption=_string(record, "caption"),
+        image=None if image is None else folder / image,
+        line=number,
+    )
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    return names.get(type(value), "null" if value is None else f"the number {value}")
+
+
+def _string(record: dict[str, Any], key: str) -> str | None:
+    value = record.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"'{key}' must be a string, got {_kind(value)}")
+    if not value.strip():
+        raise ValueError(f"'{key}' is empty; leave the key out instead")
+    return value
+
+
+def _seconds(record: dict[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"'{key}' must be a number of seconds, got {_kind(value)}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"'{key}' must be finite and not negative, got {value}")
+    return float(value)
+
+
+def _texts(record: dict[str, Any]) -> tuple[str, ...]:
+    value = record.get("text")
+    if not isinstance(value, list):
+        text = _string(record, "text")
+        return () if text is None else (text,)
+    if not value:
+        raise ValueError("'text' is an empty list; leave the key out instead")
+    for position, text in enumerate(value):
+        if not isinstance(text, str) or not text.strip():
+            shown = "an empty string" if isinstance(text, str) else _kind(text)
+            raise ValueError(f"'text'[{position}] must be a sentence, got {shown}")
+    return tuple(value)

@@ -1,0 +1,434 @@
+"""Exactly the frames asked for, out of a video or an image, by PyAV.
+
+A first pass reads the file's packets without decoding them: their times, in the order of
+showing, say which frames a sampling means, whatever the frame rate does. The second pass
+decodes only what those frames need: it jumps forward where a keyframe lies between the
+decoder and the next wanted frame, and lets the decoder drop frames that no other frame
+refers to. Only wanted frames are converted: one swscale call (bicubic, antialiased) goes from
+the decoder's format to planar RGB at the target size. Sizes are those of stored pixels (the
+pixel aspect ratio is not applied); rotation and mirroring flags are.
+
+Times are seconds from the video's first frame.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.sidedata.sidedata import SideData
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
+
+
+class DecodeError(RuntimeError):
+    """A file whose frames cannot be had: `path` and `reason`."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(str(path), reason)
+        self.path = Path(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class VideoInfo(NamedTuple):
+    """What `probe` says; width and height as shown, with the rotation flag applied."""
+
+    width: int
+    height: int
+    num_frames: int
+    duration: float
+    fps: float
+    codec: str
+
+
+def read_frames(
+    path: str | Path,
+    num_frames: int,
+    *,
+    size: int,
+    start: float | None = None,
+    end: float | None = None,
+    sampling: str = "uniform",
+    generator: np.random.Generator | None = None,
+    with_middle: bool = False,
+    threads: int = 1,
+) -> Tensor:
+    """Frames of a clip, the shortest side resized to `size`, the centre cut out.
+
+    start, end: seconds; the clip is what is shown in [start, end). sampling: see
+    clipvip.data.sampling; a generator means training. with_middle: the clip's middle frame
+    follows as one more. threads: for the decoder, 0 for one a core.
+    Returns uint8 [N, 3, size, size] with N = num_frames (fewer only with "fps:R"; frames of
+    a shorter clip repeat). An image is one frame, N = 1, whatever was asked.
+    Raises DecodeError for files that are missing, empty, cut off, damaged or no video.
+    """
+    path = Path(path)
+    check_sampling(sampling)
+    if num_frames < 1 or size < 1:
+        raise ValueError(f"num_frames is {num_frames}, size {size}; expected both at least 1")
+    with _as_decode_errors(path):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            image = _read_image(path, size)
+            return image.expand(2, -1, -1, -1) if with_middle else image
+        with _open(path) as container:
+            stream = _video_stream(container, path)
+            index = _index(container, stream, path)
+            window = _window(index.times, start, end, path)
+            times = index.times[window]
+            chosen = choose_frames(times, num_frames, sampling, generator)
+            if with_middle:
+                chosen = np.append(chosen, middle_frame(times))
+            chosen += window.start
+            return _decode(container, stream, index, chosen, size, path, threads)
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Size, frames and times of a video or image; decodes one frame. Raises DecodeError."""
+    path = Path(path)
+    with _as_decode_errors(path):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            from PIL import Image, ImageOps
+
+            with Image.open(path) as image:
+                codec = str(image.format).lower()
+                width, height = ImageOps.exif_transpose(image).size
+            return VideoInfo(width, height, 1, 0.0, 0.0, codec)
+        with _open(path) as container:
+            stream = _video_stream(container, path)
+            index = _index(container, stream, path)
+        with _open(path) as container:
+            stream = _video_stream(container, path)
+            frame = next(container.decode(stream), None)
+            if frame is None:
+                raise DecodeError(path, "no frame could be decoded")
+            width, height = frame.width, frame.height
+            if _orientation(frame)[0]:
+                width, height = height, width
+            count = len(index.times)
+            rate = count / index.duration if index.duration else float(stream.average_rate or 0)
+            return VideoInfo(width, height, count, index.duration, rate, stream.codec_context.name)
+
+
+def _open(path: Path) -> InputContainer:
+    # "file:" keeps a colon in a name from being read as a protocol.
+    return av.open(f"file:{path}", metadata_errors="replace")
+
+
+@contextmanager
+def _as_decode_errors(path: Path) -> Iterator[None]:
+    try:
+        if not path.exists():
+            raise DecodeError(path, "no such file")
+        if path.is_dir():
+            raise DecodeError(path, "a folder, not a video")
+        if os.path.getsize(path) == 0:
+            raise DecodeError(path, "empty file (0 bytes)")
+        yield
+    except DecodeError:
+        raise
+    except av.InvalidDataError as error:
+        raise DecodeError(path, f"not a video, cut off or damaged ({error.strerror})") from error
+    except (OSError, av.FFmpegError) as error:
+        raise DecodeError(path, error.strerror or str(error)) from error
+    except Exception as error:  # damaged files break libraries in ways those do not name
+        raise DecodeError(path, f"{type(error).__name__}: {error}") from error
+
+
+# --- the first pass -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """The packets of a video.
+
+    In decoding order: pts and dts in ticks, keyframe. In the order of showing: `shown`, the
+    ticks, and `times`, the same in seconds from the first. Where a container keeps no
+    time of showing (AVI, raw streams), `by_count`: frames come out of the decoder in that order
+    and are counted, `shown` being 0, 1, 2, …
+    """
+
+    pts: NDArray[np.int64]
+    dts: NDArray[np.int64]
+    keyframe: NDArray[np.bool_]
+    shown: NDArray[np.int64]
+    times: NDArray[np.float64]
+    duration: float
+    by_count: bool
+
+    def keyframe_for(self, pts: int) -> int:
+        """Position of the last-shown keyframe from which the frame shown at pts decodes."""
+        candidates = np.flatnonzero(self.keyframe & (self.pts <= pts))
+        return int(candidates[np.argmax(self.pts[candidates])]) if len(candidates) else 0
+
+
+def _video_stream(container: InputContainer, path: Path) -> VideoStream:
+    for stream in container.streams.video:
+        # Cover art of a sound file counts as video in a container; text is drawn as "ansi".
+        if stream.disposition & Disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            raise DecodeError(path, "no decoder for its video")
+        if stream.codec_context.name != "ansi":
+            return stream
+    kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
+    raise DecodeError(path, f"no video in it (only {', '.join(kinds)})" if kinds else "not a video")
+
+
+def _index(container: InputContainer, stream: VideoStream, path: Path) -> _Index:
+    packets = [p for p in container.demux(stream) if p.size]
+    if any(p.is_corrupt for p in packets):
+        raise DecodeError(path, "cut off or damaged: a packet of its video is not whole")
+    visible = [p for p in packets if not p.is_discard]
+    if not visible:
+        raise DecodeError(path, "no frames in it")
+    if stream.time_base is None:
+        raise DecodeError(path, "no time base in it")
+    tick = float(stream.time_base)
+    by_count = container.format.name == "avi" or any(p.pts is None for p in visible)
+    if by_count:
+        shown = np.arange(len(visible), dtype=np.int64)
+        frame_time = float(1 / stream.average_rate) if stream.average_rate else 0.04
+        times = shown * frame_time
+        duration = len(visible) * frame_time
+    else:
+        shown = np.unique(np.array([p.pts for p in visible], dtype=np.int64))
+        # Frames that refer to what came before the file's first keyframe cannot be decoded.
+        shown = shown[shown >= next((p.pts or 0 for p in visible if p.is_keyframe), shown[0])]
+        times = (shown - shown[0]) * tick
+        last = max(visible, key=lambda p: p.pts or 0)
+        duration = float(times[-1]) + (last.duration or 0) * tick
+    _check_whole(container, stream, duration, path)
+    return _Index(
+        pts=np.array([0 if p.pts is None else p.pts for p in packets], dtype=np.int64),
+        dts=np.array([p.pts or 0 if p.dts is None else p.dts for p in packets], dtype=np.int64),
+        keyframe=np.array([p.is_keyframe for p in packets]),
+        shown=shown,
+        times=times.astype(np.float64),
+        duration=duration,
+        by_count=by_count,
+    )
+
+
+def _check_whole(
+    container: InputContainer, stream: VideoStream, duration: float, path: Path
+) -> None:
+    """DecodeError where the packets end well before the length that the header claims."""
+    claimed = 0.0
+    if stream.duration is not None and stream.time_base is not None:
+        claimed = float(stream.duration * stream.time_base)
+    elif "DURATION" in stream.metadata:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        claimed = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        claimed -= (stream.start_time or 0) * float(stream.time_base or 0)
+    elif container.duration is not None and len(container.streams) == 1:
+        claimed = container.duration / av.time_base
+    seconds_allowed, share_allowed = MISSING_END
+    if duration < claimed - max(seconds_allowed, share_allowed * claimed):
+        raise DecodeError(path, f"cut off: frames end at {duration:.1f} s of {claimed:.1f} s")
+
+
+def _window(
+    times: NDArray[np.float64], start: float | None, end: float | None, path: Path
+) -> slice:
+    """The frames shown during [start, end)."""
+    first = 0 if start is None else int(np.searchsorted(times, start + 1e-6, side="right")) - 1
+    first = max(first, 0)
+    if start is not None and len(times) > 1 and start > 2 * times[-1] - times[-2]:
+        raise DecodeError(path, f"start {start:g} s lies after its end ({times[-1]:.2f} s)")
+    stop = len(times) if end is None else int(np.searchsorted(times, end - 1e-6, side="left"))
+    return slice(first, max(stop, first + 1))
+
+
+# --- the second pass ------------------------------------------------------------------------
+
+
+class _SeekFailed(Exception):
+    """The quick way through a file did not give every frame."""
+
+
+def _decode(
+    container: InputContainer,
+    stream: VideoStream,
+    index: _Index,
+    chosen: NDArray[np.int64],
+    size: int,
+    path: Path,
+    threads: int,
+) -> Tensor:
+    """The chosen frames (positions in index.shown), converted: uint8 [len(chosen), 3, s, s]."""
+    wanted, places = np.unique(index.shown[chosen], return_inverse=True)
+    frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
+    converter = _Converter(size)
+    try:
+        if index.by_count:
+            raise _SeekFailed
+        _set_threads(stream, threads)
+        found = _seek_and_decode(container, stream, index, wanted.tolist())
+        for position, frame in found:
+            converter.convert(frame, frames[position].numpy())
+    except (_SeekFailed, av.InvalidDataError):
+        with _open(path) as again:
+            stream = again.streams[stream.index]  # type: ignore[assignment]
+            _set_threads(stream, threads)
+            frames_shown = _decode_all(again, stream, index, wanted.tolist(), path)
+            for position, frame in frames_shown:
+                converter.convert(frame, frames[position].numpy())
+    if np.array_equal(places, np.arange(len(wanted))):
+        return frames
+    return frames[torch.from_numpy(places)]
+
+
+def _set_threads(stream: VideoStream, threads: int) -> None:
+    stream.codec_context.thread_count = threads
+    stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
+
+
+def _seek_and_decode(
+    container: InputContainer, stream: VideoStream, index: _Index, wanted: list[int]
+) -> Iterator[tuple[int, VideoFrame]]:
+    """(position in wanted, frame), in the order in which they are decoded.
+
+    wanted: pts, increasing. Raises _SeekFailed where the file cannot be sought in, or where a
+    frame does not come out or is damaged.
+    """
+    waiting = {pts: position for position, pts in enumerate(wanted)}
+    context = stream.codec_context
+    while waiting:
+        key = index.keyframe_for(next(iter(waiting)))
+        fed, packets = _seek(container, stream, index, key)
+        for packet in packets:
+            context.skip_frame = "DEFAULT" if packet.pts in waiting else "NONREF"
+            for frame in packet.decode():
+                if frame.pts in waiting:
+                    if frame.is_corrupt:
+                        raise _SeekFailed
+                    yield waiting.pop(frame.pts), frame
+                    key = index.keyframe_for(next(iter(waiting))) if waiting else 0
+            fed += 1
+            if not waiting or key > fed:
+                break
+        else:
+            raise _SeekFailed
+
+
+def _seek(
+    container: InputContainer, stream: VideoStream, index: _Index, key: int
+) -> tuple[int, Iterator[Any]]:
+    """Moves to keyframe `key` or before it: the position reached, and the packets from there."""
+    for offset in (index.pts[key], index.dts[key]):
+        container.seek(int(offset), stream=stream)
+        packets = container.demux(stream)
+        first = next(packets, None)
+        if first is None or first.pts is None:
+            continue
+        reached = np.flatnonzero((index.pts == first.pts) & index.keyframe)
+        if len(reached) == 1 and reached[0] <= key:
+            return int(reached[0]), _chain(first, packets)
+    raise _SeekFailed
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _decode_all(
+    container: InputContainer, stream: VideoStream, index: _Index, wanted: list[int], path: Path
+) -> Iterator[tuple[int, VideoFrame]]:
+    """As _seek_and_decode, but decoding every frame from the file's start.
+
+    A frame that the decoder leaves out is replaced by the one shown at its time.
+    """
+    position = 0
+    previous: VideoFrame | None = None
+    for count, frame in enumerate(container.decode(stream)):
+        now = count if index.by_count else frame.pts
+        if now is None:
+            continue
+        while position < len(wanted) and wanted[position] < now:
+            yield position, previous or frame
+            position += 1
+        if position == len(wanted):
+            return
+        if frame.is_corrupt and wanted[position] == now:
+            raise DecodeError(path, f"damaged at {float(frame.time or 0):.2f} s")
+        previous = frame
+    if previous is None:
+        raise DecodeError(path, "no frame could be decoded")
+    for rest in range(position, len(wanted)):
+        yield rest, previous
+
+
+# --- pixels ---------------------------------------------------------------------------------
+
+
+class _Converter:
+    """Frames of one video to RGB squares; keeps swscale's tables between frames."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.reformatter = VideoReformatter()
+
+    def convert(self, frame: VideoFrame, out: NDArray[np.uint8]) -> None:
+        """Writes the frame as it is to be shown into out [3, size, size]."""
+        size = self.size
+        scale = size / min(frame.width, frame.height)
+        width = max(size, round(frame.width * scale))
+        height = max(size, round(frame.height * scale))
+        resized = self.reformatter.reformat(
+            frame, width, height, "gbrp", interpolation=Interpolation.BICUBIC
+        )
+        top, left = (height - size) // 2, (width - size) // 2
+        swapped, mirrored_x, mirrored_y = _orientation(frame)
+        for channel, plane in zip((1, 2, 0), resized.planes, strict=True):  # stored as G, B, R
+            pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
+            square = pixels[top : top + size, left : left + size]
+            if swapped:
+                square = square.T
+            if mirrored_x:
+                square = square[:, ::-1]
+            if mirrored_y:
+                square = square[::-1]
+            out[channel] = square
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """(axes swapped, then mirrored left-right, then mirrored top-bottom), of the display matrix."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if not isinstance(data, SideData):
+        return False, False, False
+    # Shown x = a·x + c·y and y = b·x + d·y, in 16.16 fixed point, in rows of three.
+    a, b, _, c, d = np.frombuffer(memoryview(data), np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, a < 0, d < 0
+    return True, c < 0, b < 0
+
+
+def _read_image(path: Path, size: int) -> Tensor:
+    """uint8 [1, 3, size, size]."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    out = torch.empty(1, 3, size, size, dtype=torch.uint8)
+    frame = VideoFrame.from_ndarray(np.asarray(upright), format="rgb24")
+    _Converter(size).convert(frame, out[0].numpy())
+    return out

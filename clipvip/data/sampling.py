@@ -1,0 +1,84 @@
+"""Which frames of a clip are looked at, given the times at which its frames are shown.
+
+A sampling is a word, so that a configuration can hold it:
+
+- `"uniform"`: num_frames over the whole clip, first and last frame included; in training both
+  ends move inwards by up to one interval (arXiv 2209.06430, section 4.1 and the authors' code).
+- `"fps:R"`: R frames a second. A clip too short for num_frames gives fewer; one too long for
+  them is sampled uniformly instead.
+- `"clip:R"`: num_frames at R a second from one place of the clip: a random one in training,
+  its middle otherwise. Past the clip's end the last frame is repeated.
+
+A wanted time takes the frame nearest to it, so varying frame rates and clips with fewer
+frames than wanted (frames then repeat) need no special case.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+TIE = 1e-6  # seconds: a time half way between two frames takes the later one
+
+
+def check_sampling(sampling: str) -> tuple[str, float]:
+    """("uniform" | "fps" | "clip", frames a second). ValueError on anything else."""
+    kind, _, rate = sampling.partition(":")
+    try:
+        value = float(rate) if rate else 0.0
+    except ValueError:
+        value = -1.0
+    known = not rate if kind == "uniform" else kind in ("fps", "clip") and value > 0
+    if not known or not math.isfinite(value):
+        raise ValueError(f"sampling is {sampling!r}; expected 'uniform', 'fps:R' or 'clip:R'")
+    return kind, value
+
+
+def choose_frames(
+    times: NDArray[np.float64],
+    num_frames: int,
+    sampling: str = "uniform",
+    generator: np.random.Generator | None = None,
+) -> NDArray[np.int64]:
+    """Indices of the frames to take, not decreasing.
+
+    times: [n], n ≥ 1, seconds, increasing. num_frames ≥ 1. A generator means training:
+    places are jittered.
+    Returns [num_frames]; with "fps:R" it may be fewer, never none.
+    """
+    kind, rate = check_sampling(sampling)
+    first, last = float(times[0]), float(times[-1])
+    if kind == "fps":
+        count = math.floor((last - first) * rate + TIE) + 1
+        if count < num_frames:
+            slack = last - first - (count - 1) / rate
+            offset = generator.uniform(0.0, max(slack, 0.0)) if generator else 0.0
+            return nearest(times, first + offset + np.arange(count) / rate)
+    elif kind == "clip":
+        slack = max(last - first - (num_frames - 1) / rate, 0.0)
+        offset = generator.uniform(0.0, slack) if generator else slack / 2
+        return nearest(times, first + offset + np.arange(num_frames) / rate)
+    return nearest(times, _uniform(first, last, num_frames, generator))
+
+
+def middle_frame(times: NDArray[np.float64]) -> int:
+    """Index of the frame nearest to the middle of the clip."""
+    return int(nearest(times, np.array([(times[0] + times[-1]) / 2]))[0])
+
+
+def nearest(times: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.int64]:
+    """For each wanted time the index of the nearest of `times` (increasing)."""
+    boundaries = (times[1:] + times[:-1]) / 2
+    return np.searchsorted(boundaries, wanted + TIE, side="right").astype(np.int64)
+
+
+def _uniform(
+    first: float, last: float, num_frames: int, generator: np.random.Generator | None
+) -> NDArray[np.float64]:
+    if num_frames == 1:
+        return np.array([generator.uniform(first, last) if generator else (first + last) / 2])
+    if generator:
+        # With two frames half the clip each, so that the ends cannot cross.
+        interval = (last - first) / max(num_frames - 1, 2)
+        first, last = first + generator.uniform(0, interval), last - generator.uniform(0, interval)
+    return np.linspace(first, last, num_frames)

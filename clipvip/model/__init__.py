@@ -1,11 +1,21 @@
 """CLIP-ViP as a transformers model; importing this registers it with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
+from clipvip.model.conversion import convert
 from clipvip.model.modeling import CLIPViPModel, CLIPViPOutput
+from clipvip.model.processing import CLIPViPProcessor
 
 AutoConfig.register("clipvip", CLIPViPConfig)
 AutoModel.register(CLIPViPConfig, CLIPViPModel)
+AutoProcessor.register(CLIPViPConfig, CLIPViPProcessor)
 
-__all__ = ["CLIPViPConfig", "CLIPViPModel", "CLIPViPOutput", "CLIPViPVisionConfig"]
+__all__ = [
+    "CLIPViPConfig",
+    "CLIPViPModel",
+    "CLIPViPOutput",
+    "CLIPViPProcessor",
+    "CLIPViPVisionConfig",
+    "convert",
+]

@@ -1,6 +1,6 @@
 """Configuration of CLIP-ViP: CLIP's own, and what makes an image tower a video tower."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
@@ -21,11 +21,14 @@ class CLIPViPVisionConfig(CLIPVisionConfig):
         class token plus small noise) or "normal" (unit normal, as the authors do).
     frame_pooling: "proxy" (the method) or "mean" (the mean-pooling baseline: every frame is a
         one-frame video, and a video's feature is the mean of its frames' unit features).
-    attention_backend: "native" (the compiled op) or "reference" (plain PyTorch).
+    attention_backend: "native" (the compiled op) or "reference" (plain PyTorch); the loss of
+        the model's forward follows it.
     """
 
     model_type = "clipvip_vision_model"
 
+    image_size: int = 224
+    patch_size: int = 32
     num_proxies: int = 4
     num_frames: int = 12
     proxy_init: str = "class_token"
@@ -64,13 +67,16 @@ class CLIPViPConfig(CLIPConfig):
     """
 
     model_type = "clipvip"
-    sub_configs_defaults = {  # noqa: RUF012
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": CLIPViPVisionConfig,
         "text_config": CLIPTextConfig,
     }
 
-    text_config: dict | CLIPTextConfig | None = None
-    vision_config: dict | CLIPViPVisionConfig | None = None
+    # Given as dicts, or not at all, they become configs in transformers' __post_init__.
+    text_config: Any = None
+    vision_config: Any = None
+    projection_dim: int = 512
+    logit_scale_init_value: float | int = 2.6592
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}

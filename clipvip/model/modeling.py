@@ -28,7 +28,9 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils import ModelOutput, logging
 
-from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
+from clipvip.losses import contrastive_loss
+from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
+from clipvip.model.conversion import infer_config, read_authors_checkpoint
 from clipvip.ops import proxy_attention
 
 logger = logging.get_logger(__name__)
@@ -139,6 +141,9 @@ def temporal_positions(embedding: Tensor, frame_offsets: Tensor, num_frames: int
 
 class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
     """Frames to packed tokens: patches, proxies, positions in the frame and in time."""
+
+    image_size: int
+    patch_size: int
 
     def __init__(self, config: CLIPViPVisionConfig) -> None:
         super().__init__(config)
@@ -265,7 +270,7 @@ class CLIPViPPreTrainedModel(CLIPPreTrainedModel):
     input_modalities = ("video", "text")
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPViPEncoderLayer"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$"]  # noqa: RUF012
-    _can_record_outputs = None
+    _can_record_outputs = {}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -289,7 +294,7 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
     """The vision tower over packed frames."""
 
     config: CLIPViPVisionConfig  # type: ignore[assignment]
-    input_modalities = ("video",)
+    input_modalities = ("video",)  # type: ignore[assignment]
 
     def __init__(self, config: CLIPViPVisionConfig) -> None:
         super().__init__(config)
@@ -341,9 +346,9 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
     ) -> Any:
         """Load weights and say what did not fit.
 
-        pretrained_model_name_or_path: a folder that `save_pretrained` wrote, or a CLIP
-            checkpoint's folder or hub name. A CLIP checkpoint gets proxies and a temporal
-            embedding added, which is logged.
+        pretrained_model_name_or_path: a folder that `save_pretrained` wrote; a CLIP checkpoint's
+            folder or hub name, which gets proxies and a temporal embedding added, and that is
+            logged; or one of the authors' files (.pt), whose shapes give the configuration.
         strict: False lets weights be missing (they stay at their initialisation) or unexpected
             (they are left out); otherwise both are a ValueError that lists them.
         ignore_mismatched_sizes: True lets weights of another shape stay at their
@@ -353,17 +358,28 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         """
         source = pretrained_model_name_or_path
         added: frozenset[str] = frozenset()
-        if source is not None:
+        if source is None:
+            location = None
+        elif os.path.isfile(source):
+            location = None
+            kwargs["state_dict"] = read_authors_checkpoint(source)
+            options = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
+            if kwargs.get("config") is None:
+                kwargs["config"] = infer_config(kwargs["state_dict"], source, **options)
+        else:
+            location = source
             hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
             if PretrainedConfig.get_config_dict(source, **hub)[0].get("model_type") != "clipvip":
                 added = frozenset(ADDED_TO_CLIP)
-        model, info = super().from_pretrained(
-            source,
+        loaded: Any = super().from_pretrained(
+            location,
             *model_args,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **kwargs,
         )
+        model, info = loaded
+        model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
         _check_fit(source, info, added, strict, ignore_mismatched_sizes)
         if added:
             video = model.config.vision_config
@@ -425,14 +441,13 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         scale = self.logit_scale.exp()
         loss = None
         if return_loss:
-            from clipvip.losses import contrastive_loss
-
             if len(video) != len(text):
                 raise ValueError(
                     f"return_loss=True with {len(video)} videos and {len(text)} texts; expected "
                     "one text for each video"
                 )
-            loss = contrastive_loss(video, text, scale)
+            backend = self.config.vision_config.attention_backend
+            loss = contrastive_loss(video, text, scale, backend=backend)
         logits = scale * video @ text.T
         return CLIPViPOutput(
             loss=loss,

@@ -35,8 +35,8 @@ class CLIPViPVisionConfig(CLIPVisionConfig):
     frame_pooling: str = "proxy"
     attention_backend: str = "native"
 
-    def validate_video(self) -> None:
-        """Checked at construction, as every `validate_*` method of a transformers config."""
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
         for name in ("num_proxies", "num_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -88,8 +88,7 @@ class CLIPViPConfig(CLIPConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read config.json of our own or of a CLIP checkpoint, with VIDEO_OPTIONS overridden."""
-        given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
+        """Read config.json of our own or of a CLIP checkpoint."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") != cls.model_type:
             if "text_config" not in config or "vision_config" not in config:
@@ -98,4 +97,10 @@ class CLIPViPConfig(CLIPConfig):
                     "model; expected 'clipvip', or 'clip' with a text and a vision tower"
                 )
             config = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
-        return {**config, **given}, kwargs
+        return config, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', and VIDEO_OPTIONS among the overrides."""
+        given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
+        return super().from_dict({**config_dict, **given}, **kwargs)

@@ -130,6 +130,7 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, to: str =
             except OSError as error:
                 logger.warning(f"{source} has no tokenizer that loads, so none is saved: {error}")
             else:
+                processor.image_size = model.config.vision_config.image_size
                 processor.num_frames = model.config.vision_config.num_frames
                 processor.save_pretrained(unfinished)
 

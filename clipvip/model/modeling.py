@@ -173,7 +173,7 @@ class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
         frames, videos = len(pixel_values), len(frame_offsets) - 1
         position = self.position_embedding.weight
         time = temporal_positions(self.temporal_embedding[0], frame_offsets, frames)
-        patches = self.patches(pixel_values) + position[1:] + time[:, None]
+        patches = (self.patches(pixel_values) + position[1:]).add_(time[:, None])
         proxies = self.class_embedding[None]
         if self.added_cls is not None:
             proxies = torch.cat([proxies, self.added_cls])

@@ -1,0 +1,46 @@
+"""`python -m clipvip.training CONFIG.yaml key=value …`, also under torchrun."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: python -m clipvip.training CONFIG [key=value …]
+
+CONFIG is a YAML file or the name of a packaged configuration: {names}.
+Several processes: torchrun --nproc-per-node 8 -m clipvip.training CONFIG key=value"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train by a configuration; an error the user can mend is one line and exit status 1."""
+    from clipvip.training.config import load_config, packaged_configs
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(names=", ".join(path.stem for path in packaged_configs())))
+        raise SystemExit(0 if arguments else 2)
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        from clipvip.training.trainer import TrainingError, train
+    except ValueError as error:
+        fail(error)
+    try:
+        train(config)
+    except (ValueError, TypeError, OSError, TrainingError) as error:
+        fail(error)
+    finally:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fail(error: Exception) -> None:
+    if os.environ.get("CLIPVIP_TRACEBACK"):
+        raise error
+    if os.environ.get("RANK", "0") == "0":
+        print(f"clipvip: error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""From a configuration to what the training loop works on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration
+from omegaconf import OmegaConf
+from transformers import CLIPTokenizer
+
+from clipvip import distributed
+from clipvip.data.annotations import Clip, load_annotations
+from clipvip.data.loader import build_loader
+from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.model.processing import CLIPViPProcessor
+from clipvip.training import checkpoint
+from clipvip.training.config import ConfigError, TrainConfig, refuse_unknown_key
+from clipvip.training.evaluate import Reading, with_texts_read
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    transformers.utils.logging.disable_progress_bar()  # of saving a model: breaks our own
+    AcceleratorState._reset_state()  # a second run in this process may use another precision
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
+    )
+    parts = accelerator.num_processes * config.accumulation
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}; it must be a multiple of {parts} "
+            f"({accelerator.num_processes} processes × accumulation {config.accumulation})"
+        )
+    return accelerator
+
+
+def find_resumed(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from; refuses to mix a new run into an old one's folder."""
+    newest = checkpoint.latest(Path(config.out) / "checkpoints")
+    if config.resume == "never" and newest is not None:
+        raise ConfigError(
+            f"{config.out} already holds a run (step {checkpoint.checkpoint_step(newest)}): "
+            "resume=latest goes on with it; else give another out"
+        )
+    return newest
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+    """TensorBoard, without the events of steps after `step`, and config.yaml."""
+    options = {"tensorboard": {"purge_step": step + 1 if step else None}}
+    accelerator.init_trackers("tensorboard", init_kwargs=options)
+    if accelerator.is_main_process:
+        text = OmegaConf.to_yaml(OmegaConf.structured(config))
+        checkpoint.write_text(Path(config.out) / "config.yaml", text)
+
+
+def reading_of(config: TrainConfig) -> Reading:
+    data = config.data
+    return Reading(data.num_frames, data.text_length, data.paragraph, data.sampling)
+
+
+def load_clips(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
+    """Training clips, refused where the task has nothing to train on, and validation clips."""
+    clips = load_annotations(config.data.train)
+    if config.task == "retrieval":
+        mute = [clip for clip in clips if not clip.text]
+    else:
+        mute = [clip for clip in clips if clip.subtitle is None and clip.caption is None]
+    if mute:
+        needed = "text" if config.task == "retrieval" else "subtitle and no caption"
+        raise ConfigError(
+            f"{config.data.train}: {len(mute)} of {len(clips)} clips have no {needed} for "
+            f"task={config.task}; the first is on line {mute[0].line}"
+        )
+    validation = load_annotations(config.data.validation) if config.data.validation else []
+    return with_texts_read(clips, reading_of(config)), validation
+
+
+def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel, CLIPViPProcessor]:
+    """The model in fp32 and its processor: of the checkpoint, of model.name, or new."""
+    source = config.model.name if resumed is None else str(resumed / "model")
+    if source is not None:
+        model = CLIPViPModel.from_pretrained(
+            source, attention_backend=config.backend, dtype=torch.float32
+        )
+        tokenizer = config.model.tokenizer if resumed is None else None
+        processor = CLIPViPProcessor.from_pretrained(tokenizer or source)
+    else:
+        model, processor = _new_model(config)
+    longest = model.config.text_config.max_position_embeddings
+    if config.data.text_length > longest:
+        raise ConfigError(
+            f"data.text_length is {config.data.text_length}; the model reads at most {longest}"
+        )
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train(), processor
+
+
+def _new_model(config: TrainConfig) -> tuple[CLIPViPModel, CLIPViPProcessor]:
+    given = dict(config.model.config or {})
+    known = CLIPViPConfig().to_dict()
+    towers = ("text_config", "vision_config")
+    keys = [*known, *(f"{tower}.{key}" for tower in towers for key in known[tower])]
+    for key, value in given.items():
+        for name in [key, *(f"{key}.{inner}" for inner in (value if key in towers else ()))]:
+            refuse_unknown_key(name, keys, "model.config")
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(config.model.tokenizer))
+    text = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    given["text_config"] = text | dict(given.get("text_config") or {})
+    given["vision_config"] = {
+        **(given.get("vision_config") or {}),
+        "attention_backend": config.backend,
+    }
+    try:
+        model = CLIPViPModel(CLIPViPConfig(**given))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.config: {error}") from None
+    size = model.config.vision_config.image_size
+    return model, CLIPViPProcessor(tokenizer=tokenizer, image_size=size)
+
+
+def training_loader(
+    config: TrainConfig, clips: list[Clip], model: CLIPViPModel, processor: CLIPViPProcessor
+) -> Any:
+    micro = config.batch_size // config.accumulation
+    if len(clips) < micro:
+        raise ConfigError(
+            f"{config.data.train} holds {len(clips)} clips, fewer than one micro-batch of {micro}"
+        )
+    data = config.data
+    return build_loader(
+        clips,
+        tokenizer=processor.tokenizer,
+        image_size=model.config.vision_config.image_size,
+        num_frames=data.num_frames,
+        text_length=data.text_length,
+        task=config.task,
+        batch_size=micro // distributed.world_size(),
+        training=True,
+        seed=config.seed,
+        num_workers=data.num_workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        drop_last=True,
+        max_bad_share=data.max_bad_share,
+        bad_files=Path(config.out) / "bad_files.jsonl",
+        sampling=data.sampling,
+    )

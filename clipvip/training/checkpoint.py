@@ -1,0 +1,151 @@
+"""Checkpoints that are whole or absent, and logs that agree with them.
+
+A checkpoint is a folder `step-00000123`. It is written under a temporary name, flushed to
+disk, and renamed, so that whatever carries that name is complete, at any kill and any power
+cut. `point` moves a link the same way.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipvip.training.config import TrainConfig
+
+_TEMPORARY = ".unfinished-"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill an empty folder, then make it the checkpoint of that step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(_TEMPORARY + "*"):
+        shutil.rmtree(leftover)
+    final = checkpoint_path(folder, step)
+    temporary = folder / (_TEMPORARY + final.name)
+    temporary.mkdir()
+    write(temporary)
+    for parent, _, files in os.walk(temporary, topdown=False):
+        for name in [*files, ""]:
+            _flush(Path(parent) / name)
+    temporary.rename(final)
+    _flush(folder)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8))
+
+
+def latest(folder: Path) -> Path | None:
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def prune(folder: Path, keep: int, protect: int | None = None) -> None:
+    """Delete all but the last `keep` checkpoints and the protected step's."""
+    for path in checkpoints(folder)[:-keep]:
+        if checkpoint_step(path) != protect:
+            # Under another name first: a kill halfway must not leave half a checkpoint.
+            doomed = path.rename(path.with_name(_TEMPORARY + "old-" + path.name))
+            shutil.rmtree(doomed)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make the symbolic link show target, by a path relative to it, in one step."""
+    temporary = link.with_name(link.name + ".new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    temporary.replace(link)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def truncate_jsonl(path: Path, step: int) -> None:
+    """Drop the rows of later steps, and a half-written last one: a resumed run writes them
+    again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            break
+    write_text(path, "".join(kept))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move_links(out: Path, step: int, best_step: int | None) -> None:
+    """Make OUT/last, and OUT/best where there is one, show those steps' models."""
+    for link, shown in (("last", step), ("best", best_step)):
+        if shown is not None:
+            point(out / link, checkpoint_path(out / "checkpoints", shown) / "model")
+
+
+def random_state() -> dict[str, Any]:
+    """This process's random generators, as values that torch.load reads without pickle."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.as_tensor(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, words, *rest = state["numpy"]
+    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+_NOT_THE_COURSE = (
+    "out", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batch_size",
+    "data.num_workers", "data.validation", "best_metric", "eval_every",
+)  # fmt: skip
+
+
+def course(config: TrainConfig, processes: int) -> dict[str, Any]:
+    """What decides a run's losses: gone on with under other values, it is another run."""
+    flat: dict[str, Any] = {"processes": processes}
+    for key, value in asdict(config).items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            flat[key] = value
+    return {key: value for key, value in flat.items() if key not in _NOT_THE_COURSE}

@@ -1,0 +1,250 @@
+"""What a run is: typed dataclasses, filled from YAML files and `key=value` overrides.
+
+A configuration may be a small diff from another: `base: other.yaml` at its top loads that
+file first (beside it, or by the name of a packaged one).
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; one line that says what to change."""
+
+
+@dataclass
+class ModelConfig:
+    """Give `name` or `config`, not both."""
+
+    name: str | None = None
+    """CLIP or CLIP-ViP folder, hub name, or an authors' .pt file."""
+    config: dict[str, Any] | None = None
+    """A CLIPViPConfig as nested keys: a new model, trained from nothing."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer or processor; by default that of `name`."""
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class DataConfig:
+    train: str = MISSING
+    """Annotations, JSON Lines."""
+    validation: str | None = None
+    """Annotations that choose the best checkpoint. Not the test set: a figure measured on
+    the clips that chose the checkpoint is too good."""
+    num_frames: int = 12
+    text_length: int = 50
+    paragraph: bool = False
+    """Join a clip's texts to one paragraph, in training and evaluation."""
+    sampling: str = "uniform"
+    num_workers: int = 4
+    """Decoding processes of each rank."""
+    max_bad_share: float = 0.05
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 1e-6
+    weight_decay: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+    warmup: float = 0.01
+    """Share of all steps in which the rate rises linearly; a cosine to 0 follows."""
+
+
+@dataclass
+class TrainConfig:
+    out: str = MISSING
+    """Folder of the run: checkpoints, metrics.jsonl, bad_files.jsonl, tensorboard."""
+    task: str = "retrieval"
+    """"omnisource" (post-pretraining) or "retrieval" (fine-tuning)."""
+    variant: str = "vsc_fc"
+    """Loss of the omnisource task."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch_size: int = 128
+    """Clips an optimiser step, over all processes and accumulated micro-batches. Negatives
+    come from one micro-batch of all processes: batch_size / accumulation."""
+    accumulation: int = 1
+    epochs: float | None = None
+    max_steps: int | None = None
+    """Optimiser steps; give this or epochs."""
+    mixed_precision: str = "bf16"
+    backend: str = "native"
+    """Of both ops: "native" (compiled) or "reference" (plain PyTorch)."""
+    seed: int = 42
+    deterministic: bool = False
+    """Ask PyTorch for deterministic algorithms, which a GPU needs for a resumed run to equal
+    an unbroken one to the last bit; slower there."""
+    log_every: int = 1
+    eval_every: int | None = None
+    """Steps between evaluations; by default an epoch."""
+    save_every: int | None = None
+    """Steps between checkpoints; by default an epoch."""
+    eval_batch_size: int = 32
+    """Clips a rank embeds at once."""
+    keep_checkpoints: int = 2
+    best_metric: str = "text_to_video/R@1"
+    resume: str = "never"
+    """"latest" goes on from the newest checkpoint in `out`, or starts if there is none."""
+
+
+_CHOICES = {
+    "task": ("omnisource", "retrieval"),
+    "variant": ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc"),
+    "mixed_precision": ("no", "bf16"),
+    "resume": ("never", "latest"),
+    "backend": ("native", "reference"),
+}
+_POSITIVE = (
+    "data.num_frames", "data.text_length", "batch_size", "accumulation", "epochs", "max_steps",
+    "log_every", "eval_every", "save_every", "eval_batch_size", "keep_checkpoints",
+    "optimizer.lr", "optimizer.max_grad_norm",
+)  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The file, its bases below it and the overrides above it, as one checked TrainConfig.
+
+    Args:
+        path: a YAML file, or the name of a packaged configuration such as "msrvtt".
+        overrides: "key=value" with dotted keys, such as "optimizer.lr=1e-5".
+
+    Raises:
+        ConfigError: unknown key (the nearest known one is named), value of another type,
+            missing required key, or values that contradict each other.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    schema = OmegaConf.structured(TrainConfig)
+    merged = schema
+    layers = [*_layers(find_config(path), ())]
+    try:
+        layers.append(("command line", OmegaConf.from_dotlist(list(overrides))))
+    except Exception as error:
+        raise ConfigError(f"command line: {_first_line(error)}") from None
+    for source, layer in layers:
+        _refuse_unknown(layer, schema, source)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None)
+            raise ConfigError(f"{source}: {key}: {_first_line(error)}") from None
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{missing[0]} is required: give it as {missing[0]}=VALUE")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+    assert isinstance(config, TrainConfig)
+    check(config)
+    return config
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ConfigError where values are out of range or contradict each other."""
+
+    def get(key: str) -> Any:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        return value
+
+    for key, choices in _CHOICES.items():
+        if get(key) not in choices:
+            raise ConfigError(f"{key} is {get(key)!r}; it must be one of {', '.join(choices)}")
+    for key in _POSITIVE:
+        if get(key) is not None and get(key) <= 0:
+            raise ConfigError(f"{key} is {get(key)}; it must be above 0")
+    if (config.epochs is None) == (config.max_steps is None):
+        raise ConfigError(
+            f"give either epochs or max_steps: epochs is {config.epochs}, "
+            f"max_steps is {config.max_steps}"
+        )
+    if (config.model.name is None) == (config.model.config is None):
+        raise ConfigError("give either model.name (a checkpoint) or model.config (a new model)")
+    if config.model.config is not None and config.model.tokenizer is None:
+        raise ConfigError("model.config needs model.tokenizer, the folder of a CLIP tokenizer")
+    if not 0 <= config.optimizer.warmup < 1:
+        raise ConfigError(f"optimizer.warmup is {config.optimizer.warmup}; it must be in [0, 1)")
+
+
+def find_config(name: str | Path) -> Path:
+    """A path that exists, or the packaged configuration of that name (with or without .yaml)."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = {entry.stem: entry for entry in packaged_configs()}
+    stem = path.name.removesuffix(".yaml")
+    if path.parent == Path() and stem in packaged:
+        return packaged[stem]
+    raise ConfigError(
+        f"no configuration {str(name)!r}: neither a file nor one of {', '.join(sorted(packaged))}"
+    )
+
+
+def packaged_configs() -> list[Path]:
+    folder = Path(str(resources.files("clipvip.configs")))
+    return sorted(folder.glob("*.yaml"))
+
+
+def refuse_unknown_key(key: str, known: Sequence[str], source: str) -> None:
+    """Raise ConfigError naming the nearest of the known dotted keys, unless key is one."""
+    if key in known:
+        return
+    leaves: dict[str, str] = {}
+    for name in known:
+        leaves.setdefault(name.rpartition(".")[2], name)
+    near = difflib.get_close_matches(key, known, 1) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, 1)
+    ]
+    hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+    raise ConfigError(f"{source}: unknown key {key}{hint}")
+
+
+def _layers(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, DictConfig]]:
+    """The chain of bases of a file, lowest first."""
+    path = path.resolve()
+    if path in above:
+        raise ConfigError(f"{path} is its own base")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # yaml's errors have no common base in omegaconf
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path}: holds a list; expected keys and values")
+    base = layer.pop("base", None)
+    if base is not None:
+        beside = path.parent / str(base)
+        yield from _layers(beside if beside.is_file() else find_config(str(base)), (*above, path))
+    yield path.name, layer
+
+
+def _refuse_unknown(layer: DictConfig, schema: DictConfig, source: str) -> None:
+    known = list(_keys(schema))
+    for key in _keys(layer):
+        if not key.startswith("model.config."):  # checked against CLIPViPConfig on building
+            refuse_unknown_key(key, known, source)
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in map(str, config):
+        yield f"{prefix}{name}"
+        if OmegaConf.is_missing(config, name) or OmegaConf.is_interpolation(config, name):
+            continue
+        if isinstance(config[name], DictConfig):
+            yield from _keys(config[name], f"{prefix}{name}.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,232 @@
+"""Text-video retrieval of a model over an annotation file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipvip import distributed
+from clipvip.data.annotations import Clip, load_annotations
+from clipvip.data.loader import build_loader, tokenize
+from clipvip.model import CLIPViPModel
+from clipvip.model.processing import CLIPViPProcessor, normalize_frames
+from clipvip.retrieval import both_directions
+from clipvip.training.checkpoint import write_text
+
+READING = "reading.json"
+
+
+@dataclass
+class Reading:
+    """How clips and texts reach the model; kept beside its weights, so that whoever loads
+    them measures what was trained."""
+
+    num_frames: int = 12
+    text_length: int = 50
+    paragraph: bool = False
+    sampling: str = "uniform"
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / READING, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Reading":
+        path = Path(folder) / READING
+        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
+
+
+def evaluate(
+    model: CLIPViPModel,
+    clips: Sequence[Clip],
+    processor: CLIPViPProcessor,
+    reading: Reading,
+    *,
+    batch_size: int = 32,
+    num_workers: int = 2,
+    max_bad_share: float = 0.05,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Both directions of retrieval, with and without DSL, over all ranks' shares together.
+
+    Every clip and every text counts once, for any number of ranks. A clip that cannot be
+    decoded is in `missing`, it and its texts are left out of the tables; more than
+    max_bad_share of such clips is an error.
+
+    Args:
+        clips: those without text are rivals in text→video only.
+        dtype: autocast the towers to it; None for the weights' own.
+
+    Returns:
+        {"text_to_video", "video_to_text", "text_to_video_dsl", "video_to_text_dsl": {"R@1",
+        "R@5", "R@10" in percent, "median_rank", "mean_rank"}, "clips": number of clips
+        compared, "texts": of texts, "missing": paths}; the same on every rank.
+    """
+    clips = with_texts_read(clips, reading)
+    texts = [(index, text) for index, clip in enumerate(clips) for text in clip.text]
+    if not texts:
+        raise ValueError(f"none of the {len(clips)} clips has a text to search with")
+    training = model.training
+    model.eval()
+    device = model.device.type
+    with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
+        videos = _embed_videos(
+            model, clips, processor, reading, batch_size, num_workers, max_bad_share
+        )
+        sentences = _embed_texts(model, [text for _, text in texts], processor, reading, batch_size)
+    model.train(training)
+
+    if not videos:
+        raise ValueError(f"none of the {len(clips)} clips could be read")
+    seen = sorted(videos)
+    row_of_clip = {clip: row for row, clip in enumerate(seen)}
+    asked = [i for i, (clip, _) in enumerate(texts) if clip in row_of_clip]
+    video_of_text = torch.tensor([row_of_clip[texts[i][0]] for i in asked])
+    tables = both_directions(
+        torch.stack([videos[clip] for clip in seen]), sentences[asked], video_of_text
+    )
+    missing = [str(clip.video) for index, clip in enumerate(clips) if index not in row_of_clip]
+    return {**tables, "clips": len(seen), "texts": len(asked), "missing": missing}
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    annotations: str | Path,
+    *,
+    out: str | Path | None = None,
+    num_frames: int | None = None,
+    text_length: int | None = None,
+    batch_size: int = 32,
+    num_workers: int = 2,
+    backend: str = "native",
+    print_table: bool = True,
+) -> dict[str, Any]:
+    """What `clipvip eval` does: load, evaluate, print a table, write JSON.
+
+    Args:
+        checkpoint: anything CLIPViPModel.from_pretrained takes, with its tokenizer beside it.
+        annotations: JSON Lines; texts are the queries.
+        out: JSON file for the result; written whole or not at all.
+        num_frames, text_length: by default those the checkpoint was trained with (12 and 50
+            where it does not say).
+
+    Under torchrun the clips are shared out over the processes.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    clips = load_annotations(annotations)
+    reading = Reading.load(checkpoint)
+    reading.num_frames = num_frames or reading.num_frames
+    reading.text_length = text_length or reading.text_length
+    processor = CLIPViPProcessor.from_pretrained(checkpoint)
+    model = CLIPViPModel.from_pretrained(checkpoint, attention_backend=backend).to(state.device)
+    result = evaluate(
+        model,
+        clips,
+        processor,
+        reading,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
+    if state.is_main_process:
+        if out is not None:
+            write_text(Path(out), json.dumps(result, indent=2) + "\n")
+        if print_table:
+            print_result(result)
+    return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The four tables as one, a row each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    tables = {name: row for name, row in result.items() if isinstance(row, dict)}
+    table = Table(title=f"{result['clips']} clips, {result['texts']} texts", title_justify="left")
+    table.add_column("direction")
+    for name in next(iter(tables.values())):
+        table.add_column(name.replace("_", " "), justify="right")
+    for name, row in tables.items():
+        label = name.replace("_to_", " → ").replace("_dsl", " + DSL")
+        table.add_row(label, *(f"{value:.1f}" for value in row.values()))
+    console = Console()
+    console.print(table)
+    if result["missing"]:
+        console.print(f"{len(result['missing'])} clips could not be read and were left out:")
+        for path in result["missing"]:
+            console.print(f"  {path}", markup=False, soft_wrap=True)
+
+
+def with_texts_read(clips: Sequence[Clip], reading: Reading) -> list[Clip]:
+    """The clips with their texts joined to one, if they are to be read as a paragraph."""
+    if not reading.paragraph:
+        return list(clips)
+    return [replace(clip, text=(" ".join(clip.text),)) if clip.text else clip for clip in clips]
+
+
+def _embed_videos(
+    model: CLIPViPModel,
+    clips: Sequence[Clip],
+    processor: CLIPViPProcessor,
+    reading: Reading,
+    batch_size: int,
+    num_workers: int,
+    max_bad_share: float,
+) -> dict[int, Tensor]:
+    """Index of each clip that could be read → its unit feature [P], fp32 on the CPU."""
+    loader = build_loader(
+        clips,
+        tokenizer=None,
+        image_size=model.config.vision_config.image_size,
+        num_frames=reading.num_frames,
+        text_length=reading.text_length,
+        task="video",
+        batch_size=batch_size,
+        training=False,
+        seed=0,
+        num_workers=num_workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        max_bad_share=max_bad_share,
+        sampling=reading.sampling,
+    )
+    own: dict[int, Tensor] = {}
+    for batch in loader:
+        frames = normalize_frames(
+            batch["pixel_values"].to(model.device), processor.image_mean, processor.image_std
+        )
+        features = model.get_video_features(frames, batch["frame_offsets"].to(model.device))
+        features = F.normalize(features.float(), dim=-1).cpu()
+        own.update(zip(batch["clip_index"].tolist(), features, strict=True))
+    videos: dict[int, Tensor] = {}
+    for part in distributed.all_gather_objects(own):
+        videos.update(part)
+    return videos
+
+
+def _embed_texts(
+    model: CLIPViPModel,
+    texts: Sequence[str],
+    processor: CLIPViPProcessor,
+    reading: Reading,
+    batch_size: int,
+) -> Tensor:
+    """Unit features [n, P] in the order of the texts, fp32 on the CPU."""
+    rank, world = distributed.rank(), distributed.world_size()
+    share = range(rank, len(texts), world)
+    own = torch.empty(len(share), model.config.projection_dim)
+    for start in range(0, len(share), batch_size):
+        chunk = [texts[i] for i in share[start : start + batch_size]]
+        ids, mask = tokenize(processor.tokenizer, chunk, reading.text_length)
+        features = model.get_text_features(ids.to(model.device), mask.to(model.device))
+        own[start : start + batch_size] = F.normalize(features.float(), dim=-1).cpu()
+    result = torch.empty(len(texts), own.shape[1])
+    for first, part in enumerate(distributed.all_gather_objects(own)):
+        result[first::world] = part
+    return result

@@ -1,0 +1,344 @@
+"""Training: post-pretraining on several sources and fine-tuning for retrieval, in one loop."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from clipvip import distributed
+from clipvip.data.annotations import Clip
+from clipvip.losses import contrastive_loss, omnisource_loss
+from clipvip.model import CLIPViPModel
+from clipvip.model.processing import CLIPViPProcessor, normalize_frames
+from clipvip.training import checkpoint
+from clipvip.training.build import (
+    build_model,
+    find_resumed,
+    load_clips,
+    make_accelerator,
+    reading_of,
+    start_trackers,
+    training_loader,
+)
+from clipvip.training.config import ConfigError, OptimizerConfig, TrainConfig, check
+from clipvip.training.evaluate import evaluate
+from clipvip.training.reporting import Reporter
+
+MAX_LOGIT_SCALE = math.log(200)
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; one line that says why and where."""
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run a configuration to its end, alone or as one of torchrun's processes.
+
+    Writes to config.out: config.yaml; metrics.jsonl, a row each `log_every` steps and each
+    evaluation; tensorboard/; bad_files.jsonl; checkpoints/step-*/; and the links `last` and,
+    with validation clips, `best`, which CLIPViPModel.from_pretrained loads.
+
+    Returns {"step", "loss", "best_step", "best_metric"} of the finished run.
+
+    Raises:
+        ConfigError: the configuration cannot be run.
+        TrainingError: the loss or its gradient is not finite; names the clips.
+    """
+    check(config)
+    accelerator = make_accelerator(config)
+    out, optim = Path(config.out), config.optimizer
+    resumed = find_resumed(config)
+    set_seed(config.seed)
+    clips, validation = load_clips(config)
+    model, processor = build_model(config, resumed)
+    loader = training_loader(config, clips, model, processor)
+    epoch_steps = max(1, len(loader) // config.accumulation)
+    total = config.max_steps or math.ceil((config.epochs or 0) * epoch_steps)
+    optimizer = torch.optim.AdamW(decay_groups(model, optim), lr=optim.lr, betas=optim.betas)
+    towers, optimizer = accelerator.prepare(Towers(model, config, processor), optimizer)
+    set_seed(config.seed, device_specific=True)
+    state = load_state(resumed, config, optimizer, accelerator) if resumed else {"step": 0}
+    start_trackers(accelerator, config, state["step"])
+    batches = endless(loader, state["step"] * config.accumulation)
+
+    with Reporter(accelerator, out, state["step"], total) as reporter:
+        reporter.say(describe(config, model, clips, accelerator, state["step"], total))
+        for step in range(state["step"] + 1, total + 1):
+            started, waited, losses, seen = time.perf_counter(), 0.0, [], []
+            rate = optim.lr * schedule(step - 1, total, optim.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            for _ in range(config.accumulation):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                with accelerator.accumulate(towers):
+                    loss = compute_loss(towers(to_device(batch, accelerator.device)), config)
+                    accelerator.backward(loss)
+                losses.append(loss.detach())
+                seen.append(batch["clip_index"])
+            norm = accelerator.clip_grad_norm_(towers.parameters(), optim.max_grad_norm)
+            mean_loss, norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
+            if not math.isfinite(mean_loss) or not math.isfinite(norm):
+                raise_not_finite(step, mean_loss, norm, clips, seen)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+            scale = model.logit_scale.exp().item()
+            took = time.perf_counter() - started
+            row = {
+                "loss": mean_loss,
+                "lr": rate,
+                "logit_scale": scale,
+                "grad_norm": norm,
+                "epoch": step / epoch_steps,
+                "clips_per_second": config.batch_size / took,
+                "data_wait": waited / took,
+            }
+            if due(step, config.log_every, total):
+                reporter.write(step, row)
+            reporter.advance(step, row)
+            state.update(step=step, loss=mean_loss)
+            improved = False
+            if validation and due(step, config.eval_every or epoch_steps, total):
+                improved = validate(config, model, processor, validation, state, reporter)
+            if improved or due(step, config.save_every or epoch_steps, total):
+                save_state(config, model, processor, optimizer, state, accelerator)
+        if loader.bad_files:
+            reporter.say(f"{len(loader.bad_files)} unreadable files: {out / 'bad_files.jsonl'}")
+    return {key: state.get(key) for key in ("step", "loss", "best_step", "best_metric")}
+
+
+def decay_groups(model: nn.Module, optim: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameters with weight decay and those without: biases, LayerNorms and logit_scale.
+
+    LayerNorms are told by their class, whatever their name.
+    """
+    exempt = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, nn.LayerNorm) or name in ("bias", "logit_scale")
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {
+            "params": [p for p in parameters if id(p) not in exempt],
+            "weight_decay": optim.weight_decay,
+        },
+        {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0},
+    ]
+
+
+def schedule(done: int, total: int, warmup: float) -> float:
+    """Factor of the learning rate after `done` of `total` steps: linear over the first
+    `warmup` share of steps to 1, then a cosine that would reach 0 after the last."""
+    rising = math.ceil(warmup * total)
+    if done < rising:
+        return (done + 1) / rising
+    return (1 + math.cos(math.pi * (done - rising) / (total - rising))) / 2
+
+
+class Towers(nn.Module):
+    """A batch to the unit features that its task compares: what data parallelism wraps."""
+
+    def __init__(
+        self, model: CLIPViPModel, config: TrainConfig, processor: CLIPViPProcessor
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.mean, self.std = processor.image_mean, processor.image_std
+        self.texts = ["text"]
+        self.frames = False
+        if config.task == "omnisource":
+            self.texts = ["subtitle"] + ["caption"] * (config.variant != "vs")
+            self.frames = config.variant.endswith("fc")
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"video", the task's texts, "frame" if used: [n, P]; "scale": 0-d}."""
+        pixels, offsets = batch["pixel_values"], batch["frame_offsets"]
+        count = len(offsets) - 1
+        if self.frames:  # images are videos of one frame, in the same packed batch
+            pixels = torch.cat([pixels, batch["image"]])
+            images = torch.arange(1, count + 1, device=offsets.device, dtype=offsets.dtype)
+            offsets = torch.cat([offsets, offsets[-1] + images])
+        pixels = normalize_frames(pixels, self.mean, self.std)
+        visual = F.normalize(self.model.get_video_features(pixels, offsets).float(), dim=-1)
+        features = {"video": visual[:count], "scale": self.model.logit_scale.exp()}
+        if self.frames:
+            features["frame"] = visual[count:]
+        for name in self.texts:
+            text = self.model.get_text_features(batch[f"{name}_ids"], batch[f"{name}_mask"])
+            features[name] = F.normalize(text.float(), dim=-1)
+        return features | {key: batch[key] for key in batch if key.endswith("_present")}
+
+
+def compute_loss(features: dict[str, Tensor], config: TrainConfig) -> Tensor:
+    """The task's loss over the clips of all ranks, the same on every rank."""
+    scale = features["scale"]
+    whole = {k: distributed.all_gather(v) for k, v in features.items() if k != "scale"}
+    if config.task == "retrieval":
+        return contrastive_loss(whole["video"], whole["text"], scale, backend=config.backend)
+    return omnisource_loss(
+        whole["video"],
+        whole["subtitle"],
+        whole.get("frame"),
+        whole.get("caption"),
+        scale,
+        config.variant,
+        subtitle_present=whole["subtitle_present"],
+        frame_present=whole["image_present"],
+        caption_present=whole["caption_present"],
+        backend=config.backend,
+    )
+
+
+def endless(loader: Any, done: int) -> Iterator[dict[str, Tensor]]:
+    """Batches over all epochs, from after the first `done`. Leaves torch's random state as it
+    was, so that the batches drawn ahead or again never change the run."""
+    first, skipped = divmod(done, len(loader))
+    for epoch in itertools.count(first):
+        loader.set_epoch(epoch)
+        loader.skip(skipped if epoch == first else 0)
+        with torch.random.fork_rng(devices=[]):
+            batches = iter(loader)
+        while True:
+            with torch.random.fork_rng(devices=[]):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            yield batch
+
+
+def validate(
+    config: TrainConfig,
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor,
+    clips: list[Clip],
+    state: dict[str, Any],
+    reporter: Reporter,
+) -> bool:
+    """Evaluate and log; True, and noted in state, where the model is the best so far."""
+    with torch.random.fork_rng(devices=[]):
+        result = evaluate(
+            model,
+            clips,
+            processor,
+            reading_of(config),
+            batch_size=config.eval_batch_size,
+            num_workers=config.data.num_workers,
+            max_bad_share=config.data.max_bad_share,
+            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else None,
+        )
+    tables = {name: table for name, table in result.items() if isinstance(table, dict)}
+    row = {f"{name}/{key}": x for name, table in tables.items() for key, x in table.items()}
+    if config.best_metric not in row:
+        raise ConfigError(
+            f"best_metric is {config.best_metric!r}; it must be one of {', '.join(row)}"
+        )
+    reporter.write(state["step"], {f"validation/{key}": value for key, value in row.items()})
+    value = row[config.best_metric]
+    best = state.get("best_metric")
+    better = best is None or (value < best if "rank" in config.best_metric else value > best)
+    if better:
+        state.update(best_step=state["step"], best_metric=value)
+    reporter.say(
+        f"step {state['step']} · {config.best_metric} {value:.2f}"
+        + (" (best)" if better else f" (best {best:.2f} at step {state['best_step']})")
+    )
+    return better
+
+
+def save_state(
+    config: TrainConfig,
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor,
+    optimizer: Any,
+    state: dict[str, Any],
+    accelerator: Accelerator,
+) -> None:
+    """Write one checkpoint, all of it or nothing, and move OUT/last and OUT/best."""
+    random_states = distributed.all_gather_objects(checkpoint.random_state())
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
+        reading_of(config).save(folder / "model")
+        whole = {
+            **state,
+            "optimizer": optimizer.state_dict(),
+            "random": random_states,
+            "course": checkpoint.course(config, accelerator.num_processes),
+        }
+        torch.save(whole, folder / "state.pt")
+
+    if accelerator.is_main_process:
+        out = Path(config.out)
+        best_step = state.get("best_step")
+        checkpoint.save(out / "checkpoints", state["step"], write)
+        checkpoint.move_links(out, state["step"], best_step)
+        checkpoint.prune(out / "checkpoints", config.keep_checkpoints, protect=best_step)
+    accelerator.wait_for_everyone()
+
+
+def load_state(
+    resumed: Path, config: TrainConfig, optimizer: Any, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Restore optimiser and random states; the model was already built from `resumed`."""
+    state = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    random_states, then = state.pop("random"), state.pop("course")
+    if len(random_states) == accelerator.num_processes:
+        checkpoint.set_random_state(random_states[accelerator.process_index])
+    if accelerator.is_main_process:
+        checkpoint.move_links(Path(config.out), state["step"], state.get("best_step"))
+        for key, value in checkpoint.course(config, accelerator.num_processes).items():
+            if then.get(key) != value:
+                print(f"resuming with another {key}: was {then.get(key)}, is {value}")
+    return state
+
+
+def due(step: int, every: int, total: int) -> bool:
+    return step % every == 0 or step == total
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def describe(
+    config: TrainConfig,
+    model: nn.Module,
+    clips: list[Clip],
+    accelerator: Accelerator,
+    step: int,
+    total: int,
+) -> str:
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    return (
+        f"{config.task} · {millions:.1f} M parameters · {len(clips)} clips · steps {step + 1} to "
+        f"{total} of {config.batch_size} clips on {accelerator.num_processes} × "
+        f"{accelerator.device.type}"
+    )
+
+
+def raise_not_finite(
+    step: int, loss: float, norm: float, clips: list[Clip], seen: list[Tensor]
+) -> None:
+    """Name what this step saw, on all ranks: the loss is the same there, so all stop here."""
+    indices = itertools.chain(*distributed.all_gather_objects(torch.cat(seen).tolist()))
+    names = sorted({f"{clips[i].video} (line {clips[i].line})" for i in indices})
+    raise TrainingError(
+        f"step {step}: loss {loss}, gradient norm {norm}: not finite; the last checkpoint is "
+        f"from before; clips of this step: {', '.join(names)}"
+    )

@@ -1,0 +1,74 @@
+"""A checkpoint is whole or absent; the log agrees with it."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from clipvip.training import checkpoint
+
+
+def write_one(folder):
+    (folder / "model").mkdir()
+    (folder / "model" / "weights").write_text("w")
+
+
+def test_a_half_written_checkpoint_is_never_taken(tmp_path):
+    def killed(folder):
+        write_one(folder)
+        raise KeyboardInterrupt
+
+    first = checkpoint.save(tmp_path, 5, write_one)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 6, killed)
+    assert checkpoint.latest(tmp_path) == first
+    second = checkpoint.save(tmp_path, 6, write_one)
+    assert checkpoint.checkpoints(tmp_path) == [first, second]
+    assert sorted(tmp_path.iterdir()) == [first, second]
+
+
+def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    paths = [checkpoint.save(tmp_path, step, write_one) for step in (1, 2, 3)]
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: None)
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.checkpoints(tmp_path) == paths[2:]
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    for step in (1, 2, 3, 4, 100_000_000 - 1):
+        checkpoint.save(tmp_path, step, write_one)
+        checkpoint.prune(tmp_path, keep=2, protect=1)
+    steps = [checkpoint.checkpoint_step(path) for path in checkpoint.checkpoints(tmp_path)]
+    assert steps == [1, 4, 99_999_999]
+
+
+def test_links_move_and_survive_moving_the_whole_run(tmp_path):
+    run = tmp_path / "run"
+    for step in (1, 2):
+        checkpoint.save(run / "checkpoints", step, write_one)
+        checkpoint.move_links(run, step, best_step=1)
+    run.rename(tmp_path / "moved")
+    moved = tmp_path / "moved"
+    assert (moved / "last").resolve().parent.name == "step-00000002"
+    assert (moved / "best" / "weights").read_text() == "w"
+    assert not list(moved.glob("*.new"))
+
+
+def test_the_log_is_cut_to_the_checkpoints_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": step / 3} for step in (1, 2, 2, 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+    checkpoint.truncate_jsonl(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:3]
+    checkpoint.truncate_jsonl(tmp_path / "absent.jsonl", 2)
+
+
+def test_random_states_come_back_through_a_file_without_pickle(tmp_path):
+    torch.save(checkpoint.random_state(), tmp_path / "state.pt")
+    expected = random.random(), np.random.rand(), torch.rand(3)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    checkpoint.set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (random.random(), np.random.rand()) == expected[:2]
+    assert torch.rand(3).equal(expected[2])

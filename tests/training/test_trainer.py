@@ -1,0 +1,231 @@
+"""Training: its loss falls, its resumed run is the unbroken one, its parts are METHOD's."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipvip.training.build import build_model
+from clipvip.training.config import ConfigError, OptimizerConfig
+from clipvip.training.trainer import TrainingError, decay_groups, schedule, train
+
+
+def rows(out, key="loss"):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in lines if key in row]
+
+
+def losses(out):
+    return {row["step"]: row["loss"] for row in rows(out)}
+
+
+def test_rate_rises_then_follows_a_cosine_to_zero():
+    factors = [schedule(step, 1000, 0.01) for step in range(1000)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1 and factors[505] == pytest.approx(0.5)
+    assert factors[10:] == sorted(factors[10:], reverse=True) and 0 < factors[-1] < 1e-5
+    assert schedule(0, 1, 0.01) == 1 and schedule(0, 10, 0) == 1
+
+
+def test_only_biases_layer_norms_and_scale_are_free_of_decay(make_config):
+    model, _ = build_model(make_config(), None)
+    decayed, free = decay_groups(model, OptimizerConfig(weight_decay=0.2))
+    names = {id(p): name for name, p in model.named_parameters()}
+    free_names = {names[id(p)] for p in free["params"]}
+    expected = {
+        name
+        for name in names.values()
+        if name.endswith("bias") or "norm" in name or "layrnorm" in name or name == "logit_scale"
+    }
+    assert free_names == expected
+    assert {"vision_model.pre_layrnorm.weight"} < free_names
+    assert any("layer_norm1.weight" in name for name in free_names)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0.0)
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    assert any("embedding" in names[id(p)] for p in decayed["params"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task=retrieval"],
+        ["task=omnisource"],
+        ["task=omnisource", "variant=vs", "accumulation=2", "model.gradient_checkpointing=true"],
+        ["task=retrieval", "mixed_precision=bf16", "data.num_workers=1", "data.paragraph=true"],
+    ],
+    ids=["retrieval", "vsc_fc", "vs-accumulated", "bf16"],
+)
+def test_loss_falls(make_config, overrides):
+    config = make_config("max_steps=60", "save_every=60", *overrides)
+    result = train(config)
+    curve = list(losses(config.out).values())
+    assert result["step"] == len(curve) == 60
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+
+
+def test_a_run_leaves_what_it_promises(make_config, world):
+    from clipvip.model import CLIPViPModel
+    from clipvip.model.processing import CLIPViPProcessor
+    from clipvip.training.evaluate import evaluate_checkpoint
+
+    annotations = world / "annotations.jsonl"
+    config = make_config(f"data.validation={annotations}", "eval_every=2", "save_every=3")
+    result = train(config)
+    out = Path(config.out)
+    for row in rows(out):
+        assert {"lr", "logit_scale", "grad_norm", "clips_per_second", "data_wait"} < row.keys()
+        assert 1 <= row["logit_scale"] <= 200.001 and 0 <= row["data_wait"] <= 1
+    key = "validation/text_to_video/R@1"
+    scores = {row["step"]: row[key] for row in rows(out, key)}
+    assert list(scores) == [2, 4, 6]
+    assert scores[result["best_step"]] == result["best_metric"] == max(scores.values())
+    assert list((out / "tensorboard").rglob("events*")) and (out / "config.yaml").is_file()
+    assert (out / "last").resolve().parent.name == "step-00000006"
+
+    for link in ("best", "last"):
+        CLIPViPModel.from_pretrained(out / link)
+        CLIPViPProcessor.from_pretrained(out / link)
+    saved = out / "scores.json"
+    again = evaluate_checkpoint(out / "best", annotations, out=saved, backend="reference")
+    assert again["text_to_video"]["R@1"] == result["best_metric"]
+    written = json.loads(saved.read_text())
+    assert written["clips"] == 16 and written["texts"] == 32 and written["missing"] == []
+    tables = ("text_to_video", "video_to_text", "text_to_video_dsl", "video_to_text_dsl")
+    for name in tables:
+        assert written[name].keys() == {"R@1", "R@5", "R@10", "median_rank", "mean_rank"}
+
+
+def test_a_folder_with_a_run_is_not_written_over(make_config):
+    train(make_config("max_steps=1"))
+    with pytest.raises(ConfigError, match=r"already holds a run .* resume=latest"):
+        train(make_config("max_steps=1"))
+    assert train(make_config("max_steps=1", "resume=latest"))["step"] == 1
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_clips_names(make_config, monkeypatch):
+    from clipvip.training import trainer
+
+    def broken(features, config):
+        return features["video"].sum() * math.nan
+
+    monkeypatch.setattr(trainer, "compute_loss", broken)
+    with pytest.raises(TrainingError, match=r"step 1: loss nan.*(red|blue|green|grey)-\w+\.mp4"):
+        train(make_config())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["accumulation=3"], "batch_size is 8; it must be a multiple of 3"),
+        (["batch_size=64"], "holds 16 clips, fewer than one micro-batch of 64"),
+        (["data.text_length=77"], "data.text_length is 77; the model reads at most 32"),
+        (["model.config.vision_config.num_proxis=3"], "did you mean vision_config.num_proxies?"),
+        (["data.train=absent.jsonl"], "absent.jsonl"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(make_config, capsys, overrides, message):
+    from clipvip.training.__main__ import main
+
+    with pytest.raises(SystemExit) as caught:
+        main([str(make_config.path), *overrides])
+    said = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert message in said and said.count("\n") == 1 and said.startswith("clipvip: error: ")
+
+
+def command(config_path, *overrides):
+    return [sys.executable, "-m", "clipvip.training", str(config_path), *overrides]
+
+
+def environment(**more):
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    threads = str(torch.get_num_threads())
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": threads} | more
+
+
+def test_killed_at_any_moment_the_resumed_run_equals_the_unbroken_one(make_config, tmp_path, world):
+    overrides = [
+        "max_steps=40", "save_every=3", "eval_every=7", "accumulation=2", "task=omnisource",
+        "model.config.text_config.attention_dropout=0.1",  # so that random states matter
+        f"data.validation={world / 'annotations.jsonl'}",
+    ]  # fmt: skip
+    train(make_config(*overrides, f"out={tmp_path / 'unbroken'}"))
+    broken = tmp_path / "broken"
+    moments = random.Random()
+    for attempt in range(4):
+        process = subprocess.Popen(
+            command(make_config.path, *overrides, f"out={broken}", "resume=latest"),
+            env=environment(),
+        )
+        if attempt == 3:
+            assert process.wait(120) == 0
+            break
+        start, log = time.monotonic(), broken / "metrics.jsonl"
+        written = log.stat().st_size if log.exists() else 0
+        while process.poll() is None and time.monotonic() - start < 60:
+            if log.exists() and log.stat().st_size > written + 400:
+                time.sleep(moments.random() * 0.3)
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert losses(broken) == losses(tmp_path / "unbroken")
+    assert [row["step"] for row in rows(broken)] == list(range(1, 41))
+    key = "validation/text_to_video/mean_rank"
+    pairs = [
+        [(row["step"], row[key]) for row in rows(out, key)]
+        for out in (broken, tmp_path / "unbroken")
+    ]
+    assert pairs[0] == pairs[1]
+
+
+def test_two_processes_train_as_one(make_config, tmp_path, world):
+    overrides = ["max_steps=3", "task=omnisource", f"data.validation={world / 'annotations.jsonl'}"]
+    train(make_config(*overrides, f"out={tmp_path / 'one'}"))
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20000, 60000))}
+    processes = [
+        subprocess.Popen(
+            command(make_config.path, *overrides, f"out={tmp_path / 'two'}"),
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                ACCELERATE_USE_CPU="true", **rendezvous,
+            ),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [process.wait(120) for process in processes] == [0, 0]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert two == pytest.approx(one, rel=1e-4)
+    key = "validation/text_to_video/R@5"
+    assert len(rows(tmp_path / "two", key)) == len(rows(tmp_path / "one", key))
+
+
+def test_real_clips(make_config, request, tmp_path):
+    """A few steps on real H.264 of several sizes."""
+    try:
+        clips = request.getfixturevalue("real_clips")
+    except pytest.FixtureLookupError:
+        pytest.skip("no fixture real_clips")
+    lines = [
+        {
+            "video": str(clip),
+            "text": f"the clip {Path(clip).stem}",
+            "start": start,
+            "end": start + 1,
+        }
+        for clip in clips
+        for start in (0, 1)
+    ]
+    path = tmp_path / "real.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = make_config(f"data.train={path}", "batch_size=4", "max_steps=3", "data.num_frames=4")
+    assert math.isfinite(train(config)["loss"])

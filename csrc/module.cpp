@@ -8,6 +8,7 @@
 
 #include "common/cpu_features.h"
 #include "common/tensor.h"
+#include "proxy_attention/op.h"
 
 namespace py = pybind11;
 using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -49,4 +50,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability",
         [] { return std::string(clipvip::cpu_capability_name(clipvip::cpu_capability())); });
   m.def("set_cpu_capability", &clipvip::set_cpu_capability, py::arg("name"));
+
+  m.def("proxy_attention_forward", &clipvip::proxy_attention_forward_op, release_gil());
+  m.def("proxy_attention_backward", &clipvip::proxy_attention_backward_op, release_gil());
+  m.def("proxy_attention_workspace", &clipvip::proxy_attention_workspace);
 }

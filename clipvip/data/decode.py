@@ -11,17 +11,21 @@ pixel aspect ratio is not applied); rotation and mirroring flags are.
 Times are seconds from the video's first frame.
 """
 
+import itertools
+import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.packet import Packet
 from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -33,6 +37,7 @@ from torch import Tensor
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # PyAV's names of formats
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
 
 
@@ -90,7 +95,7 @@ def read_frames(
             return image.expand(2, -1, -1, -1) if with_middle else image
         with _open(path) as container:
             stream = _video_stream(container, path)
-            index = _index(container, stream, path)
+            index = _index(container, stream, path, start, end)
             window = _window(index.times, start, end, path)
             times = index.times[window]
             chosen = choose_frames(times, num_frames, sampling, generator)
@@ -155,6 +160,17 @@ def _as_decode_errors(path: Path) -> Iterator[None]:
 # --- the first pass -------------------------------------------------------------------------
 
 
+class _Packet(NamedTuple):
+    """What is kept of a packet in the first pass: not its data."""
+
+    pts: int | None
+    dts: int | None
+    duration: int
+    is_keyframe: bool
+    is_discard: bool
+    is_corrupt: bool
+
+
 @dataclass(frozen=True, slots=True)
 class _Index:
     """The packets of a video.
@@ -192,15 +208,22 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
     raise DecodeError(path, f"no video in it (only {', '.join(kinds)})" if kinds else "not a video")
 
 
-def _index(container: InputContainer, stream: VideoStream, path: Path) -> _Index:
-    packets = [p for p in container.demux(stream) if p.size]
+def _index(
+    container: InputContainer,
+    stream: VideoStream,
+    path: Path,
+    start: float | None = None,
+    end: float | None = None,
+) -> _Index:
+    """The packets needed for what is shown in [start, end) seconds, or all of them."""
+    if stream.time_base is None:
+        raise DecodeError(path, "no time base in it")
+    packets, whole = _packets(container, stream, start, end)
     if any(p.is_corrupt for p in packets):
         raise DecodeError(path, "cut off or damaged: a packet of its video is not whole")
     visible = [p for p in packets if not p.is_discard]
     if not visible:
         raise DecodeError(path, "no frames in it")
-    if stream.time_base is None:
-        raise DecodeError(path, "no time base in it")
     tick = float(stream.time_base)
     by_count = container.format.name == "avi" or any(p.pts is None for p in visible)
     if by_count:
@@ -210,12 +233,14 @@ def _index(container: InputContainer, stream: VideoStream, path: Path) -> _Index
         duration = len(visible) * frame_time
     else:
         shown = np.unique(np.array([p.pts for p in visible], dtype=np.int64))
-        # Frames that refer to what came before the file's first keyframe cannot be decoded.
-        shown = shown[shown >= next((p.pts or 0 for p in visible if p.is_keyframe), shown[0])]
-        times = (shown - shown[0]) * tick
+        # Frames that refer to what came before the first keyframe cannot be decoded.
+        shown = shown[shown >= next((p.pts or 0 for p in packets if p.is_keyframe), shown[0])]
+        zero = shown[0] if stream.start_time is None else stream.start_time
+        times = (shown - zero) * tick
         last = max(visible, key=lambda p: p.pts or 0)
-        duration = float(times[-1]) + (last.duration or 0) * tick
-    _check_whole(container, stream, duration, path)
+        duration = float(times[-1]) + last.duration * tick
+    if whole:
+        _check_whole(container, stream, duration, path)
     return _Index(
         pts=np.array([0 if p.pts is None else p.pts for p in packets], dtype=np.int64),
         dts=np.array([p.pts or 0 if p.dts is None else p.dts for p in packets], dtype=np.int64),
@@ -227,6 +252,44 @@ def _index(container: InputContainer, stream: VideoStream, path: Path) -> _Index
     )
 
 
+def _packets(
+    container: InputContainer, stream: VideoStream, start: float | None, end: float | None
+) -> tuple[list[_Packet], bool]:
+    """Packets in decoding order, and whether they reach to the end of the file.
+
+    Of a part of a long video only that part is read, where the format is good at seeking.
+    """
+    source: Iterator[Packet] = container.demux(stream)
+    last = math.inf
+    if container.format.name in SEEKABLE and stream.start_time is not None and stream.time_base:
+        last = math.inf if end is None else stream.start_time + end / float(stream.time_base)
+        if start:
+            first = stream.start_time + int(start / float(stream.time_base))
+            for offset in (first, stream.start_time):
+                container.seek(offset, stream=stream)
+                source = container.demux(stream)
+                head = next(source)
+                source = itertools.chain([head], source)
+                if head.is_keyframe and head.pts is not None and head.pts <= first:
+                    break
+    packets: list[_Packet] = []
+    for packet in source:
+        if packet.size:
+            packets.append(
+                _Packet(
+                    packet.pts,
+                    packet.dts,
+                    packet.duration or 0,
+                    packet.is_keyframe,
+                    packet.is_discard,
+                    packet.is_corrupt,
+                )
+            )
+        if packet.dts is not None and packet.dts > last:
+            return packets, False
+    return packets, True
+
+
 def _check_whole(
     container: InputContainer, stream: VideoStream, duration: float, path: Path
 ) -> None:
@@ -234,9 +297,8 @@ def _check_whole(
     claimed = 0.0
     if stream.duration is not None and stream.time_base is not None:
         claimed = float(stream.duration * stream.time_base)
-    elif "DURATION" in stream.metadata:
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        claimed = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    elif tag := re.match(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
+        claimed = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
         claimed -= (stream.start_time or 0) * float(stream.time_base or 0)
     elif container.duration is not None and len(container.streams) == 1:
         claimed = container.duration / av.time_base
@@ -313,7 +375,9 @@ def _seek_and_decode(
     context = stream.codec_context
     while waiting:
         key = index.keyframe_for(next(iter(waiting)))
+        # A seek may land before its keyframe; only a later keyframe is worth another.
         fed, packets = _seek(container, stream, index, key)
+        ahead = max(fed, key)
         for packet in packets:
             context.skip_frame = "DEFAULT" if packet.pts in waiting else "NONREF"
             for frame in packet.decode():
@@ -323,7 +387,8 @@ def _seek_and_decode(
                     yield waiting.pop(frame.pts), frame
                     key = index.keyframe_for(next(iter(waiting))) if waiting else 0
             fed += 1
-            if not waiting or key > fed:
+            ahead = max(fed, ahead)
+            if not waiting or key > ahead:
                 break
         else:
             raise _SeekFailed
@@ -331,7 +396,7 @@ def _seek_and_decode(
 
 def _seek(
     container: InputContainer, stream: VideoStream, index: _Index, key: int
-) -> tuple[int, Iterator[Any]]:
+) -> tuple[int, Iterator[Packet]]:
     """Moves to keyframe `key` or before it: the position reached, and the packets from there."""
     for offset in (index.pts[key], index.dts[key]):
         container.seek(int(offset), stream=stream)
@@ -341,13 +406,8 @@ def _seek(
             continue
         reached = np.flatnonzero((index.pts == first.pts) & index.keyframe)
         if len(reached) == 1 and reached[0] <= key:
-            return int(reached[0]), _chain(first, packets)
+            return int(reached[0]), itertools.chain([first], packets)
     raise _SeekFailed
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _decode_all(

@@ -6,6 +6,7 @@ The authors save one state dict by torch.save: transformers' CLIPModel of 2022 u
 
 import contextlib
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from clipvip.model.configuration import CLIPViPConfig
 
 logger = logging.get_logger(__name__)
 
+AUTHORS_SUFFIXES = (".pt", ".pth")
 _PREFIX = "clipmodel."
 _NESTED = ("model", "state_dict", "model_state_dict")
 # The paper's models and every CLIP ViT-B and ViT-L; the files do not say.
@@ -30,9 +32,14 @@ def read_authors_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read the authors' file (.pt) into a state dict with our names.
 
     A state dict nested under "model" or "state_dict" and the prefix "module." of wrapped models
-    are unwrapped; `position_ids` are dropped. Raises ValueError for a file of something else.
+    are unwrapped; `position_ids` are dropped. Nothing in the file is executed. Raises ValueError
+    for a file of something else.
     """
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a PyTorch file of weights: {reason}") from error
     while isinstance(content, dict) and (inner := [k for k in _NESTED if k in content]):
         content = content[inner[0]]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):

@@ -12,6 +12,7 @@ Parameters have the names of transformers' CLIPModel, and beside them
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from transformers.utils import ModelOutput, logging
 
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
-from clipvip.model.conversion import infer_config, read_authors_checkpoint
+from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.ops import proxy_attention
 
 logger = logging.get_logger(__name__)
@@ -125,8 +126,8 @@ def temporal_positions(embedding: Tensor, frame_offsets: Tensor, num_frames: int
     """Each packed frame's temporal embedding, stretched to the length of its own video.
 
     For a video of N frames this is linear interpolation of the embedding's T rows with
-    align_corners=False: frame t reads at x = (t + ½)·T/N - ½, clamped to [0, T-1]; row i has
-    the weight max(0, 1 - |x - i|). Exactly the embedding where N = T.
+    align_corners=False: frame t reads at (t + ½)·T/N - ½, clamped to [0, T-1]. Exactly row t
+    where N = T.
 
     embedding: [T, C]. Returns [F, C] in its dtype.
     """
@@ -135,8 +136,10 @@ def temporal_positions(embedding: Tensor, frame_offsets: Tensor, num_frames: int
     within = torch.arange(num_frames, device=video.device) - frame_offsets[video]
     length = frame_offsets.diff()[video]
     at = ((within + 0.5) * (rows / length) - 0.5).clamp(0, rows - 1)
-    weights = 1 - (at[:, None] - torch.arange(rows, device=at.device)).abs()
-    return (weights.clamp(min=0) @ embedding.float()).to(embedding.dtype)
+    before = at.long()
+    after = (before + 1).clamp(max=rows - 1)
+    share = (at - before).to(embedding.dtype)[:, None]
+    return torch.lerp(embedding[before], embedding[after], share)
 
 
 class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
@@ -360,7 +363,7 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         added: frozenset[str] = frozenset()
         if source is None:
             location = None
-        elif os.path.isfile(source):
+        elif os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES:
             location = None
             kwargs["state_dict"] = read_authors_checkpoint(source)
             options = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}

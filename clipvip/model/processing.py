@@ -117,7 +117,7 @@ class CLIPViPProcessor(ProcessorMixin):
         if isinstance(video, str | os.PathLike):
             from clipvip.data.decode import read_frames
 
-            return read_frames(video, self.num_frames, size=self.image_size)
+            return read_frames(Path(video), self.num_frames, size=self.image_size)
         if isinstance(video, list | tuple):
             if not video:
                 return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)

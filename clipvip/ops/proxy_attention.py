@@ -3,6 +3,75 @@
 import torch
 from torch import Tensor
 
+from clipvip.ops import _native
+
+
+def proxy_attention(
+    qkv: Tensor,
+    frame_offsets: Tensor,
+    num_proxies: int,
+    patches_per_frame: int,
+    scale: float | None = None,
+    *,
+    backend: str = "native",
+) -> Tensor:
+    """Attention in which patches see their own frame and the proxies, and proxies see everything.
+
+    Equivalent, for a batch of one video, to:
+
+        frame = torch.arange(num_frames).repeat_interleave(patches_per_frame)
+        frame = torch.cat([torch.full((num_proxies,), -1), frame])  # a proxy is of no frame
+        seen = (frame[:, None] == frame) | (frame == -1) | (frame[:, None] == -1)
+        query, key, value = qkv.permute(1, 2, 0, 3)  # [H, T, D]
+        out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale).transpose(0, 1)
+
+    Videos of different lengths lie one after another without padding: video b is its M proxies,
+    then its frames' patches, and starts at token b·M + frame_offsets[b]·L.
+
+    Args:
+        qkv: [T, 3, H, D], a packed projection's output, in fp32, bf16 or fp16, on the CPU; read
+            in place whatever its strides, except that a last dimension with gaps is copied.
+            D is a multiple of 16, at most 128. T = B·M + frame_offsets[B]·L.
+        frame_offsets: [B + 1] int32, the running sum of frames: 0, n_0, n_0 + n_1, … A video of
+            0 frames has proxies only; an image is a video of one frame.
+        num_proxies: M ≥ 1.
+        patches_per_frame: L ≥ 1.
+        scale: of the logits; D ** -0.5 by default.
+        backend: "native", the compiled kernel, or "reference", plain PyTorch for any device and
+            floating dtype.
+
+    Returns:
+        [T, H, D], contiguous, of qkv's dtype; statistics and sums are fp32. Differentiable once
+        in qkv; backward recomputes the weights. Neither result nor gradient depends on the number
+        of threads. Under autocast qkv is cast first.
+
+    Raises:
+        ValueError: sizes do not fit together, frame_offsets decreases, or backend is unknown.
+        TypeError: qkv is not of a dtype above or frame_offsets is not int32.
+        RuntimeError: the compiled module, or its kernels for this device, are missing.
+    """
+    _check(qkv, frame_offsets, num_proxies, patches_per_frame)
+    device = qkv.device.type
+    if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+        qkv = qkv.to(torch.get_autocast_dtype(device))
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "reference":
+        with torch.autocast(device, enabled=False):
+            return proxy_attention_reference(
+                qkv, frame_offsets, num_proxies, patches_per_frame, scale
+            )
+    if backend != "native":
+        raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
+    _native.module()
+    _native.check_device(qkv, frame_offsets)
+    _native.check_dtype("qkv", qkv)
+    if qkv.shape[-1] % 16 or not 16 <= qkv.shape[-1] <= 128:
+        raise ValueError(
+            f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 16 up to 128; "
+            "backend='reference' takes others"
+        )
+    return _forward(qkv, frame_offsets, num_proxies, patches_per_frame, scale)[0]
+
 
 def proxy_attention_reference(
     qkv: Tensor,
@@ -12,6 +81,7 @@ def proxy_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """What the op means, in plain PyTorch; differentiable, any dtype and device."""
+    _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
     offsets = frame_offsets.tolist()
@@ -28,14 +98,161 @@ def proxy_attention_reference(
     return torch.cat(outputs) if outputs else qkv[:, 0]
 
 
-def proxy_attention(
+def _check(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int) -> None:
+    """Everything that can be said without reading the values of frame_offsets."""
+    if not isinstance(qkv, Tensor) or not qkv.is_floating_point():
+        given = qkv.dtype if isinstance(qkv, Tensor) else type(qkv).__name__
+        raise TypeError(f"qkv is {given}, expected a tensor of floating dtype")
+    if not isinstance(frame_offsets, Tensor) or frame_offsets.dtype != torch.int32:
+        tensor = isinstance(frame_offsets, Tensor)
+        given = frame_offsets.dtype if tensor else type(frame_offsets).__name__
+        raise TypeError(f"frame_offsets is {given}, expected an int32 tensor")
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv is {list(qkv.shape)}, expected [T, 3, H, D]")
+    if frame_offsets.ndim != 1 or frame_offsets.shape[0] == 0:
+        raise ValueError(f"frame_offsets is {list(frame_offsets.shape)}, expected [B + 1]")
+    for name, value in (("num_proxies", num_proxies), ("patches_per_frame", patches_per_frame)):
+        if not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{name} is {type(value).__name__}, expected int")
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+
+
+def _check_offsets(
+    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
+) -> None:
+    """The values of frame_offsets; called where they exist, which is not while tracing."""
+    offsets = frame_offsets.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"frame_offsets[0] is {offsets[0]}, expected 0")
+    for i, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        if last < first:
+            raise ValueError(
+                f"frame_offsets decreases: [{i}] is {first} and [{i + 1}] is {last}; "
+                "expected the running sum of frames"
+            )
+    tokens, videos = qkv.shape[0], len(offsets) - 1
+    patches = tokens - videos * num_proxies
+    if patches != offsets[-1] * patches_per_frame:
+        frames, rest = divmod(patches, patches_per_frame)
+        held = f"{frames} frames" if rest == 0 else f"{patches / patches_per_frame:.2f} frames"
+        raise ValueError(
+            f"frame_offsets[-1] is {offsets[-1]} but qkv holds {held} "
+            f"(T={tokens}, B={videos}, M={num_proxies}, L={patches_per_frame})"
+        )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _workspace(
+    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int, backward: bool
+) -> tuple[Tensor, int]:
+    """What the kernel writes its intermediate results to, and the number of threads."""
+    _, _, heads, head_dim = qkv.shape
+    threads = torch.get_num_threads()
+    floats = _native.module().proxy_attention_workspace(
+        num_proxies, patches, heads, head_dim, int(frame_offsets[-1]), threads, backward
+    )
+    return qkv.new_empty(floats, dtype=torch.float32), threads
+
+
+@torch.library.custom_op("clipvip::proxy_attention_forward", mutates_args=(), device_types="cpu")
+def _forward(
+    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [T, H, D] and lse [H, T] (fp32), base 2: log2 of the sum of 2^(scaled logit · log2 e)."""
+    _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
+    qkv, frame_offsets = _rows(qkv), frame_offsets.contiguous()
+    out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
+    workspace, threads = _workspace(qkv, frame_offsets, num_proxies, patches_per_frame, False)
+    _native.module().proxy_attention_forward(
+        _native.handle(qkv),
+        _native.handle(frame_offsets),
+        num_proxies,
+        patches_per_frame,
+        scale,
+        _native.handle(out),
+        _native.handle(lse),
+        _native.handle(workspace),
+        threads,
+    )
+    return out, lse
+
+
+@_forward.register_fake
+def _forward_like(
+    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    tokens, _, heads, head_dim = qkv.shape
+    lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
+    return qkv.new_empty(tokens, heads, head_dim), lse
+
+
+@torch.library.custom_op("clipvip::proxy_attention_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad_out: Tensor,
     qkv: Tensor,
     frame_offsets: Tensor,
     num_proxies: int,
     patches_per_frame: int,
-    scale: float | None = None,
-    *,
-    backend: str = "native",
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
 ) -> Tensor:
-    """[T, 3, H, D] → [T, H, D]."""
-    return proxy_attention_reference(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
+    """The gradient of qkv, [T, 3, H, D], from that of out and what forward gave."""
+    _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
+    if grad_out.shape != out.shape or grad_out.dtype != qkv.dtype:
+        raise ValueError(
+            f"grad_out is {grad_out.dtype} {list(grad_out.shape)}, "
+            f"expected {qkv.dtype} {list(out.shape)} like out"
+        )
+    grad_out, qkv, frame_offsets = _rows(grad_out), _rows(qkv), frame_offsets.contiguous()
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    workspace, threads = _workspace(qkv, frame_offsets, num_proxies, patches_per_frame, True)
+    _native.module().proxy_attention_backward(
+        _native.handle(grad_out),
+        _native.handle(qkv),
+        _native.handle(frame_offsets),
+        num_proxies,
+        patches_per_frame,
+        scale,
+        _native.handle(out),
+        _native.handle(lse),
+        _native.handle(grad_qkv),
+        _native.handle(workspace),
+        threads,
+    )
+    return grad_qkv
+
+
+@_backward.register_fake
+def _backward_like(
+    grad_out: Tensor,
+    qkv: Tensor,
+    frame_offsets: Tensor,
+    num_proxies: int,
+    patches_per_frame: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    qkv, frame_offsets, *ctx.sizes = inputs
+    ctx.save_for_backward(qkv, frame_offsets, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out: Tensor | None, grad_lse: None):
+    if grad_out is None:
+        return None, None, None, None, None
+    qkv, frame_offsets, out, lse = ctx.saved_tensors
+    grad_qkv = _backward(grad_out, qkv, frame_offsets, *ctx.sizes, out, lse)
+    return grad_qkv, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -125,7 +125,7 @@ CLIPVIP_INLINE void for_each_panel(int64_t vectors, const Body& body) {
 }
 
 template <typename Dot, typename Epilogue>
-CLIPVIP_INLINE void gemm(int64_t rows, int64_t vectors, int64_t k_words, Operand<Dot> a,
+__attribute__((noinline)) void gemm(int64_t rows, int64_t vectors, int64_t k_words, Operand<Dot> a,
                          const typename Dot::Word* b, const Epilogue& epilogue) {
   for_each_panel(vectors, [&](int64_t v, auto width) {
     constexpr int NV = decltype(width)::value, MR = tile_rows(NV);

@@ -22,6 +22,11 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own AVX-512 headers make "undefined" vectors by reading an uninitialised one.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 
 #define CLIPVIP_INLINE inline __attribute__((always_inline))
 

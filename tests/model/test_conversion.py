@@ -71,6 +71,11 @@ def test_file_that_does_not_fit_is_explained(make_model, tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no CLIP-ViP checkpoint"):
         CLIPViPModel.from_pretrained(tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ValueError, match="cannot be read as a PyTorch file"):
+        CLIPViPModel.from_pretrained(tmp_path / "text.pt")
+    with pytest.raises(FileNotFoundError, match=r"absent.pt"):
+        CLIPViPModel.from_pretrained(tmp_path / "absent.pt")
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="no state dict"):
         CLIPViPModel.from_pretrained(tmp_path / "list.pt")

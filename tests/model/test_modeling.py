@@ -10,7 +10,7 @@ LENGTHS = [3, 0, 1, 12, 5]
 
 
 def offsets(lengths):
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def frames(count, size=32, seed=0):
@@ -146,10 +146,9 @@ def losses_gradients(model, texts):
 
 def test_every_weight_gets_a_gradient(make_model, texts, backend):
     _, gradients = losses_gradients(make_model(attention_backend=backend).train(), texts)
-    # A key's bias shifts a query's logits all alike.
-    silent = [n for n, g in gradients.items() if g.abs().max() < 1e-9 and "k_proj.bias" not in n]
-    # Tokens and positions that no text of the batch has.
-    assert not silent
+    silent = {name for name, gradient in gradients.items() if gradient.abs().max() < 1e-9}
+    # A key's bias shifts all logits of a query alike.
+    assert all(name.endswith("k_proj.bias") for name in silent)
 
 
 def test_loss_sums_both_directions(make_model, texts):
@@ -196,8 +195,9 @@ def test_autocast_trains_near_fp32(make_model, texts):
     assert F.cosine_similarity(rough[name].flatten(), gradients[name].flatten(), 0) > 0.98
 
 
-def test_compiled_whole_equals_eager(make_model, texts):
+def test_compiled_whole_equals_eager(make_model):
     model = make_model()
+    model.vision_model.encoder.layers = model.vision_model.encoder.layers[:1]
     where = offsets([1, 2, 3])
     compiled = torch.compile(model.get_video_features, fullgraph=True, backend="aot_eager")
     expected = model.get_video_features(frames(6), where)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_paths_are_decoded(processor, monkeypatch, tmp_path):
 
     monkeypatch.setattr(decode, "read_frames", read_frames)
     batch = processor(videos=[tmp_path / "a.mp4", "b.mp4"])
-    assert asked == [(tmp_path / "a.mp4", 4, 32), ("b.mp4", 4, 32)]
+    assert asked == [(tmp_path / "a.mp4", 4, 32), (Path("b.mp4"), 4, 32)]
     assert batch["frame_offsets"].tolist() == [0, 4, 8]
 
 

@@ -1,0 +1,568 @@
+// Proxy-guided attention on the CPU, compiled once per instruction set.
+//
+// The unit of work is one frame of one head. Its queries and its keys are the same tokens: the M
+// proxies of the video, then the frame's L patches. The patches' rows are complete; the proxies'
+// rows are partial over frames and are put together afterwards (in frame order, so that results do
+// not depend on the number of threads). Keys which are proxies count for proxies in the first
+// frame only. A video of one frame, or of none, has nothing to put together and is written
+// directly.
+#include "proxy_attention/params.h"
+
+#include "common/gemm.h"
+#include "common/parallel.h"
+
+namespace clipvip {
+namespace CLIPVIP_ISA {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+CLIPVIP_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Hands out pieces of a thread's workspace, all multiples of 16 floats.
+struct Arena {
+  float* next;
+
+  template <typename Word>
+  CLIPVIP_INLINE Word* take(int64_t words) {
+    float* piece = next;
+    next += round_up(words, 16);
+    return reinterpret_cast<Word*>(piece);
+  }
+};
+
+// The tokens of one frame, proxies first.
+struct Frame {
+  int64_t proxies, patches;  // M, and L or 0
+  int64_t proxy_token, patch_token;
+  bool first;   // of its video: the proxies' own keys count here
+  bool direct;  // the only one of its video: no partial results
+
+  int64_t tokens() const { return proxies + patches; }
+  CLIPVIP_INLINE int64_t token(int64_t row) const {
+    return row < proxies ? proxy_token + row : patch_token + (row - proxies);
+  }
+};
+
+CLIPVIP_INLINE Frame make_frame(const ProxyAttentionParams& p, int64_t video, int64_t frame) {
+  const int32_t* offsets = p.frame_offsets.as<int32_t>();
+  const int64_t begin = offsets[video], end = offsets[video + 1];
+  const int64_t start = video * p.num_proxies + begin * p.patches;
+  return {p.num_proxies,
+          end > begin ? p.patches : 0,
+          start,
+          start + p.num_proxies + (frame - begin) * p.patches,
+          frame == begin,
+          end - begin <= 1};
+}
+
+// The last video that begins at or before `frame` and has frames.
+CLIPVIP_INLINE int64_t video_of(const ProxyAttentionParams& p, int64_t frame) {
+  const int32_t* offsets = p.frame_offsets.as<int32_t>();
+  int64_t low = 0, high = p.videos();
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (offsets[middle] <= frame ? low : high) = middle;
+  }
+  return low;
+}
+
+template <typename T>
+struct TokenRows {  // one head of one of q, k, v, out, …: row(token) is its D elements
+  T* data;
+  int64_t step;
+
+  CLIPVIP_INLINE T* operator()(int64_t token) const { return data + token * step; }
+};
+
+template <typename T>
+CLIPVIP_INLINE TokenRows<T> part_of(const Tensor& qkv, int part, int64_t head) {
+  return {qkv.as<T>() + part * qkv.stride[1] + head * qkv.stride[2], qkv.stride[0]};
+}
+template <typename T>
+CLIPVIP_INLINE TokenRows<T> head_of(const Tensor& x, int64_t head) {
+  return {x.as<T>() + head * x.stride[1], x.stride[0]};
+}
+
+template <typename T>
+CLIPVIP_INLINE void store_scaled(T* to, const float* from, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; i += kLanes) store(to + i, mul(load(from + i), broadcast(factor)));
+}
+
+// ---- How probabilities are kept: fp32 as they are; bf16 in pairs along the inner dimension of
+// the product they enter, which is the keys (by_row) or the queries (by_column).
+
+template <typename Dot>
+struct Weights;
+
+template <>
+struct Weights<Fp32Dot> {
+  static CLIPVIP_INLINE void put(float* row, int64_t i, Vec weight) { store(row + i, weight); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Weights<Bf16Dot> {
+  static CLIPVIP_INLINE void put(float* row, int64_t i, Vec weight) {
+    store(reinterpret_cast<bfloat16*>(row) + i, weight);
+  }
+};
+#endif
+
+// Products q·k to logits in base 2.
+struct StoreLogits {
+  float* logits;
+  int64_t step;
+  float factor;
+
+  template <int MR, int NV>
+  CLIPVIP_INLINE void operator()(int64_t i, int64_t v, const Vec (&acc)[MR][NV]) const {
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+      for (int c = 0; c < NV; ++c) {
+        store(logits + (i + r) * step + (v + c) * kLanes, mul(acc[r][c], broadcast(factor)));
+      }
+    }
+  }
+};
+
+// Turns a row of logits into weights 2^(logit − highest), in place; padding becomes 0.
+template <typename Dot>
+CLIPVIP_INLINE void softmax_row(float* row, int64_t keys, float& highest, float& sum) {
+  const Vec least = broadcast(-kInfinity);
+  const int64_t whole = keys / kLanes * kLanes, rest = keys - whole;
+  Vec max0 = least, max1 = least;
+  for (int64_t i = 0; i < whole; i += 2 * kLanes) {
+    max0 = max(load(row + i), max0);
+    if (i + kLanes < whole) max1 = max(load(row + i + kLanes), max1);
+  }
+  if (rest) max1 = max(first(rest, load(row + whole), least), max1);
+  highest = reduce_max(max(max0, max1));
+  const Vec shift = broadcast(highest);
+  Vec total = zero();
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec weight = exp2(sub(load(row + i), shift));
+    total = add(total, weight);
+    Weights<Dot>::put(row, i, weight);
+  }
+  if (rest) {
+    const Vec weight = first(rest, exp2(sub(load(row + whole), shift)), zero());
+    total = add(total, weight);
+    Weights<Dot>::put(row, whole, weight);
+  }
+  sum = reduce_add(total);
+}
+
+// ---- Forward
+
+struct ForwardPartials {  // of one frame and head
+  float* acc;    // [M, D], sums of weights · values
+  float* stats;  // [M, 2], max and sum of weights
+};
+
+CLIPVIP_INLINE ForwardPartials forward_partials(const ProxyAttentionParams& p, int64_t frame,
+                                                int64_t head) {
+  const int64_t frames = p.frame_offsets.as<int32_t>()[p.videos()];
+  float* base = p.workspace.as<float>() +
+                p.threads * proxy_attention_floats_per_thread(p.num_proxies + p.patches,
+                                                              p.head_dim(), false);
+  const int64_t index = (frame * p.heads() + head) * p.num_proxies;
+  return {base + index * p.head_dim(),
+          base + frames * p.heads() * p.num_proxies * p.head_dim() + index * 2};
+}
+
+template <typename Dot, typename T>
+void forward_frame(const ProxyAttentionParams& p, int64_t video, int64_t frame_index, int64_t head,
+                   int thread) {
+  using Word = typename Dot::Word;
+  const Frame frame = make_frame(p, video, frame_index);
+  const int64_t D = p.head_dim(), d_words = D / Dot::kElements, d_vectors = D / kLanes;
+  const int64_t keys = frame.tokens(), vectors = (keys + kLanes - 1) / kLanes;
+  const int64_t key_words = (keys + Dot::kElements - 1) / Dot::kElements, step = vectors * kLanes;
+  const int64_t block = smaller(round_up(keys, kRowPadding), kProxyAttentionBlock);
+  Arena arena{p.workspace.as<float>() +
+              thread * proxy_attention_floats_per_thread(p.num_proxies + p.patches, D, false)};
+  Word* query = arena.take<Word>(block * d_words);
+  float* weights = arena.take<float>(block * step);
+  Word* key = arena.take<Word>(packed_words(d_words, vectors));
+  Word* value = arena.take<Word>(packed_words(key_words, d_vectors));
+  float* result = arena.take<float>(block * D);
+
+  const auto q = part_of<const T>(p.qkv, 0, head), k = part_of<const T>(p.qkv, 1, head),
+             v = part_of<const T>(p.qkv, 2, head);
+  const auto out = head_of<T>(p.out, head);
+  float* lse = p.lse.as<float>() + head * p.lse.stride[0];
+  pack_transposed<Dot>(key, [&](int64_t i) { return k(frame.token(i)); }, keys, d_words, vectors);
+  pack_rows<Dot>(value, [&](int64_t i) { return v(frame.token(i)); }, keys, d_vectors);
+
+  for (int64_t start = 0; start < keys; start += block) {
+    const int64_t rows = smaller(block, keys - start);
+    copy_rows<Dot>(query, d_words, [&](int64_t i) { return q(frame.token(start + i)); }, rows,
+                   round_up(rows, kRowPadding), d_words);
+    gemm<Dot>(rows, vectors, d_words, Operand<Dot>{query, d_words, 1}, key,
+              StoreLogits{weights, step, p.scale * kLog2E});
+    float highest[kProxyAttentionBlock], sum[kProxyAttentionBlock];
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = weights + i * step;
+      if (start + i < frame.proxies && !frame.first) {
+        for (int64_t j = 0; j < frame.proxies; ++j) row[j] = -kInfinity;
+      }
+      softmax_row<Dot>(row, keys, highest[i], sum[i]);
+    }
+    gemm<Dot>(rows, d_vectors, key_words,
+              Operand<Dot>{reinterpret_cast<const Word*>(weights), step, 1}, value,
+              StoreTile{result, D});
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = start + i, token = frame.token(row);
+      if (row < frame.proxies && !frame.direct) {
+        const ForwardPartials partials = forward_partials(p, frame_index, head);
+        store_scaled(partials.acc + row * D, result + i * D, D, 1.f);
+        partials.stats[row * 2] = highest[i];
+        partials.stats[row * 2 + 1] = sum[i];
+      } else {
+        store_scaled(out(token), result + i * D, D, 1.f / sum[i]);
+        lse[token] = highest[i] + ::log2f(sum[i]);
+      }
+    }
+  }
+}
+
+// The proxies of one video and head from their partial results over frames.
+template <typename T>
+void combine_forward(const ProxyAttentionParams& p, int64_t video, int64_t head) {
+  const int32_t* offsets = p.frame_offsets.as<int32_t>();
+  const int64_t D = p.head_dim(), begin = offsets[video], end = offsets[video + 1];
+  const auto out = head_of<T>(p.out, head);
+  for (int64_t m = 0; m < p.num_proxies; ++m) {
+    float highest = -kInfinity, sum = 0;
+    for (int64_t f = begin; f < end; ++f) {
+      const float each = forward_partials(p, f, head).stats[m * 2];
+      highest = each > highest || each != each ? each : highest;
+    }
+    Vec total[128 / kLanes];
+    for (int64_t d = 0; d < D / kLanes; ++d) total[d] = zero();
+    for (int64_t f = begin; f < end; ++f) {
+      const ForwardPartials partials = forward_partials(p, f, head);
+      const float weight = ::exp2f(partials.stats[m * 2] - highest);
+      sum += weight * partials.stats[m * 2 + 1];
+      for (int64_t d = 0; d < D / kLanes; ++d) {
+        total[d] = fma(broadcast(weight), load(partials.acc + m * D + d * kLanes), total[d]);
+      }
+    }
+    const int64_t token = video * p.num_proxies + begin * p.patches + m;
+    for (int64_t d = 0; d < D / kLanes; ++d) {
+      store(out(token) + d * kLanes, mul(total[d], broadcast(1.f / sum)));
+    }
+    p.lse.as<float>()[head * p.lse.stride[0] + token] = highest + ::log2f(sum);
+  }
+}
+
+template <typename Dot, typename T>
+void forward(const ProxyAttentionParams& p) {
+  const int32_t* offsets = p.frame_offsets.as<int32_t>();
+  const int64_t heads = p.heads();
+  parallel_for(offsets[p.videos()] * heads, p.threads, [&](int64_t unit, int thread) {
+    const int64_t frame = unit / heads;
+    forward_frame<Dot, T>(p, video_of(p, frame), frame, unit % heads, thread);
+  });
+  parallel_for(p.videos() * heads, p.threads, [&](int64_t unit, int thread) {
+    const int64_t video = unit / heads, frames = offsets[video + 1] - offsets[video];
+    if (frames == 0) forward_frame<Dot, T>(p, video, offsets[video], unit % heads, thread);
+    if (frames > 1) combine_forward<T>(p, video, unit % heads);
+  });
+}
+
+// ---- Backward. With P the weights, recomputed from the saved log-sum-exp:
+//   dV = Pᵀ·dO   dP = dO·Vᵀ   dS = P ∘ (dP − rowsum(O ∘ dO))   dQ = scale·dS·K   dK = scale·dSᵀ·Q
+// P and dS enter products both by rows (dQ) and by columns (dV, dK).
+
+template <typename Dot>
+struct Scores;
+
+template <>
+struct Scores<Fp32Dot> {
+  float *p, *ds;  // [rows, step]
+  int64_t step;
+
+  CLIPVIP_INLINE Scores(Arena& arena, int64_t rows, int64_t step)
+      : p(arena.take<float>(rows * step)), ds(arena.take<float>(rows * step)), step(step) {}
+  CLIPVIP_INLINE Operand<Fp32Dot> p_columns() const { return {p, 1, step}; }
+  CLIPVIP_INLINE Operand<Fp32Dot> ds_columns() const { return {ds, 1, step}; }
+  CLIPVIP_INLINE Operand<Fp32Dot> ds_rows() const { return {ds, step, 1}; }
+  CLIPVIP_INLINE void clear_p(int64_t i, int64_t j) { p[i * step + j] = 0; }
+  CLIPVIP_INLINE void clear_ds(int64_t i, int64_t j) { ds[i * step + j] = 0; }
+
+  struct PutP {
+    const Scores& to;
+    const float* lse;
+    float factor;
+
+    template <int MR, int NV>
+    CLIPVIP_INLINE void operator()(int64_t i, int64_t v, const Vec (&acc)[MR][NV]) const {
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; ++r) {
+        const Vec shift = broadcast(-lse[i + r]);
+#pragma GCC unroll 4
+        for (int c = 0; c < NV; ++c) {
+          store(to.p + (i + r) * to.step + (v + c) * kLanes,
+                exp2(fma(acc[r][c], broadcast(factor), shift)));
+        }
+      }
+    }
+  };
+  struct PutDs {
+    const Scores& to;
+    const float* delta;
+
+    template <int MR, int NV>
+    CLIPVIP_INLINE void operator()(int64_t i, int64_t v, const Vec (&acc)[MR][NV]) const {
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; ++r) {
+        const Vec shift = broadcast(delta[i + r]);
+#pragma GCC unroll 4
+        for (int c = 0; c < NV; ++c) {
+          const int64_t at = (i + r) * to.step + (v + c) * kLanes;
+          store(to.ds + at, mul(load(to.p + at), sub(acc[r][c], shift)));
+        }
+      }
+    }
+  };
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Scores<Bf16Dot> {
+  uint32_t *p, *ds;   // [rows / 2, step], words of two rows
+  uint32_t* ds_wide;  // [rows, step / 2], words of two keys
+  int64_t step;
+
+  CLIPVIP_INLINE Scores(Arena& arena, int64_t rows, int64_t step)
+      : p(arena.take<uint32_t>(rows / 2 * step)),
+        ds(arena.take<uint32_t>(rows / 2 * step)),
+        ds_wide(arena.take<uint32_t>(rows * step / 2)),
+        step(step) {}
+  CLIPVIP_INLINE Operand<Bf16Dot> p_columns() const { return {p, 1, step}; }
+  CLIPVIP_INLINE Operand<Bf16Dot> ds_columns() const { return {ds, 1, step}; }
+  CLIPVIP_INLINE Operand<Bf16Dot> ds_rows() const { return {ds_wide, step / 2, 1}; }
+  CLIPVIP_INLINE void clear_p(int64_t i, int64_t j) {
+    p[i / 2 * step + j] &= i % 2 ? 0x0000ffffu : 0xffff0000u;
+  }
+  CLIPVIP_INLINE void clear_ds(int64_t i, int64_t j) {
+    ds_wide[i * step / 2 + j / 2] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
+  }
+
+  // Words of two rows: bf16 of `low` in the low halves, of `high` in the high halves.
+  static CLIPVIP_INLINE __m512i pair(Vec low, Vec high) {
+    const __m512i order = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+        19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+
+  struct PutP {
+    const Scores& to;
+    const float* lse;
+    float factor;
+
+    template <int MR, int NV>
+    CLIPVIP_INLINE void operator()(int64_t i, int64_t v, const Vec (&acc)[MR][NV]) const {
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; r += 2) {
+        const Vec shift0 = broadcast(-lse[i + r]), shift1 = broadcast(-lse[i + r + 1]);
+#pragma GCC unroll 4
+        for (int c = 0; c < NV; ++c) {
+          const Vec p0 = exp2(fma(acc[r][c], broadcast(factor), shift0));
+          const Vec p1 = exp2(fma(acc[r + 1][c], broadcast(factor), shift1));
+          _mm512_storeu_si512(to.p + (i + r) / 2 * to.step + (v + c) * kLanes, pair(p0, p1));
+        }
+      }
+    }
+  };
+  struct PutDs {
+    const Scores& to;
+    const float* delta;
+
+    template <int MR, int NV>
+    CLIPVIP_INLINE void operator()(int64_t i, int64_t v, const Vec (&acc)[MR][NV]) const {
+#pragma GCC unroll 12
+      for (int r = 0; r < MR; r += 2) {
+        const Vec shift0 = broadcast(delta[i + r]), shift1 = broadcast(delta[i + r + 1]);
+#pragma GCC unroll 4
+        for (int c = 0; c < NV; ++c) {
+          const int64_t at = (i + r) / 2 * to.step + (v + c) * kLanes;
+          const __m512i p = _mm512_loadu_si512(to.p + at);
+          const Vec p0 = _mm512_castsi512_ps(_mm512_slli_epi32(p, 16));
+          const Vec p1 = _mm512_castsi512_ps(_mm512_and_si512(p, _mm512_set1_epi32(0xffff0000)));
+          const Vec ds0 = mul(p0, sub(acc[r][c], shift0)), ds1 = mul(p1, sub(acc[r + 1][c], shift1));
+          _mm512_storeu_si512(to.ds + at, pair(ds0, ds1));
+          bfloat16* wide = reinterpret_cast<bfloat16*>(to.ds_wide) + (v + c) * kLanes;
+          store(wide + (i + r) * to.step, ds0);
+          store(wide + (i + r + 1) * to.step, ds1);
+        }
+      }
+    }
+  };
+};
+#endif
+
+// [3, M, D] of one frame and head: the proxies' gradients of query, key and value.
+CLIPVIP_INLINE float* backward_partials(const ProxyAttentionParams& p, int64_t frame,
+                                        int64_t head) {
+  return p.workspace.as<float>() +
+         p.threads * proxy_attention_floats_per_thread(p.num_proxies + p.patches, p.head_dim(),
+                                                       true) +
+         (frame * p.heads() + head) * 3 * p.num_proxies * p.head_dim();
+}
+
+template <typename T>
+CLIPVIP_INLINE float dot_product(const T* a, const T* b, int64_t n) {
+  Vec sum = zero();
+  for (int64_t i = 0; i < n; i += kLanes) sum = fma(load(a + i), load(b + i), sum);
+  return reduce_add(sum);
+}
+
+template <typename Dot, typename T>
+void backward_frame(const ProxyAttentionParams& p, int64_t video, int64_t frame_index,
+                    int64_t head, int thread) {
+  using Word = typename Dot::Word;
+  const Frame frame = make_frame(p, video, frame_index);
+  const int64_t D = p.head_dim(), d_words = D / Dot::kElements, d_vectors = D / kLanes;
+  const int64_t keys = frame.tokens(), vectors = (keys + kLanes - 1) / kLanes;
+  const int64_t key_words = (keys + Dot::kElements - 1) / Dot::kElements, step = vectors * kLanes;
+  const int64_t block = smaller(round_up(keys, kRowPadding), kProxyAttentionBlock);
+  Arena arena{p.workspace.as<float>() +
+              thread * proxy_attention_floats_per_thread(p.num_proxies + p.patches, D, true)};
+  Scores<Dot> scores(arena, block, step);
+  Word* query = arena.take<Word>(block * d_words);
+  Word* grad_out = arena.take<Word>(block * d_words);
+  Word* query_rows = arena.take<Word>(block * d_words);
+  Word* grad_out_rows = arena.take<Word>(block * d_words);
+  float* grad_query = arena.take<float>(block * D);
+  float* grad_key = arena.take<float>(round_up(keys, kRowPadding) * D);
+  float* grad_value = arena.take<float>(round_up(keys, kRowPadding) * D);
+  Word* key = arena.take<Word>(packed_words(d_words, vectors));
+  Word* value = arena.take<Word>(packed_words(d_words, vectors));
+  Word* key_rows = arena.take<Word>(packed_words(key_words, d_vectors));
+  float lse[kProxyAttentionBlock], delta[kProxyAttentionBlock];
+
+  const auto q = part_of<const T>(p.qkv, 0, head), k = part_of<const T>(p.qkv, 1, head),
+             v = part_of<const T>(p.qkv, 2, head);
+  const auto out = head_of<const T>(p.out, head), dout = head_of<const T>(p.grad_out, head);
+  const float* saved_lse = p.lse.as<float>() + head * p.lse.stride[0];
+  const auto put = [&](int part, int64_t row, const float* from, float by) {
+    if (row < frame.proxies && !frame.direct) {
+      float* to = backward_partials(p, frame_index, head);
+      store_scaled(to + (part * frame.proxies + row) * D, from, D, by);
+    } else {
+      store_scaled(part_of<T>(p.grad_qkv, part, head)(frame.token(row)), from, D, by);
+    }
+  };
+  const auto key_row = [&](int64_t i) { return k(frame.token(i)); };
+  pack_transposed<Dot>(key, key_row, keys, d_words, vectors);
+  pack_transposed<Dot>(value, [&](int64_t i) { return v(frame.token(i)); }, keys, d_words, vectors);
+  pack_rows<Dot>(key_rows, key_row, keys, d_vectors);
+  std::memset(grad_key, 0, size_t(round_up(keys, kRowPadding) * D) * sizeof(float));
+  std::memset(grad_value, 0, size_t(round_up(keys, kRowPadding) * D) * sizeof(float));
+
+  for (int64_t start = 0; start < keys; start += block) {
+    const int64_t rows = smaller(block, keys - start), padded = round_up(rows, kRowPadding);
+    const int64_t row_words = (rows + Dot::kElements - 1) / Dot::kElements;
+    const auto query_row = [&](int64_t i) { return q(frame.token(start + i)); };
+    const auto grad_row = [&](int64_t i) { return dout(frame.token(start + i)); };
+    copy_rows<Dot>(query, d_words, query_row, rows, padded, d_words);
+    copy_rows<Dot>(grad_out, d_words, grad_row, rows, padded, d_words);
+    pack_rows<Dot>(query_rows, query_row, rows, d_vectors);
+    pack_rows<Dot>(grad_out_rows, grad_row, rows, d_vectors);
+    for (int64_t i = 0; i < padded; ++i) {
+      const int64_t token = frame.token(start + i);
+      lse[i] = i < rows ? saved_lse[token] : kInfinity;
+      delta[i] = i < rows ? dot_product<T>(out(token), dout(token), D) : 0;
+    }
+
+    gemm<Dot>(rows, vectors, d_words, Operand<Dot>{query, d_words, 1}, key,
+              typename Scores<Dot>::PutP{scores, lse, p.scale * kLog2E});
+    if (!frame.first) {
+      for (int64_t i = 0; i < smaller(rows, frame.proxies - start); ++i) {
+        for (int64_t j = 0; j < frame.proxies; ++j) scores.clear_p(i, j);
+      }
+    }
+    gemm<Dot>(rows, vectors, d_words, Operand<Dot>{grad_out, d_words, 1}, value,
+              typename Scores<Dot>::PutDs{scores, delta});
+    if (keys % Dot::kElements) {
+      for (int64_t i = 0; i < rows; ++i) scores.clear_ds(i, keys);
+    }
+    gemm<Dot>(keys, d_vectors, row_words, scores.p_columns(), grad_out_rows,
+              AddTile{grad_value, D});
+    gemm<Dot>(keys, d_vectors, row_words, scores.ds_columns(), query_rows, AddTile{grad_key, D});
+    gemm<Dot>(rows, d_vectors, key_words, scores.ds_rows(), key_rows, StoreTile{grad_query, D});
+    for (int64_t i = 0; i < rows; ++i) put(0, start + i, grad_query + i * D, p.scale);
+  }
+  for (int64_t i = 0; i < keys; ++i) {
+    put(1, i, grad_key + i * D, p.scale);
+    put(2, i, grad_value + i * D, 1.f);
+  }
+}
+
+template <typename T>
+void combine_backward(const ProxyAttentionParams& p, int64_t video, int64_t head) {
+  const int32_t* offsets = p.frame_offsets.as<int32_t>();
+  const int64_t D = p.head_dim(), begin = offsets[video], end = offsets[video + 1];
+  for (int part = 0; part < 3; ++part) {
+    for (int64_t m = 0; m < p.num_proxies; ++m) {
+      const int64_t token = video * p.num_proxies + begin * p.patches + m;
+      T* to = part_of<T>(p.grad_qkv, part, head)(token);
+      for (int64_t d = 0; d < D; d += kLanes) {
+        Vec sum = zero();
+        for (int64_t f = begin; f < end; ++f) {
+          sum = add(sum, load(backward_partials(p, f, head) + (part * p.num_proxies + m) * D + d));
+        }
+        store(to + d, sum);
+      }
+    }
+  }
+}
+
+template <typename Dot, typename T>
+void backward(const ProxyAttentionParams& p) {
+  const int32_t* offsets = p.frame_offsets.as<int32_t>();
+  const int64_t heads = p.heads();
+  parallel_for(offsets[p.videos()] * heads, p.threads, [&](int64_t unit, int thread) {
+    const int64_t frame = unit / heads;
+    backward_frame<Dot, T>(p, video_of(p, frame), frame, unit % heads, thread);
+  });
+  parallel_for(p.videos() * heads, p.threads, [&](int64_t unit, int thread) {
+    const int64_t video = unit / heads, frames = offsets[video + 1] - offsets[video];
+    if (frames == 0) backward_frame<Dot, T>(p, video, offsets[video], unit % heads, thread);
+    if (frames > 1) combine_backward<T>(p, video, unit % heads);
+  });
+}
+
+}  // namespace
+
+void proxy_attention_forward(const ProxyAttentionParams& params) {
+  switch (params.qkv.dtype) {
+    case DType::float32: return forward<Fp32Dot, float>(params);
+#if defined(__AVX512BF16__)
+    case DType::bfloat16: return forward<Bf16Dot, bfloat16>(params);
+#else
+    case DType::bfloat16: return forward<Fp32Dot, bfloat16>(params);
+#endif
+    default: return forward<Fp32Dot, float16>(params);
+  }
+}
+
+void proxy_attention_backward(const ProxyAttentionParams& params) {
+  switch (params.qkv.dtype) {
+    case DType::float32: return backward<Fp32Dot, float>(params);
+#if defined(__AVX512BF16__)
+    case DType::bfloat16: return backward<Bf16Dot, bfloat16>(params);
+#else
+    case DType::bfloat16: return backward<Fp32Dot, bfloat16>(params);
+#endif
+    default: return backward<Fp32Dot, float16>(params);
+  }
+}
+
+}  // namespace CLIPVIP_ISA
+}  // namespace clipvip

@@ -1,0 +1,53 @@
+// Proxy-guided attention: what the host hands to a kernel, and the CPU entry points.
+//
+// Video b holds M proxies and then frames of L patches each; it starts at token
+// b·M + frame_offsets[b]·L. A proxy sees every token of its video, a patch sees the proxies and
+// the patches of its own frame.
+#pragma once
+
+#include "common/cpu_features.h"
+#include "common/tensor.h"
+
+namespace clipvip {
+
+struct ProxyAttentionParams {
+  Tensor qkv;            // [T, 3, H, D]; float32, bfloat16 or float16, last dimension contiguous
+  Tensor frame_offsets;  // [B + 1] int32, contiguous, checked by the caller
+  int64_t num_proxies;
+  int64_t patches;
+  float scale;
+  int threads;
+  Tensor out;        // [T, H, D]
+  Tensor lse;        // [H, T] float32 contiguous: log2 of the sum of 2^(scaled logit · log2 e)
+  Tensor grad_out;   // [T, H, D]; backward only
+  Tensor grad_qkv;   // [T, 3, H, D]; backward only
+  Tensor workspace;  // float32: threads · floats_per_thread + partial_floats, see below
+
+  int64_t heads() const { return qkv.size[2]; }
+  int64_t head_dim() const { return qkv.size[3]; }
+  int64_t videos() const { return frame_offsets.size[0] - 1; }
+};
+
+// The kernels take the queries of a frame in blocks of this many rows.
+constexpr int64_t kProxyAttentionBlock = 48;
+
+// Floats of workspace that one thread needs, whichever instruction set runs.
+static inline int64_t proxy_attention_floats_per_thread(int64_t keys, int64_t head_dim,
+                                                        bool backward) {
+  const int64_t padded_keys = (keys + 23) / 24 * 24 + 16;
+  const int64_t rows = keys < kProxyAttentionBlock ? (keys + 23) / 24 * 24 : kProxyAttentionBlock;
+  return backward ? padded_keys * (5 * head_dim + 2 * rows) + rows * (5 * head_dim + 32)
+                  : padded_keys * (2 * head_dim + rows) + rows * (2 * head_dim + 32);
+}
+
+// Floats of the proxies' partial results, one for every frame and head.
+static inline int64_t proxy_attention_partial_floats(int64_t num_proxies, int64_t heads,
+                                                     int64_t head_dim, int64_t frames,
+                                                     bool backward) {
+  return frames * heads * num_proxies * (backward ? 3 * head_dim : head_dim + 2);
+}
+
+CLIPVIP_CPU_KERNEL(proxy_attention_forward, ProxyAttentionParams)
+CLIPVIP_CPU_KERNEL(proxy_attention_backward, ProxyAttentionParams)
+
+}  // namespace clipvip

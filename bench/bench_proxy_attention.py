@@ -1,0 +1,162 @@
+"""proxy_attention against what PyTorch offers: `pytest bench/bench_proxy_attention.py -s`.
+
+Forward and backward of one layer's attention, 12 heads of 64, as ViT-B/16 and ViT-B/32 have it.
+Writes bench/results/proxy_attention-*.json.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipvip.ops.proxy_attention import proxy_attention, proxy_attention_reference
+
+CASES = {
+    "b16-fp32": dict(videos=2, frames=12, patches=196, dtype="float32"),
+    "b16-bf16": dict(videos=2, frames=12, patches=196, dtype="bfloat16"),
+    "b32-fp32": dict(videos=4, frames=12, patches=49, dtype="float32"),
+    "b32-bf16": dict(videos=4, frames=12, patches=49, dtype="bfloat16"),
+    "b16-fp32-frames1": dict(videos=2, frames=1, patches=196, dtype="float32"),
+    "b16-fp32-frames4": dict(videos=2, frames=4, patches=196, dtype="float32"),
+    "b16-fp32-frames32": dict(videos=2, frames=32, patches=196, dtype="float32"),
+}
+HEADS, HEAD_DIM, PROXIES = 12, 64, 4
+
+
+def split(qkv: Tensor, frames: int, patches: int) -> tuple[Tensor, Tensor]:
+    """[B, M + N·L, 3, H, D] → proxies [3, B, H, M, D] and patches [3, B, H, N, L, D]."""
+    parts = qkv.permute(2, 0, 3, 1, 4)
+    return parts[..., :PROXIES, :], parts[..., PROXIES:, :].unflatten(3, (frames, patches))
+
+
+def join(proxies: Tensor, patches: Tensor) -> Tensor:
+    """[B, H, M, D] and [B, H, N, L, D] → [B, M + N·L, H, D]."""
+    return torch.cat([proxies, patches.flatten(2, 3)], 2).transpose(1, 2)
+
+
+def with_proxies(proxies: Tensor, patches: Tensor) -> Tensor:
+    """Every frame's keys or values with a copy of the proxies' before them: [B, H, N, M+L, D]."""
+    copies = proxies.unsqueeze(2).expand(-1, -1, patches.shape[2], -1, -1)
+    return torch.cat([copies, patches], 3)
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query * HEAD_DIM**-0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
+def eager(qkv: Tensor, frames: int, patches: int, attend: Callable = softmax_attention) -> Tensor:
+    """The authors' form: proxies' keys and values copied for each frame, two attentions."""
+    (proxy_q, proxy_k, proxy_v), (q, k, v) = split(qkv, frames, patches)
+    everything = [torch.cat([p, x.flatten(2, 3)], 2) for p, x in ((proxy_k, k), (proxy_v, v))]
+    own = [with_proxies(proxy_k, k), with_proxies(proxy_v, v)]
+    return join(attend(proxy_q, *everything), attend(q, *own))
+
+
+def two_sdpa(qkv: Tensor, frames: int, patches: int) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        shape = query.shape
+        query, key, value = (
+            x.reshape(-1, HEADS, *x.shape[-2:]) if x.ndim == 4 else x.transpose(1, 2).flatten(0, 1)
+            for x in (query, key, value)
+        )
+        out = F.scaled_dot_product_attention(query, key, value)
+        if len(shape) == 5:
+            out = out.unflatten(0, (shape[0], shape[2])).transpose(1, 2)
+        return out
+
+    return eager(qkv, frames, patches, attend)
+
+
+@functools.cache
+def seen(frames: int, patches: int) -> Tensor:
+    frame = torch.arange(frames).repeat_interleave(patches)
+    frame = torch.cat([torch.full((PROXIES,), -1), frame])
+    return (frame[:, None] == frame) | (frame == -1) | (frame[:, None] == -1)
+
+
+def masked_sdpa(qkv: Tensor, frames: int, patches: int) -> Tensor:
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(query, key, value, seen(frames, patches)).transpose(1, 2)
+
+
+@functools.cache
+def flex(frames: int, patches: int) -> Callable[[Tensor], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (q - PROXIES) // patches == (k - PROXIES) // patches
+        return (q < PROXIES) | (k < PROXIES) | same
+
+    tokens = PROXIES + frames * patches
+    mask = create_block_mask(visible, None, None, tokens, tokens, device="cpu")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(qkv: Tensor) -> Tensor:
+        query, key, value = (x.contiguous() for x in qkv.permute(2, 0, 3, 1, 4))
+        return compiled(query, key, value, block_mask=mask).transpose(1, 2)
+
+    return attend
+
+
+def ours(qkv: Tensor, frames: int, patches: int) -> Tensor:
+    offsets = torch.arange(qkv.shape[0] + 1, dtype=torch.int32) * frames
+    return proxy_attention(qkv.flatten(0, 1), offsets, PROXIES, patches).view_as(qkv[:, :, 0])
+
+
+def measure(
+    videos: int, frames: int, patches: int, dtype: str, backward: bool, seconds: float = 8.0
+) -> dict[str, Any]:
+    """Times every contestant on one size, in this process."""
+    torch.manual_seed(0)
+    qkv = torch.randn(videos, PROXIES + frames * patches, 3, HEADS, HEAD_DIM)
+    grad = torch.randn_like(qkv[:, :, 0])
+    qkv, grad = qkv.to(getattr(torch, dtype)), grad.to(getattr(torch, dtype))
+    exact = qkv.double().requires_grad_()
+    offsets = torch.arange(videos + 1, dtype=torch.int32) * frames
+    out = proxy_attention_reference(exact.flatten(0, 1), offsets, PROXIES, patches)
+    out = out.view_as(grad)
+    (exact_grad,) = torch.autograd.grad(out, exact, grad.double())
+
+    def step(attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        if not backward:
+            with torch.no_grad():
+                return (attend(qkv, frames, patches),)
+        leaf = qkv.detach().requires_grad_()
+        out = attend(leaf, frames, patches)
+        return out.detach(), *torch.autograd.grad(out, leaf, grad)
+
+    functions = {"eager": eager, "two SDPA": two_sdpa, "masked SDPA": masked_sdpa, "ours": ours}
+    if frames > 12:
+        del functions["masked SDPA"]  # quadratic in frames: minutes
+    contestants = {name: functools.partial(step, f) for name, f in functions.items()}
+    if not backward:
+        attend = flex(frames, patches)
+        contestants["FlexAttention"] = lambda: (attend(qkv),)
+    results = harness.compare(
+        contestants,
+        expected=(out.detach(), exact_grad),
+        tolerance=1e-5 if dtype == "float32" else 2e-2,
+        seconds=seconds,
+    )
+    return {"machine": harness.machine(), "results": results}
+
+
+@pytest.mark.parametrize("malloc", ["default", "tuned"])
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("case", CASES)
+def test_proxy_attention(case: str, direction: str, malloc: str, benchmark) -> None:
+    arguments = {**CASES[case], "backward": direction == "both"}
+    record = benchmark.pedantic(
+        harness.in_process,
+        args=(malloc, "bench_proxy_attention", "measure"),
+        kwargs=arguments,
+    )
+    record = {"case": case, "direction": direction, **arguments, **record}
+    benchmark.extra_info.update(record)
+    harness.save(f"proxy_attention-{case}-{direction}-{malloc}", record)
+    print(f"\n{case}, {direction}, {malloc} malloc\n{harness.table(record['results'])}")

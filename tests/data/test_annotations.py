@@ -1,0 +1,81 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from clipvip.data import annotations
+from clipvip.data.annotations import AnnotationError, Clip, load_annotations
+
+
+def write(folder: Path, *lines: str | bytes) -> Path:
+    path = folder / "clips.jsonl"
+    path.write_bytes(b"\n".join(x.encode() if isinstance(x, str) else x for x in lines))
+    return path
+
+
+def test_documented_example_is_valid(tmp_path: Path) -> None:
+    example = re.findall(r"^    (\{.*\})$", annotations.__doc__ or "", re.M)
+    clips = load_annotations(write(tmp_path, *example))
+    assert len(clips) == 4
+    assert clips[1] == Clip(
+        tmp_path / "talk.mp4", 12.5, 20.0, ("a man speaks", "he points"), line=2
+    )
+
+
+def test_paths_are_relative_to_the_file_and_lines_are_counted(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        b"\xef\xbb\xbf" + b'{"video": "a.mp4", "image": "b.jpg", "text": null}',
+        "",
+        '{"video": "/elsewhere/c.mp4"}',
+    )
+    first, second = load_annotations(path)
+    assert (first.video, first.image, first.text) == (tmp_path / "a.mp4", tmp_path / "b.jpg", ())
+    assert (second.video, second.line) == (Path("/elsewhere/c.mp4"), 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"video": "a.mp4"', "not JSON"),
+        (b'{"video": "\xff"}', "not UTF-8"),
+        ('["a.mp4"]', "expected an object in braces, got a list"),
+        ('{"text": "a"}', "no 'video'"),
+        ('{"video": 3}', "'video' must be a string, got the number 3"),
+        ('{"vidoe": "a.mp4"}', "unknown key 'vidoe' (did you mean 'video'?)"),
+        ('{"video": "a.mp4", "zzz": 1}', "unknown key 'zzz' (known: video, start"),
+        ('{"video": "a.mp4", "start": "1"}', "'start' must be a number of seconds, got a string"),
+        ('{"video": "a.mp4", "start": true}', "got true or false"),
+        ('{"video": "a.mp4", "end": -1}', "'end' must be finite and not negative, got -1"),
+        ('{"video": "a.mp4", "end": NaN}', "'end' must be finite"),
+        ('{"video": "a.mp4", "start": 5, "end": 5}', "'end' 5 is not after 'start' 5"),
+        ('{"video": "a.mp4", "text": []}', "'text' is an empty list"),
+        ('{"video": "a.mp4", "text": ["a", 1]}', "'text'[1] must be a sentence, got the number 1"),
+        ('{"video": "a.mp4", "caption": " "}', "'caption' is empty"),
+        ('{"video": "a.mp4", "subtitle": {}}', "'subtitle' must be a string, got an object"),
+    ],
+)
+def test_bad_line_is_named_with_file_line_and_reason(
+    tmp_path: Path, line: str | bytes, reason: str
+) -> None:
+    path = write(tmp_path, '{"video": "a.mp4"}', line)
+    with pytest.raises(AnnotationError) as caught:
+        load_annotations(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: ") and reason in message and "\n" not in message
+
+
+def test_several_bad_lines_are_reported_together(tmp_path: Path) -> None:
+    path = write(tmp_path, *[json.dumps({"text": str(i)}) for i in range(8)])
+    with pytest.raises(AnnotationError) as caught:
+        load_annotations(path)
+    message = str(caught.value)
+    assert message.count("no 'video'") == 5 and message.endswith("and 3 more bad lines")
+
+
+def test_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match="No such file"):
+        load_annotations(tmp_path / "none.jsonl")
+    with pytest.raises(AnnotationError, match="holds no clips"):
+        load_annotations(write(tmp_path, ""))

@@ -1,0 +1,331 @@
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from clipvip.data import decode
+from clipvip.data.decode import DecodeError, probe, read_frames
+from clipvip.data.sampling import choose_frames
+
+Numbers = Callable[[Tensor], list[int]]
+
+FINE = {"g": "10", "bf": "2", "b": "9M", "qmin": "1", "qmax": "2"}
+
+# name → how it is coded; what matters is where keyframes lie and how frames are reordered
+CODINGS = {
+    "intra.mp4": {"options": {"g": "1"}},
+    "gop10.mp4": {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}},
+    "open.mp4": {"options": {"g": "10", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}},
+    "one_key.mp4": {"options": {"g": "1000", "bf": "3", "sc_threshold": "0"}},
+    "gop10.mkv": {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}},
+    "gop10.ts": {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}},
+    "gop10.avi": {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "10", "deadline": "realtime"}},
+    "hevc.mp4": {
+        "codec": "libx265",
+        "size": (64, 64),
+        "options": {"x265-params": "keyint=10:log-level=none"},
+    },
+    "mpeg2.mpg": {
+        "codec": "mpeg2video",
+        "options": FINE,
+    },
+    "mpeg4.avi": {
+        "codec": "mpeg4",
+        "options": FINE,
+    },
+    "raw.h264": {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}},
+}
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_frames_are_those_asked_for(name: str, make_video, numbers: Numbers) -> None:
+    path = make_video(name, **CODINGS[name])
+    times = np.arange(60) / 25
+    for sampling in ("uniform", "fps:4", "clip:5"):
+        for seed in (None, 0, 1):
+            first, again = (None if seed is None else np.random.default_rng(seed) for _ in range(2))
+            frames = read_frames(path, 8, size=16, sampling=sampling, generator=first)
+            expected = choose_frames(times, 8, sampling, again)
+            assert numbers(frames) == expected.tolist(), (sampling, seed)
+            assert frames.dtype == torch.uint8 and frames.shape[1:] == (3, 16, 16)
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_part_of_a_video_is_what_is_shown_from_start_to_end(
+    name: str, make_video, numbers: Numbers
+) -> None:
+    path = make_video(name, **CODINGS[name])
+    for start, end, first, last in [
+        (0.5, 1.2, 12, 29),
+        (None, 0.4, 0, 9),
+        (1.98, None, 49, 59),
+        (1.0, 1.01, 25, 25),
+        (0.0, 99.0, 0, 59),
+    ]:
+        found = numbers(read_frames(path, 30, size=16, start=start, end=end))
+        assert (found[0], found[-1]) == (first, last), (start, end)
+        if last - first < 30:
+            assert sorted(set(found)) == list(range(first, last + 1)), (start, end)
+
+
+def test_real_clips_give_the_frames_of_a_full_decode(real_clips: dict[str, Path]) -> None:
+    for path in real_clips.values():
+        converter = decode._Converter(32)
+        with av.open(str(path)) as container:
+            full = torch.empty(container.streams.video[0].frames, 3, 32, 32, dtype=torch.uint8)
+            for frame, out in zip(container.decode(video=0), full, strict=True):
+                converter.convert(frame, out.numpy())
+            rate = float(container.streams.video[0].average_rate)
+        times = np.arange(len(full)) / rate
+        for seed in range(4):
+            generators = [np.random.default_rng(seed) if seed else None for _ in range(2)]
+            frames = read_frames(path, 12, size=32, generator=generators[0])
+            assert torch.equal(frames, full[choose_frames(times, 12, generator=generators[1])])
+
+
+@pytest.mark.parametrize(("name", "jumps"), [("one_key.mp4", 1), ("gop10.mp4", 4)])
+def test_seeks_only_where_a_keyframe_lies_between(
+    name: str, jumps: int, make_video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(name, **CODINGS[name])
+    seek, calls = decode._seek, []
+    monkeypatch.setattr(decode, "_seek", lambda *given: calls.append(0) or seek(*given))
+    read_frames(path, 4, size=16)
+    assert len(calls) == jumps
+
+
+def test_threads_change_nothing(real_clips: dict[str, Path]) -> None:
+    one, many = (read_frames(real_clips["bikes"], 5, size=32, threads=n) for n in (1, 0))
+    assert torch.equal(one, many)
+
+
+def test_varying_frame_rate_is_sampled_by_time(make_video, numbers: Numbers) -> None:
+    times = [20 * i for i in range(30)] + [600 + 300 * i for i in range(10)]
+    for name in ("vfr.mp4", "vfr.mkv"):
+        path = make_video(name, count=40, times=times, options={"bf": "2", "g": "15"})
+        wanted = np.linspace(0, 3300, 12)
+        nearest = [int(np.abs(np.array(times) - t).argmin()) for t in wanted]
+        assert numbers(read_frames(path, 12, size=16)) == nearest
+
+
+def test_frames_before_the_edit_list_are_not_shown(tmp_path: Path, make_video, numbers) -> None:
+    whole = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
+    cut = tmp_path / "cut.mp4"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        shift = round(13 / 25 / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                packet.stream = copy
+                target.mux(packet)
+    with av.open(str(cut)) as container:
+        shown = [frame.pts for frame in container.decode(video=0)]
+    found = numbers(read_frames(cut, 5, size=16))
+    assert len(shown) == probe(cut).num_frames
+    assert (found[0], found[-1]) == (60 - len(shown), 59)
+
+
+def test_a_clip_shorter_than_asked_repeats_frames(make_video, numbers: Numbers) -> None:
+    path = make_video("short.mp4", count=3)
+    assert numbers(read_frames(path, 6, size=16)) == [0, 0, 1, 1, 2, 2]
+    assert numbers(read_frames(make_video("single.mp4", count=1), 4, size=16)) == [0] * 4
+
+
+def test_the_middle_frame_follows_when_asked(make_video, numbers: Numbers) -> None:
+    path = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
+    frames = read_frames(
+        path, 2, size=16, start=0.4, end=1.2, with_middle=True, generator=np.random.default_rng(0)
+    )
+    assert len(frames) == 3 and numbers(frames)[2] == 20
+
+
+@pytest.mark.parametrize("width, height", [(35, 51), (97, 33), (16, 16), (7, 200)])
+def test_odd_sizes_are_resized_and_cut_in_the_centre(
+    width: int, height: int, write_video, tmp_path: Path
+) -> None:
+    rows, columns = np.mgrid[0:height, 0:width] / max(width, height)
+    shades = [rows, columns, (rows + columns) / 2]
+    pixels = (np.stack(shades, -1) * 250).astype(np.uint8)
+    path = write_video(tmp_path / "odd.mkv", [pixels], codec="ffv1", pixel_format="bgr0")
+    frame = read_frames(path, 1, size=16)[0].float()
+    scale = 16 / min(width, height)
+    shape = max(16, round(height * scale)), max(16, round(width * scale))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    expected = F.interpolate(image, shape, mode="bicubic", antialias=True, align_corners=False)[0]
+    top, left = (shape[0] - 16) // 2, (shape[1] - 16) // 2
+    difference = (frame - expected[:, top : top + 16, left : left + 16]).abs()
+    assert difference.mean() < 1.5 and difference.max() < 8
+
+
+# a, b, c, d of the display matrix; where the frame's top left, top right, bottom left corner go
+ORIENTATIONS = {
+    "none": ((1, 0, 0, 1), ("top left", "top right", "bottom left")),
+    "quarter turn clockwise": ((0, 1, -1, 0), ("top right", "bottom right", "top left")),
+    "half turn": ((-1, 0, 0, -1), ("bottom right", "bottom left", "top right")),
+    "three quarters": ((0, -1, 1, 0), ("bottom left", "top left", "bottom right")),
+    "mirrored": ((-1, 0, 0, 1), ("top right", "top left", "bottom right")),
+    "transposed": ((0, 1, 1, 0), ("top left", "bottom left", "top right")),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_rotation_flag_turns_frames(orientation: str, write_video, tmp_path: Path) -> None:
+    (a, b, c, d), (red, green, blue) = ORIENTATIONS[orientation]
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:16, :32, 0] = pixels[:16, 32:, 1] = pixels[16:, :32, 2] = 255
+    path = write_video(tmp_path / "turned.mp4", [pixels] * 3, pixel_format="yuv444p")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    data[at : at + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    frame = read_frames(path, 1, size=32)[0]
+    corner = {"top": slice(4, 12), "bottom": slice(20, 28)}
+    side = {"left": slice(4, 12), "right": slice(20, 28)}
+    for channel, place in enumerate((red, green, blue)):
+        row, column = place.split()
+        assert frame[channel, corner[row], side[column]].float().mean() > 200
+        assert frame[channel].float().mean() < 100
+    info = probe(path)
+    assert (info.width, info.height) == ((32, 64) if a == 0 else (64, 32))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_an_image_is_one_frame_upright(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"photo.{suffix}"
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 40:] = 255
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned clockwise: the right half comes to the bottom
+    Image.fromarray(pixels).save(path, exif=turned, quality=95)
+    frames = read_frames(path, 12, size=20)
+    assert frames.shape == (1, 3, 20, 20)
+    assert frames[0, :, 12:].float().mean() > 250 and frames[0, :, :8].float().mean() < 5
+    assert probe(path)[:3] == (40, 80, 1)
+
+
+def test_probe_tells_what_is_in_a_file(real_clips: dict[str, Path]) -> None:
+    info = probe(real_clips["bikes"])
+    assert (info.width, info.height, info.num_frames, info.codec) == (640, 272, 250, "h264")
+    assert info.duration == pytest.approx(10.0) and info.fps == pytest.approx(25.0)
+
+
+def make_bad(kind: str, folder: Path, good: Path) -> Path:
+    path = folder / f"{kind}.mp4"
+    data = good.read_bytes()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "noise":
+        path.write_bytes(np.random.default_rng(0).bytes(20_000))
+    elif kind == "text":
+        path = folder / "notes.txt"
+        path.write_text("this is not a video\n" * 500)
+    elif kind == "cut before the index":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "cut after the index":
+        with (
+            av.open(str(good)) as source,
+            av.open(str(path), "w", options={"movflags": "faststart"}) as target,
+        ):
+            copy = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(source.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = copy
+                    target.mux(packet)
+        path.write_bytes(path.read_bytes()[: len(data) // 2])
+    elif kind == "overwritten":
+        start = data.index(b"mdat") + len(data) // 4
+        path.write_bytes(data[:start] + bytes([0xFF]) * (len(data) // 2) + data[start * 3 :])
+    elif kind == "sound only":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=16000, layout="mono")
+            for position in range(10):
+                samples = np.zeros((1, 1024), np.float32)
+                frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 16000, 1024 * position
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    elif kind == "image":
+        path = folder / "image.jpg"
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:300])
+    return path
+
+
+BAD = {
+    "missing": "no such file",
+    "folder": "a folder",
+    "empty": "empty file",
+    "noise": "not a video",
+    "text": "not a video",
+    "cut before the index": "cut off",
+    "cut after the index": "cut off",
+    "overwritten": "damaged",
+    "sound only": "no video in it",
+    "image": "runcated",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_named_with_its_reason(kind: str, make_video, tmp_path: Path) -> None:
+    good = make_video("noisy.mp4", count=50, size=(160, 128), options={"crf": "1"})
+    path = make_bad(kind, tmp_path, good)
+    with pytest.raises(DecodeError) as caught:
+        read_frames(path, 12, size=16)
+    assert caught.value.path == path and BAD[kind] in caught.value.reason
+    assert str(caught.value) == f"{path}: {caught.value.reason}"
+    assert "\n" not in str(caught.value)
+
+
+def test_cut_off_webm_is_noticed(make_video, tmp_path: Path) -> None:
+    data = make_video("vp9.webm", **CODINGS["vp9.webm"]).read_bytes()
+    path = tmp_path / "cut.webm"
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(DecodeError):
+        read_frames(path, 4, size=16)
+
+
+def test_start_after_the_end_is_an_error(make_video) -> None:
+    for name in ("gop10.mp4", "gop10.avi", "gop10.ts"):
+        path = make_video(name, **CODINGS[name])
+        with pytest.raises(DecodeError, match=r"start 5 s lies after its end"):
+            read_frames(path, 4, size=16, start=5.0)
+
+
+def test_names_with_colons_and_percent_signs_are_names(make_video, tmp_path: Path) -> None:
+    path = tmp_path / "http:10%d.mp4"
+    path.write_bytes(make_video("short.mp4", count=3).read_bytes())
+    assert len(read_frames(path, 2, size=16)) == 2
+
+
+def test_wrong_arguments_are_not_taken_for_bad_files(make_video) -> None:
+    path = make_video("short.mp4", count=3)
+    with pytest.raises(ValueError, match="num_frames is 0"):
+        read_frames(path, 0, size=16)
+    with pytest.raises(ValueError, match="sampling is 'best'"):
+        read_frames(path, 4, size=16, sampling="best")
+
+
+def test_no_file_stays_open(make_video, tmp_path: Path) -> None:
+    good = make_video("gop10.ts", **CODINGS["gop10.ts"])
+    bad = make_bad("cut after the index", tmp_path, make_video("gop10.mp4"))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        read_frames(good, 4, size=16)
+        with pytest.raises(DecodeError):
+            read_frames(bad, 4, size=16)
+        probe(good)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,354 @@
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipvip.data import loader as loading
+from clipvip.data.annotations import Clip
+from clipvip.data.decode import read_frames
+from clipvip.data.loader import Batch, ClipLoader, LoaderError, build_loader, tokenize
+
+SIZE = 16
+Load = Callable[..., ClipLoader]
+
+
+@pytest.fixture(scope="module")
+def clips(make_video) -> list[Clip]:
+    """Twenty clips: parts of two videos, so that the frames of each tell it apart."""
+    videos = [make_video(f"{name}.mp4", options={"g": "10", "bf": "2"}) for name in ("one", "two")]
+    return [
+        Clip(
+            videos[i % 2],
+            start=0.1 * i,
+            end=0.1 * i + 0.4,
+            text=(f"text {i}", f"other {i}"),
+            subtitle=f"speech {i}" if i % 3 else None,
+            caption=f"picture {i}" if i % 4 else None,
+            line=i + 1,
+        )
+        for i in range(20)
+    ]
+
+
+@pytest.fixture
+def load(clips: list[Clip], tokenizer: Any) -> Load:
+    def make(given: list[Clip] | None = None, **options: Any) -> ClipLoader:
+        settings = {
+            "tokenizer": tokenizer,
+            "image_size": SIZE,
+            "num_frames": 3,
+            "text_length": 16,
+            "task": "retrieval",
+            "batch_size": 4,
+            "training": True,
+            "seed": 7,
+            "max_bad_share": 0.2,
+        }
+        return build_loader(given or clips, **(settings | options))
+
+    return make
+
+
+def equal(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def places(batches: Iterator[Batch] | ClipLoader | list[Batch]) -> list[int]:
+    return [place for batch in batches for place in batch["clip_index"].tolist()]
+
+
+@pytest.mark.parametrize("task", ["retrieval", "omnisource", "video"])
+def test_batches_do_not_depend_on_the_number_of_workers(task: str, load: Load) -> None:
+    runs = [list(load(task=task, num_workers=workers)) for workers in (0, 1, 2)]
+    assert equal(runs[0], runs[1]) and equal(runs[0], runs[2])
+
+
+def test_an_epoch_is_another_order_other_frames_and_the_same_when_repeated(load: Load) -> None:
+    loader = load(num_workers=2)
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append(list(loader))
+    assert equal(epochs[0], epochs[2])
+    assert places(epochs[0]) != places(epochs[1])
+    assert sorted(places(epochs[0])) == sorted(places(epochs[1])) == list(range(20))
+    frames = [
+        dict(zip(places(e), torch.cat([b["pixel_values"] for b in e]).split(3), strict=True))
+        for e in epochs[:2]
+    ]
+    assert any(not torch.equal(frames[0][i], frames[1][i]) for i in range(20))
+    assert places(load(seed=8)) != places(epochs[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipping_gives_what_would_have_followed(workers: int, load: Load, monkeypatch) -> None:
+    whole = list(load())
+    loader = load(num_workers=workers)
+    if not workers:
+        decoded: list[Path] = []
+        monkeypatch.setattr(
+            loading, "read_frames", lambda *a, **k: decoded.append(a[0]) or read_frames(*a, **k)
+        )
+    loader.skip(3)
+    assert equal(list(loader), whole[3:])
+    if not workers:
+        assert len(decoded) == 8  # two batches of four: nothing of those skipped
+    assert equal(list(loader), whole) and len(loader) == 5
+
+
+def test_leaving_an_epoch_early_does_not_disturb_the_next(load: Load) -> None:
+    loader = load(num_workers=2)
+    for batch in loader:
+        assert batch
+        break
+    assert equal(list(loader), list(load()))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_divide_one_global_order(world: int, load: Load) -> None:
+    ranks = [
+        [b["clip_index"].tolist() for b in load(batch_size=2, rank=r, world_size=world)]
+        for r in range(world)
+    ]
+    together = [[place for part in step for place in part] for step in zip(*ranks, strict=True)]
+    alone = [b["clip_index"].tolist() for b in load(batch_size=2 * world)]
+    assert together == alone
+    seen = [place for step in together for place in step]
+    assert len(seen) == len(set(seen)) == 20 // (2 * world) * (2 * world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_gives_every_clip_once_and_in_order(world: int, load: Load) -> None:
+    loaders = [load(training=False, batch_size=3, rank=r, world_size=world) for r in range(world)]
+    ranks = [[b["clip_index"].tolist() for b in loader] for loader in loaders]
+    assert [len(loader) for loader in loaders] == [len(batches) for batches in ranks]
+    steps = range(max(map(len, ranks)))
+    seen = [place for s in steps for r in ranks if s < len(r) for place in r[s]]
+    assert seen == list(range(20))
+
+
+def test_frames_are_packed_and_are_the_clips_own(load: Load, clips: list[Clip], numbers) -> None:
+    batch = next(iter(load(training=False, num_frames=5)))
+    assert batch["pixel_values"].shape == (20, 3, SIZE, SIZE)
+    assert batch["pixel_values"].dtype == torch.uint8
+    assert batch["frame_offsets"].tolist() == [0, 5, 10, 15, 20]
+    assert batch["frame_offsets"].dtype == torch.int32
+    found = numbers(batch["pixel_values"])
+    for row, place in enumerate(batch["clip_index"].tolist()):
+        own = found[5 * row : 5 * row + 5]
+        assert own[0] == int(2.5 * place + 1e-6) and len(set(own)) == 5
+
+
+def test_images_and_sparse_clips_make_ragged_batches(
+    load: Load, clips: list[Clip], tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    given = [clips[0], Clip(tmp_path / "a.png", text=("a picture",)), clips[1]]
+    batch = next(iter(load(given, training=False)))
+    assert batch["frame_offsets"].tolist() == [0, 3, 4, 7]
+    sparse = next(
+        iter(
+            load(
+                [replace(clips[0], start=0.0, end=2.0)],
+                training=False,
+                sampling="fps:1",
+                num_frames=8,
+            )
+        )
+    )
+    assert sparse["frame_offsets"].tolist() == [0, 2]
+
+
+def test_training_draws_one_text_and_evaluation_gives_all(
+    load: Load, clips: list[Clip], tokenizer: Any
+) -> None:
+    training = list(load())
+    drawn = {
+        place: tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "")
+        for batch in training
+        for place, ids in zip(batch["text_clip"].tolist(), batch["text_ids"], strict=True)
+    }
+    assert {text.rstrip("0123456789") for text in drawn.values()} == {"text", "other"}
+    assert all(text.endswith(str(place)) for place, text in drawn.items())
+    assert all(torch.equal(b["text_clip"], b["clip_index"]) for b in training)
+    batch = next(iter(load(training=False)))
+    assert batch["text_clip"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len(batch["text_ids"]) == len(batch["text_mask"]) == 8
+
+
+def test_omnisource_marks_what_is_absent_and_never_says_none(
+    load: Load, clips: list[Clip], tokenizer: Any
+) -> None:
+    empty = tokenize(tokenizer, [""], 16)[0][0].tolist()
+    for batch in load(task="omnisource"):
+        for name in ("subtitle", "caption"):
+            for row, place in enumerate(batch["clip_index"].tolist()):
+                text = getattr(clips[place], name)
+                assert batch[f"{name}_present"][row].item() == (text is not None)
+                kept = batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()].tolist()
+                expected = tokenize(tokenizer, [text or ""], 16)[0][0].tolist()
+                assert kept == expected and (text is not None or kept == empty)
+
+
+def test_omnisource_image_is_the_annotated_one_or_the_middle_frame(
+    load: Load, clips: list[Clip], numbers, tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    given = [
+        replace(clips[0], start=0.0, end=2.0, image=tmp_path / "a.png"),
+        replace(clips[0], start=0.0, end=2.04),
+    ]
+    batch = next(iter(load(given, task="omnisource", batch_size=2, training=False)))
+    assert batch["image"].shape == (2, 3, SIZE, SIZE) and batch["image_present"].all()
+    assert numbers(batch["image"]) == [50, 25]
+
+
+def test_tokens_keep_both_ends_and_undo_html(tokenizer: Any) -> None:
+    ids, mask = tokenize(tokenizer, ["a word " * 40, "salt &amp; pepper"], 16)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert ids.shape == mask.shape == (2, 16) and ids.dtype == torch.int64
+    assert ids[0, 0] == start and ids[0, -1] == end
+    assert torch.equal(ids[1], tokenize(tokenizer, ["x" * 40, "salt & pepper"], 16)[0][1])
+
+
+# --- bad files ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoiled(clips: list[Clip], tmp_path: Path) -> list[Clip]:
+    """The clips, two of them unreadable."""
+    (tmp_path / "empty.mp4").touch()
+    spoiled = list(clips)
+    spoiled[4] = replace(clips[4], video=tmp_path / "missing.mp4")
+    spoiled[9] = replace(clips[9], video=tmp_path / "empty.mp4")
+    return spoiled
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_over_bad_files_and_lists_them(
+    workers: int, load: Load, spoiled: list[Clip], tmp_path: Path, caplog
+) -> None:
+    out = tmp_path / "out" / "bad_files.jsonl"
+    loader = load(spoiled, num_workers=workers, bad_files=out)
+    with caplog.at_level(logging.WARNING):
+        runs = []
+        for epoch in (0, 1, 0):
+            loader.set_epoch(epoch)
+            runs.append(list(loader))
+    assert all(len(places(run)) == 20 and not {4, 9} & set(places(run)) for run in runs)
+    assert equal(runs[0], runs[2])
+    expected = {
+        str(tmp_path / "missing.mp4"): ("no such file", 5),
+        str(tmp_path / "empty.mp4"): ("empty file (0 bytes)", 10),
+    }
+    assert {bad.path: (bad.reason, bad.line) for bad in loader.bad_files} == expected
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["path"]: (row["reason"], row["line"]) for row in written} == expected
+    assert len(written) == len(loader.bad_files) == 2
+    for path in expected:
+        assert sum(path in message for message in caplog.messages) == 1
+
+
+def test_replacement_is_the_same_for_any_number_of_workers(load: Load, spoiled: list[Clip]) -> None:
+    assert equal(list(load(spoiled)), list(load(spoiled, num_workers=2)))
+
+
+def test_list_of_bad_files_survives_a_killed_run_and_names_each_once(
+    load: Load, spoiled: list[Clip], tmp_path: Path
+) -> None:
+    out = tmp_path / "bad_files.jsonl"
+    list(load(spoiled, bad_files=out))
+    out.write_text(out.read_text() + '{"path": "cut in the mi')
+    list(load(spoiled, bad_files=out))
+    (tmp_path / "empty.mp4").rename(tmp_path / "hollow.mp4")
+    spoiled[9] = replace(spoiled[9], video=tmp_path / "hollow.mp4")
+    list(load(spoiled, bad_files=out))
+    lines = out.read_text().splitlines()
+    names = [Path(json.loads(line)["path"]).name for line in lines if line.endswith("}")]
+    assert sorted(names) == ["empty.mp4", "hollow.mp4", "missing.mp4"]
+
+
+def test_evaluation_leaves_bad_clips_out_and_says_so(load: Load, spoiled: list[Clip]) -> None:
+    loader = load(spoiled, training=False, batch_size=3)
+    assert places(loader) == [i for i in range(20) if i not in (4, 9)]
+    assert len(loader.bad_files) == 2
+    alone = load(spoiled, training=False, batch_size=1)
+    assert places(alone) == [i for i in range(20) if i not in (4, 9)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_too_many_bad_files_stop_the_run(training: bool, load: Load, spoiled: list[Clip]) -> None:
+    loader = load(spoiled, training=training, max_bad_share=0.05)
+    with pytest.raises(LoaderError) as caught:
+        list(loader)
+    message = str(caught.value)
+    assert "2 of 20 clips tried could not be read (10.0%, allowed 5.0%)" in message
+    assert "\n" not in message
+
+
+def test_a_few_bad_files_at_the_start_do_not_stop_a_long_run(
+    load: Load, clips: list[Clip], tmp_path: Path
+) -> None:
+    bad = [Clip(tmp_path / f"{i}.mp4", text=("a",)) for i in range(3)]
+    given = bad + [clips[i % 20] for i in range(97)]
+    loader = load(given, training=False, max_bad_share=0.03)
+    assert len(places(loader)) == 97
+
+
+def test_nothing_readable_is_an_error_not_a_search_without_end(
+    load: Load, clips: list[Clip], tmp_path: Path
+) -> None:
+    given = [replace(clip, video=tmp_path / "gone.mp4") for clip in clips]
+    with pytest.raises(LoaderError, match=r"20 of 20 clips tried could not be read.*gone\.mp4"):
+        list(load(given, max_bad_share=1.0))
+
+
+def test_a_dead_worker_is_named_with_what_it_was_decoding(
+    load: Load, clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(path: Path, *given: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(loading, "read_frames", die)
+    with pytest.raises(LoaderError, match=r"DataLoader worker .* last decoding: .*\.mp4"):
+        list(load(num_workers=1))
+
+
+def test_random_state_of_the_process_is_left_alone(load: Load) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(load())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "retreival"}, "task is 'retreival'; expected one of retrieval, omnisource"),
+        ({"sampling": "dense"}, "sampling is 'dense'"),
+        ({"batch_size": 32}, "20 clips make no batch of 32"),
+        ({"seed": -1}, "seed is -1"),
+        ({"rank": 2, "world_size": 2}, "rank is 2 of 2"),
+    ],
+)
+def test_wrong_settings_are_refused(options: dict[str, Any], message: str, load: Load) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(**options)
+    assert message in str(caught.value)
+
+
+def test_retrieval_needs_texts(load: Load, clips: list[Clip]) -> None:
+    with pytest.raises(ValueError, match=r"line 20 \(.*\) has no 'text'"):
+        load([*clips[:19], replace(clips[19], text=())])

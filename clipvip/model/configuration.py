@@ -67,10 +67,11 @@ class CLIPViPConfig(CLIPConfig):
     """
 
     model_type = "clipvip"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "vision_config": CLIPViPVisionConfig,
+    sub_configs: ClassVar[dict[str, Any]] = {
         "text_config": CLIPTextConfig,
+        "vision_config": CLIPViPVisionConfig,
     }
+    sub_configs_defaults = sub_configs  # its name since transformers 5.20
 
     # Given as dicts, or not at all, they become configs in transformers' __post_init__.
     text_config: Any = None
@@ -81,8 +82,10 @@ class CLIPViPConfig(CLIPConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
         super().__post_init__(**kwargs)
-        if given:
-            self.vision_config = CLIPViPVisionConfig(**{**self.vision_config.to_dict(), **given})
+        if given or type(self.vision_config) is not CLIPViPVisionConfig:
+            vision = self.vision_config.to_dict()
+            vision.pop("model_type")
+            self.vision_config = CLIPViPVisionConfig(**{**vision, **given})
 
     @classmethod
     def get_config_dict(

@@ -330,7 +330,8 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
     def __init__(self, config: CLIPViPConfig) -> None:
         super().__init__(config)
         text, vision = config.text_config, config.vision_config
-        self.text_model = CLIPTextModel._from_config(text)
+        tower = CLIPTextModel._from_config(text)
+        self.text_model = getattr(tower, "text_model", tower)  # wrapped once more before 5.6
         self.vision_model = CLIPViPVisionModel._from_config(vision)
         self.visual_projection = nn.Linear(vision.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(text.hidden_size, config.projection_dim, bias=False)

@@ -160,10 +160,11 @@ def test_loss_sums_both_directions(make_model, texts):
     torch.testing.assert_close(output.loss, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_gradient_checkpointing_changes_nothing(make_model, texts):
     model = make_model().train()
     loss, gradients = losses_gradients(model, texts)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     assert all(layer.gradient_checkpointing for layer in model.vision_model.encoder.layers)
     again, recomputed = losses_gradients(model, texts)
     torch.testing.assert_close(again, loss)

@@ -3,15 +3,11 @@
 import json
 import math
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from clipvip.training.build import build_model
 from clipvip.training.config import ConfigError, OptimizerConfig
@@ -141,15 +137,19 @@ def test_errors_of_the_command_are_one_line(make_config, capsys, overrides, mess
     assert message in said and said.count("\n") == 1 and said.startswith("clipvip: error: ")
 
 
-def command(config_path, *overrides):
-    return [sys.executable, "-m", "clipvip.training", str(config_path), *overrides]
-
-
-def environment(**more):
+def run_forks(*arguments):
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    threads = str(torch.get_num_threads())
-    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": threads} | more
+    forks = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+    finished = subprocess.run(
+        [*forks, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
 
 
 def test_killed_at_any_moment_the_resumed_run_equals_the_unbroken_one(make_config, tmp_path, world):
@@ -158,55 +158,25 @@ def test_killed_at_any_moment_the_resumed_run_equals_the_unbroken_one(make_confi
         "model.config.text_config.attention_dropout=0.1",  # so that random states matter
         f"data.validation={world / 'annotations.jsonl'}",
     ]  # fmt: skip
-    train(make_config(*overrides, f"out={tmp_path / 'unbroken'}"))
-    broken = tmp_path / "broken"
-    moments = random.Random()
-    for attempt in range(4):
-        process = subprocess.Popen(
-            command(make_config.path, *overrides, f"out={broken}", "resume=latest"),
-            env=environment(),
-        )
-        if attempt == 3:
-            assert process.wait(120) == 0
-            break
-        start, log = time.monotonic(), broken / "metrics.jsonl"
-        written = log.stat().st_size if log.exists() else 0
-        while process.poll() is None and time.monotonic() - start < 60:
-            if log.exists() and log.stat().st_size > written + 400:
-                time.sleep(moments.random() * 0.3)
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert losses(broken) == losses(tmp_path / "unbroken")
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    train(make_config(*overrides, f"out={unbroken}"))
+    said = run_forks("kill", make_config.path, *overrides, f"out={broken}", "resume=latest")
+    assert "killed: -9" in said
+    assert losses(broken) == losses(unbroken)
     assert [row["step"] for row in rows(broken)] == list(range(1, 41))
     key = "validation/text_to_video/mean_rank"
-    pairs = [
-        [(row["step"], row[key]) for row in rows(out, key)]
-        for out in (broken, tmp_path / "unbroken")
-    ]
-    assert pairs[0] == pairs[1]
+    ranks = [[(row["step"], row[key]) for row in rows(out, key)] for out in (broken, unbroken)]
+    assert ranks[0] == ranks[1]
 
 
 def test_two_processes_train_as_one(make_config, tmp_path, world):
     overrides = ["max_steps=3", "task=omnisource", f"data.validation={world / 'annotations.jsonl'}"]
-    train(make_config(*overrides, f"out={tmp_path / 'one'}"))
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20000, 60000))}
-    processes = [
-        subprocess.Popen(
-            command(make_config.path, *overrides, f"out={tmp_path / 'two'}"),
-            env=environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                ACCELERATE_USE_CPU="true", **rendezvous,
-            ),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [process.wait(120) for process in processes] == [0, 0]
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert two == pytest.approx(one, rel=1e-4)
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(make_config(*overrides, f"out={one}"))
+    run_forks("two", make_config.path, *overrides, f"out={two}")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     key = "validation/text_to_video/R@5"
-    assert len(rows(tmp_path / "two", key)) == len(rows(tmp_path / "one", key))
+    assert [row["step"] for row in rows(two, key)] == [row["step"] for row in rows(one, key)]
 
 
 def test_real_clips(make_config, request, tmp_path):

@@ -1,4 +1,7 @@
-"""`python -m clipvip.training CONFIG.yaml key=value …`, also under torchrun."""
+"""`python -m clipvip.training CONFIG.yaml key=value …`, also under torchrun.
+
+An error is one line; with CLIPVIP_TRACEBACK=1 in the environment it is Python's traceback.
+"""
 
 import os
 import sys
@@ -11,7 +14,7 @@ Several processes: torchrun --nproc-per-node 8 -m clipvip.training CONFIG key=va
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train by a configuration; an error the user can mend is one line and exit status 1."""
+    """Train by a configuration; an error is one line and exit status 1."""
     from clipvip.training.config import load_config, packaged_configs
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -19,27 +22,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(USAGE.format(names=", ".join(path.stem for path in packaged_configs())))
         raise SystemExit(0 if arguments else 2)
     try:
-        config = load_config(arguments[0], arguments[1:])
-        from clipvip.training.trainer import TrainingError, train
-    except ValueError as error:
-        fail(error)
-    try:
-        train(config)
-    except (ValueError, TypeError, OSError, TrainingError) as error:
-        fail(error)
-    finally:
+        config = load_config(arguments[0], arguments[1:])  # before the slow imports
+
         import torch.distributed as dist
 
+        from clipvip.training.trainer import train
+
+        train(config)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def fail(error: Exception) -> None:
-    if os.environ.get("CLIPVIP_TRACEBACK"):
-        raise error
-    if os.environ.get("RANK", "0") == "0":
-        print(f"clipvip: error: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(1)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("CLIPVIP_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"clipvip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 RECALLS = (1, 5, 10)
+METRICS = (*(f"R@{k}" for k in RECALLS), "median_rank", "mean_rank")
+TABLES = ("text_to_video", "video_to_text", "text_to_video_dsl", "video_to_text_dsl")
 _ENTRIES_AT_ONCE = 1 << 24  # bounds the memory of comparing ids: about 150 MB
 
 

@@ -27,6 +27,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it, torchrun's ranks are strangers
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
         log_with="tensorboard",
@@ -44,6 +45,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 def find_resumed(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from; refuses to mix a new run into an old one's folder."""
     newest = checkpoint.latest(Path(config.out) / "checkpoints")
+    if len(set(distributed.all_gather_objects(newest))) > 1:
+        raise ConfigError(f"{config.out} is not the same folder for all ranks; use shared storage")
     if config.resume == "never" and newest is not None:
         raise ConfigError(
             f"{config.out} already holds a run (step {checkpoint.checkpoint_step(newest)}): "
@@ -80,6 +83,8 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
             f"task={config.task}; the first is on line {mute[0].line}"
         )
     validation = load_annotations(config.data.validation) if config.data.validation else []
+    if validation and not any(clip.text for clip in validation):
+        raise ConfigError(f"{config.data.validation}: no clip has a text to search with")
     return with_texts_read(clips, reading_of(config)), validation
 
 

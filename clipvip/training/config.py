@@ -14,6 +14,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clipvip.retrieval import METRICS, TABLES
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; one line that says what to change."""
@@ -103,6 +105,7 @@ _CHOICES = {
     "mixed_precision": ("no", "bf16"),
     "resume": ("never", "latest"),
     "backend": ("native", "reference"),
+    "best_metric": tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS),
 }
 _POSITIVE = (
     "data.num_frames", "data.text_length", "batch_size", "accumulation", "epochs", "max_steps",

@@ -15,7 +15,7 @@ from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loader import build_loader, tokenize
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
-from clipvip.retrieval import both_directions
+from clipvip.retrieval import METRICS, TABLES, both_directions
 from clipvip.training.checkpoint import write_text
 
 READING = "reading.json"
@@ -118,7 +118,7 @@ def evaluate_checkpoint(
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     clips = load_annotations(annotations)
     reading = Reading.load(checkpoint)
     reading.num_frames = num_frames or reading.num_frames
@@ -147,14 +147,13 @@ def print_result(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    tables = {name: row for name, row in result.items() if isinstance(row, dict)}
     table = Table(title=f"{result['clips']} clips, {result['texts']} texts", title_justify="left")
     table.add_column("direction")
-    for name in next(iter(tables.values())):
-        table.add_column(name.replace("_", " "), justify="right")
-    for name, row in tables.items():
+    for metric in METRICS:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for name in TABLES:
         label = name.replace("_to_", " → ").replace("_dsl", " + DSL")
-        table.add_row(label, *(f"{value:.1f}" for value in row.values()))
+        table.add_row(label, *(f"{result[name][metric]:.1f}" for metric in METRICS))
     console = Console()
     console.print(table)
     if result["missing"]:

@@ -18,6 +18,7 @@ from clipvip.data.annotations import Clip
 from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
+from clipvip.retrieval import TABLES
 from clipvip.training import checkpoint
 from clipvip.training.build import (
     build_model,
@@ -28,7 +29,7 @@ from clipvip.training.build import (
     start_trackers,
     training_loader,
 )
-from clipvip.training.config import ConfigError, OptimizerConfig, TrainConfig, check
+from clipvip.training.config import OptimizerConfig, TrainConfig, check
 from clipvip.training.evaluate import evaluate
 from clipvip.training.reporting import Reporter
 
@@ -240,12 +241,7 @@ def validate(
             max_bad_share=config.data.max_bad_share,
             dtype=torch.bfloat16 if config.mixed_precision == "bf16" else None,
         )
-    tables = {name: table for name, table in result.items() if isinstance(table, dict)}
-    row = {f"{name}/{key}": x for name, table in tables.items() for key, x in table.items()}
-    if config.best_metric not in row:
-        raise ConfigError(
-            f"best_metric is {config.best_metric!r}; it must be one of {', '.join(row)}"
-        )
+    row = {f"{name}/{key}": value for name in TABLES for key, value in result[name].items()}
     reporter.write(state["step"], {f"validation/{key}": value for key, value in row.items()})
     value = row[config.best_metric]
     best = state.get("best_metric")

@@ -64,8 +64,9 @@ def two_processes(arguments):
         "MASTER_PORT": str(random.randint(20000, 60000)),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
     }
+    if torch.cuda.is_available():  # one GPU is not enough for two ranks
+        shared["ACCELERATE_USE_CPU"] = "true"
     ranks = [start(arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
     return max(status(rank) for rank in ranks)
 

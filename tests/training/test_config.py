@@ -65,6 +65,7 @@ def test_a_new_model_is_nested_keys(tmp_path):
         (["task=pretrain"], "task is 'pretrain'; it must be one of omnisource, retrieval"),
         (["variant=vcs"], "variant is 'vcs'; it must be one of vs, "),
         (["max_steps=5"], "give either epochs or max_steps"),
+        (["best_metric=R@1"], "best_metric is 'R@1'; it must be one of text_to_video/R@1, "),
         (["model.name=null"], "give either model.name"),
         (["seed"], "override 'seed' is not of the form key=value"),
         (["data.train=???"], "data.train is required: give it as data.train=VALUE"),

@@ -179,21 +179,12 @@ def test_two_processes_train_as_one(make_config, tmp_path, world):
     assert [row["step"] for row in rows(two, key)] == [row["step"] for row in rows(one, key)]
 
 
-def test_real_clips(make_config, request, tmp_path):
+def test_real_clips(make_config, real_clips, tmp_path):
     """A few steps on real H.264 of several sizes."""
-    try:
-        clips = request.getfixturevalue("real_clips")
-    except pytest.FixtureLookupError:
-        pytest.skip("no fixture real_clips")
     lines = [
-        {
-            "video": str(clip),
-            "text": f"the clip {Path(clip).stem}",
-            "start": start,
-            "end": start + 1,
-        }
-        for clip in clips
-        for start in (0, 1)
+        {"video": str(clip), "text": name.replace("_", " "), "start": start, "end": start + 1}
+        for name, clip in real_clips.items()
+        for start in (0, 1, 2)
     ]
     path = tmp_path / "real.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -8,6 +8,7 @@
 
 #include "common/cpu_features.h"
 #include "common/tensor.h"
+#include "pairwise_logsumexp/op.h"
 #include "proxy_attention/op.h"
 
 namespace py = pybind11;
@@ -54,4 +55,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("proxy_attention_forward", &clipvip::proxy_attention_forward_op, release_gil());
   m.def("proxy_attention_backward", &clipvip::proxy_attention_backward_op, release_gil());
   m.def("proxy_attention_workspace", &clipvip::proxy_attention_workspace);
+
+  m.def("pairwise_logsumexp_forward", &clipvip::pairwise_logsumexp_forward_op, release_gil());
+  m.def("pairwise_logsumexp_backward", &clipvip::pairwise_logsumexp_backward_op, release_gil());
 }

@@ -3,11 +3,62 @@
 import torch
 from torch import Tensor
 
+from clipvip.ops import _native
+
+
+def pairwise_logsumexp(
+    a: Tensor, b: Tensor, scale: Tensor, diagonal: int = 0, *, backend: str = "native"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps of the rows and columns of scale·a·bᵀ without its positives, and those.
+
+    Equivalent to, in O((n + m)·D) memory instead of O(n·m):
+
+        logits = scale * a @ b.T
+        own = torch.ones(n, m, dtype=torch.bool).triu(diagonal).tril(diagonal)
+        others = logits.masked_fill(own, -torch.inf)
+        positive = logits[i, i + diagonal] for each row i, -torch.inf outside the matrix
+        return others.logsumexp(1), others.logsumexp(0), positive
+
+    Args:
+        a: [n, D], fp32, bf16 or fp16, on the CPU; n may be 0.
+        b: [m, D], of a's dtype and on its device; m may be 0.
+        scale: 0-d floating tensor, the multiplier itself.
+        diagonal: the positive of row i is in column i + diagonal, which may lie outside.
+        backend: "native", the compiled kernel, or "reference", plain PyTorch for any device
+            and floating dtype.
+
+    Returns:
+        row_lse [n], col_lse [m], positive [n], in fp32 (fp64 where a is). A row or column that
+        has no entry but its positive is -inf, as is a positive outside the matrix; none of
+        these has a gradient. All three are differentiable once in a, b and scale; gradients do
+        not depend on the number of threads. Autocast casts a and b, never scale.
+
+    Raises:
+        ValueError: shapes do not fit, or backend is unknown.
+        TypeError: dtypes are not those above, or not equal.
+        RuntimeError: the compiled module, or its kernels for this device, are missing.
+    """
+    _check(a, b, scale, diagonal)
+    device = a.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if a.dtype != torch.float64:
+            a, b = a.to(dtype), b.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return pairwise_logsumexp(a, b, scale, diagonal, backend=backend)
+    if backend == "reference":
+        return pairwise_logsumexp_reference(a, b, scale, diagonal)
+    if backend != "native":
+        raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
+    _native.check_device(a, b, scale)
+    _native.check_dtype("a", a)
+    return _forward(a, b, scale, diagonal)
+
 
 def pairwise_logsumexp_reference(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op means, in plain PyTorch; differentiable, any dtype and device."""
+    """What the op means, in plain PyTorch; differentiable, any floating dtype and device."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     logits = scale.to(dtype) * (a.to(dtype) @ b.to(dtype).T)
     rows = torch.arange(a.shape[0], device=a.device)
@@ -21,8 +72,96 @@ def pairwise_logsumexp_reference(
     return others.logsumexp(1), others.logsumexp(0), positive
 
 
-def pairwise_logsumexp(
-    a: Tensor, b: Tensor, scale: Tensor, diagonal: int = 0, *, backend: str = "native"
+def _check(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> None:
+    for name, tensor in (("a", a), ("b", b), ("scale", scale)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} is {given}, expected a tensor of floating dtype")
+    if not isinstance(diagonal, int | torch.SymInt):
+        raise TypeError(f"diagonal is {type(diagonal).__name__}, expected int")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] == 0:
+        raise ValueError(
+            f"a is {list(a.shape)} and b is {list(b.shape)}, expected [n, D] and [m, D] with D ≥ 1"
+        )
+    if scale.ndim != 0:
+        raise ValueError(f"scale is {list(scale.shape)}, expected a 0-d tensor")
+    if a.dtype != b.dtype:
+        raise TypeError(f"a is {a.dtype} but b is {b.dtype}, expected one dtype")
+
+
+def _prepared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
+    return a, b, scale.to(torch.float32)
+
+
+def _call(function, a: Tensor, *arguments) -> None:
+    """Asks the compiled function how much workspace it needs, then calls it with as much."""
+    handles = [_native.handle(x) if isinstance(x, Tensor) else x for x in (a, *arguments)]
+    threads = torch.get_num_threads()
+    workspace = a.new_empty(function(*handles, threads, None), dtype=torch.uint8)
+    function(*handles, threads, workspace.data_ptr())
+
+
+@torch.library.custom_op("clipvip::pairwise_logsumexp", mutates_args=(), device_types="cpu")
+def _forward(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(a, b, scale, diagonal)
+    _call(_native.module().pairwise_logsumexp_forward, *_prepared(a, b, scale), diagonal, *outputs)
+    return outputs
+
+
+@_forward.register_fake
+def _forward_fake(
+    a: Tensor, b: Tensor, scale: Tensor, diagonal: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """a [n, D], b [m, D] → row_lse [n], col_lse [m], positive [n]."""
-    return pairwise_logsumexp_reference(a, b, scale, diagonal)
+    n, m = a.shape[0], b.shape[0]
+    row_lse, col_lse, positive = (a.new_empty(size, dtype=torch.float32) for size in (n, m, n))
+    return row_lse, col_lse, positive
+
+
+@torch.library.custom_op(
+    "clipvip::pairwise_logsumexp_backward", mutates_args=(), device_types="cpu"
+)
+def _backward(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    diagonal: int,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    grad_positive: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = (row_lse, col_lse, grad_row_lse, grad_col_lse, grad_positive)
+    grads = [x.new_zeros(x.shape, dtype=torch.float32) for x in (a, b, scale)]
+    _call(
+        _native.module().pairwise_logsumexp_backward,
+        *_prepared(a, b, scale),
+        diagonal,
+        *[x.contiguous() for x in statistics],
+        *grads,
+    )
+    grad_a, grad_b, grad_scale = grads
+    return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_scale.to(scale.dtype)
+
+
+@_backward.register_fake
+def _backward_fake(a, b, scale, diagonal, row_lse, col_lse, *grads):
+    return tuple(x.new_empty(x.shape) for x in (a, b, scale))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    a, b, scale, ctx.diagonal = inputs
+    row_lse, col_lse, _ = output
+    ctx.save_for_backward(a, b, scale, row_lse, col_lse)
+
+
+def _differentiate(ctx, grad_row_lse, grad_col_lse, grad_positive):
+    a, b, scale, row_lse, col_lse = ctx.saved_tensors
+    grads = _backward(
+        a, b, scale, ctx.diagonal, row_lse, col_lse, grad_row_lse, grad_col_lse, grad_positive
+    )
+    return *grads, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

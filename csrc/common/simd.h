@@ -343,9 +343,7 @@ CLIPVIP_INLINE void transpose(Vec (&r)[kLanes]) {
 // 2^x = 2^n · 2^f with n the nearest integer; the polynomial is the minimax one of degree 5 for
 // 2^f over [-1/2, 1/2], relative error 9e-8. The limits come first in max and min, which give the
 // second operand where either is NaN.
-CLIPVIP_INLINE Vec exp2(Vec x) {
-  x = min(broadcast(128.f), max(broadcast(kZeroExponent), x));
-  const Vec n = round(x), f = sub(x, n);
+CLIPVIP_INLINE Vec exp2_of_sum(Vec n, Vec f) {
   Vec p = broadcast(1.326472719e-3f);
   p = fma(p, f, broadcast(9.671512640e-3f));
   p = fma(p, f, broadcast(5.550733743e-2f));
@@ -355,7 +353,19 @@ CLIPVIP_INLINE Vec exp2(Vec x) {
   return times_exp2(p, n);
 }
 
-CLIPVIP_INLINE Vec exp(Vec x) { return exp2(mul(x, broadcast(kLog2E))); }
+CLIPVIP_INLINE Vec exp2(Vec x) {
+  x = min(broadcast(128.f), max(broadcast(kZeroExponent), x));
+  const Vec n = round(x);
+  return exp2_of_sum(n, sub(x, n));
+}
+
+// To about 2 ulp for any x: log2(e) in two parts, as a product rounded once would be |x| ulp off.
+CLIPVIP_INLINE Vec exp(Vec x) {
+  x = min(broadcast(128 * kLn2), max(broadcast(kZeroExponent * kLn2), x));
+  const Vec n = round(mul(x, broadcast(kLog2E)));
+  const Vec f = fma(x, broadcast(kLog2E), sub(zero(), n));
+  return exp2_of_sum(n, fma(x, broadcast(1.925963033500011e-8f), f));
+}
 
 }  // namespace CLIPVIP_ISA
 }  // namespace clipvip

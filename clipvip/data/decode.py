@@ -346,7 +346,7 @@ def _decode(
         found = _seek_and_decode(container, stream, index, wanted.tolist())
         for position, frame in found:
             converter.convert(frame, frames[position].numpy())
-    except (_SeekFailed, av.InvalidDataError):
+    except (_SeekFailed, av.FFmpegError):
         with _open(path) as again:
             stream = again.streams[stream.index]  # type: ignore[assignment]
             _set_threads(stream, threads)

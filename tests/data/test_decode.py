@@ -92,14 +92,17 @@ def test_real_clips_give_the_frames_of_a_full_decode(real_clips: dict[str, Path]
             assert torch.equal(frames, full[choose_frames(times, 12, generator=generators[1])])
 
 
-@pytest.mark.parametrize(("name", "jumps"), [("one_key.mp4", 1), ("gop10.mp4", 4)])
+@pytest.mark.parametrize(
+    ("name", "count", "jumps"),
+    [("one_key.mp4", 4, 1), ("gop10.mp4", 4, 4), ("intra.mp4", 60, 1), ("intra.mp4", 4, 4)],
+)
 def test_seeks_only_where_a_keyframe_lies_between(
-    name: str, jumps: int, make_video, monkeypatch: pytest.MonkeyPatch
+    name: str, count: int, jumps: int, make_video, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_video(name, **CODINGS[name])
     seek, calls = decode._seek, []
     monkeypatch.setattr(decode, "_seek", lambda *given: calls.append(0) or seek(*given))
-    read_frames(path, 4, size=16)
+    read_frames(path, count, size=16)
     assert len(calls) == jumps
 
 
@@ -290,11 +293,12 @@ def test_a_bad_file_is_named_with_its_reason(kind: str, make_video, tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
-def test_cut_off_webm_is_noticed(make_video, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tag", [b"DURATION", b"whatever"])
+def test_cut_off_webm_is_noticed(tag: bytes, make_video, tmp_path: Path) -> None:
     data = make_video("vp9.webm", **CODINGS["vp9.webm"]).read_bytes()
     path = tmp_path / "cut.webm"
-    path.write_bytes(data[: len(data) // 3])
-    with pytest.raises(DecodeError):
+    path.write_bytes(data[: len(data) // 3].replace(b"DURATION", tag))
+    with pytest.raises(DecodeError, match=r"cut off: frames end at 0\.\d s of 2\.4 s"):
         read_frames(path, 4, size=16)
 
 

@@ -130,7 +130,10 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, to: str =
             return
         model.save_pretrained(unfinished)
         if os.path.isfile(source):
-            logger.warning(f"{source} holds no tokenizer; save CLIP's beside the converted model")
+            logger.warning(
+                f"{source} holds no tokenizer; add that of the CLIP it was made of: "
+                f"CLIPViPProcessor.from_pretrained(CLIP).save_pretrained({str(destination)!r})"
+            )
         else:
             try:
                 processor = CLIPViPProcessor.from_pretrained(source)

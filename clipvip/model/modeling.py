@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, PretrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import (
+    CLIPMLP,
     CLIPAttention,
     CLIPEncoderLayer,
     CLIPPreTrainedModel,
@@ -235,12 +236,25 @@ class CLIPViPAttention(CLIPAttention):
         return self.out_proj(attended.flatten(1))
 
 
+class CLIPViPMLP(CLIPMLP):
+    """CLIP's MLP; backward keeps one activation of QuickGELU where the plain product keeps two."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """tokens [T, C] → [T, C]."""
+        if self.config.hidden_act != "quick_gelu":
+            return super().forward(hidden_states)
+        # x·σ(1.702·x) = silu(1.702·x) / 1.702
+        activated = F.silu(self.fc1(hidden_states).mul_(1.702)).mul_(1 / 1.702)
+        return self.fc2(activated)
+
+
 class CLIPViPEncoderLayer(CLIPEncoderLayer):
     """CLIP's pre-LayerNorm block over packed tokens."""
 
     def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
         super().__init__(config)
         self.self_attn = CLIPViPAttention(config, patches_per_frame)
+        self.mlp = CLIPViPMLP(config)
 
     def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
         """tokens [T, C], frame_offsets int32 [B+1] → [T, C]."""

@@ -144,6 +144,11 @@ class CLIPViPProcessor(ProcessorMixin):
 
         kwargs: transformers' hub options (revision, cache_dir, local_files_only, …).
         """
+        if os.path.isfile(pretrained_model_name_or_path):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a file of weights and holds no tokenizer; "
+                "load the processor of the CLIP it was made of"
+            )
         for name in ("trust_remote_code", "_from_auto"):
             kwargs.pop(name, None)
         tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)

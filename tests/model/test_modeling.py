@@ -135,6 +135,21 @@ def test_mean_pooling_averages_unit_features_of_frames(make_model):
     torch.testing.assert_close(pooled, torch.stack([each[:2].mean(0), each[2:].mean(0)]))
 
 
+@torch.no_grad()
+def test_other_activations_are_clips(tower_configs):
+    towers = {
+        **tower_configs,
+        "vision_config": {**tower_configs["vision_config"], "hidden_act": "gelu"},
+    }
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(**towers)).eval()
+    model = CLIPViPModel(CLIPViPConfig(**towers, num_proxies=1)).eval()
+    model.load_state_dict(clip.state_dict(), strict=False)
+    pixels = frames(2)
+    expected = clip.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(model.get_video_features(pixels[:, None]), expected)
+
+
 def losses_gradients(model, texts):
     pixels = frames(6)
     output = model(pixel_values=pixels, frame_offsets=offsets([1, 2, 3]), return_loss=True, **texts)

@@ -125,7 +125,10 @@ def test_plain_clip_folder_loads(tokenizer, tmp_path, crop, nested):
     assert processor.image_std == [0.4] * 3
 
 
-def test_wrong_input_is_explained(processor):
+def test_wrong_input_is_explained(processor, tmp_path):
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        CLIPViPProcessor.from_pretrained(tmp_path / "x.pt")
     with pytest.raises(ValueError, match="neither text nor videos"):
         processor()
     with pytest.raises(TypeError, match="expected uint8"):

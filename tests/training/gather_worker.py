@@ -1,5 +1,6 @@
-"""One of two processes of test_distributed: its share of a batch, its gradients to a file."""
+"""The two processes of test_distributed: each a share of a batch, its gradients to a file."""
 
+import os
 import sys
 
 import torch
@@ -56,5 +57,8 @@ def main(rank, store, out):
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+if __name__ == "__main__":  # two processes by a fork, so that torch is imported once
+    child = os.fork()
+    main(0 if child else 1, *sys.argv[1:])
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -131,10 +131,10 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("CLIPVIP_TRACEBACK"):
             raise
-        print(f"clipvip: error: {error}", file=sys.stderr)
+        print(f"clipvip: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -102,6 +102,7 @@ def evaluate_checkpoint(
     text_length: int | None = None,
     batch_size: int = 32,
     num_workers: int = 2,
+    max_bad_share: float = 0.05,
     backend: str = "native",
     print_table: bool = True,
 ) -> dict[str, Any]:
@@ -113,6 +114,7 @@ def evaluate_checkpoint(
         out: JSON file for the result; written whole or not at all.
         num_frames, text_length: by default those the checkpoint was trained with (12 and 50
             where it does not say).
+        max_bad_share: of clips that may be unreadable; they are left out and listed.
 
     Under torchrun the clips are shared out over the processes.
     """
@@ -132,6 +134,7 @@ def evaluate_checkpoint(
         reading,
         batch_size=batch_size,
         num_workers=num_workers,
+        max_bad_share=max_bad_share,
     )
     result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
     if state.is_main_process:

@@ -2,9 +2,11 @@
 
 python forks.py kill CONFIG key=value …   four times; three of them killed at a random moment
 python forks.py two CONFIG key=value …    two processes of one training, as torchrun starts them
+python forks.py eval CHECKPOINT ANNOTATIONS OUT   two processes of one evaluation
 """
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -17,16 +19,17 @@ import torch
 import clipvip.training.trainer  # noqa: F401
 from clipvip.training.__main__ import main
 from clipvip.training.config import load_config
+from clipvip.training.evaluate import evaluate_checkpoint
 
 torch.set_num_threads(1)
 
 
-def start(arguments, **environment):
+def start(arguments, run=main, **environment):
     process = os.fork()
     if process == 0:
         os.environ.update(environment)
         try:
-            main(arguments)
+            run(arguments)
         except SystemExit as stop:
             os._exit(int(stop.code))
         except BaseException:
@@ -58,7 +61,14 @@ def kill_three_times(arguments):
     return status(start(arguments))
 
 
-def two_processes(arguments):
+def evaluate(arguments):
+    checkpoint, annotations, out = arguments
+    evaluate_checkpoint(
+        checkpoint, annotations, out=out, num_workers=0, max_bad_share=0.2, backend="reference"
+    )
+
+
+def two_processes(arguments, run=main):
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(random.randint(20000, 60000)),
@@ -67,10 +77,16 @@ def two_processes(arguments):
     }
     if torch.cuda.is_available():  # one GPU is not enough for two ranks
         shared["ACCELERATE_USE_CPU"] = "true"
-    ranks = [start(arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    ranks = [
+        start(arguments, run, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)
+    ]
     return max(status(rank) for rank in ranks)
 
 
 if __name__ == "__main__":
-    run = {"kill": kill_three_times, "two": two_processes}[sys.argv[1]]
-    sys.exit(run(sys.argv[2:]))
+    modes = {
+        "kill": kill_three_times,
+        "two": two_processes,
+        "eval": functools.partial(two_processes, run=evaluate),
+    }
+    sys.exit(modes[sys.argv[1]](sys.argv[2:]))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from clipvip.data.loader import LoaderError
 from clipvip.training.build import build_model
 from clipvip.training.config import ConfigError, OptimizerConfig
+from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import TrainingError, decay_groups, schedule, train
 
 
@@ -70,7 +72,6 @@ def test_loss_falls(make_config, overrides):
 def test_a_run_leaves_what_it_promises(make_config, world):
     from clipvip.model import CLIPViPModel
     from clipvip.model.processing import CLIPViPProcessor
-    from clipvip.training.evaluate import evaluate_checkpoint
 
     annotations = world / "annotations.jsonl"
     config = make_config(f"data.validation={annotations}", "eval_every=2", "save_every=3")
@@ -177,6 +178,29 @@ def test_two_processes_train_as_one(make_config, tmp_path, world):
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     key = "validation/text_to_video/R@5"
     assert [row["step"] for row in rows(two, key)] == [row["step"] for row in rows(one, key)]
+
+
+def test_every_clip_and_text_counts_once_on_any_number_of_ranks(make_config, tmp_path, world):
+    """Also with a number of clips that ranks do not divide, and with one that is missing."""
+    out = Path(make_config().out)
+    train(make_config("max_steps=1"))
+    lines = (world / "annotations.jsonl").read_text().splitlines()[:13]
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["video"] = str(world / row["video"])
+    rows[4]["text"] = rows[4]["text"][0]  # videos with one text and with two
+    rows.insert(7, {"video": "absent.mp4", "text": "nothing to be seen"})
+    annotations = tmp_path / "uneven.jsonl"
+    annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(LoaderError, match=r"absent\.mp4"):
+        evaluate_checkpoint(out / "last", annotations, num_workers=0, backend="reference")
+    one = evaluate_checkpoint(
+        out / "last", annotations, num_workers=0, max_bad_share=0.1, backend="reference"
+    )
+    assert (one["clips"], one["texts"]) == (13, 25)
+    assert one["missing"] == [str(tmp_path / "absent.mp4")]
+    run_forks("eval", out / "last", annotations, tmp_path / "two.json")
+    assert json.loads((tmp_path / "two.json").read_text()) == one
 
 
 def test_real_clips(make_config, real_clips, tmp_path):

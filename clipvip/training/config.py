@@ -150,6 +150,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
     assert isinstance(config, TrainConfig)
+    if config.mixed_precision == "False":  # YAML's reading of a bare no
+        config.mixed_precision = "no"
     check(config)
     return config
 

@@ -45,6 +45,10 @@ def test_a_file_is_a_diff_from_its_base_and_overrides_win(tmp_path):
     assert (config.seed, config.epochs, config.max_steps) == (7, None, 3)
 
 
+def test_a_bare_no_is_a_precision():
+    assert load_config("msrvtt", [*GIVEN, "mixed_precision=no"]).mixed_precision == "no"
+
+
 def test_a_new_model_is_nested_keys(tmp_path):
     path = tmp_path / "new.yaml"
     path.write_text(

@@ -381,8 +381,8 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         elif os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES:
             location = None
             kwargs["state_dict"] = read_authors_checkpoint(source)
-            options = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
             if kwargs.get("config") is None:
+                options = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
                 kwargs["config"] = infer_config(kwargs["state_dict"], source, **options)
         else:
             location = source

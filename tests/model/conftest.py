@@ -1,12 +1,8 @@
-import os
-
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from clipvip.model import CLIPViPConfig, CLIPViPModel
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz&;'"
 VOCABULARY = [*LETTERS, *(f"{x}</w>" for x in LETTERS), "<|startoftext|>", "<|endoftext|>"]

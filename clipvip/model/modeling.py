@@ -289,6 +289,11 @@ class CLIPViPPreTrainedModel(CLIPPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$"]  # noqa: RUF012
     _can_record_outputs = {}  # noqa: RUF012
 
+    def _initialize_weights(self, module: nn.Module, *custom_code: bool) -> None:
+        # transformers leaves out modules of custom code whose own parameters are all set, and
+        # so those that have none, such as attention, where CLIP sets its children's weights.
+        super()._initialize_weights(module, False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

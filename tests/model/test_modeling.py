@@ -273,6 +273,15 @@ def test_proxies_start_as_asked(clip_folder):
     assert 0.8 < authors.added_cls.std() < 1.2
 
 
+def test_a_new_model_starts_as_clip_does(tower_configs):
+    torch.manual_seed(0)
+    new, clip = CLIPViPModel(CLIPViPConfig(**tower_configs)), CLIPModel(CLIPConfig(**tower_configs))
+    ours = dict(new.named_parameters())
+    for name, weight in clip.named_parameters():
+        if weight.numel() > 500:
+            torch.testing.assert_close(ours[name].std(), weight.std(), rtol=0.1, atol=0)
+
+
 def test_adding_to_clip_is_logged(clip_folder, monkeypatch):
     said = []
     monkeypatch.setattr("clipvip.model.modeling.logger.warning", said.append)

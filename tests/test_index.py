@@ -1,0 +1,224 @@
+"""Properties of the search index."""
+
+import json
+import os
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipvip import index as index_module
+from clipvip.index import build_index, load_index, search
+
+
+def write_clip(path, colour, frames=6, size=32):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        image = np.full((size, size, 3), colour, np.uint8)
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def save_model(folder, seed):
+    from transformers import CLIPTokenizer
+
+    from clipvip.model import CLIPViPConfig, CLIPViPModel, CLIPViPProcessor
+
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>"]
+    tokens.append("<|endoftext|>")
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    torch.manual_seed(seed)
+    model = CLIPViPModel(
+        CLIPViPConfig(
+            text_config={
+                **tower,
+                "vocab_size": len(tokens),
+                "max_position_embeddings": 60,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            },
+            vision_config={
+                **tower,
+                "image_size": 32,
+                "patch_size": 16,
+                "num_frames": 2,
+                "attention_backend": "reference",
+            },
+            projection_dim=16,
+        )
+    )
+    model.save_pretrained(folder)
+    CLIPViPProcessor(tokenizer, image_size=32, num_frames=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    folder = tmp_path / "videos"
+    for name, colour in {"a": (220, 30, 30), "b": (30, 200, 30), "deep/c": (40, 40, 230)}.items():
+        write_clip(folder / f"{name}.mp4", colour)
+    return folder
+
+
+@pytest.fixture
+def build(model, tmp_path):
+    def run(videos, out=tmp_path / "index", model=model):
+        return build_index(model, videos, out, num_workers=0, device="cpu")
+
+    return run
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """Names of the files that builds decode and embed from now on."""
+    names = []
+    embed = index_module._embed
+
+    def spy(model, processor, clips, *rest):
+        names.extend(os.path.basename(clip.path) for clip in clips)
+        return embed(model, processor, clips, *rest)
+
+    monkeypatch.setattr(index_module, "_embed", spy)
+    return names
+
+
+def test_a_folder_is_embedded_recursively_as_the_model_embeds_it(build, model, videos, tmp_path):
+    from clipvip.data.decode import read_frames
+    from clipvip.model import CLIPViPModel, CLIPViPProcessor
+    from clipvip.training.evaluate import Reading
+
+    (videos / "notes.txt").write_text("not a video")
+    index = build(videos)
+    assert [os.path.relpath(clip.path, videos) for clip in index.clips] == [
+        "a.mp4",
+        "b.mp4",
+        os.path.join("deep", "c.mp4"),
+    ]
+    assert torch.equal(load_index(tmp_path / "index").embeddings, index.embeddings)
+
+    network, processor = (
+        CLIPViPModel.from_pretrained(model),
+        CLIPViPProcessor.from_pretrained(model),
+    )
+    frames = read_frames(videos / "b.mp4", Reading.load(model).num_frames, size=32)
+    with torch.no_grad():
+        alone = network.get_video_features(**processor(videos=[frames]))
+    torch.testing.assert_close(index.embeddings[1], F.normalize(alone[0], dim=-1))
+
+
+def test_search_ranks_by_cosine_best_first(build, videos, tmp_path):
+    index = build(videos)
+    hits = search(tmp_path / "index", "a red square", k=10)
+    assert sorted(hit.path for hit in hits) == sorted(videos.rglob("*.mp4"))
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert all(-1.001 <= hit.score <= 1.001 for hit in hits)
+    assert search(index, "a red square", k=2) == hits[:2]
+    assert search(index, "word " * 200, k=1)  # longer than the model reads: cut, not an error
+
+
+def test_only_new_and_changed_files_are_embedded_again(build, videos, embedded):
+    first = build(videos)
+    assert build(videos).clips == first.clips
+    assert embedded == ["a.mp4", "b.mp4", "c.mp4"]
+    embedded.clear()
+
+    write_clip(videos / "d.mp4", (250, 250, 20))
+    os.utime(videos / "b.mp4", ns=(1, 1))
+    (videos / "a.mp4").unlink()
+    second = build(videos)
+    assert sorted(embedded) == ["b.mp4", "d.mp4"]
+    assert [os.path.basename(clip.path) for clip in second.clips] == ["b.mp4", "d.mp4", "c.mp4"]
+    torch.testing.assert_close(second.embeddings[[0, 2]], first.embeddings[[1, 2]])
+
+
+def test_a_build_that_dies_goes_on_where_it_saved(build, videos, embedded, monkeypatch):
+    monkeypatch.setattr(index_module, "SAVE_SECONDS", 0.0)
+    spied = index_module._embed
+
+    def dying(*arguments):
+        model, processor, clips, reading, _, workers, bad_files = arguments
+        for number, rows in enumerate(
+            spied(model, processor, clips, reading, 1, workers, bad_files)
+        ):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield rows
+
+    monkeypatch.setattr(index_module, "_embed", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build(videos)
+    embedded.clear()
+    monkeypatch.setattr(index_module, "_embed", spied)
+    assert len(build(videos).clips) == 3
+    assert len(embedded) < 3
+
+
+def test_bad_files_are_listed_and_left_out(build, videos, tmp_path):
+    (videos / "broken.mp4").write_bytes(b"no video at all")
+    index = build(videos)
+    assert len(index.clips) == 3
+    listed = json.loads((tmp_path / "index" / "bad_files.jsonl").read_text())
+    assert listed["path"] == str(videos / "broken.mp4") and listed["reason"]
+
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "broken.mp4").write_bytes(b"no video at all")
+    with pytest.raises(ValueError, match=r"none of 1 clips .* could be read"):
+        build(tmp_path / "only", tmp_path / "other")
+
+
+def test_clips_of_an_annotations_file_keep_their_times(build, videos, tmp_path):
+    lines = [{"video": "a.mp4", "start": 0.25, "end": 0.5}, {"video": "a.mp4"}]
+    lines += [{"video": "a.mp4"}, {"video": "gone.mp4"}]
+    file = videos / "clips.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    index = build(file)
+    assert [(clip.start, clip.end) for clip in index.clips] == [(0.25, 0.5), (None, None)]
+    assert [os.path.basename(bad["path"]) for bad in index.bad_files] == ["gone.mp4"]
+    assert {hit[2:] for hit in search(index, "a square")} == {(0.25, 0.5), (None, None)}
+
+
+def test_a_changed_model_is_refused(build, videos, tmp_path):
+    own = save_model(tmp_path / "own", seed=1)
+    build(videos, model=own)
+    save_model(own, seed=2)
+    with pytest.raises(ValueError, match="has changed since"):
+        search(tmp_path / "index", "a square")
+    with pytest.raises(ValueError, match="has changed since"):
+        build(videos, model=own)
+
+
+def test_an_index_of_something_else_is_refused(build, videos, tmp_path):
+    build(videos)
+    with pytest.raises(ValueError, match="is an index of"):
+        build(videos / "deep")
+    with pytest.raises(ValueError, match="is an index made with the model"):
+        build(videos, model=save_model(tmp_path / "own", seed=1))
+    with pytest.raises(ValueError, match="no index in"):
+        search(tmp_path / "nowhere", "a square")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no videos in"):
+        build(tmp_path / "empty", tmp_path / "new")
+
+
+@pytest.mark.parametrize(("query", "k", "said"), [(" ", 1, "query is empty"), ("a", 0, "k is 0")])
+def test_a_query_without_sense_is_refused(build, videos, query, k, said):
+    with pytest.raises(ValueError, match=said):
+        search(build(videos), query, k)

@@ -57,7 +57,7 @@ def find_resumed(config: TrainConfig) -> Path | None:
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
     """TensorBoard, without the events of steps after `step`, and config.yaml."""
-    options = {"tensorboard": {"purge_step": step + 1 if step else None}}
+    options = {"tensorboard": {"purge_step": step + 1}}
     accelerator.init_trackers("tensorboard", init_kwargs=options)
     if accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -105,7 +105,9 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
             f"data.text_length is {config.data.text_length}; the model reads at most {longest}"
         )
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it within version 5
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model.train(), processor
 
 

@@ -171,7 +171,12 @@ def test_killed_at_any_moment_the_resumed_run_equals_the_unbroken_one(make_confi
 
 
 def test_two_processes_train_as_one(make_config, tmp_path, world):
-    overrides = ["max_steps=3", "task=omnisource", f"data.validation={world / 'annotations.jsonl'}"]
+    overrides = [
+        "max_steps=3",
+        "accumulation=2",
+        "task=omnisource",
+        f"data.validation={world / 'annotations.jsonl'}",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     train(make_config(*overrides, f"out={one}"))
     run_forks("two", make_config.path, *overrides, f"out={two}")

@@ -176,6 +176,17 @@ struct AddTile {
   }
 };
 
+// C = A·B, or C += A·B.
+template <typename Dot>
+CLIPVIP_INLINE void gemm_into(int64_t rows, int64_t vectors, int64_t k_words, Operand<Dot> a,
+                              const typename Dot::Word* b, float* c, int64_t row_step, bool add) {
+  if (add) {
+    gemm<Dot>(rows, vectors, k_words, a, b, AddTile{c, row_step});
+  } else {
+    gemm<Dot>(rows, vectors, k_words, a, b, StoreTile{c, row_step});
+  }
+}
+
 // Words of a row of elements of type T: floats converted from any T, or pairs of bf16 as they are.
 template <typename Dot>
 struct Words;
@@ -227,7 +238,12 @@ CLIPVIP_INLINE void copy_rows(typename Dot::Word* to, int64_t row_step, const Ro
     const auto* from = row(i);
     for (int64_t k = 0; k < k_words; k += kLanes) {
       const int64_t n = k_words - k;
-      Words<Dot>::store_first(to + i * row_step + k, Words<Dot>::load_first(from, k, n), n);
+      const Vec words = Words<Dot>::load_first(from, k, n);
+      if (n >= kLanes) {
+        Words<Dot>::store(to + i * row_step + k, words);
+      } else {
+        Words<Dot>::store_first(to + i * row_step + k, words, n);
+      }
     }
   }
   for (int64_t i = rows; i < padded_rows; ++i) {
@@ -259,6 +275,12 @@ CLIPVIP_INLINE void pack_transposed(typename Dot::Word* b, const Row& row, int64
       }
     }
   });
+}
+
+// Whether pack_rows gives what copy_rows gives with rows side by side: a single panel of floats.
+template <typename Dot>
+CLIPVIP_INLINE bool packs_like_copy(int64_t vectors) {
+  return Dot::kElements == 1 && vectors <= kMaxPanelVectors;
 }
 
 // B(k, n) = row(k)[n] for element rows k in [0, rows) and n in [0, vectors·kLanes), all of which

@@ -43,6 +43,22 @@ struct float16 {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// Hints that `bytes` from p on will be read, or written, soon; the second level of cache is meant.
+CLIPVIP_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+  }
+}
+CLIPVIP_INLINE void prefetch_to_write(void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+#if defined(__AVX2__)
+    __asm__ volatile("prefetchw %0" : : "m"(static_cast<char*>(p)[i]));
+#else
+    __builtin_prefetch(static_cast<char*>(p) + i, 1, 2);
+#endif
+  }
+}
+
 CLIPVIP_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

@@ -31,24 +31,28 @@ struct Arena {
   }
 };
 
-// The tokens of one frame, proxies first.
-struct Frame {
+// One head of the tokens of one frame, proxies first.
+struct Unit {
+  int64_t frame, head;
   int64_t proxies, patches;  // M, and L or 0
   int64_t proxy_token, patch_token;
   bool first;   // of its video: the proxies' own keys count here
   bool direct;  // the only one of its video: no partial results
 
-  int64_t tokens() const { return proxies + patches; }
+  CLIPVIP_INLINE int64_t tokens() const { return proxies + patches; }
   CLIPVIP_INLINE int64_t token(int64_t row) const {
     return row < proxies ? proxy_token + row : patch_token + (row - proxies);
   }
 };
 
-CLIPVIP_INLINE Frame make_frame(const ProxyAttentionParams& p, int64_t video, int64_t frame) {
+CLIPVIP_INLINE Unit make_unit(const ProxyAttentionParams& p, int64_t video, int64_t frame,
+                              int64_t head) {
   const int32_t* offsets = p.frame_offsets.as<int32_t>();
   const int64_t begin = offsets[video], end = offsets[video + 1];
   const int64_t start = video * p.num_proxies + begin * p.patches;
-  return {p.num_proxies,
+  return {frame,
+          head,
+          p.num_proxies,
           end > begin ? p.patches : 0,
           start,
           start + p.num_proxies + (frame - begin) * p.patches,
@@ -56,7 +60,7 @@ CLIPVIP_INLINE Frame make_frame(const ProxyAttentionParams& p, int64_t video, in
           end - begin <= 1};
 }
 
-// The last video that begins at or before `frame` and has frames.
+// The video that holds `frame`: the last that begins at or before it.
 CLIPVIP_INLINE int64_t video_of(const ProxyAttentionParams& p, int64_t frame) {
   const int32_t* offsets = p.frame_offsets.as<int32_t>();
   int64_t low = 0, high = p.videos();
@@ -67,6 +71,32 @@ CLIPVIP_INLINE int64_t video_of(const ProxyAttentionParams& p, int64_t frame) {
   return low;
 }
 
+// Calls body(unit, next, thread) for every frame and head, `next` being what the same thread most
+// likely computes after; then put_together(video, head) for videos of several frames, and
+// body for the proxies of videos of none.
+template <typename Body, typename Combine>
+CLIPVIP_INLINE void for_each_unit(const ProxyAttentionParams& p, const Body& body,
+                                  const Combine& put_together) {
+  const int32_t* offsets = p.frame_offsets.as<int32_t>();
+  const int64_t heads = p.heads(), units = offsets[p.videos()] * heads;
+  const int64_t run = units / (p.threads * 16) + 1;  // neighbours share pages and cache lines
+  const auto unit = [&](int64_t u) {
+    return make_unit(p, video_of(p, u / heads), u / heads, u % heads);
+  };
+  parallel_for((units + run - 1) / run, p.threads, [&](int64_t piece, int thread) {
+    const int64_t end = smaller((piece + 1) * run, units);
+    for (int64_t u = piece * run; u < end; ++u) {
+      body(unit(u), unit(smaller(u + 1, units - 1)), thread);
+    }
+  });
+  parallel_for(p.videos() * heads, p.threads, [&](int64_t u, int thread) {
+    const int64_t video = u / heads, frames = offsets[video + 1] - offsets[video];
+    const Unit empty = make_unit(p, video, offsets[video], u % heads);
+    if (frames == 0) body(empty, empty, thread);
+    if (frames > 1) put_together(video, u % heads);
+  });
+}
+
 template <typename T>
 struct TokenRows {  // one head of one of q, k, v, out, …: row(token) is its D elements
   T* data;
@@ -74,6 +104,29 @@ struct TokenRows {  // one head of one of q, k, v, out, …: row(token) is its D
 
   CLIPVIP_INLINE T* operator()(int64_t token) const { return data + token * step; }
 };
+
+// A share of rows [0, count): piece `index` of `pieces`.
+struct Share {
+  int64_t begin, end;
+};
+CLIPVIP_INLINE Share share(int64_t count, int64_t index, int64_t pieces) {
+  return {count * index / pieces, count * (index + 1) / pieces};
+}
+
+template <typename T>
+CLIPVIP_INLINE void prefetch_rows(const TokenRows<T>& rows, const Unit& unit, Share range,
+                                  int64_t D) {
+  for (int64_t i = range.begin; i < smaller(range.end, unit.tokens()); ++i) {
+    prefetch(rows(unit.token(i)), D * int64_t(sizeof(T)));
+  }
+}
+template <typename T>
+CLIPVIP_INLINE void prefetch_rows_to_write(const TokenRows<T>& rows, const Unit& unit,
+                                           Share range, int64_t D) {
+  for (int64_t i = range.begin; i < smaller(range.end, unit.tokens()); ++i) {
+    prefetch_to_write(rows(unit.token(i)), D * int64_t(sizeof(T)));
+  }
+}
 
 template <typename T>
 CLIPVIP_INLINE TokenRows<T> part_of(const Tensor& qkv, int part, int64_t head) {
@@ -172,51 +225,60 @@ CLIPVIP_INLINE ForwardPartials forward_partials(const ProxyAttentionParams& p, i
           base + frames * p.heads() * p.num_proxies * p.head_dim() + index * 2};
 }
 
+// `next` is the unit that this thread computes after this one; its keys and values are prefetched.
 template <typename Dot, typename T>
-void forward_frame(const ProxyAttentionParams& p, int64_t video, int64_t frame_index, int64_t head,
-                   int thread) {
+void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& next, int thread) {
   using Word = typename Dot::Word;
-  const Frame frame = make_frame(p, video, frame_index);
   const int64_t D = p.head_dim(), d_words = D / Dot::kElements, d_vectors = D / kLanes;
-  const int64_t keys = frame.tokens(), vectors = (keys + kLanes - 1) / kLanes;
+  const int64_t keys = unit.tokens(), vectors = (keys + kLanes - 1) / kLanes;
   const int64_t key_words = (keys + Dot::kElements - 1) / Dot::kElements, step = vectors * kLanes;
-  const int64_t block = smaller(round_up(keys, kRowPadding), kProxyAttentionBlock);
+  const int64_t block = proxy_attention_block_rows(keys);
+  const int64_t padded_block = round_up(block, kRowPadding);
   Arena arena{p.workspace.as<float>() +
               thread * proxy_attention_floats_per_thread(p.num_proxies + p.patches, D, false)};
-  Word* query = arena.take<Word>(block * d_words);
-  float* weights = arena.take<float>(block * step);
+  Word* query = arena.take<Word>(padded_block * d_words);
+  float* weights = arena.take<float>(padded_block * step);
   Word* key = arena.take<Word>(packed_words(d_words, vectors));
   Word* value = arena.take<Word>(packed_words(key_words, d_vectors));
-  float* result = arena.take<float>(block * D);
+  float* result = arena.take<float>(padded_block * D);
 
-  const auto q = part_of<const T>(p.qkv, 0, head), k = part_of<const T>(p.qkv, 1, head),
-             v = part_of<const T>(p.qkv, 2, head);
-  const auto out = head_of<T>(p.out, head);
-  float* lse = p.lse.as<float>() + head * p.lse.stride[0];
-  pack_transposed<Dot>(key, [&](int64_t i) { return k(frame.token(i)); }, keys, d_words, vectors);
-  pack_rows<Dot>(value, [&](int64_t i) { return v(frame.token(i)); }, keys, d_vectors);
+  const auto q = part_of<const T>(p.qkv, 0, unit.head), k = part_of<const T>(p.qkv, 1, unit.head),
+             v = part_of<const T>(p.qkv, 2, unit.head);
+  const auto out = head_of<T>(p.out, unit.head);
+  float* lse = p.lse.as<float>() + unit.head * p.lse.stride[0];
+  pack_transposed<Dot>(key, [&](int64_t i) { return k(unit.token(i)); }, keys, d_words, vectors);
+  pack_rows<Dot>(value, [&](int64_t i) { return v(unit.token(i)); }, keys, d_vectors);
 
+  const int64_t blocks = (keys + block - 1) / block;
   for (int64_t start = 0; start < keys; start += block) {
     const int64_t rows = smaller(block, keys - start);
-    copy_rows<Dot>(query, d_words, [&](int64_t i) { return q(frame.token(start + i)); }, rows,
+    const Share next_share = share(next.tokens(), start / block, blocks);
+    copy_rows<Dot>(query, d_words, [&](int64_t i) { return q(unit.token(start + i)); }, rows,
                    round_up(rows, kRowPadding), d_words);
+    prefetch_rows(q, unit, {start + block, start + 2 * block}, D);
+    if (start + block >= keys) {
+      prefetch_rows(part_of<const T>(p.qkv, 0, next.head), next, {0, block}, D);
+    }
+    prefetch_rows_to_write(out, unit, {start, start + rows}, D);
     gemm<Dot>(rows, vectors, d_words, Operand<Dot>{query, d_words, 1}, key,
               StoreLogits{weights, step, p.scale * kLog2E});
-    float highest[kProxyAttentionBlock], sum[kProxyAttentionBlock];
+    prefetch_rows(part_of<const T>(p.qkv, 1, next.head), next, next_share, D);
+    float highest[kProxyAttentionPaddedRows], sum[kProxyAttentionPaddedRows];
     for (int64_t i = 0; i < rows; ++i) {
       float* row = weights + i * step;
-      if (start + i < frame.proxies && !frame.first) {
-        for (int64_t j = 0; j < frame.proxies; ++j) row[j] = -kInfinity;
+      if (start + i < unit.proxies && !unit.first) {
+        for (int64_t j = 0; j < unit.proxies; ++j) row[j] = -kInfinity;
       }
       softmax_row<Dot>(row, keys, highest[i], sum[i]);
     }
+    prefetch_rows(part_of<const T>(p.qkv, 2, next.head), next, next_share, D);
     gemm<Dot>(rows, d_vectors, key_words,
               Operand<Dot>{reinterpret_cast<const Word*>(weights), step, 1}, value,
               StoreTile{result, D});
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t row = start + i, token = frame.token(row);
-      if (row < frame.proxies && !frame.direct) {
-        const ForwardPartials partials = forward_partials(p, frame_index, head);
+      const int64_t row = start + i, token = unit.token(row);
+      if (row < unit.proxies && !unit.direct) {
+        const ForwardPartials partials = forward_partials(p, unit.frame, unit.head);
         store_scaled(partials.acc + row * D, result + i * D, D, 1.f);
         partials.stats[row * 2] = highest[i];
         partials.stats[row * 2 + 1] = sum[i];
@@ -260,17 +322,12 @@ void combine_forward(const ProxyAttentionParams& p, int64_t video, int64_t head)
 
 template <typename Dot, typename T>
 void forward(const ProxyAttentionParams& p) {
-  const int32_t* offsets = p.frame_offsets.as<int32_t>();
-  const int64_t heads = p.heads();
-  parallel_for(offsets[p.videos()] * heads, p.threads, [&](int64_t unit, int thread) {
-    const int64_t frame = unit / heads;
-    forward_frame<Dot, T>(p, video_of(p, frame), frame, unit % heads, thread);
-  });
-  parallel_for(p.videos() * heads, p.threads, [&](int64_t unit, int thread) {
-    const int64_t video = unit / heads, frames = offsets[video + 1] - offsets[video];
-    if (frames == 0) forward_frame<Dot, T>(p, video, offsets[video], unit % heads, thread);
-    if (frames > 1) combine_forward<T>(p, video, unit % heads);
-  });
+  for_each_unit(
+      p,
+      [&](const Unit& unit, const Unit& next, int thread) {
+        forward_unit<Dot, T>(p, unit, next, thread);
+      },
+      [&](int64_t video, int64_t head) { combine_forward<T>(p, video, head); });
 }
 
 // ---- Backward. With P the weights, recomputed from the saved log-sum-exp:
@@ -423,78 +480,94 @@ CLIPVIP_INLINE float dot_product(const T* a, const T* b, int64_t n) {
 }
 
 template <typename Dot, typename T>
-void backward_frame(const ProxyAttentionParams& p, int64_t video, int64_t frame_index,
-                    int64_t head, int thread) {
+void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& next, int thread) {
   using Word = typename Dot::Word;
-  const Frame frame = make_frame(p, video, frame_index);
   const int64_t D = p.head_dim(), d_words = D / Dot::kElements, d_vectors = D / kLanes;
-  const int64_t keys = frame.tokens(), vectors = (keys + kLanes - 1) / kLanes;
+  const int64_t keys = unit.tokens(), vectors = (keys + kLanes - 1) / kLanes;
   const int64_t key_words = (keys + Dot::kElements - 1) / Dot::kElements, step = vectors * kLanes;
-  const int64_t block = smaller(round_up(keys, kRowPadding), kProxyAttentionBlock);
+  const int64_t block = proxy_attention_block_rows(keys);
+  const int64_t padded_block = round_up(block, kRowPadding);
   Arena arena{p.workspace.as<float>() +
               thread * proxy_attention_floats_per_thread(p.num_proxies + p.patches, D, true)};
-  Scores<Dot> scores(arena, block, step);
-  Word* query = arena.take<Word>(block * d_words);
-  Word* grad_out = arena.take<Word>(block * d_words);
-  Word* query_rows = arena.take<Word>(block * d_words);
-  Word* grad_out_rows = arena.take<Word>(block * d_words);
-  float* grad_query = arena.take<float>(block * D);
+  Scores<Dot> scores(arena, padded_block, step);
+  Word* query = arena.take<Word>(padded_block * d_words);
+  Word* grad_out = arena.take<Word>(padded_block * d_words);
+  const bool same = packs_like_copy<Dot>(d_vectors);
+  Word* query_rows = same ? query : arena.take<Word>(padded_block * d_words);
+  Word* grad_out_rows = same ? grad_out : arena.take<Word>(padded_block * d_words);
+  float* grad_query = arena.take<float>(padded_block * D);
   float* grad_key = arena.take<float>(round_up(keys, kRowPadding) * D);
   float* grad_value = arena.take<float>(round_up(keys, kRowPadding) * D);
   Word* key = arena.take<Word>(packed_words(d_words, vectors));
   Word* value = arena.take<Word>(packed_words(d_words, vectors));
   Word* key_rows = arena.take<Word>(packed_words(key_words, d_vectors));
-  float lse[kProxyAttentionBlock], delta[kProxyAttentionBlock];
+  float lse[kProxyAttentionPaddedRows], delta[kProxyAttentionPaddedRows];
 
-  const auto q = part_of<const T>(p.qkv, 0, head), k = part_of<const T>(p.qkv, 1, head),
-             v = part_of<const T>(p.qkv, 2, head);
-  const auto out = head_of<const T>(p.out, head), dout = head_of<const T>(p.grad_out, head);
-  const float* saved_lse = p.lse.as<float>() + head * p.lse.stride[0];
+  const auto q = part_of<const T>(p.qkv, 0, unit.head), k = part_of<const T>(p.qkv, 1, unit.head),
+             v = part_of<const T>(p.qkv, 2, unit.head);
+  const auto out = head_of<const T>(p.out, unit.head),
+             dout = head_of<const T>(p.grad_out, unit.head);
+  const float* saved_lse = p.lse.as<float>() + unit.head * p.lse.stride[0];
   const auto put = [&](int part, int64_t row, const float* from, float by) {
-    if (row < frame.proxies && !frame.direct) {
-      float* to = backward_partials(p, frame_index, head);
-      store_scaled(to + (part * frame.proxies + row) * D, from, D, by);
+    if (row < unit.proxies && !unit.direct) {
+      float* to = backward_partials(p, unit.frame, unit.head);
+      store_scaled(to + (part * unit.proxies + row) * D, from, D, by);
     } else {
-      store_scaled(part_of<T>(p.grad_qkv, part, head)(frame.token(row)), from, D, by);
+      store_scaled(part_of<T>(p.grad_qkv, part, unit.head)(unit.token(row)), from, D, by);
     }
   };
-  const auto key_row = [&](int64_t i) { return k(frame.token(i)); };
+  const auto key_row = [&](int64_t i) { return k(unit.token(i)); };
   pack_transposed<Dot>(key, key_row, keys, d_words, vectors);
-  pack_transposed<Dot>(value, [&](int64_t i) { return v(frame.token(i)); }, keys, d_words, vectors);
+  pack_transposed<Dot>(value, [&](int64_t i) { return v(unit.token(i)); }, keys, d_words, vectors);
   pack_rows<Dot>(key_rows, key_row, keys, d_vectors);
-  std::memset(grad_key, 0, size_t(round_up(keys, kRowPadding) * D) * sizeof(float));
-  std::memset(grad_value, 0, size_t(round_up(keys, kRowPadding) * D) * sizeof(float));
 
+  // What the next block, or the next unit, reads is prefetched between the products.
+  const int64_t blocks = (keys + block - 1) / block;
   for (int64_t start = 0; start < keys; start += block) {
+    const bool last = start + block >= keys;
+    const Unit& following = last ? next : unit;
+    const Share now{start, start + block}, then = last ? Share{0, block} : Share{start + block, start + 2 * block};
+    const Share next_share = share(next.tokens(), start / block, blocks);
     const int64_t rows = smaller(block, keys - start), padded = round_up(rows, kRowPadding);
     const int64_t row_words = (rows + Dot::kElements - 1) / Dot::kElements;
-    const auto query_row = [&](int64_t i) { return q(frame.token(start + i)); };
-    const auto grad_row = [&](int64_t i) { return dout(frame.token(start + i)); };
+    const auto query_row = [&](int64_t i) { return q(unit.token(start + i)); };
+    const auto grad_row = [&](int64_t i) { return dout(unit.token(start + i)); };
     copy_rows<Dot>(query, d_words, query_row, rows, padded, d_words);
     copy_rows<Dot>(grad_out, d_words, grad_row, rows, padded, d_words);
-    pack_rows<Dot>(query_rows, query_row, rows, d_vectors);
-    pack_rows<Dot>(grad_out_rows, grad_row, rows, d_vectors);
+    if (!same) {
+      pack_rows<Dot>(query_rows, query_row, rows, d_vectors);
+      pack_rows<Dot>(grad_out_rows, grad_row, rows, d_vectors);
+    }
     for (int64_t i = 0; i < padded; ++i) {
-      const int64_t token = frame.token(start + i);
+      const int64_t token = unit.token(start + i);
       lse[i] = i < rows ? saved_lse[token] : kInfinity;
       delta[i] = i < rows ? dot_product<T>(out(token), dout(token), D) : 0;
     }
 
+    prefetch_rows(part_of<const T>(p.qkv, 0, following.head), following, then, D);
+    prefetch_rows(part_of<const T>(p.qkv, 1, next.head), next, next_share, D);
     gemm<Dot>(rows, vectors, d_words, Operand<Dot>{query, d_words, 1}, key,
               typename Scores<Dot>::PutP{scores, lse, p.scale * kLog2E});
-    if (!frame.first) {
-      for (int64_t i = 0; i < smaller(rows, frame.proxies - start); ++i) {
-        for (int64_t j = 0; j < frame.proxies; ++j) scores.clear_p(i, j);
+    if (!unit.first) {
+      for (int64_t i = 0; i < smaller(rows, unit.proxies - start); ++i) {
+        for (int64_t j = 0; j < unit.proxies; ++j) scores.clear_p(i, j);
       }
     }
+    prefetch_rows(head_of<const T>(p.out, following.head), following, then, D);
     gemm<Dot>(rows, vectors, d_words, Operand<Dot>{grad_out, d_words, 1}, value,
               typename Scores<Dot>::PutDs{scores, delta});
     if (keys % Dot::kElements) {
       for (int64_t i = 0; i < rows; ++i) scores.clear_ds(i, keys);
     }
-    gemm<Dot>(keys, d_vectors, row_words, scores.p_columns(), grad_out_rows,
-              AddTile{grad_value, D});
-    gemm<Dot>(keys, d_vectors, row_words, scores.ds_columns(), query_rows, AddTile{grad_key, D});
+    prefetch_rows(head_of<const T>(p.grad_out, following.head), following, then, D);
+    gemm_into<Dot>(keys, d_vectors, row_words, scores.p_columns(), grad_out_rows, grad_value, D,
+                   start > 0);
+    prefetch_rows_to_write(part_of<T>(p.grad_qkv, 0, unit.head), unit, now, D);
+    prefetch_rows(part_of<const T>(p.qkv, 2, next.head), next, next_share, D);
+    gemm_into<Dot>(keys, d_vectors, row_words, scores.ds_columns(), query_rows, grad_key, D,
+                   start > 0);
+    prefetch_rows_to_write(part_of<T>(p.grad_qkv, 1, unit.head), unit, share(keys, start / block, blocks), D);
+    prefetch_rows_to_write(part_of<T>(p.grad_qkv, 2, unit.head), unit, share(keys, start / block, blocks), D);
     gemm<Dot>(rows, d_vectors, key_words, scores.ds_rows(), key_rows, StoreTile{grad_query, D});
     for (int64_t i = 0; i < rows; ++i) put(0, start + i, grad_query + i * D, p.scale);
   }
@@ -525,17 +598,12 @@ void combine_backward(const ProxyAttentionParams& p, int64_t video, int64_t head
 
 template <typename Dot, typename T>
 void backward(const ProxyAttentionParams& p) {
-  const int32_t* offsets = p.frame_offsets.as<int32_t>();
-  const int64_t heads = p.heads();
-  parallel_for(offsets[p.videos()] * heads, p.threads, [&](int64_t unit, int thread) {
-    const int64_t frame = unit / heads;
-    backward_frame<Dot, T>(p, video_of(p, frame), frame, unit % heads, thread);
-  });
-  parallel_for(p.videos() * heads, p.threads, [&](int64_t unit, int thread) {
-    const int64_t video = unit / heads, frames = offsets[video + 1] - offsets[video];
-    if (frames == 0) backward_frame<Dot, T>(p, video, offsets[video], unit % heads, thread);
-    if (frames > 1) combine_backward<T>(p, video, unit % heads);
-  });
+  for_each_unit(
+      p,
+      [&](const Unit& unit, const Unit& next, int thread) {
+        backward_unit<Dot, T>(p, unit, next, thread);
+      },
+      [&](int64_t video, int64_t head) { combine_backward<T>(p, video, head); });
 }
 
 }  // namespace

@@ -28,14 +28,20 @@ struct ProxyAttentionParams {
   int64_t videos() const { return frame_offsets.size[0] - 1; }
 };
 
-// The kernels take the queries of a frame in blocks of this many rows.
-constexpr int64_t kProxyAttentionBlock = 48;
+// The kernels take the queries of a frame in equal blocks of at most kMaxRows, so that a block's
+// scores stay in the second level of cache. Micro-kernels work on up to kPaddedRows.
+constexpr int64_t kProxyAttentionMaxRows = 72, kProxyAttentionPaddedRows = 72;
+
+static inline int64_t proxy_attention_block_rows(int64_t keys) {
+  const int64_t blocks = (keys + kProxyAttentionMaxRows - 1) / kProxyAttentionMaxRows;
+  return ((keys + blocks - 1) / blocks + 7) / 8 * 8;
+}
 
 // Floats of workspace that one thread needs, whichever instruction set runs.
 static inline int64_t proxy_attention_floats_per_thread(int64_t keys, int64_t head_dim,
                                                         bool backward) {
   const int64_t padded_keys = (keys + 23) / 24 * 24 + 16;
-  const int64_t rows = keys < kProxyAttentionBlock ? (keys + 23) / 24 * 24 : kProxyAttentionBlock;
+  const int64_t rows = (proxy_attention_block_rows(keys) + 23) / 24 * 24;
   return backward ? padded_keys * (5 * head_dim + 2 * rows) + rows * (5 * head_dim + 32)
                   : padded_keys * (2 * head_dim + rows) + rows * (2 * head_dim + 32);
 }

@@ -1,5 +1,8 @@
 """Proxy-guided masked attention (CLIP-ViP, section 3.2)."""
 
+import contextlib
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -52,17 +55,17 @@ def proxy_attention(
     """
     _check(qkv, frame_offsets, num_proxies, patches_per_frame)
     device = qkv.device.type
-    if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device)
+    if autocast and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device))
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             return proxy_attention_reference(
                 qkv, frame_offsets, num_proxies, patches_per_frame, scale
             )
     if backend != "native":
         raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
-    _native.module()
     _native.check_device(qkv, frame_offsets)
     _native.check_dtype("qkv", qkv)
     if qkv.shape[-1] % 16 or not 16 <= qkv.shape[-1] <= 128:
@@ -85,7 +88,7 @@ def proxy_attention_reference(
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
     offsets = frame_offsets.tolist()
-    for video, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for video, (first, last) in enumerate(itertools.pairwise(offsets)):
         start = video * num_proxies + first * patches_per_frame
         tokens = num_proxies + (last - first) * patches_per_frame
         query, key, value = qkv[start : start + tokens].permute(1, 2, 0, 3)  # [H, tokens, D]
@@ -125,7 +128,7 @@ def _check_offsets(
     offsets = frame_offsets.tolist()
     if offsets[0] != 0:
         raise ValueError(f"frame_offsets[0] is {offsets[0]}, expected 0")
-    for i, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (first, last) in enumerate(itertools.pairwise(offsets)):
         if last < first:
             raise ValueError(
                 f"frame_offsets decreases: [{i}] is {first} and [{i + 1}] is {last}; "
@@ -203,12 +206,17 @@ def _backward(
 ) -> Tensor:
     """The gradient of qkv, [T, 3, H, D], from that of out and what forward gave."""
     _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
-    if grad_out.shape != out.shape or grad_out.dtype != qkv.dtype:
-        raise ValueError(
-            f"grad_out is {grad_out.dtype} {list(grad_out.shape)}, "
-            f"expected {qkv.dtype} {list(out.shape)} like out"
-        )
-    grad_out, qkv, frame_offsets = _rows(grad_out), _rows(qkv), frame_offsets.contiguous()
+    tokens, _, heads, head_dim = qkv.shape
+    for name, tensor, dtype, shape in (
+        ("grad_out", grad_out, qkv.dtype, [tokens, heads, head_dim]),
+        ("out", out, qkv.dtype, [tokens, heads, head_dim]),
+        ("lse", lse, torch.float32, [heads, tokens]),
+    ):
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
+            given = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
+    grad_out, qkv, out = _rows(grad_out), _rows(qkv), _rows(out)
+    frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     workspace, threads = _workspace(qkv, frame_offsets, num_proxies, patches_per_frame, True)
     _native.module().proxy_attention_backward(

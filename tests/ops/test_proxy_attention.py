@@ -1,0 +1,300 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipvip.ops import _native, proxy_attention
+from clipvip.ops.proxy_attention import _backward, _forward, proxy_attention_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HEAD_DIMS = [32, 64, 80, 96, 128]
+PATCHES = [1, 7, 49, 196, 257]
+PROXIES = [1, 4, 5, 16]
+RAGGED = [0, 3, 3, 4, 6]  # three frames, none, one, two
+
+# Each value of each parameter with each dtype; all combinations would be 300.
+GRID = [
+    (dtype, HEAD_DIMS[i % 5], PATCHES[(i * 2 + i // 5) % 5], PROXIES[i % 4])
+    for dtype in DTYPES
+    for i in range(10)
+]
+
+
+@pytest.fixture(params=_native.module().cpu_capabilities())
+def capability(request):
+    before = _native.module().cpu_capability()
+    _native.module().set_cpu_capability(request.param)
+    yield request.param
+    _native.module().set_cpu_capability(before)
+
+
+def make(
+    offsets: list[int], patches: int, proxies: int, heads: int = 2, head_dim: int = 64, **kwargs
+) -> tuple[Tensor, Tensor]:
+    """qkv [T, 3, H, D] and frame_offsets."""
+    tokens = (len(offsets) - 1) * proxies + offsets[-1] * patches
+    generator = torch.Generator().manual_seed(tokens + head_dim)
+    qkv = torch.randn(tokens, 3, heads, head_dim, generator=generator)
+    return qkv.to(**kwargs), torch.tensor(offsets, dtype=torch.int32)
+
+
+def run(attend, qkv: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """Output and gradient, as float64."""
+    qkv = qkv.detach().requires_grad_()
+    out = attend(qkv, *arguments)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator).to(out.dtype)
+    (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
+    return out.detach().double(), grad_qkv.double()
+
+
+def assert_as_good_as_pytorch(qkv: Tensor, *arguments) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, both against float64."""
+    exact = run(proxy_attention_reference, qkv.double(), *arguments)
+    plain = run(proxy_attention_reference, qkv, *arguments)
+    ours = run(proxy_attention, qkv, *arguments)
+    for name, want, theirs, got in zip(("out", "grad"), exact, plain, ours, strict=True):
+        error, allowed = (got - want).abs().max(), 2 * (theirs - want).abs().max()
+        floor = 4 * torch.finfo(qkv.dtype).eps * want.abs().max()
+        assert error <= allowed + floor, f"{name}: {error:.2e}, plain PyTorch {allowed / 2:.2e}"
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "patches", "proxies"), GRID)
+def test_error_against_float64(dtype, head_dim, patches, proxies):
+    frames = RAGGED if patches < 100 else [0, 2, 2, 3]
+    qkv, offsets = make(frames, patches, proxies, head_dim=head_dim, dtype=dtype)
+    assert_as_good_as_pytorch(qkv, offsets, proxies, patches)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "patches", "proxies"), [(64, 49, 4), (80, 7, 5), (32, 1, 1)])
+def test_every_instruction_set(capability, dtype, head_dim, patches, proxies):
+    qkv, offsets = make(RAGGED, patches, proxies, head_dim=head_dim, dtype=dtype)
+    assert_as_good_as_pytorch(qkv, offsets, proxies, patches)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -1.0, 200.0])
+def test_scales(scale, capability):
+    qkv, offsets = make(RAGGED, 49, 4)
+    assert_as_good_as_pytorch(qkv, offsets, 4, 49, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_beyond_the_range_of_exp(dtype):
+    qkv, offsets = make([0, 2], 49, 4, dtype=dtype)
+    qkv[:, :2] *= 12  # logits up to about ±700
+    assert_as_good_as_pytorch(qkv, offsets, 4, 49)
+    qkv[:, :2] *= 100
+    out = proxy_attention(qkv, offsets, 4, 49)
+    assert out.isfinite().all() and out.abs().max() <= qkv[:, 2].abs().max() * 1.01
+
+
+def test_more_proxies_than_a_block_of_rows():
+    qkv, offsets = make([0, 2, 2], 3, 150)
+    assert_as_good_as_pytorch(qkv, offsets, 150, 3)
+
+
+def test_reads_qkv_in_place_whatever_its_strides():
+    whole, offsets = make(RAGGED, 7, 4, heads=6, head_dim=128)
+    views = [
+        whole[:, :, 1:5:2],
+        whole[..., 64:],
+        whole[..., ::2],
+        whole.transpose(1, 2).contiguous().transpose(1, 2),
+        whole[:1].expand_as(whole),
+    ]
+    for view in views:
+        got = run(proxy_attention, view, offsets, 4, 7)
+        want = run(proxy_attention, view.contiguous(), offsets, 4, 7)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_takes_any_strides_of_the_gradient():
+    qkv, offsets = make(RAGGED, 7, 4)
+    qkv.requires_grad_()
+    out = proxy_attention(qkv, offsets, 4, 7)
+    for grad in (torch.ones(()).expand_as(out), torch.randn(*reversed(out.shape)).permute(2, 1, 0)):
+        (got,) = torch.autograd.grad(out, qkv, grad, retain_graph=True)
+        (want,) = torch.autograd.grad(out, qkv, grad.contiguous(), retain_graph=True)
+        assert torch.equal(got, want)
+
+
+def test_batches_without_frames_or_videos():
+    qkv, offsets = make([0, 0, 0], 7, 4)
+    assert_as_good_as_pytorch(qkv, offsets, 4, 7)
+    qkv, offsets = make([0], 7, 4)
+    out, grad = run(proxy_attention, qkv, offsets, 4, 7)
+    assert out.shape == (0, 2, 64) and grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_equals_its_videos_one_by_one(dtype):
+    qkv, offsets = make(RAGGED, 7, 4, dtype=dtype)
+    out, _ = run(proxy_attention, qkv, offsets, 4, 7)
+    alone = []
+    for video, (first, last) in enumerate(itertools.pairwise(RAGGED)):
+        rows = slice(video * 4 + first * 7, (video + 1) * 4 + last * 7)
+        one = torch.tensor([0, last - first], dtype=torch.int32)
+        alone.append(proxy_attention(qkv[rows], one, 4, 7).double())
+    assert torch.equal(out, torch.cat(alone))
+
+
+def test_masking():
+    """A patch's row depends on its own frame and the proxies only; a proxy's on everything."""
+    patches, proxies = 49, 4
+    qkv, offsets = make([0, 3], patches, proxies)
+    out = proxy_attention(qkv, offsets, proxies, patches)
+    changed = qkv.clone()
+    second = slice(proxies + patches, proxies + 2 * patches)
+    changed[second] = torch.randn_like(changed[second])
+    now = proxy_attention(changed, offsets, proxies, patches)
+    others = torch.ones(len(qkv), dtype=torch.bool)
+    others[:proxies] = others[second] = False
+    assert torch.equal(now[others], out[others])
+    assert (now[:proxies] != out[:proxies]).any(-1).all()
+
+
+def test_permuting_patches_of_a_frame_permutes_their_rows():
+    qkv, offsets = make([0, 2], 49, 4)
+    order = torch.cat([torch.arange(53), 53 + torch.randperm(49)])
+    out = proxy_attention(qkv, offsets, 4, 49)
+    torch.testing.assert_close(proxy_attention(qkv[order], offsets, 4, 49), out[order])
+
+
+def test_gradient_by_finite_differences():
+    qkv, offsets = make([0, 2, 3], 3, 2, heads=1, head_dim=32)
+    direction = torch.randn_like(qkv)
+    weights = torch.randn(len(qkv), 1, 32)
+
+    def loss(step: float) -> Tensor:
+        exact = (qkv + step * direction).double()
+        return (proxy_attention_reference(exact, offsets, 2, 3) * weights).sum()
+
+    leaf = qkv.clone().requires_grad_()
+    (proxy_attention(leaf, offsets, 2, 3) * weights).sum().backward()
+    slope = (loss(1e-3) - loss(-1e-3)) / 2e-3
+    torch.testing.assert_close((leaf.grad * direction).sum().double(), slope, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
+    qkv, offsets = make([0, 5, 5, 6], 49, 4, heads=3, dtype=dtype)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(proxy_attention, qkv, offsets, 4, 49))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    qkv, offsets = make([0, 2, 3], 7, 4, heads=1, head_dim=32, dtype=dtype)
+    qkv.requires_grad_()
+    torch.library.opcheck(_forward, (qkv, offsets, 4, 7, 0.2))
+    out, lse = _forward(qkv.detach(), offsets, 4, 7, 0.2)
+    torch.library.opcheck(_backward, (out, qkv.detach(), offsets, 4, 7, 0.2, out, lse))
+
+
+def test_compile():
+    compiled = torch.compile(proxy_attention, fullgraph=True, backend="aot_eager")
+    for offsets in ([0, 2, 3], [0, 1, 4, 4]):
+        qkv, offsets = make(offsets, 7, 4)
+        got, want = (run(f, qkv, offsets, 4, 7) for f in (compiled, proxy_attention))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_autocast(backend):
+    qkv, offsets = make([0, 2, 3], 7, 4)
+    qkv.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = proxy_attention(qkv, offsets, 4, 7, backend=backend)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, proxy_attention(qkv.bfloat16(), offsets, 4, 7, backend=backend))
+    out.sum().backward()
+    assert qkv.grad.dtype == torch.float32
+
+
+def test_activation_checkpointing():
+    qkv, offsets = make([0, 2, 3], 7, 4)
+
+    def attend(qkv: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(
+            proxy_attention, qkv, offsets, 4, 7, use_reentrant=False
+        )
+
+    got, want = run(attend, qkv), run(proxy_attention, qkv, offsets, 4, 7)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_backends_agree():
+    qkv, offsets = make(RAGGED, 7, 4)
+    got = proxy_attention(qkv, offsets, 4, 7, backend="reference")
+    torch.testing.assert_close(got, proxy_attention(qkv, offsets, 4, 7))
+
+
+QKV, OFFSETS = make([0, 23], 49, 4)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 24], r"frame_offsets\[-1\] is 24 but qkv holds 23 frames \(T=1131, B=1, M=4, L=49\)"),
+        ([0, 11], r"frame_offsets\[-1\] is 11 but qkv holds 23 frames"),
+        ([0, 10, 23], r"qkv holds 22\.92 frames \(T=1131, B=2, M=4, L=49\)"),
+        ([0, 30, 23], r"frame_offsets decreases: \[1\] is 30 and \[2\] is 23"),
+        ([1, 24], r"frame_offsets\[0\] is 1, expected 0"),
+        ([0, -1], r"frame_offsets decreases: \[0\] is 0 and \[1\] is -1"),
+    ],
+)
+def test_offsets_that_do_not_add_up(offsets, message, backend):
+    offsets = torch.tensor(offsets, dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        proxy_attention(QKV, offsets, 4, 49, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((QKV[0], OFFSETS, 4, 49), ValueError, r"qkv is \[3, 2, 64\], expected \[T, 3, H, D\]"),
+        ((QKV[:, :2], OFFSETS, 4, 49), ValueError, r"qkv is \[1131, 2, 2, 64\]"),
+        ((QKV[..., :40], OFFSETS, 4, 49), ValueError, "D=40, expected a multiple of 16 up to 128"),
+        ((QKV.double(), OFFSETS, 4, 49), TypeError, "float64, expected float32, bfloat16 or"),
+        ((QKV.int(), OFFSETS, 4, 49), TypeError, "qkv is torch.int32, expected"),
+        ((None, OFFSETS, 4, 49), TypeError, "qkv is NoneType"),
+        ((QKV, OFFSETS.long(), 4, 49), TypeError, "frame_offsets is torch.int64, expected an"),
+        ((QKV, OFFSETS.float().requires_grad_(), 4, 49), TypeError, "torch.float32, expected an"),
+        ((QKV, [0, 23], 4, 49), TypeError, "frame_offsets is list"),
+        ((QKV, OFFSETS[:0], 4, 49), ValueError, r"frame_offsets is \[0\], expected \[B \+ 1\]"),
+        ((QKV, OFFSETS[None], 4, 49), ValueError, r"frame_offsets is \[1, 2\]"),
+        ((QKV, OFFSETS, 0, 49), ValueError, "num_proxies is 0, expected at least 1"),
+        ((QKV, OFFSETS, 4, -1), ValueError, "patches_per_frame is -1"),
+        ((QKV, OFFSETS, 4.0, 49), TypeError, "num_proxies is float, expected int"),
+        ((QKV.to("meta"), OFFSETS, 4, 49), ValueError, "tensors lie on"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, error, message):
+    with pytest.raises(error, match=message):
+        proxy_attention(*arguments)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ValueError, match="backend is 'cuda', expected 'native' or 'reference'"):
+        proxy_attention(QKV, OFFSETS, 4, 49, backend="cuda")
+
+
+def test_the_backward_op_checks_what_it_is_given():
+    out, lse = _forward(QKV, OFFSETS, 4, 49, 0.125)
+    with pytest.raises(ValueError, match=r"grad_out is torch.float32 \[1130, 2, 64\]"):
+        _backward(out[1:], QKV, OFFSETS, 4, 49, 0.125, out, lse)
+    with pytest.raises(ValueError, match=r"frame_offsets\[-1\] is 46"):
+        _backward(out, QKV, OFFSETS * 2, 4, 49, 0.125, out, lse)
+    with pytest.raises(ValueError, match=r"lse is torch.float32 \[1, 1131\]"):
+        _backward(out, QKV, OFFSETS, 4, 49, 0.125, out, lse[:1])

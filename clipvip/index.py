@@ -295,8 +295,11 @@ def _embed(
 
 
 def _load(model: str | Path, device: str | torch.device) -> tuple[Any, Any]:
+    from transformers.utils import logging
+
     from clipvip.model import CLIPViPModel, CLIPViPProcessor
 
+    logging.disable_progress_bar()  # of loading a model: breaks our own
     network = CLIPViPModel.from_pretrained(model).to(device).eval()
     return network, CLIPViPProcessor.from_pretrained(model)
 

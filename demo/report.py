@@ -1,0 +1,210 @@
+"""The demo's result for people: a picture of curves and figures, and a page of retrieved clips."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from clipvip.data.annotations import Clip
+from clipvip.data.decode import read_frames
+from clipvip.index import Hit, Index
+
+NAMES = {"clip_vip": "CLIP-ViP", "mean_pool": "mean-pooled frames"}
+PAINT = {"clip_vip": "#2f6fed", "mean_pool": "#e08a1e", "chance": "#b8bec9"}
+STAGES = {"pretrain": "post-pretraining", "finetune": "fine-tuning"}
+STRIP_FRAMES, STRIP_SIZE = 6, 64
+SHOWN, QUERIES = 3, 12  # clips a query, queries a page
+
+
+def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -> None:
+    """Loss, validation recall and held-out figures, side by side.
+
+    runs: model → stage → folder of the run, whose metrics.jsonl is read.
+    """
+    plt.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    )
+    plt.rcParams.update({"grid.color": "#e6e9ef", "axes.axisbelow": True})
+    figure, (loss, recall, bars) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for name, stages in runs.items():
+        begun = 0
+        curve: list[tuple[int, float]] = []
+        for number, folder in enumerate(stages.values()):
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+            losses = [(begun + row["step"], row["loss"]) for row in rows if "loss" in row]
+            label = NAMES[name] if number == 0 else None
+            loss.plot(*zip(*losses, strict=True), color=PAINT[name], linewidth=1.2, label=label)
+            key = "validation/text_to_video/R@1"
+            curve += [(begun + row["step"], row[key]) for row in rows if key in row]
+            begun = losses[-1][0]
+            if number == 0:
+                split = begun
+        recall.plot(
+            *zip(*curve, strict=True),
+            color=PAINT[name],
+            marker="o",
+            markersize=3,
+            label=NAMES[name],
+        )
+    for axis in (loss, recall):
+        axis.axvline(split, color="#8a93a3", linestyle=":", linewidth=1)
+        axis.set_xlabel("step")
+    loss.legend(frameon=False, loc="center right")
+    recall.legend(frameon=False, loc="upper left")
+    top = loss.get_ylim()[1]
+    loss.set_ylim(0, top)
+    loss.text(split, top, f"{STAGES['pretrain']} ", ha="right", va="top", color="#5b6472")
+    loss.text(split, top, f" {STAGES['finetune']}", ha="left", va="top", color="#5b6472")
+    loss.set_title("training loss", loc="left", fontweight="bold")
+    recall.set_ylim(0, 100)
+    recall.set_title("text → video R@1 on validation clips, %", loc="left", fontweight="bold")
+
+    cuts = ("R@1", "R@5", "R@10")
+    for place, name in enumerate(("chance", "mean_pool", "clip_vip")):
+        values = [results[name]["text_to_video"][cut] for cut in cuts]
+        at = [cut + 0.27 * (place - 1) for cut in range(len(cuts))]
+        drawn = bars.bar(at, values, 0.25, color=PAINT[name], label=NAMES.get(name, name))
+        bars.bar_label(drawn, fmt="%.0f", padding=1, fontsize=8)
+    bars.set_xticks(range(len(cuts)), cuts)
+    bars.set_ylim(0, 118)
+    bars.set_yticks(range(0, 101, 20))
+    bars.grid(axis="x", visible=False)
+    bars.legend(frameon=False, loc="upper left", ncols=3, fontsize=8, columnspacing=1)
+    bars.set_title("text → video on held-out clips, %", loc="left", fontweight="bold")
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def page(
+    clips: list[Clip], indexes: dict[str, Index], results: dict[str, Any], picture: Path, out: Path
+) -> None:
+    """One self-contained HTML file: the figures, and queries beside the clips they found."""
+    step = max(1, len(clips) // QUERIES)
+    sentence = {clip.video.resolve(): clip.text[0] for clip in clips}
+    cards = "\n".join(
+        _card(clips[query], indexes, sentence) for query in range(step // 2, len(clips), step)
+    )
+    chart = base64.b64encode(picture.read_bytes()).decode()
+    out.write_text(
+        TEMPLATE.replace("{{count}}", str(len(clips)))
+        .replace("{{figures}}", _figures(results))
+        .replace("{{chart}}", chart)
+        .replace("{{cards}}", cards),
+        encoding="utf-8",
+    )
+
+
+def _figures(results: dict[str, Any]) -> str:
+    rows = []
+    for key, name in (("clip_vip", "CLIP-ViP"), ("mean_pool", "mean-pooled"), ("chance", "chance")):
+        cells = "".join(
+            f"<td>{results[key][direction][cut]:.1f}</td>"
+            for direction in ("text_to_video", "video_to_text")
+            for cut in ("R@1", "R@5", "R@10")
+        )
+        rows.append(f'<tr class="{key}"><th>{name}</th>{cells}</tr>')
+    return "".join(rows)
+
+
+def _card(query: Clip, indexes: dict[str, Index], sentence: dict[Path, str]) -> str:
+    columns = []
+    for name in NAMES:
+        hits = indexes[name].search(query.text[0], len(sentence))
+        rank = 1 + [hit.path.resolve() for hit in hits].index(query.video.resolve())
+        verdict = "found first" if rank == 1 else f"the true clip is at rank {rank}"
+        found = "".join(
+            _found(place, hit, sentence[hit.path.resolve()], place == rank)
+            for place, hit in enumerate(hits[:SHOWN], 1)
+        )
+        columns.append(
+            f'<div class="column"><h3>{NAMES[name]}'
+            f'<span class="{"hit" if rank == 1 else "miss"}">{verdict}</span></h3>{found}</div>'
+        )
+    text = html.escape(query.text[0])
+    return f'<section><h2>“{text}”</h2><div class="columns">{"".join(columns)}</div></section>'
+
+
+def _found(place: int, hit: Hit, sentence: str, right: bool) -> str:
+    clip = base64.b64encode(hit.path.read_bytes()).decode()
+    return (
+        f'<figure class="{"right" if right else "wrong"}"><b>{place}</b>'
+        f'<video src="data:video/mp4;base64,{clip}" autoplay loop muted playsinline></video>'
+        f'<img src="{_strip(hit.path)}" alt="frames of the clip, first to last">'
+        f"<figcaption>{html.escape(sentence)}<i>{hit.score:.2f}</i></figcaption></figure>"
+    )
+
+
+def _strip(video: Path) -> str:
+    """A clip's frames from first to last, side by side, as a data URL."""
+    frames = read_frames(video, STRIP_FRAMES, size=STRIP_SIZE).permute(0, 2, 3, 1).numpy()
+    gap = 2
+    strip = Image.new("RGB", (STRIP_FRAMES * (STRIP_SIZE + gap) - gap, STRIP_SIZE), "white")
+    for number, frame in enumerate(frames):
+        strip.paste(Image.fromarray(frame), (number * (STRIP_SIZE + gap), 0))
+    buffer = io.BytesIO()
+    strip.save(buffer, "WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>CLIP-ViP demo: text-video retrieval</title>
+<style>
+:root { --ink: #1c2430; --soft: #667085; --line: #e4e8ef; --good: #16874a; --bad: #b4541a }
+* { box-sizing: border-box }
+body { margin: 0; background: #f5f7fa; color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", Helvetica, "DejaVu Sans", sans-serif }
+main { max-width: 1140px; margin: 0 auto; padding: 36px 20px 60px }
+h1 { font-size: 28px; margin: 0 0 6px; letter-spacing: -.01em }
+p { color: var(--soft); max-width: 74ch; margin: 0 0 22px }
+section, .panel { background: #fff; border: 1px solid var(--line); border-radius: 12px;
+  padding: 18px 20px; margin: 0 0 18px; box-shadow: 0 1px 2px #1018280a }
+.panel img { display: block; width: 100% }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid var(--line) }
+th:first-child { text-align: left } tr:last-child > * { border-bottom: 0 }
+thead th { color: var(--soft); font-weight: 500; font-size: 13px }
+thead tr:first-child th { text-align: center; border: 0; padding-bottom: 0 }
+.clip_vip { font-weight: 700; color: #1f56c4 } .chance { color: var(--soft) }
+.chance th { font-weight: 400 } .mean_pool th { font-weight: 500 }
+h2 { font-size: 18px; margin: 0 0 10px }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 26px }
+h3 { font-size: 13px; font-weight: 600; margin: 0 0 8px; display: flex;
+  justify-content: space-between; color: var(--soft) }
+.hit { color: var(--good) } .miss { color: var(--bad) }
+figure { display: grid; grid-template-columns: 18px 64px 1fr; gap: 3px 8px; align-items: center;
+  margin: 0 0 8px; padding: 7px 8px; border: 1px solid var(--line); border-radius: 8px }
+figure b { color: var(--soft); font-weight: 500 }
+figure.right { border-color: #7cc79b; background: #f0faf4 }
+figure video { width: 64px; height: 64px; border-radius: 4px; background: #222 }
+figure img { width: 100%; max-width: 394px; border-radius: 4px }
+figcaption { grid-column: 2 / -1; display: flex; justify-content: space-between; font-size: 13px }
+figure.right figcaption { color: var(--good); font-weight: 600 }
+figcaption i { font-style: normal; color: var(--soft); font-variant-numeric: tabular-nums }
+@media (max-width: 520px) { .columns { grid-template-columns: 1fr } }
+</style>
+<main>
+<h1>Which clip does the sentence mean?</h1>
+<p>A small CLIP-ViP was post-pretrained from scratch on noisy speech and captions, then fine-tuned,
+on clips of moving shapes. Here are {{count}} clips it never saw. Beside it is the same network with
+mean-pooled frames and no video proxies: it sees the same pictures, but a motion and its reverse
+look the same to it.</p>
+<div class="panel scroll"><table>
+<thead><tr><th></th><th colspan="3">text → video, %</th><th colspan="3">video → text, %</th></tr>
+<tr><th></th><th>R@1</th><th>R@5</th><th>R@10</th><th>R@1</th><th>R@5</th><th>R@10</th></tr></thead>
+<tbody>{{figures}}</tbody></table></div>
+<div class="panel"><img src="data:image/png;base64,{{chart}}"
+ alt="training loss, validation recall and held-out recall of both models"></div>
+{{cards}}
+</main></html>
+"""

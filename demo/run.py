@@ -1,0 +1,231 @@
+"""From nothing to text-video retrieval on one small machine: `python -m demo.run`.
+
+Renders clips, post-pretrains and fine-tunes a small CLIP-ViP on them through the package's own
+trainer, does the same with mean-pooled frames, and measures both on clips that neither saw.
+Everything goes to demo/out: results.json, results.png, index.html, the models, a search index.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import CLIPTokenizer
+from transformers.utils import logging
+
+from clipvip.data.annotations import load_annotations
+from clipvip.index import build_index
+from clipvip.model import CLIPViPConfig, CLIPViPModel, CLIPViPProcessor
+from clipvip.training.config import load_config
+from clipvip.training.evaluate import evaluate_checkpoint
+from clipvip.training.trainer import train
+from demo.render import render_all
+from demo.report import page, plot
+
+HERE = Path(__file__).parent
+OUT = HERE / "out"
+SEED = 1
+QUERY = "a red circle moves left"
+FRAMES, IMAGE, PATCH, WIDTH, LAYERS, TEXT_LENGTH = 6, 48, 12, 64, 3, 24
+MODELS = {
+    "clip_vip": {"num_proxies": 4, "frame_pooling": "proxy"},
+    "mean_pool": {"num_proxies": 1, "frame_pooling": "mean"},
+}
+STAGES = ("pretrain", "finetune")
+
+
+def main() -> None:
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - started), 60)
+        print(f"\n[{minutes}:{seconds:02}] {text}", flush=True)
+
+    logging.disable_progress_bar()  # of loading and saving models
+    shutil.rmtree(OUT, ignore_errors=True)
+    say("rendering clips")
+    splits = render_all(OUT / "clips", SEED, os.cpu_count() or 1)
+    clips = load_annotations(splits["heldout"])
+    tokenizer = train_tokenizer(splits["train"])
+
+    runs: dict[str, dict[str, Path]] = {}
+    for name, options in MODELS.items():
+        checkpoint = OUT / name / "start"
+        untrained(tokenizer, options).save_pretrained(checkpoint)
+        processor(tokenizer).save_pretrained(checkpoint)
+        runs[name] = {}
+        for stage in STAGES:
+            say(f"{name}: {stage}")
+            out = OUT / name / stage
+            overrides = {
+                "out": out,
+                "model.name": checkpoint,
+                "data.train": splits["train"],
+                "data.validation": splits["validation"],
+            }
+            train(load_config(HERE / f"{stage}.yaml", [f"{k}={v}" for k, v in overrides.items()]))
+            runs[name][stage], checkpoint = out, out / "last"
+
+    say("evaluating on held-out clips")
+    results: dict[str, Any] = {"chance": chance(len(clips))}
+    indexes = {}
+    for name in reversed(MODELS):
+        checkpoint = runs[name]["finetune"] / "last"
+        tables = evaluate_checkpoint(checkpoint, splits["heldout"], print_table=False)
+        results[name] = {
+            direction: {cut: round(tables[direction][cut], 2) for cut in ("R@1", "R@5", "R@10")}
+            for direction in ("text_to_video", "video_to_text")
+        }
+        indexes[name] = build_index(checkpoint, OUT / "clips" / "heldout", OUT / name / "index")
+    results["held_out_clips"] = len(clips)
+    results["seconds"] = round(time.monotonic() - started)
+    (OUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot(runs, results, OUT / "results.png")
+    page(clips, indexes, results, OUT / "results.png", OUT / "index.html")
+    show(results)
+
+    command = ["search", QUERY, "--index", str(OUT / "clip_vip" / "index"), "-k", "5"]
+    print("\n$ clipvip " + shlex.join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
+    say(f"done; see {OUT / 'index.html'}, results.png and results.json beside it")
+
+
+def train_tokenizer(annotations: Path) -> CLIPTokenizer:
+    """CLIP's kind of byte-pair tokenizer, trained on the sentences of the training clips."""
+    sentences = [
+        sentence
+        for clip in load_annotations(annotations)
+        for sentence in (*clip.text, clip.subtitle, clip.caption)
+        if sentence
+    ]
+    learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learned.normalizer = normalizers.Lowercase()
+    learned.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    learned.train_from_iterator(
+        sentences,
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            end_of_word_suffix="</w>",
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    state = json.loads(learned.to_str())["model"]
+    # CLIP's tokenizer wants every byte as the end of a word too, and its two special tokens.
+    ends = [character + "</w>" for character in sorted(alphabet)]
+    vocabulary = dict.fromkeys([*state["vocab"], *ends, "<|startoftext|>", "<|endoftext|>"])
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(vocabulary)},
+        merges=[tuple(merge) for merge in state["merges"]],
+        model_max_length=TEXT_LENGTH,
+    )
+
+
+def processor(tokenizer: CLIPTokenizer) -> CLIPViPProcessor:
+    """Frames are normalised so that the dark backgrounds come out near zero."""
+    return CLIPViPProcessor(
+        tokenizer,
+        image_size=IMAGE,
+        image_mean=[0.18] * 3,
+        image_std=[0.25] * 3,
+        num_frames=FRAMES,
+    )
+
+
+def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel:
+    """A new model whose start makes up for the few hundred clips it will see.
+
+    CLIP's own initial weights are meant for hundreds of millions of pairs. Here place and time
+    start as smooth waves instead of noise (and of zero), so that near frames look alike from
+    the first step, and words start large against the special tokens, so that sentences differ.
+    """
+    torch.manual_seed(SEED)
+    tower = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": WIDTH // 32,
+    }
+    text = {
+        **tower,
+        "num_hidden_layers": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": TEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        **tower,
+        "num_hidden_layers": LAYERS,
+        "image_size": IMAGE,
+        "patch_size": PATCH,
+        "num_frames": FRAMES,
+        **options,
+    }
+    model = CLIPViPModel(
+        CLIPViPConfig(
+            text_config=text,
+            vision_config=vision,
+            projection_dim=128,
+            logit_scale_init_value=2.66,
+        )
+    )
+    side = IMAGE // PATCH
+    column, row = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy")
+    quarter = WIDTH // 4
+    places = torch.cat([waves(x.flatten(), side, quarter) for x in (column, row)], 1)
+    times = waves(torch.arange(FRAMES), FRAMES, 2 * quarter)
+    # Places and times each get half of the channels, all of them mixed by one rotation.
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
+    seen = model.vision_model.embeddings
+    words = model.text_model.embeddings.token_embedding.weight
+    with torch.no_grad():
+        seen.patch_embedding.weight.normal_(std=0.03)
+        seen.class_embedding.normal_()
+        if seen.added_cls is not None:
+            seen.added_cls.normal_()
+        seen.position_embedding.weight[0] = 0
+        seen.position_embedding.weight[1:] = places @ rotation[: 2 * quarter]
+        seen.temporal_embedding[0] = times @ rotation[2 * quarter :]
+        words.normal_(std=0.3)
+        words[[tokenizer.bos_token_id, tokenizer.eos_token_id]] = 0
+    return model
+
+
+def waves(place: Tensor, count: int, channels: int) -> Tensor:
+    """Sines and cosines of ½ to 2 half turns over places 0 … count-1: [n, channels], centred."""
+    turns = torch.linspace(0.5, 2, channels // 2) * torch.pi
+    angle = (place[:, None] + 0.5) / count * turns
+    wave = torch.cat([angle.sin(), angle.cos()], 1)
+    return (wave - wave.mean(0)) / 2**0.5
+
+
+def chance(clips: int) -> dict[str, dict[str, float]]:
+    """Recall of a random order of that many clips."""
+    recall = {f"R@{k}": round(100 * k / clips, 2) for k in (1, 5, 10)}
+    return {"text_to_video": recall, "video_to_text": recall}
+
+
+def show(results: dict[str, Any]) -> None:
+    """The figures as a table."""
+    print(f"\n{results['held_out_clips']} held-out clips       text → video           video → text")
+    print(f"{'':22}{'R@1':>7}{'R@5':>7}{'R@10':>7}  {'R@1':>7}{'R@5':>7}{'R@10':>7}")
+    for name in ("chance", "mean_pool", "clip_vip"):
+        rows = [
+            "".join(f"{value:7.1f}" for value in results[name][direction].values())
+            for direction in ("text_to_video", "video_to_text")
+        ]
+        print(f"{name:22}{rows[0]}  {rows[1]}")
+
+
+if __name__ == "__main__":
+    main()

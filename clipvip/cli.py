@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
+INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
 Annotations = Annotated[Positional[Path], arg(metavar="ANNOTATIONS.jsonl")]
 
 
@@ -84,14 +85,15 @@ def embed(
 
 def search(
     query: Annotated[Positional[str], arg(metavar="QUERY")],
-    index: Path = Path("index"),
+    index: Path | None = None,
     k: Annotated[int, arg(aliases=["-k"])] = 10,
 ) -> None:
     """Rank the videos of an index by a sentence.
 
     Args:
         query: What to look for, in words.
-        index: A folder that `clipvip embed` made.
+        index: A folder that `clipvip embed` made; by default ./index, or where there is none,
+            that of the demo.
         k: How many videos to show.
     """
     from rich.console import Console
@@ -99,9 +101,13 @@ def search(
 
     from clipvip.index import search as search_index
 
-    table = Table("rank", "score", "video", title=query)
+    index = index or next((path for path in INDEXES if path.is_dir()), INDEXES[0])
+    table = Table("rank", "score", "video", "seconds", title=query)
     for rank, hit in enumerate(search_index(index, query, k), start=1):
-        table.add_row(str(rank), f"{hit.score:.3f}", str(hit.path))
+        path = hit.path.relative_to(Path.cwd()) if hit.path.is_relative_to(Path.cwd()) else hit.path
+        whole = hit.start is None and hit.end is None
+        span = "" if whole else f"{hit.start or 0:g}–{'' if hit.end is None else f'{hit.end:g}'}"
+        table.add_row(str(rank), f"{hit.score:.3f}", str(path), span)
     Console().print(table)
 
 

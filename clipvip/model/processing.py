@@ -1,6 +1,5 @@
 """From videos and texts to what CLIPViPModel takes."""
 
-import html
 import json
 import os
 from collections.abc import Sequence
@@ -94,16 +93,11 @@ class CLIPViPProcessor(ProcessorMixin):
             raise ValueError("neither text nor videos was given; pass at least one of them")
         batch: dict[str, Tensor] = {}
         if text is not None:
+            from clipvip.data.loader import tokenize
+
             texts = [text] if isinstance(text, str) else text
             length = text_length or min(self.tokenizer.model_max_length, 77)
-            tokens = self.tokenizer(
-                [html.unescape(each) for each in texts],
-                padding=True,
-                truncation=True,
-                max_length=length,
-                return_tensors="pt",
-            )
-            batch |= {name: tokens[name] for name in ("input_ids", "attention_mask")}
+            batch["input_ids"], batch["attention_mask"] = tokenize(self.tokenizer, texts, length)
         if videos is not None:
             clips = [self._frames(video) for video in _as_list_of_videos(videos)]
             lengths = torch.tensor([0, *(len(frames) for frames in clips)])

@@ -104,7 +104,7 @@ def proxy_attention_reference(
 def _check(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int) -> None:
     """Everything that can be said without reading the values of frame_offsets."""
     if not isinstance(qkv, Tensor) or not qkv.is_floating_point():
-        given = qkv.dtype if isinstance(qkv, Tensor) else type(qkv).__name__
+        given: object = qkv.dtype if isinstance(qkv, Tensor) else type(qkv).__name__
         raise TypeError(f"qkv is {given}, expected a tensor of floating dtype")
     if not isinstance(frame_offsets, Tensor) or frame_offsets.dtype != torch.int32:
         tensor = isinstance(frame_offsets, Tensor)

@@ -49,6 +49,8 @@ def main() -> None:
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
         print(f"\n[{minutes}:{seconds:02}] {text}", flush=True)
 
+    # Tensors this small gain little from a second thread, which decoding makes better use of.
+    torch.set_num_threads(1)
     logging.disable_progress_bar()  # of loading and saving models
     shutil.rmtree(OUT, ignore_errors=True)
     say("rendering clips")

@@ -129,6 +129,22 @@ def test_nobody_present_is_zero_with_zero_gradient(variant):
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_give_the_same_loss(dtype):
+    features = [tensor.detach().to(dtype) for tensor in inputs(50)[:4]]
+    scale = torch.tensor(30.0)
+    mask = torch.rand(50, generator=torch.Generator().manual_seed(0)) < 0.7
+    found, expected = (
+        omnisource_loss(*tensors, factor, caption_present=mask, backend=backend)
+        for tensors, factor, backend in (
+            (features, scale, "native"),
+            ([x.double() for x in features], scale.double(), "reference"),
+        )
+    )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_order_of_clips_does_not_matter():
     *features, scale = inputs(8)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))

@@ -8,6 +8,8 @@
 //   bfloat16, float16          storage types; load and store convert (to nearest even)
 //   load, load_first           load_first(p, n) reads lanes [0, n) only, the others are zero
 //   store, store_first         store_first(p, v, n) writes lanes [0, n) only
+//   stream_two(p, a, b)        stores a, then b, past the caches; p is aligned to 64 bytes.
+//                              stream_fence() before anyone else reads what was written
 //   fma(a, b, c)               a·b + c
 //   first(n, a, b)             lanes [0, n) of a, the others of b
 //   exp2                       2^x to about 1 ulp; 0 below -126, inf above 128, NaN stays NaN
@@ -43,19 +45,10 @@ struct float16 {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Hints that `bytes` from p on will be read, or written, soon; the second level of cache is meant.
+// A hint that `bytes` from p on will be read soon.
 CLIPVIP_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) {
     __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
-  }
-}
-CLIPVIP_INLINE void prefetch_to_write(void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) {
-#if defined(__AVX2__)
-    __asm__ volatile("prefetchw %0" : : "m"(static_cast<char*>(p)[i]));
-#else
-    __builtin_prefetch(static_cast<char*>(p) + i, 1, 2);
-#endif
   }
 }
 
@@ -166,6 +159,20 @@ CLIPVIP_INLINE void store_first(float16* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
 
+CLIPVIP_INLINE void stream_two(float* p, Vec a, Vec b) {
+  _mm512_stream_ps(p, a);
+  _mm512_stream_ps(p + kLanes, b);
+}
+CLIPVIP_INLINE void stream_two(bfloat16* p, Vec a, Vec b) {
+  const __m512i low = _mm512_castsi256_si512(narrow(a));
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(low, narrow(b), 1));
+}
+CLIPVIP_INLINE void stream_two(float16* p, Vec a, Vec b) {
+  const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+}
+
 // The integer nearest to x; p·2^n for such an n, which is 0 for n = kZeroExponent.
 constexpr float kZeroExponent = -200.f;
 CLIPVIP_INLINE Vec round(Vec x) {
@@ -269,6 +276,19 @@ CLIPVIP_INLINE void store_first(T* p, Vec a, int64_t n) {
   std::memcpy(p, padded, size_t(n < kLanes ? n : kLanes) * sizeof(T));
 }
 
+CLIPVIP_INLINE void stream_two(float* p, Vec a, Vec b) {
+  _mm256_stream_ps(p, a);
+  _mm256_stream_ps(p + kLanes, b);
+}
+CLIPVIP_INLINE void stream_two(bfloat16* p, Vec a, Vec b) {
+  _mm256_stream_si256((__m256i*)p, _mm256_set_m128i(narrow(b), narrow(a)));
+}
+CLIPVIP_INLINE void stream_two(float16* p, Vec a, Vec b) {
+  const __m128i low = _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT);
+  const __m128i high = _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_stream_si256((__m256i*)p, _mm256_set_m128i(high, low));
+}
+
 constexpr float kZeroExponent = -127.f;
 CLIPVIP_INLINE Vec round(Vec x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -337,6 +357,12 @@ template <typename T>
 CLIPVIP_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int i = 0; i < kLanes && i < n; ++i) from_float(a[i], p[i]);
 }
+template <typename T>
+CLIPVIP_INLINE void stream_two(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+
 constexpr float kZeroExponent = -127.f;
 // Adding and taking away 1.5·2^23 leaves the nearest integer.
 CLIPVIP_INLINE Vec round(Vec x) { return (x + 12582912.f) - 12582912.f; }
@@ -355,6 +381,12 @@ CLIPVIP_INLINE void transpose(Vec (&r)[kLanes]) {
 #undef CLIPVIP_EACH_LANE
 
 #endif
+
+CLIPVIP_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // 2^x = 2^n · 2^f with n the nearest integer; the polynomial is the minimax one of degree 5 for
 // 2^f over [-1/2, 1/2], relative error 9e-8. The limits come first in max and min, which give the

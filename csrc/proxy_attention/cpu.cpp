@@ -121,14 +121,6 @@ CLIPVIP_INLINE void prefetch_rows(const TokenRows<T>& rows, const Unit& unit, Sh
   }
 }
 template <typename T>
-CLIPVIP_INLINE void prefetch_rows_to_write(const TokenRows<T>& rows, const Unit& unit,
-                                           Share range, int64_t D) {
-  for (int64_t i = range.begin; i < smaller(range.end, unit.tokens()); ++i) {
-    prefetch_to_write(rows(unit.token(i)), D * int64_t(sizeof(T)));
-  }
-}
-
-template <typename T>
 CLIPVIP_INLINE TokenRows<T> part_of(const Tensor& qkv, int part, int64_t head) {
   return {qkv.as<T>() + part * qkv.stride[1] + head * qkv.stride[2], qkv.stride[0]};
 }
@@ -137,9 +129,24 @@ CLIPVIP_INLINE TokenRows<T> head_of(const Tensor& x, int64_t head) {
   return {x.as<T>() + head * x.stride[1], x.stride[0]};
 }
 
+// A row of `to` which nobody will find in a cache anyway is written past the caches, which spares
+// reading its lines first.
+constexpr int64_t kStreamBytes = 4 << 20;
 template <typename T>
-CLIPVIP_INLINE void store_scaled(T* to, const float* from, int64_t n, float factor) {
-  for (int64_t i = 0; i < n; i += kLanes) store(to + i, mul(load(from + i), broadcast(factor)));
+CLIPVIP_INLINE bool streams(const Tensor& to) {
+  return to.size[0] * to.stride[0] * int64_t(sizeof(T)) >= kStreamBytes;
+}
+
+template <typename T>
+CLIPVIP_INLINE void store_scaled(T* to, const float* from, int64_t n, float factor, bool stream) {
+  const Vec scale = broadcast(factor);
+  if (stream && n % (2 * kLanes) == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (int64_t i = 0; i < n; i += 2 * kLanes) {
+      stream_two(to + i, mul(load(from + i), scale), mul(load(from + i + kLanes), scale));
+    }
+  } else {
+    for (int64_t i = 0; i < n; i += kLanes) store(to + i, mul(load(from + i), scale));
+  }
 }
 
 // ---- How probabilities are kept: fp32 as they are; bf16 in pairs along the inner dimension of
@@ -245,6 +252,7 @@ void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& n
   const auto q = part_of<const T>(p.qkv, 0, unit.head), k = part_of<const T>(p.qkv, 1, unit.head),
              v = part_of<const T>(p.qkv, 2, unit.head);
   const auto out = head_of<T>(p.out, unit.head);
+  const bool stream = streams<T>(p.out);
   float* lse = p.lse.as<float>() + unit.head * p.lse.stride[0];
   pack_transposed<Dot>(key, [&](int64_t i) { return k(unit.token(i)); }, keys, d_words, vectors);
   pack_rows<Dot>(value, [&](int64_t i) { return v(unit.token(i)); }, keys, d_vectors);
@@ -259,7 +267,6 @@ void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& n
     if (start + block >= keys) {
       prefetch_rows(part_of<const T>(p.qkv, 0, next.head), next, {0, block}, D);
     }
-    prefetch_rows_to_write(out, unit, {start, start + rows}, D);
     gemm<Dot>(rows, vectors, d_words, Operand<Dot>{query, d_words, 1}, key,
               StoreLogits{weights, step, p.scale * kLog2E});
     prefetch_rows(part_of<const T>(p.qkv, 1, next.head), next, next_share, D);
@@ -279,15 +286,16 @@ void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& n
       const int64_t row = start + i, token = unit.token(row);
       if (row < unit.proxies && !unit.direct) {
         const ForwardPartials partials = forward_partials(p, unit.frame, unit.head);
-        store_scaled(partials.acc + row * D, result + i * D, D, 1.f);
+        store_scaled(partials.acc + row * D, result + i * D, D, 1.f, false);
         partials.stats[row * 2] = highest[i];
         partials.stats[row * 2 + 1] = sum[i];
       } else {
-        store_scaled(out(token), result + i * D, D, 1.f / sum[i]);
+        store_scaled(out(token), result + i * D, D, 1.f / sum[i], stream);
         lse[token] = highest[i] + ::log2f(sum[i]);
       }
     }
   }
+  stream_fence();
 }
 
 // The proxies of one video and head from their partial results over frames.
@@ -508,12 +516,13 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
   const auto out = head_of<const T>(p.out, unit.head),
              dout = head_of<const T>(p.grad_out, unit.head);
   const float* saved_lse = p.lse.as<float>() + unit.head * p.lse.stride[0];
+  const bool stream = streams<T>(p.grad_qkv);
   const auto put = [&](int part, int64_t row, const float* from, float by) {
     if (row < unit.proxies && !unit.direct) {
       float* to = backward_partials(p, unit.frame, unit.head);
-      store_scaled(to + (part * unit.proxies + row) * D, from, D, by);
+      store_scaled(to + (part * unit.proxies + row) * D, from, D, by, false);
     } else {
-      store_scaled(part_of<T>(p.grad_qkv, part, unit.head)(unit.token(row)), from, D, by);
+      store_scaled(part_of<T>(p.grad_qkv, part, unit.head)(unit.token(row)), from, D, by, stream);
     }
   };
   const auto key_row = [&](int64_t i) { return k(unit.token(i)); };
@@ -562,12 +571,9 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
     prefetch_rows(head_of<const T>(p.grad_out, following.head), following, then, D);
     gemm_into<Dot>(keys, d_vectors, row_words, scores.p_columns(), grad_out_rows, grad_value, D,
                    start > 0);
-    prefetch_rows_to_write(part_of<T>(p.grad_qkv, 0, unit.head), unit, now, D);
     prefetch_rows(part_of<const T>(p.qkv, 2, next.head), next, next_share, D);
     gemm_into<Dot>(keys, d_vectors, row_words, scores.ds_columns(), query_rows, grad_key, D,
                    start > 0);
-    prefetch_rows_to_write(part_of<T>(p.grad_qkv, 1, unit.head), unit, share(keys, start / block, blocks), D);
-    prefetch_rows_to_write(part_of<T>(p.grad_qkv, 2, unit.head), unit, share(keys, start / block, blocks), D);
     gemm<Dot>(rows, d_vectors, key_words, scores.ds_rows(), key_rows, StoreTile{grad_query, D});
     for (int64_t i = 0; i < rows; ++i) put(0, start + i, grad_query + i * D, p.scale);
   }
@@ -575,6 +581,7 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
     put(1, i, grad_key + i * D, p.scale);
     put(2, i, grad_value + i * D, 1.f);
   }
+  stream_fence();
 }
 
 template <typename T>

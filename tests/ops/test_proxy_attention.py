@@ -90,6 +90,22 @@ def test_logits_beyond_the_range_of_exp(dtype):
     assert out.isfinite().all() and out.abs().max() <= qkv[:, 2].abs().max() * 1.01
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_larger_than_a_cache(dtype, capability):
+    """They are written another way, and equal what parts of the batch give."""
+    qkv, offsets = make(list(range(65)), 49, 4, heads=12, dtype=dtype)
+    out, grad = run(proxy_attention, qkv, offsets, 4, 49)
+    tokens = 8 * 53
+    for start in (0, 56 * 53):
+        part = qkv[start : start + tokens].detach().requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        upstream = torch.randn(out.shape, generator=generator).to(dtype)[start : start + tokens]
+        small = proxy_attention(part, offsets[:9], 4, 49)
+        (small_grad,) = torch.autograd.grad(small, part, upstream)
+        assert torch.equal(small.double(), out[start : start + tokens])
+        assert torch.equal(small_grad.double(), grad[start : start + tokens])
+
+
 def test_more_proxies_than_a_block_of_rows():
     qkv, offsets = make([0, 2, 2], 3, 150)
     assert_as_good_as_pytorch(qkv, offsets, 150, 3)

@@ -97,12 +97,13 @@ def search(
         k: How many videos to show.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from clipvip.index import search as search_index
 
     index = index or next((path for path in INDEXES if path.is_dir()), INDEXES[0])
-    table = Table("rank", "score", "video", "seconds", title=query)
+    video = Column("video", overflow="fold")
+    table = Table("rank", "score", video, "seconds", title=query)
     for rank, hit in enumerate(search_index(index, query, k), start=1):
         path = hit.path.relative_to(Path.cwd()) if hit.path.is_relative_to(Path.cwd()) else hit.path
         whole = hit.start is None and hit.end is None

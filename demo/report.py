@@ -64,7 +64,7 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
     loss.text(split, top, f"{STAGES['pretrain']} ", ha="right", va="top", color="#5b6472")
     loss.text(split, top, f" {STAGES['finetune']}", ha="left", va="top", color="#5b6472")
     loss.set_title("training loss", loc="left", fontweight="bold")
-    recall.set_ylim(0, 100)
+    recall.set_ylim(0, 104)
     recall.set_title("text → video R@1 on validation clips, %", loc="left", fontweight="bold")
 
     cuts = ("R@1", "R@5", "R@10")

@@ -535,7 +535,8 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
   for (int64_t start = 0; start < keys; start += block) {
     const bool last = start + block >= keys;
     const Unit& following = last ? next : unit;
-    const Share now{start, start + block}, then = last ? Share{0, block} : Share{start + block, start + 2 * block};
+    const int64_t after = last ? 0 : start + block;
+    const Share then{after, after + block};
     const Share next_share = share(next.tokens(), start / block, blocks);
     const int64_t rows = smaller(block, keys - start), padded = round_up(rows, kRowPadding);
     const int64_t row_words = (rows + Dot::kElements - 1) / Dot::kElements;

@@ -267,7 +267,7 @@ def _embed(
     """Unit vectors float32 [P] of a batch of clips at a time; appends to bad_files at the end."""
     from clipvip.data.annotations import Clip
     from clipvip.data.loader import build_loader
-    from clipvip.model.processing import normalize_frames
+    from clipvip.training.evaluate import embed_batches
 
     if not clips:
         return
@@ -285,12 +285,8 @@ def _embed(
         max_bad_share=1.0,
         sampling=reading.sampling,
     )
-    for batch in loader:
-        pixels = batch["pixel_values"].to(model.device)
-        pixels = normalize_frames(pixels, processor.image_mean, processor.image_std)
-        features = model.get_video_features(pixels, batch["frame_offsets"].to(model.device))
-        features = F.normalize(features.float(), dim=-1).cpu()
-        yield {clips[i]: row for i, row in zip(batch["clip_index"].tolist(), features, strict=True)}
+    for features in embed_batches(model, processor, loader):
+        yield {clips[place]: row for place, row in features.items()}
     bad_files += [{"path": bad.path, "reason": bad.reason} for bad in loader.bad_files]
 
 

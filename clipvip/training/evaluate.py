@@ -1,7 +1,7 @@
 """Text-video retrieval of a model over an annotation file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loader import build_loader, tokenize
+from clipvip.data.loader import ClipLoader, build_loader, tokenize
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import METRICS, TABLES, both_directions
@@ -199,17 +199,25 @@ def _embed_videos(
         sampling=reading.sampling,
     )
     own: dict[int, Tensor] = {}
+    for part in embed_batches(model, processor, loader):
+        own.update(part)
+    videos: dict[int, Tensor] = {}
+    for part in distributed.all_gather_objects(own):
+        videos.update(part)
+    return videos
+
+
+def embed_batches(
+    model: CLIPViPModel, processor: CLIPViPProcessor, loader: ClipLoader
+) -> Iterator[dict[int, Tensor]]:
+    """For each batch of a loader: clip_index → unit feature [P], fp32 on the CPU."""
     for batch in loader:
         frames = normalize_frames(
             batch["pixel_values"].to(model.device), processor.image_mean, processor.image_std
         )
         features = model.get_video_features(frames, batch["frame_offsets"].to(model.device))
         features = F.normalize(features.float(), dim=-1).cpu()
-        own.update(zip(batch["clip_index"].tolist(), features, strict=True))
-    videos: dict[int, Tensor] = {}
-    for part in distributed.all_gather_objects(own):
-        videos.update(part)
-    return videos
+        yield dict(zip(batch["clip_index"].tolist(), features, strict=True))
 
 
 def _embed_texts(

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source on the CPU: a module with the ops of clipvip._C that end in _cuda."""
+"""The CUDA kernels on the CPU: a module with the ops of clipvip._C that end in _cuda."""
 
 import contextlib
 import importlib.util

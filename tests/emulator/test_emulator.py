@@ -10,7 +10,7 @@ ROWS, COLUMNS, DEPTH = 100, 77, 104  # multiples of no tile
 
 
 def product(emulator, fault="none", rows=ROWS):
-    """(what the kernel made of a·bᵀ, what it is, whether memory behind the result was left alone)"""
+    """(a·bᵀ by the kernel, by PyTorch, whether memory behind the result was left alone)"""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(rows, DEPTH, generator=generator).bfloat16()
     b = torch.randn(COLUMNS, DEPTH, generator=generator).bfloat16()

@@ -18,8 +18,9 @@ spec = importlib.util.spec_from_file_location("_emulator", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 a, b, c = torch.ones(100, 104).bfloat16(), torch.ones(77, 104).bfloat16(), torch.zeros(100, 77)
-handles = [module.Tensor(x.data_ptr(), x is not c, list(x.shape), list(x.stride())) for x in (a, b, c)]
-module.product(*handles, getattr(module.Fault, sys.argv[2]))
+def handle(x):
+    return module.Tensor(x.data_ptr(), int(x is not c), list(x.shape), list(x.stride()))
+module.product(handle(a), handle(b), handle(c), getattr(module.Fault, sys.argv[2]))
 print("sum", c.sum().item())
 """
 

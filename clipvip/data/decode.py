@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -132,9 +132,15 @@ def probe(path: str | Path) -> VideoInfo:
             return VideoInfo(width, height, count, index.duration, rate, stream.codec_context.name)
 
 
+# Titles need not be UTF-8. From 19 on PyAV takes them as they are and has no such option.
+_LENIENT: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
+
+
 def _open(path: Path) -> InputContainer:
     # "file:" keeps a colon in a name from being read as a protocol.
-    return av.open(f"file:{path}", metadata_errors="replace")
+    return av.open(f"file:{path}", **_LENIENT)
 
 
 @contextmanager

@@ -46,6 +46,14 @@ CODINGS = {
 }
 
 
+def test_a_title_need_not_be_utf8(make_video, numbers: Numbers) -> None:
+    path = make_video("titled.mp4", count=4)
+    content = path.read_bytes()
+    assert b"Lavf" in content  # as the file's encoder
+    path.write_bytes(content.replace(b"Lavf", b"\xff\xfevf"))
+    assert numbers(read_frames(path, 4, size=16)) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("name", CODINGS)
 def test_frames_are_those_asked_for(name: str, make_video, numbers: Numbers) -> None:
     path = make_video(name, **CODINGS[name])

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import transformers.configuration_utils
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
@@ -71,7 +72,11 @@ class CLIPViPConfig(CLIPConfig):
         "text_config": CLIPTextConfig,
         "vision_config": CLIPViPVisionConfig,
     }
-    sub_configs_defaults = sub_configs  # its name since transformers 5.20
+    # Its name since transformers 5.20, which wants the classes wrapped.
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        name: getattr(transformers.configuration_utils, "SubConfigSpec", lambda x: x)(config)
+        for name, config in sub_configs.items()
+    }
 
     # Given as dicts, or not at all, they become configs in transformers' __post_init__.
     text_config: Any = None

@@ -21,7 +21,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from clipvip.progress import progress
 
 VIDEO_SUFFIXES = frozenset(
     f".{name}"
@@ -185,7 +186,8 @@ def build_index(
             _write(index, out)
 
     due = time.monotonic() + SAVE_SECONDS
-    with _progress(len(todo), len(done)) as advance:
+    reused = f", {len(done)} are in the index already" if done else ""
+    with progress(f"embedding {len(todo)} clips{reused}", len(todo)) as advance:
         batches = _embed(
             network, processor, todo, Reading.load(model), batch_size, workers, index.bad_files
         )
@@ -351,46 +353,3 @@ def _replace_lines(path: Path, records: list[Any]) -> None:
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
-
-
-@contextmanager
-def _progress(total: int, reused: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on a terminal; plain lines, at most one in 10 s, elsewhere."""
-    note = f"embedding {total} clips" + (f", {reused} are in the index already" if reused else "")
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TaskProgressColumn(show_speed=True),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(note, total=total)
-            yield lambda clips: bar.advance(task, clips)
-        return
-    print(note, file=sys.stderr, flush=True)
-    started = shown = time.monotonic()
-    done = 0
-
-    def advance(clips: int) -> None:
-        nonlocal done, shown
-        done += clips
-        now = time.monotonic()
-        if now - shown > 10:
-            rate = done / (now - started)
-            line = f"{done}/{total}, {rate:.1f} clips/s, {(total - done) / rate:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
-            shown = now
-
-    yield advance

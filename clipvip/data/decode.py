@@ -11,6 +11,7 @@ pixel aspect ratio is not applied); rotation and mirroring flags are.
 Times are seconds from the video's first frame.
 """
 
+import io
 import itertools
 import math
 import os
@@ -53,6 +54,17 @@ class DecodeError(RuntimeError):
         return f"{self.path}: {self.reason}"
 
 
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """An encoded video or image in memory; `name`, with its suffix, stands for a path."""
+
+    name: str
+    data: bytes
+
+
+Source = str | Path | Blob
+
+
 class VideoInfo(NamedTuple):
     """What `probe` says; width and height as shown, with the rotation flag applied."""
 
@@ -65,7 +77,7 @@ class VideoInfo(NamedTuple):
 
 
 def read_frames(
-    path: str | Path,
+    path: Source,
     num_frames: int,
     *,
     size: int,
@@ -85,15 +97,16 @@ def read_frames(
     a shorter clip repeat). An image is one frame, N = 1, whatever was asked.
     Raises DecodeError for files that are missing, empty, cut off, damaged or no video.
     """
-    path = Path(path)
+    file = _file(path)
+    path = file.path
     check_sampling(sampling)
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames is {num_frames}, size {size}; expected both at least 1")
-    with _as_decode_errors(path):
+    with _as_decode_errors(file):
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            image = _read_image(path, size)
+            image = _read_image(file, size)
             return image.expand(2, -1, -1, -1) if with_middle else image
-        with _open(path) as container:
+        with _open(file) as container:
             stream = _video_stream(container, path)
             index = _index(container, stream, path, start, end)
             window = _window(index.times, start, end, path)
@@ -102,24 +115,25 @@ def read_frames(
             if with_middle:
                 chosen = np.append(chosen, middle_frame(times))
             chosen += window.start
-            return _decode(container, stream, index, chosen, size, path, threads)
+            return _decode(container, stream, index, chosen, size, file, threads)
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: Source) -> VideoInfo:
     """Size, frames and times of a video or image; decodes one frame. Raises DecodeError."""
-    path = Path(path)
-    with _as_decode_errors(path):
+    file = _file(path)
+    path = file.path
+    with _as_decode_errors(file):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             from PIL import Image, ImageOps
 
-            with Image.open(path) as image:
+            with Image.open(file.readable()) as image:
                 codec = str(image.format).lower()
                 width, height = ImageOps.exif_transpose(image).size
             return VideoInfo(width, height, 1, 0.0, 0.0, codec)
-        with _open(path) as container:
+        with _open(file) as container:
             stream = _video_stream(container, path)
             index = _index(container, stream, path)
-        with _open(path) as container:
+        with _open(file) as container:
             stream = _video_stream(container, path)
             frame = next(container.decode(stream), None)
             if frame is None:
@@ -138,19 +152,37 @@ _LENIENT: dict[str, Any] = (
 )
 
 
-def _open(path: Path) -> InputContainer:
+class _File(NamedTuple):
+    """Where bytes come from: a path, or memory that has a path for a name."""
+
+    path: Path
+    data: bytes | None = None
+
+    def readable(self) -> Path | io.BytesIO:
+        return self.path if self.data is None else io.BytesIO(self.data)
+
+
+def _file(source: Source) -> _File:
+    if isinstance(source, Blob):
+        return _File(Path(source.name), source.data)
+    return _File(Path(source))
+
+
+def _open(file: _File) -> InputContainer:
     # "file:" keeps a colon in a name from being read as a protocol.
-    return av.open(f"file:{path}", **_LENIENT)
+    source = f"file:{file.path}" if file.data is None else file.readable()
+    return av.open(source, mode="r", **_LENIENT)
 
 
 @contextmanager
-def _as_decode_errors(path: Path) -> Iterator[None]:
+def _as_decode_errors(file: _File) -> Iterator[None]:
+    path = file.path
     try:
-        if not path.exists():
+        if file.data is None and not path.exists():
             raise DecodeError(path, "no such file")
-        if path.is_dir():
+        if file.data is None and path.is_dir():
             raise DecodeError(path, "a folder, not a video")
-        if os.path.getsize(path) == 0:
+        if (os.path.getsize(path) if file.data is None else len(file.data)) == 0:
             raise DecodeError(path, "empty file (0 bytes)")
         yield
     except DecodeError:
@@ -338,7 +370,7 @@ def _decode(
     index: _Index,
     chosen: NDArray[np.int64],
     size: int,
-    path: Path,
+    file: _File,
     threads: int,
 ) -> Tensor:
     """The chosen frames (positions in index.shown), converted: uint8 [len(chosen), 3, s, s]."""
@@ -353,10 +385,10 @@ def _decode(
         for position, frame in found:
             converter.convert(frame, frames[position].numpy())
     except (_SeekFailed, av.FFmpegError):
-        with _open(path) as again:
+        with _open(file) as again:
             stream = again.streams[stream.index]  # type: ignore[assignment]
             _set_threads(stream, threads)
-            frames_shown = _decode_all(again, stream, index, wanted.tolist(), path)
+            frames_shown = _decode_all(again, stream, index, wanted.tolist(), file.path)
             for position, frame in frames_shown:
                 converter.convert(frame, frames[position].numpy())
     if np.array_equal(places, np.arange(len(wanted))):
@@ -488,11 +520,11 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     return True, c < 0, b < 0
 
 
-def _read_image(path: Path, size: int) -> Tensor:
+def _read_image(file: _File, size: int) -> Tensor:
     """uint8 [1, 3, size, size]."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    with Image.open(file.readable()) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
     out = torch.empty(1, 3, size, size, dtype=torch.uint8)
     frame = VideoFrame.from_ndarray(np.asarray(upright), format="rgb24")

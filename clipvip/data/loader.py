@@ -8,48 +8,34 @@ A file that cannot be read is logged once, listed in `bad_files` and appended to
 bad_files.jsonl. In training another clip, drawn by the seed, takes its place. In evaluation
 nothing takes its place: the clip is left out of its batch (clip_index says which are there; a
 batch of which nothing is left is not given). Either way, more than max_bad_share of the
-distinct clips tried stops the run.
+distinct clips tried stops the run. A process that dies is replaced and its batches are made
+again; a clip that two processes died of counts as unreadable.
 """
 
-import fcntl
 import html
-import json
-import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from clipvip.data import workers
 from clipvip.data.annotations import Clip
-from clipvip.data.decode import DecodeError, read_frames
+from clipvip.data.bad_files import BadFile, BadFiles, Failure, LoaderError
+from clipvip.data.decode import DecodeError, Source, read_frames
 from clipvip.data.sampling import check_sampling
+from clipvip.data.workers import Workers
 
-logger = logging.getLogger(__name__)
+__all__ = ["Batch", "ClipLoader", "LoaderError", "build_loader", "tokenize"]
 
 TASKS = ("retrieval", "omnisource", "video")
 TRIES = 100  # clips tried in the place of an unreadable one
-COUNTED_FROM = 100  # distinct clips tried before their share of bad ones means anything
-TIMEOUT = 900  # seconds without a batch after which a worker counts as stuck
 
 Batch = dict[str, Tensor]
-
-
-class LoaderError(RuntimeError):
-    """Data cannot be had: too many bad files, or a worker died."""
-
-
-class BadFile(NamedTuple):
-    """A file that could not be read, why, and the annotation line that names it."""
-
-    path: str
-    reason: str
-    line: int
 
 
 def build_loader(
@@ -88,64 +74,60 @@ def build_loader(
       annotated image or the clip's middle frame. Absent texts are tokenised as empty.
     - task "video": nothing more.
     """
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}; expected one of {', '.join(TASKS)}")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; expected 0 or more")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank} of {world_size}; expected 0 ≤ rank < world_size")
-    check_sampling(sampling)
     if task == "retrieval":
         without = next((clip for clip in clips if not clip.text), None)
         if without is not None:
             raise ValueError(f"line {without.line} ({without.video}) has no 'text' to retrieve by")
-    order = _Batches(len(clips), batch_size, rank, world_size, training, seed, drop_last=drop_last)
-    dataset = _Clips(
-        clips,
+    reading = Reading(
         size=image_size,
         num_frames=num_frames,
         sampling=sampling,
         task=task,
         training=training,
         seed=seed,
-        decoding=torch.full((max(num_workers, 1),), -1).share_memory_(),
     )
-    collate = _Collate(tokenizer, text_length, task)
-    return ClipLoader(dataset, order, collate, num_workers, max_bad_share, bad_files)
+    order = _Batches(len(clips), batch_size, rank, world_size, training, seed, drop_last=drop_last)
+    return ClipLoader(
+        _FileBatches(clips, reading, Collate(tokenizer, text_length, task)),
+        order,
+        num_workers,
+        BadFiles(len(clips), max_bad_share, bad_files),
+        lambda place: f"{clips[place].video} (line {clips[place].line})",
+    )
+
+
+class Order(Protocol):
+    """What is asked of the workers, a task a batch; `epoch` and `skipped` are of the next
+    iteration, which sets skipped back to 0. lane: see Workers.run's worker_of."""
+
+    epoch: int
+    skipped: int
+    lane: Callable[[Any], int] | None
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class ClipLoader:
-    """Iterates over one epoch's batches of one rank. `bad_files`: what could not be read."""
+    """Iterates over one epoch's batches of one rank."""
 
     def __init__(
         self,
-        dataset: "_Clips",
-        order: "_Batches",
-        collate: "_Collate",
+        work: Callable[[Any, frozenset[int]], "tuple[Batch | None, Report]"],
+        order: Order,
         num_workers: int,
-        max_bad_share: float,
-        bad_files: Path | None,
+        bad: BadFiles,
+        name: Callable[[int], str],
     ) -> None:
-        self.bad_files: list[BadFile] = []
-        self._clips = dataset.clips
-        self._decoding = dataset.decoding
+        self.name = name
         self._order = order
-        self._max_bad_share = max_bad_share
-        self._file = bad_files
-        self._paths: set[str] = set()
-        self._tried: set[int] = set()
-        self._bad: set[int] = set()
-        self._batches: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=order,
-            collate_fn=collate,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_start_worker,
-            timeout=TIMEOUT if num_workers else 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # leaves the process's own random state alone
-        )
+        self._bad = bad
+        self._workers: Workers[Any, Any] = Workers(work, num_workers, name)
+
+    @property
+    def bad_files(self) -> list[BadFile]:
+        """What could not be read so far."""
+        return self._bad.found
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -160,48 +142,29 @@ class ClipLoader:
         self._order.skipped = batches
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._batches)
-        while True:
-            try:
-                batch, report = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader"):
-                    raise
-                raise LoaderError(self._what_died(error)) from error
-            self._note(report)
+        return _pinned(self._batches()) if torch.cuda.is_available() else self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
+        for _, (batch, report) in self._workers.run(self._order, worker_of=self._order.lane):
+            self._bad.note(report.tried, report.failures)
+            if report.gave_up:
+                self._bad.stop()
             if batch is not None:
                 yield batch
 
-    def _what_died(self, error: RuntimeError) -> str:
-        paths = [str(self._clips[place].video) for place in self._decoding.tolist() if place >= 0]
-        return (
-            f"{error} The workers were last decoding: {', '.join(paths) or 'nothing yet'}. "
-            "If memory ran out, use fewer workers or smaller batches; "
-            "if a file crashes the decoder, take it out of the annotations."
-        )
 
-    def _note(self, report: "_Report") -> None:
-        self._tried.update(report.tried)
-        for place, path, reason in report.failures:
-            self._bad.add(place)
-            if path not in self._paths:
-                self._paths.add(path)
-                bad = BadFile(path, reason, self._clips[place].line)
-                self.bad_files.append(bad)
-                logger.warning("left out %s: %s", path, reason)
-                if self._file is not None:
-                    _append(self._file, bad)
-        tried, bad_count = len(self._tried), len(self._bad)
-        enough = tried >= min(COUNTED_FROM, len(self._clips)) or report.gave_up
-        if enough and (bad_count > self._max_bad_share * tried or report.gave_up):
-            last = self.bad_files[-1]
-            raise LoaderError(
-                f"{bad_count} of {tried} clips tried could not be read "
-                f"({bad_count / tried:.1%}, allowed {self._max_bad_share:.1%}); "
-                f"the last: {last.path}: {last.reason}"
-            )
+def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same in page-locked memory, copied there in a thread while the last one is in use."""
+
+    def following() -> Batch | None:
+        batch = next(batches, None)
+        return batch and {key: value.pin_memory() for key, value in batch.items()}
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(following)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(following)
+            yield batch
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Tensor, Tensor]:
@@ -219,11 +182,18 @@ def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Te
     return tokens["input_ids"], tokens["attention_mask"]
 
 
+def check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} of {world_size}; expected 0 ≤ rank < world_size")
+
+
 # --- order ----------------------------------------------------------------------------------
 
 
-class _Batches(Sampler[list[tuple[int, int]]]):
+class _Batches:
     """One rank's batches of (epoch, place of the clip)."""
+
+    lane: Callable[[Any], int] | None = None
 
     def __init__(
         self,
@@ -235,6 +205,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
         seed: int,
         drop_last: bool | None,
     ) -> None:
+        check_rank(rank, world_size)
         self.count = count
         self.batch_size = batch_size
         self.rank = rank
@@ -269,7 +240,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
 
 
 @dataclass(slots=True)
-class _Sample:
+class Sample:
     """What became of one place in the order; frames is None where nothing could be read."""
 
     place: int
@@ -279,80 +250,106 @@ class _Sample:
     subtitle: str | None = None
     caption: str | None = None
     tried: list[int] = field(default_factory=list)
-    failures: list[tuple[int, str, str]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    def failed(self, error: DecodeError, line: int) -> None:
+        self.failures.append(Failure(self.place, BadFile(str(error.path), error.reason, line)))
 
 
-class _Report(NamedTuple):
-    """What workers tell the main process with a batch: places, and (place, path, reason)."""
+class Report(NamedTuple):
+    """What workers tell the main process with a batch."""
 
     tried: list[int]
-    failures: list[tuple[int, str, str]]
+    failures: list[Failure]
     gave_up: bool
 
 
-class _Clips(Dataset[_Sample]):
-    def __init__(
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How clips become samples."""
+
+    size: int
+    num_frames: int
+    sampling: str
+    task: str
+    training: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; expected one of {', '.join(TASKS)}")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected 0 or more")
+        check_sampling(self.sampling)
+
+    @property
+    def tries(self) -> int:
+        return TRIES if self.training else 1
+
+    def read(
         self,
-        clips: Sequence[Clip],
-        *,
-        size: int,
-        num_frames: int,
-        sampling: str,
-        task: str,
-        training: bool,
-        seed: int,
-        decoding: Tensor,
+        sample: Sample,
+        clip: Clip,
+        generator: np.random.Generator,
+        video: Source | None = None,
+        image: Source | None = None,
     ) -> None:
-        self.clips = clips
-        self.size = size
-        self.num_frames = num_frames
-        self.sampling = sampling
-        self.task = task
-        self.training = training
-        self.seed = seed
-        self.decoding = decoding  # shared: the place that each worker is at
-
-    def __getitem__(self, key: tuple[int, int]) -> _Sample:
-        epoch, place = key
-        sample = _Sample(place)
-        for attempt in range(TRIES if self.training else 1):
-            generator = np.random.default_rng((self.seed, epoch, place, attempt))
-            if attempt:
-                sample.place = int(generator.integers(len(self.clips)))
-            sample.tried.append(sample.place)
-            try:
-                self._read(sample, generator)
-                break
-            except DecodeError as error:
-                sample.failures.append((sample.place, str(error.path), error.reason))
-        return sample
-
-    def _read(self, sample: _Sample, generator: np.random.Generator) -> None:
-        worker = get_worker_info()
-        self.decoding[worker.id if worker else 0] = sample.place
-        clip = self.clips[sample.place]
+        """Fills the sample. video, image: read instead of the clip's own files."""
+        image = clip.image if image is None else image
         omnisource = self.task == "omnisource"
         sample.texts, sample.subtitle, sample.caption = clip.text, clip.subtitle, clip.caption
         if self.training and clip.text:
             sample.texts = (clip.text[int(generator.integers(len(clip.text)))],)
         frames = read_frames(
-            clip.video,
+            clip.video if video is None else video,
             self.num_frames,
             size=self.size,
             start=clip.start,
             end=clip.end,
             sampling=self.sampling,
             generator=generator if self.training else None,
-            with_middle=omnisource and clip.image is None,
+            with_middle=omnisource and image is None,
         )
-        if omnisource and clip.image is None:
+        if omnisource and image is None:
             frames, sample.image = frames[:-1], frames[-1]
-        elif omnisource and clip.image is not None:
-            sample.image = read_frames(clip.image, 1, size=self.size)[0]
+        elif omnisource and image is not None:
+            sample.image = read_frames(image, 1, size=self.size)[0]
         sample.frames = frames
 
 
-class _Collate:
+class _FileBatches:
+    """Work: places of one batch, with their epoch, to (batch, report)."""
+
+    def __init__(self, clips: Sequence[Clip], reading: Reading, collate: "Collate") -> None:
+        self.clips = clips
+        self.reading = reading
+        self.collate = collate
+
+    def __call__(
+        self, task: list[tuple[int, int]], condemned: frozenset[int]
+    ) -> tuple[Batch | None, Report]:
+        return self.collate([self._sample(*key, condemned) for key in task])
+
+    def _sample(self, epoch: int, place: int, condemned: frozenset[int]) -> Sample:
+        sample, seed = Sample(place), self.reading.seed
+        for attempt in range(self.reading.tries):
+            generator = np.random.default_rng((seed, epoch, place, attempt))
+            if attempt:
+                sample.place = int(generator.integers(len(self.clips)))
+            sample.tried.append(sample.place)
+            clip = self.clips[sample.place]
+            workers.at(sample.place)
+            try:
+                if sample.place in condemned:
+                    raise DecodeError(clip.video, workers.CONDEMNED)
+                self.reading.read(sample, clip, generator)
+                break
+            except DecodeError as error:
+                sample.failed(error, clip.line)
+        return sample
+
+
+class Collate:
     """Samples to (batch, report); the batch is None where none of them could be read."""
 
     def __init__(self, tokenizer: Any, text_length: int, task: str) -> None:
@@ -360,16 +357,16 @@ class _Collate:
         self.text_length = text_length
         self.task = task
 
-    def __call__(self, samples: list[_Sample]) -> tuple[Batch | None, _Report]:
+    def __call__(self, samples: list[Sample]) -> tuple[Batch | None, Report]:
         read = [sample for sample in samples if sample.frames is not None]
-        report = _Report(
+        report = Report(
             [place for sample in samples for place in sample.tried],
             [failure for sample in samples for failure in sample.failures],
             any(len(sample.failures) == TRIES for sample in samples),
         )
         return (self._pack(read) if read else None), report
 
-    def _pack(self, samples: list[_Sample]) -> Batch:
+    def _pack(self, samples: list[Sample]) -> Batch:
         frames = [sample.frames for sample in samples if sample.frames is not None]
         batch = {
             "pixel_values": torch.cat(frames),
@@ -398,23 +395,3 @@ class _Collate:
 
 def _offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def _start_worker(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
-
-
-# --- the list of bad files ------------------------------------------------------------------
-
-
-def _append(path: Path, bad: BadFile) -> None:
-    """One line, unless the file names that path already, as another rank or an earlier run may."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        whole, _, cut = file.read().rpartition("\n")
-        if any(json.loads(line)["path"] == bad.path for line in whole.splitlines()):
-            return
-        # A run killed while writing leaves part of a line.
-        file.write(("\n" if cut else "") + json.dumps(bad._asdict(), ensure_ascii=False) + "\n")

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from PIL import Image
 
 from clipvip.data import loader as loading
+from clipvip.data import workers
 from clipvip.data.annotations import Clip
 from clipvip.data.decode import read_frames
 from clipvip.data.loader import Batch, ClipLoader, LoaderError, build_loader, tokenize
+from clipvip.data.workers import WorkerError
 
 SIZE = 16
 Load = Callable[..., ClipLoader]
@@ -315,15 +318,72 @@ def test_nothing_readable_is_an_error_not_a_search_without_end(
         list(load(given, max_bad_share=1.0))
 
 
-def test_a_dead_worker_is_named_with_what_it_was_decoding(
-    load: Load, clips: list[Clip], monkeypatch: pytest.MonkeyPatch
+def dying(clip: Clip, times: Path, deaths: int) -> Callable[..., torch.Tensor]:
+    """read_frames that takes its process with it the first `deaths` times it sees the clip."""
+
+    def read(path: Path, *given: Any, **options: Any) -> torch.Tensor:
+        if options["start"] == clip.start and times.stat().st_size < deaths:
+            with times.open("a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_frames(path, *given, **options)
+
+    return read
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_dead_worker_is_named_and_replaced(
+    deaths: int, load: Load, clips: list[Clip], tmp_path: Path, monkeypatch, caplog
 ) -> None:
+    whole = list(load())
+    (tmp_path / "times").touch()
+    monkeypatch.setattr(loading, "read_frames", dying(clips[6], tmp_path / "times", deaths))
+    loader = load(num_workers=2)
+    with caplog.at_level(logging.WARNING):
+        batches = list(loader)
+    named = [text for text in caplog.messages if "was killed by SIGKILL" in text]
+    assert len(named) == deaths
+    assert all(f"at {clips[6].video} (line 7)" in text for text in named)
+    if deaths == 1:
+        assert equal(batches, whole) and not loader.bad_files
+    else:  # another clip takes the place of one that kills
+        assert len(places(batches)) == 20 and 6 not in places(batches)
+        assert [bad.line for bad in loader.bad_files] == [7]
+
+
+def test_workers_that_always_die_stop_the_run(load: Load, monkeypatch) -> None:
     def die(path: Path, *given: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(loading, "read_frames", die)
-    with pytest.raises(LoaderError, match=r"DataLoader worker .* last decoding: .*\.mp4"):
+    with pytest.raises(WorkerError, match=r"11th to die .* memory ran out"):
         list(load(num_workers=1))
+
+
+def test_a_stuck_worker_is_replaced(load: Load, clips, tmp_path, monkeypatch, caplog) -> None:
+    whole = list(load())
+    (tmp_path / "times").touch()
+
+    def stick(path: Path, *given: Any, **options: Any) -> torch.Tensor:
+        if options["start"] == clips[6].start and not (tmp_path / "times").stat().st_size:
+            (tmp_path / "times").write_text("x")
+            time.sleep(60)
+        return read_frames(path, *given, **options)
+
+    monkeypatch.setattr(loading, "read_frames", stick)
+    monkeypatch.setattr(workers, "TIMEOUT", 3.0)
+    assert equal(list(load(num_workers=2)), whole)
+    assert any("said nothing for 3 s" in text for text in caplog.messages)
+
+
+def test_an_error_in_a_worker_is_raised_with_its_traceback(load: Load, monkeypatch) -> None:
+    def fail(path: Path, *given: Any, **options: Any) -> None:
+        raise KeyError("of the worker's own")
+
+    monkeypatch.setattr(loading, "read_frames", fail)
+    with pytest.raises(KeyError, match="of the worker's own") as caught:
+        list(load(num_workers=1))
+    assert "in fail" in str(caught.value.__cause__)
 
 
 def test_random_state_of_the_process_is_left_alone(load: Load) -> None:

@@ -1,0 +1,94 @@
+"""Files that could not be read: told once each, listed, and tolerated up to a share."""
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+COUNTED_FROM = 100  # distinct clips tried before their share of bad ones means anything
+
+
+class LoaderError(RuntimeError):
+    """Data cannot be had: too many bad files."""
+
+
+class BadFile(NamedTuple):
+    """A file that could not be read, why, and the annotation line that names it."""
+
+    path: str
+    reason: str
+    line: int
+
+
+class Failure(NamedTuple):
+    """A bad file, as found at one place of the data."""
+
+    place: int
+    file: BadFile
+
+
+class BadFiles:
+    """Of `count` places; `found` lists each file once, as does the file at `path`."""
+
+    def __init__(self, count: int, max_share: float, path: Path | None = None) -> None:
+        self.found: list[BadFile] = []
+        self.tried = 0
+        self.bad = 0
+        self._count = count
+        self._max_share = max_share
+        self._path = path
+        self._names: set[str] = set()
+        self._state = np.zeros(count, np.uint8)  # 1 tried, 2 bad; a byte a place, whatever comes
+
+    def note(self, tried: Iterable[int], failures: Iterable[Failure], final: bool = False) -> None:
+        """Counts distinct places; LoaderError where too many are bad.
+
+        final: no more will be tried, however few these were.
+        """
+        for place in tried:
+            if not self._state[place]:
+                self._state[place] = 1
+                self.tried += 1
+        for place, file in failures:
+            if self._state[place] < 2:
+                self._state[place] = 2
+                self.bad += 1
+            if file.path not in self._names:
+                self._names.add(file.path)
+                self.found.append(file)
+                logger.warning("left out %s: %s", file.path, file.reason)
+                if self._path is not None:
+                    append(self._path, file)
+        if final or self.tried >= min(COUNTED_FROM, self._count):
+            self.check()
+
+    def check(self) -> None:
+        if self.bad > self._max_share * self.tried:
+            self.stop()
+
+    def stop(self) -> None:
+        last = self.found[-1]
+        raise LoaderError(
+            f"{self.bad} of {self.tried} clips tried could not be read "
+            f"({self.bad / self.tried:.1%}, allowed {self._max_share:.1%}); "
+            f"the last: {last.path}: {last.reason}"
+        )
+
+
+def append(path: Path, bad: BadFile) -> None:
+    """One line, unless the file names that path already, as another rank or an earlier run may."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        whole, _, cut = file.read().rpartition("\n")
+        if any(json.loads(line)["path"] == bad.path for line in whole.splitlines()):
+            return
+        # A run killed while writing leaves part of a line.
+        file.write(("\n" if cut else "") + json.dumps(bad._asdict(), ensure_ascii=False) + "\n")

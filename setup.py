@@ -1,5 +1,6 @@
 """Builds clipvip._C with CMake and Ninja; everything else stands in pyproject.toml."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,10 @@ class CMakeBuild(build_ext):
             "CLIPVIP_PYBIND11_INCLUDE": str(self.pybind11_headers(build)),
             "CLIPVIP_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "CLIPVIP_OUTPUT_DIR": str(build / "module"),
+            "CLIPVIP_CUDA": self.cuda(),
         }
+        if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
+            arguments["CMAKE_CUDA_ARCHITECTURES"] = architectures
         definitions = [f"-D{name}={value}" for name, value in arguments.items()]
         subprocess.run(
             ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions], check=True
@@ -37,6 +41,14 @@ class CMakeBuild(build_ext):
         partial = target.with_suffix(".partial")
         shutil.copy2(build / "module" / target.name, partial)
         partial.replace(target)
+
+    @staticmethod
+    def cuda() -> str:
+        """CLIPVIP_CUDA: 1 for CUDA kernels, 0 for none; by default where nvcc is found."""
+        given = os.environ.get("CLIPVIP_CUDA", "")
+        if given not in ("", "0", "1"):
+            sys.exit(f"clipvip: CLIPVIP_CUDA is {given!r}, expected 0 or 1")
+        return {"": "AUTO", "0": "OFF", "1": "ON"}[given]
 
     @staticmethod
     def ninja() -> str:

@@ -2,50 +2,36 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "common/cpu_features.h"
-#include "common/tensor.h"
+#include "module.h"
 #include "pairwise_logsumexp/op.h"
 #include "proxy_attention/op.h"
 
 namespace py = pybind11;
-using release_gil = py::call_guard<py::gil_scoped_release>;
+using clipvip::release_gil;
 
 namespace {
-
-clipvip::Tensor make_tensor(uintptr_t data, int dtype, const std::vector<int64_t>& size,
-                            const std::vector<int64_t>& stride) {
-  clipvip::Tensor tensor;
-  if (size.size() != stride.size() || size.size() > clipvip::Tensor::kMaxDims)
-    throw std::invalid_argument("a tensor of at most 4 dimensions with as many strides is needed");
-  tensor.data = reinterpret_cast<void*>(data);
-  tensor.dtype = static_cast<clipvip::DType>(dtype);
-  tensor.ndim = static_cast<int>(size.size());
-  for (size_t i = 0; i < size.size(); ++i) {
-    tensor.size[i] = size[i];
-    tensor.stride[i] = stride[i];
-  }
-  return tensor;
-}
 
 py::dict build_info() {
   py::dict info;
   info["compiler"] = "g++ " __VERSION__;
   info["cpu"] = std::string(CLIPVIP_ISA_NAMES);
   info["openmp"] = _OPENMP;
+#ifdef CLIPVIP_CUDA_ARCHITECTURES
+  info["cuda"] = std::string(CLIPVIP_CUDA_ARCHITECTURES);
+  info["nvcc"] = std::string(CLIPVIP_NVCC_VERSION);
+#else
   info["cuda"] = py::none();
+#endif
   return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  py::class_<clipvip::Tensor>(m, "Tensor")
-      .def(py::init(&make_tensor), py::arg("data"), py::arg("dtype"), py::arg("size"),
-           py::arg("stride"));
+  clipvip::register_tensor(m);
   m.def("build_info", &build_info);
   m.def("cpu_capabilities", &clipvip::cpu_capabilities);
   m.def("cpu_capability",
@@ -58,4 +44,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("pairwise_logsumexp_forward", &clipvip::pairwise_logsumexp_forward_op, release_gil());
   m.def("pairwise_logsumexp_backward", &clipvip::pairwise_logsumexp_backward_op, release_gil());
+
+#ifdef CLIPVIP_CUDA_ARCHITECTURES
+  clipvip::register_cuda(m);
+#endif
 }

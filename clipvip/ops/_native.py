@@ -1,6 +1,8 @@
 """The compiled module clipvip._C, and how tensors are handed to it."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -27,11 +29,36 @@ def check_device(*tensors: Tensor) -> None:
     if len(devices) > 1:
         raise ValueError(f"tensors lie on {', '.join(sorted(map(str, devices)))}, expected one")
     (device,) = devices
-    if device.type not in ("cpu", "meta"):
+    if device.type not in ("cpu", "cuda", "meta"):
         raise RuntimeError(
-            f"tensors are on {device}, but this build has no kernels for {device.type}; "
-            "move them to the CPU or pass backend='reference'"
+            f"tensors are on {device}, but there are no kernels for {device.type}; "
+            "move them to the CPU or a CUDA GPU, or pass backend='reference'"
         )
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        _check_gpu(device.index)
+
+
+@functools.cache
+def _check_gpu(index: int) -> None:
+    if module().build_info()["cuda"] is None:
+        raise RuntimeError(
+            "tensors are on a GPU, but clipvip was built without CUDA kernels; install it again "
+            "where nvcc is found (CLIPVIP_CUDA=1 insists), or pass backend='reference'"
+        )
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name(index)
+        raise RuntimeError(
+            f"{name} has compute capability {capability[0]}.{capability[1]}, but clipvip's kernels "
+            "need 8.0 (A100) or newer; pass backend='reference'"
+        )
+
+
+@contextlib.contextmanager
+def launch_context(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Makes the tensor's GPU the current one: (its index, the handle of its current stream)."""
+    with torch.cuda.device(tensor.device):
+        yield tensor.device.index, torch.cuda.current_stream().cuda_stream
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:

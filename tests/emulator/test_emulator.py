@@ -20,6 +20,7 @@ def product(emulator, fault="none", rows=ROWS):
     return c, a.float() @ b.float().T, bool((memory[rows:] == 7).all())
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_sound_kernel_is_exact_in_every_schedule(emulator, seed):
     emulator.configure(seed=seed)

@@ -112,6 +112,88 @@ def search(
     Console().print(table)
 
 
+def shard(
+    annotations: Annotations,
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    clips_per_shard: int = 1000,
+    cut: bool = False,
+    size: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    max_bad_share: float = 0.05,
+) -> None:
+    """Write WebDataset tars to train from: OUT/00000.tar, 00001.tar, … and a manifest.
+
+    Run again after a crash it goes on; finished shards are not written again. Train on them with
+    `clipvip train … data.train='OUT/{00000..00099}.tar'`, or just data.train=OUT.
+
+    Args:
+        annotations: JSON Lines, one clip a line; `clipvip prepare` makes it of known data sets.
+        out: A folder, new or of an earlier run with the same options.
+        clips_per_shard: Aim at 0.1 to 1 GB a shard.
+        cut: Store of a long video only what the clip (start, end) needs; frames stay the same.
+        size: Store the clip coded anew as H.264, its shortest side this; 256 suits training at
+            224. Much smaller and faster to decode.
+        seed: Of the order in which clips are spread over the shards.
+        workers: Processes; by default one a core.
+        max_bad_share: Of clips that may be unreadable; they are left out and listed in
+            OUT/bad_files.jsonl.
+    """
+    from clipvip.data.shards import write_shards
+
+    shards = write_shards(
+        annotations,
+        out,
+        clips_per_shard=clips_per_shard,
+        cut=cut,
+        size=size,
+        seed=seed,
+        num_workers=workers,
+        max_bad_share=max_bad_share,
+    )
+    bad = sum(shard.bad for shard in shards)
+    left_out = f", {bad} left out (see {out / 'bad_files.jsonl'})" if bad else ""
+    gigabytes = sum(shard.bytes for shard in shards) / 1e9
+    print(
+        f"{out}: {len(shards)} shards, {sum(shard.clips for shard in shards)} clips, "
+        f"{gigabytes:.2f} GB{left_out}"
+    )
+
+
+def verify(
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    clean: Annotated[Positional[Path | None], arg(metavar="CLEAN.jsonl")] = None,
+    manifest: Path | None = None,
+    workers: int | None = None,
+) -> None:
+    """Check that clips can be read: decodes the first, middle and last frame of each.
+
+    Names what cannot be, and then ends with exit status 1.
+
+    Args:
+        source: Annotations (JSON Lines), or shards: their folder, or tars such as
+            'shards/{00000..00099}.tar' or any fsspec URL; their checksums are compared too.
+        clean: Write the annotations of the clips that can be read to this file.
+        manifest: Of tars made elsewhere: write the manifest that training from them needs.
+        workers: Processes; by default one a core.
+    """
+    from clipvip.data.shards import is_shards, verify_files, verify_shards
+
+    if is_shards(source) or manifest is not None:
+        clips, bad = verify_shards(source, clean, manifest, num_workers=workers)
+    else:
+        clips, bad = verify_files(Path(source), clean, num_workers=workers)
+    for file in bad:
+        line = f" (line {file.line})" if file.line else ""
+        print(f"{file.path}{line}: {file.reason}")
+    print(f"{source}: {clips} clips, {len(bad)} bad")
+    for written in (clean, manifest):
+        if written is not None:
+            print(f"wrote {written}")
+    if bad:
+        raise SystemExit(1)
+
+
 def doctor() -> None:
     """Say what was built, what runs here, and what is missing."""
     from clipvip.doctor import report
@@ -126,6 +208,8 @@ COMMANDS: dict[str, Any] = {
     "convert": convert,
     "embed": embed,
     "search": search,
+    "shard": shard,
+    "verify": verify,
     "doctor": doctor,
 }
 

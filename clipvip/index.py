@@ -30,15 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipvip.data.decode import VIDEO_SUFFIXES
 from clipvip.progress import progress
 
-VIDEO_SUFFIXES = frozenset(
-    f".{name}"
-    for name in (
-        *("3gp", "avi", "flv", "m2ts", "m4v", "mkv", "mov", "mp4"),
-        *("mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv"),
-    )
-)
 FORMAT = 1
 SAVE_SECONDS = 60.0
 

@@ -20,6 +20,8 @@ A key that is null counts as absent; blank lines are skipped.
 import difflib
 import json
 import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,11 @@ def parse_line(line: str | bytes, folder: Path, number: int = 0) -> Clip:
         raise ValueError(f"not UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    return parse_record(record, folder, number)
+
+
+def parse_record(record: Any, folder: Path, number: int = 0) -> Clip:
+    """As parse_line, of what stands in the line."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object in braces, got {_kind(record)}")
     for key in record:
@@ -107,6 +114,33 @@ def parse_line(line: str | bytes, folder: Path, number: int = 0) -> Clip:
         image=None if image is None else folder / image,
         line=number,
     )
+
+
+def write_annotations(path: str | Path, clips: Sequence[Clip]) -> None:
+    """Write clips as JSON Lines, whole or not at all.
+
+    Paths in the file's folder become relative to it, others absolute.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    folder = os.path.abspath(path.parent) + os.sep
+    with partial.open("w", encoding="utf-8") as file:
+        for clip in clips:
+            record = {
+                "video": os.path.abspath(clip.video).removeprefix(folder),
+                "start": clip.start,
+                "end": clip.end,
+                "text": clip.text[0] if len(clip.text) == 1 else list(clip.text) or None,
+                "subtitle": clip.subtitle,
+                "caption": clip.caption,
+                "image": clip.image and os.path.abspath(clip.image).removeprefix(folder),
+            }
+            given = {key: value for key, value in record.items() if value is not None}
+            file.write(json.dumps(given, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _kind(value: Any) -> str:

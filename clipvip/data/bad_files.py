@@ -68,16 +68,22 @@ class BadFiles:
         if final or self.tried >= min(COUNTED_FROM, self._count):
             self.check()
 
+    def resume(self, tried: Iterable[int], bad: int) -> None:
+        """Counts what an earlier run found."""
+        for place in tried:
+            self._state[place] = 1
+            self.tried += 1
+        self.bad += bad
+
     def check(self) -> None:
         if self.bad > self._max_share * self.tried:
             self.stop()
 
     def stop(self) -> None:
-        last = self.found[-1]
+        last = f"; the last: {self.found[-1].path}: {self.found[-1].reason}" if self.found else ""
         raise LoaderError(
             f"{self.bad} of {self.tried} clips tried could not be read "
-            f"({self.bad / self.tried:.1%}, allowed {self._max_share:.1%}); "
-            f"the last: {last.path}: {last.reason}"
+            f"({self.bad / self.tried:.1%}, allowed {self._max_share:.1%}){last}"
         )
 
 

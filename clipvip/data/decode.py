@@ -38,6 +38,13 @@ from torch import Tensor
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+VIDEO_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("3gp", "avi", "flv", "m2ts", "m4v", "mkv", "mov", "mp4"),
+        *("mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv"),
+    )
+)
 SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # PyAV's names of formats
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
 
@@ -118,6 +125,41 @@ def read_frames(
             return _decode(container, stream, index, chosen, size, file, threads)
 
 
+@contextmanager
+def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """An opened file and its video; what goes wrong within is a DecodeError."""
+    file = _file(source)
+    with _as_decode_errors(file), _open(file) as container:
+        yield container, _video_stream(container, file.path)
+
+
+def decode_clip(
+    source: Source, start: float | None = None, end: float | None = None
+) -> Iterator[tuple[float, VideoFrame]]:
+    """Every frame shown in [start, end), in order, with its seconds from the first of them."""
+    file = _file(source)
+    with open_video(source) as (container, stream):
+        index = _index(container, stream, file.path, start, end)
+        window = _window(index.times, start, end, file.path)
+        times, wanted = index.times[window] - index.times[window.start], index.shown[window]
+        given = 0
+        try:
+            if index.by_count:
+                raise _SeekFailed
+            for position, frame in _seek_and_decode(container, stream, index, wanted.tolist()):
+                if position != given:
+                    raise _SeekFailed
+                yield float(times[position]), frame
+                given += 1
+        except (_SeekFailed, av.FFmpegError):
+            with _open(file) as again:
+                same = again.streams[stream.index]
+                assert isinstance(same, VideoStream)
+                for position, frame in _decode_all(again, same, index, wanted.tolist(), file.path):
+                    if position >= given:
+                        yield float(times[position]), frame
+
+
 def probe(path: Source) -> VideoInfo:
     """Size, frames and times of a video or image; decodes one frame. Raises DecodeError."""
     file = _file(path)
@@ -139,7 +181,7 @@ def probe(path: Source) -> VideoInfo:
             if frame is None:
                 raise DecodeError(path, "no frame could be decoded")
             width, height = frame.width, frame.height
-            if _orientation(frame)[0]:
+            if orientation(frame)[0]:
                 width, height = height, width
             count = len(index.times)
             rate = count / index.duration if index.duration else float(stream.average_rate or 0)
@@ -297,21 +339,11 @@ def _packets(
 
     Of a part of a long video only that part is read, where the format is good at seeking.
     """
-    source: Iterator[Packet] = container.demux(stream)
     last = math.inf
     if container.format.name in SEEKABLE and stream.start_time is not None and stream.time_base:
         last = math.inf if end is None else stream.start_time + end / float(stream.time_base)
-        if start:
-            first = stream.start_time + int(start / float(stream.time_base))
-            for offset in (first, stream.start_time):
-                container.seek(offset, stream=stream)
-                source = container.demux(stream)
-                head = next(source)
-                source = itertools.chain([head], source)
-                if head.is_keyframe and head.pts is not None and head.pts <= first:
-                    break
     packets: list[_Packet] = []
-    for packet in source:
+    for packet in packets_from(container, stream, start):
         if packet.size:
             packets.append(
                 _Packet(
@@ -326,6 +358,27 @@ def _packets(
         if packet.dts is not None and packet.dts > last:
             return packets, False
     return packets, True
+
+
+def packets_from(
+    container: InputContainer, stream: VideoStream, start: float | None
+) -> Iterator[Packet]:
+    """Packets from the keyframe at or before `start` seconds where the format is good at
+    seeking, else from the first."""
+    source: Iterator[Packet] = container.demux(stream)
+    known = stream.start_time is not None and stream.time_base
+    if not (start and known and container.format.name in SEEKABLE):
+        return source
+    assert stream.start_time is not None and stream.time_base is not None
+    first = stream.start_time + int(start / float(stream.time_base))
+    for offset in (first, stream.start_time):
+        container.seek(offset, stream=stream)
+        source = container.demux(stream)
+        head = next(source)
+        source = itertools.chain([head], source)
+        if head.is_keyframe and head.pts is not None and head.pts <= first:
+            break
+    return source
 
 
 def _check_whole(
@@ -491,13 +544,22 @@ class _Converter:
         scale = size / min(frame.width, frame.height)
         width = max(size, round(frame.width * scale))
         height = max(size, round(frame.height * scale))
+        # Where nothing is to be resized, swscale leaves last columns of planar RGB unwritten.
+        same = (width, height) == (frame.width, frame.height)
         resized = self.reformatter.reformat(
-            frame, width, height, "gbrp", interpolation=Interpolation.BICUBIC
+            frame,
+            width,
+            height,
+            "rgb24" if same else "gbrp",
+            interpolation=Interpolation.BICUBIC,
         )
         top, left = (height - size) // 2, (width - size) // 2
-        swapped, mirrored_x, mirrored_y = _orientation(frame)
-        for channel, plane in zip((1, 2, 0), resized.planes, strict=True):  # stored as G, B, R
+        swapped, mirrored_x, mirrored_y = orientation(frame)
+        for channel in range(3):
+            plane = resized.planes[0 if same else (2, 0, 1)[channel]]  # stored as G, B, R
             pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
+            if same:
+                pixels = pixels[:, channel : 3 * width : 3]
             square = pixels[top : top + size, left : left + size]
             if swapped:
                 square = square.T
@@ -508,7 +570,7 @@ class _Converter:
             out[channel] = square
 
 
-def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     """(axes swapped, then mirrored left-right, then mirrored top-bottom), of the display matrix."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if not isinstance(data, SideData):

@@ -1,5 +1,6 @@
 """Videos made on the spot; each frame's brightness says which frame it is."""
 
+import struct
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -57,6 +58,25 @@ def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             width, height = size
             frames = [np.full((height, width, 3), STEP * i, np.uint8) for i in range(count)]
             _write_video(path, frames, **options)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def turned_video(tmp_path: Path) -> Callable[..., Path]:
+    """turned_video((a, b, c, d)): three frames, stored red top left, green top right, blue bottom
+    left, with that display matrix."""
+
+    def make(matrix: tuple[int, int, int, int]) -> Path:
+        pixels = np.zeros((32, 64, 3), np.uint8)
+        pixels[:16, :32, 0] = pixels[:16, 32:, 1] = pixels[16:, :32, 2] = 255
+        path = _write_video(tmp_path / "turned.mp4", [pixels] * 3, pixel_format="yuv444p")
+        data = bytearray(path.read_bytes())
+        at = data.index(b"tkhd") + 4 + 40
+        a, b, c, d = (value << 16 for value in matrix)
+        data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        path.write_bytes(data)
         return path
 
     return make

@@ -1,5 +1,4 @@
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +178,13 @@ def test_odd_sizes_are_resized_and_cut_in_the_centre(
     assert difference.mean() < 1.5 and difference.max() < 8
 
 
+@pytest.mark.parametrize("width", [16, 18, 20, 22, 24, 26])
+def test_what_has_the_size_already_is_whole_to_its_edges(width: int, make_video) -> None:
+    path = make_video(f"small{width}.mp4", size=(width, 16), count=30)
+    frame = read_frames(path, 2, size=16)[1]
+    assert (frame.int() - 4 * 29).abs().max() <= 4
+
+
 # a, b, c, d of the display matrix; where the frame's top left, top right, bottom left corner go
 ORIENTATIONS = {
     "none": ((1, 0, 0, 1), ("top left", "top right", "bottom left")),
@@ -191,16 +197,9 @@ ORIENTATIONS = {
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_rotation_flag_turns_frames(orientation: str, write_video, tmp_path: Path) -> None:
-    (a, b, c, d), (red, green, blue) = ORIENTATIONS[orientation]
-    pixels = np.zeros((32, 64, 3), np.uint8)
-    pixels[:16, :32, 0] = pixels[:16, 32:, 1] = pixels[16:, :32, 2] = 255
-    path = write_video(tmp_path / "turned.mp4", [pixels] * 3, pixel_format="yuv444p")
-    data = bytearray(path.read_bytes())
-    at = data.index(b"tkhd") + 4 + 40
-    one = 1 << 16
-    data[at : at + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
+def test_rotation_flag_turns_frames(orientation: str, turned_video) -> None:
+    matrix, (red, green, blue) = ORIENTATIONS[orientation]
+    path = turned_video(matrix)
     frame = read_frames(path, 1, size=32)[0]
     corner = {"top": slice(4, 12), "bottom": slice(20, 28)}
     side = {"left": slice(4, 12), "right": slice(20, 28)}
@@ -209,7 +208,7 @@ def test_rotation_flag_turns_frames(orientation: str, write_video, tmp_path: Pat
         assert frame[channel, corner[row], side[column]].float().mean() > 200
         assert frame[channel].float().mean() < 100
     info = probe(path)
-    assert (info.width, info.height) == ((32, 64) if a == 0 else (64, 32))
+    assert (info.width, info.height) == ((32, 64) if matrix[0] == 0 else (64, 32))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])

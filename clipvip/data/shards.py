@@ -1,0 +1,615 @@
+"""Shards: clips in WebDataset tars, so that a hundred million of them are read in sequence.
+
+`write_shards` makes a folder:
+
+    00000.tar, 00001.tar, …   clips_per_shard clips each, drawn at random by the seed
+    manifest.jsonl            a line a finished shard: shard, clips, bytes, sha256, and how many
+                              of its clips have a text, a subtitle, a caption; bad: left out
+    settings.json             what the shards were made from and how
+    bad_files.jsonl           files left out, and why
+
+A clip is `000001234.mp4` (its place in the annotations; or another container, or an image) and
+`000001234.json`: text (a list), subtitle, caption; start and end within these bytes where the
+clip is not all of them; source, the annotation it was made from. An annotated image is
+`000001234.image.jpg`.
+
+A tar is written under a temporary name, flushed and renamed, and then noted in the manifest: what
+the manifest names is whole, and a run that was killed goes on after it.
+
+Other tars train too, given a manifest (`verify_shards` writes one): `.txt` beside the video or
+image counts as its text and as its caption.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from clipvip.data import workers
+from clipvip.data.annotations import Clip, load_annotations, parse_record, write_annotations
+from clipvip.data.bad_files import BadFile, BadFiles, Failure
+from clipvip.data.decode import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Blob,
+    DecodeError,
+    Source,
+    read_frames,
+)
+from clipvip.data.transcode import cut, reencode, whole
+from clipvip.data.workers import Workers
+from clipvip.progress import progress
+
+FORMAT = "clipvip shards 1"
+MANIFEST = "manifest.jsonl"
+MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+
+
+class ShardError(ValueError):
+    """Shards that cannot be used, or made; one line that says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A line of a manifest. texts, subtitles, captions: clips that have one."""
+
+    shard: str
+    clips: int
+    bytes: int
+    sha256: str
+    texts: int
+    subtitles: int
+    captions: int
+    bad: int = 0
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def write_shards(
+    annotations: Path,
+    out: Path,
+    *,
+    clips_per_shard: int = 1000,
+    cut: bool = False,
+    size: int | None = None,
+    seed: int = 0,
+    num_workers: int | None = None,
+    max_bad_share: float = 0.05,
+) -> list[Shard]:
+    """Write a folder of shards, or what a killed run left of it to do.
+
+    cut: store of each clip's video only what its part needs, packets unchanged. size: store
+    the part coded anew as H.264, the shortest side this. Else whole files are stored. Every
+    clip is decoded in three places first; what fails is left out, listed, and stops the run
+    where more than max_bad_share of at least 100 clips do.
+
+    Raises AnnotationError, ShardError (the folder holds other shards), LoaderError (too many
+    bad files; what is finished stays).
+    """
+    for name, value in (("clips_per_shard", clips_per_shard), ("size", size)):
+        if value is not None and value < 1:
+            raise ShardError(f"{name} is {value}; expected at least 1")
+    clips = load_annotations(annotations)
+    settings = {
+        "format": FORMAT,
+        "annotations": hashlib.sha256(Path(annotations).read_bytes()).hexdigest(),
+        "clips_per_shard": clips_per_shard,
+        "cut": cut,
+        "size": size,
+        "seed": seed,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with _only_run(out), _settled(out, settings):
+        finished = _resume(out)
+        order = np.random.default_rng(seed).permutation(len(clips))
+        plan = np.split(order, range(clips_per_shard, len(clips), clips_per_shard))
+        todo = [number for number in range(len(plan)) if shard_name(number) not in finished]
+        bad = BadFiles(len(clips), max_bad_share, out / "bad_files.jsonl")
+        for shard in finished.values():
+            places = plan[int(shard.shard.removesuffix(".tar"))]
+            bad.resume(places.tolist(), shard.bad)
+        count = sum(len(plan[number]) for number in todo)
+        note = f"writing {len(todo)} shards of {count} clips"
+        with progress(
+            note + (f", {len(finished)} are finished" if finished else ""), count
+        ) as done:
+            crew: Workers[int, _Written] = Workers(
+                _Writer(clips, plan, out, cut, size),
+                min(_cores(num_workers), len(todo)),
+                lambda place: f"{clips[place].video} (line {clips[place].line})",
+                done,
+            )
+            for number, written in crew.run(todo, ahead=1, ordered=False):
+                _append_line(out / MANIFEST, asdict(written.shard))
+                finished[written.shard.shard] = written.shard
+                bad.note(plan[number].tolist(), written.failures)
+        bad.note((), (), final=True)
+        shards = [finished[shard_name(number)] for number in range(len(plan))]
+        _replace(out / MANIFEST, "".join(json.dumps(asdict(s)) + "\n" for s in shards))
+    return shards
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}.tar"
+
+
+def _cores(num_workers: int | None) -> int:
+    if num_workers is not None:
+        return num_workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _only_run(out: Path) -> Iterator[None]:
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ShardError(f"{out}: another run is writing shards there") from None
+        yield
+
+
+@contextmanager
+def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    path = out / "settings.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        for key, value in settings.items():
+            if old.get(key) != value:
+                was = "other annotations" if key == "annotations" else f"{key}={old.get(key)}"
+                raise ShardError(
+                    f"{out} holds shards made with {was}; give another folder, or the same "
+                    "annotations and options to go on with these"
+                )
+    else:
+        _replace(path, json.dumps(settings, indent=1) + "\n")
+    yield
+
+
+def _resume(out: Path) -> dict[str, Shard]:
+    """The finished shards; sweeps away what a killed run left half done."""
+    for partial in out.glob("*.partial"):
+        partial.unlink()
+    path = out / MANIFEST
+    finished: dict[str, Shard] = {}
+    if path.exists():
+        text, _, _ = path.read_text().rpartition("\n")
+        shards = [Shard(**json.loads(line)) for line in text.splitlines()]
+        finished = {s.shard: s for s in shards if _size(out / s.shard) == s.bytes}
+        _replace(path, "".join(json.dumps(asdict(s)) + "\n" for s in finished.values()))
+    return finished
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _append_line(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class _Written(NamedTuple):
+    shard: Shard
+    failures: list[Failure]
+
+
+class _Hashed:
+    """Passes on what is written or read, and takes its SHA-256."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._take(data)
+        return self.file.write(data)
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self._take(data)
+        return data
+
+    def _take(self, data: Any) -> None:
+        self.digest.update(data)
+        self.bytes += len(data)
+
+
+class _Writer:
+    """Work: the number of a shard to the shard."""
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        plan: Sequence[Any],
+        out: Path,
+        cut: bool,
+        size: int | None,
+    ) -> None:
+        self.clips = clips
+        self.plan = plan
+        self.out = out
+        self.cut = cut
+        self.size = size
+
+    def __call__(self, number: int, condemned: frozenset[int]) -> _Written:
+        from webdataset import TarWriter
+
+        name = shard_name(number)
+        partial = self.out / f"{name}.partial"
+        failures: list[Failure] = []
+        counts = {"clips": 0, "texts": 0, "subtitles": 0, "captions": 0}
+        with partial.open("wb") as file:
+            hashed = _Hashed(file)
+            with TarWriter(hashed, encoder=False, mtime=0) as tar:
+                for place in self.plan[number].tolist():
+                    workers.at(place)
+                    clip = self.clips[place]
+                    try:
+                        if place in condemned:
+                            raise DecodeError(clip.video, workers.CONDEMNED)
+                        tar.write({"__key__": f"{place:09d}", **self._sample(clip)})
+                        counts["clips"] += 1
+                        counts["texts"] += bool(clip.text)
+                        counts["subtitles"] += clip.subtitle is not None
+                        counts["captions"] += clip.caption is not None
+                    except DecodeError as error:
+                        bad = BadFile(str(error.path), error.reason, clip.line)
+                        failures.append(Failure(place, bad))
+                    workers.tell(1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.out / name)
+        shard = Shard(
+            shard=name,
+            bytes=hashed.bytes,
+            sha256=hashed.digest.hexdigest(),
+            bad=len(failures),
+            **counts,
+        )
+        return _Written(shard, failures)
+
+    def _sample(self, clip: Clip) -> dict[str, bytes]:
+        if clip.video.suffix.lower() in IMAGE_SUFFIXES:
+            stored = whole(clip.video)
+        elif self.size is not None:
+            stored = reencode(clip.video, self.size, clip.start, clip.end)
+        elif self.cut:
+            stored = cut(clip.video, clip.start, clip.end)
+        else:
+            stored = whole(clip.video, clip.start, clip.end)
+        record = {
+            "text": list(clip.text) or None,
+            "subtitle": clip.subtitle,
+            "caption": clip.caption,
+            "start": stored.start,
+            "end": stored.end,
+            "source": {
+                "video": os.path.abspath(clip.video),
+                "start": clip.start,
+                "end": clip.end,
+                "image": clip.image and os.path.abspath(clip.image),
+                "line": clip.line,
+            },
+        }
+        sample = {
+            "json": json.dumps(_given(record), ensure_ascii=False).encode(),
+            Path(stored.blob.name).suffix.lower().removeprefix("."): stored.blob.data,
+        }
+        image: Blob | None = None
+        if clip.image is not None:
+            image = whole(clip.image).blob
+            sample[f"image{clip.image.suffix.lower()}"] = image.data
+        check_decodes(replace(clip, start=stored.start, end=stored.end), stored.blob, image)
+        return sample
+
+
+def _given(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _given(value) if isinstance(value, dict) else value
+        for key, value in record.items()
+        if value is not None
+    }
+
+
+def check_decodes(clip: Clip, video: Source, image: Source | None) -> None:
+    """Decodes the first, middle and last frame, and the image. Raises DecodeError."""
+    read_frames(video, 3, size=16, start=clip.start, end=clip.end)
+    if image is not None:
+        read_frames(image, 1, size=16)
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """A clip of a shard: what to read, and the annotation it was made from, if that is known."""
+
+    clip: Clip
+    video: Blob
+    image: Blob | None
+    source: Clip | None
+
+
+def read_samples(file: Any, url: str) -> Iterator[dict[str, Any]]:
+    """WebDataset's samples of one open tar, in order. Of an endless variety of errors."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    return group_by_keys(tar_file_expander([{"url": url, "stream": file}]))
+
+
+def unpack(sample: dict[str, Any], url: str) -> Stored:
+    """A sample's clip. Raises DecodeError where it holds none."""
+    name = f"{url}/{sample['__key__']}"
+    try:
+        record = json.loads(sample.get("json", b"{}"))
+        source = record.get("source")
+        keys = ("text", "subtitle", "caption", "start", "end")
+        known = {key: record[key] for key in keys if record.get(key) not in (None, "", [])}
+        text = sample.get("txt", b"").decode().strip()
+        if text:
+            known = {"text": text, "caption": text} | known
+        line = source.get("line", 0) if isinstance(source, dict) else 0
+        clip = parse_record({**known, "video": name}, Path(), line)
+        origin = None
+        if isinstance(source, dict):
+            given = {key: value for key, value in source.items() if key != "line"}
+            origin = parse_record(
+                {**given, **{k: known[k] for k in keys[:3] if k in known}}, Path()
+            )
+            origin = replace(origin, line=line)
+    except (ValueError, AttributeError) as error:
+        raise DecodeError(name, f"its text or JSON: {error}") from error
+    media = {key: f".{key.rpartition('.')[2]}" for key in sample}
+    videos = [key for key, suffix in media.items() if "." not in key and suffix in MEDIA]
+    images = [key for key, suffix in media.items() if key.startswith("image.") and suffix in MEDIA]
+    if len(videos) != 1:
+        raise DecodeError(name, f"expected one video or image, got {', '.join(videos) or 'none'}")
+    blobs = [Blob(f"{name}.{key}", sample[key]) for key in videos + images[:1]]
+    return Stored(clip, blobs[0], blobs[1] if images else None, origin)
+
+
+def load_manifest(source: str) -> list[tuple[str, Shard]]:
+    """(URL, shard) of what `source` names: tars with braces ("clips/{00000..00099}.tar", several
+    joined by "::"), a folder of shards, or a manifest. Raises ShardError."""
+    from webdataset.shardlists import expand_urls
+
+    if source.endswith(".jsonl"):
+        return [(join(parent(source), s.shard), s) for s in _read_manifest(source).values()]
+    if not source.endswith(".tar"):
+        return load_manifest(join(source, MANIFEST))
+    found: list[tuple[str, Shard]] = []
+    manifests: dict[str, dict[str, Shard]] = {}
+    for url in expand_urls(source):
+        path = join(parent(url), MANIFEST)
+        if path not in manifests:
+            manifests[path] = _read_manifest(path)
+        name = url.rpartition("/")[2]
+        if name not in manifests[path]:
+            raise ShardError(
+                f"{url} is not in {path}, which names {len(manifests[path])} shards; "
+                "is `clipvip shard` still at work, or the range too long?"
+            )
+        found.append((url, manifests[path][name]))
+    return found
+
+
+def is_shards(source: str) -> bool:
+    """Whether a source of clips names shards: a tar, a manifest or a folder; else annotations."""
+    return source.endswith((".tar", "/", MANIFEST)) or os.path.isdir(source)
+
+
+def _read_manifest(path: str) -> dict[str, Shard]:
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        shards = [Shard(**json.loads(line)) for line in lines if line.strip()]
+    except FileNotFoundError:
+        raise ShardError(
+            f"no manifest {path}; `clipvip shard` writes one, `clipvip verify --manifest` one of "
+            "tars made elsewhere"
+        ) from None
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ShardError(f"{path}: {error}; expected a manifest of shards") from error
+    if not any(shard.clips for shard in shards):
+        raise ShardError(f"{path}: names no clips")
+    return {shard.shard: shard for shard in shards}
+
+
+def parent(url: str) -> str:
+    return url.rpartition("/")[0] if "/" in url else "."
+
+
+def join(folder: str, name: str) -> str:
+    """A manifest's shard may be a whole URL or path."""
+    if urlsplit(name).scheme or name.startswith("/"):
+        return name
+    return f"{folder.rstrip('/')}/{name}"
+
+
+# --- verifying ------------------------------------------------------------------------------
+
+
+class Verified(NamedTuple):
+    clips: int
+    bad: list[BadFile]
+
+
+def verify_files(
+    annotations: Path, clean: Path | None = None, *, num_workers: int | None = None
+) -> Verified:
+    """Decode the first, middle and last frame of every clip, and its image; write the
+    annotations of those that can be to `clean`."""
+    clips = load_annotations(annotations)
+    kept: list[int] = []
+    bad: list[BadFile] = []
+    with progress(f"verifying {len(clips)} clips", len(clips)) as done:
+        crew: Workers[range, list[Failure]] = Workers(
+            _FileVerifier(clips),
+            min(_cores(num_workers), len(clips)),
+            lambda place: f"{clips[place].video} (line {clips[place].line})",
+            done,
+        )
+        tasks = (range(i, min(i + 16, len(clips))) for i in range(0, len(clips), 16))
+        for places, failures in crew.run(tasks):
+            bad += [failure.file for failure in failures]
+            failed = {failure.place for failure in failures}
+            kept += [place for place in places if place not in failed]
+    if clean is not None:
+        write_annotations(clean, [clips[place] for place in kept])
+    return Verified(len(clips), bad)
+
+
+class _FileVerifier:
+    """Work: places to those that cannot be read."""
+
+    def __init__(self, clips: Sequence[Clip]) -> None:
+        self.clips = clips
+
+    def __call__(self, places: range, condemned: frozenset[int]) -> list[Failure]:
+        failures = []
+        for place in places:
+            workers.at(place)
+            clip = self.clips[place]
+            try:
+                if place in condemned:
+                    raise DecodeError(clip.video, workers.CONDEMNED)
+                check_decodes(clip, clip.video, clip.image)
+            except DecodeError as error:
+                failures.append(Failure(place, BadFile(str(error.path), error.reason, clip.line)))
+            workers.tell(1)
+        return failures
+
+
+def verify_shards(
+    source: str,
+    clean: Path | None = None,
+    manifest: Path | None = None,
+    *,
+    num_workers: int | None = None,
+) -> Verified:
+    """Compare tars with their manifest and decode of every clip what verify_files does.
+
+    clean: where to write the annotations from which the clips that can be read were made.
+    manifest: where to write a manifest of the tars as they are; they need have none before.
+    """
+    shards: list[tuple[str, Shard | None]]
+    if manifest is None:
+        shards = list(load_manifest(source))
+    else:
+        from webdataset.shardlists import expand_urls
+
+        shards = [(url, None) for url in expand_urls(source)]
+    firsts = np.cumsum([0, *(shard.clips if shard else 10**6 for _, shard in shards)]).tolist()
+
+    def name(place: int) -> str:
+        number = int(np.searchsorted(firsts, place, side="right")) - 1
+        return f"clip {place - firsts[number]} of {shards[number][0]}"
+
+    clips, bad, kept, records = 0, [], [], []
+    with progress(f"verifying {len(shards)} shards", len(shards)) as done:
+        crew: Workers[int, _Checked] = Workers(
+            _ShardVerifier(shards, firsts), min(_cores(num_workers), len(shards)), name
+        )
+        for _, checked in crew.run(range(len(shards)), ahead=1):
+            clips += checked.clips
+            bad += checked.bad
+            kept += checked.sources
+            records += [checked.shard] if checked.shard else []
+            done(1)
+    if clean is not None:
+        if not kept:
+            raise ShardError(f"{source}: no clip of it can be read and says what it was made from")
+        write_annotations(clean, sorted(kept, key=lambda clip: clip.line))
+    if manifest is not None:
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        _replace(manifest, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+    return Verified(clips, bad)
+
+
+class _Checked(NamedTuple):
+    clips: int
+    bad: list[BadFile]
+    sources: list[Clip]
+    shard: Shard | None
+
+
+class _ShardVerifier:
+    """Work: the number of a shard to what is true of it."""
+
+    def __init__(self, shards: Sequence[tuple[str, Shard | None]], firsts: list[int]) -> None:
+        self.shards = shards
+        self.firsts = firsts
+
+    def __call__(self, number: int, condemned: frozenset[int]) -> _Checked:
+        import fsspec
+
+        url, expected = self.shards[number]
+        bad: list[BadFile] = []
+        sources: list[Clip] = []
+        counts = {"clips": 0, "texts": 0, "subtitles": 0, "captions": 0}
+        try:
+            with fsspec.open(url, "rb") as file:
+                hashed = _Hashed(file)
+                for sample in read_samples(hashed, url):
+                    place = self.firsts[number] + counts["clips"]
+                    workers.at(place)
+                    counts["clips"] += 1
+                    try:
+                        stored = unpack(sample, url)
+                        if place in condemned:
+                            raise DecodeError(stored.video.name, workers.CONDEMNED)
+                        check_decodes(stored.clip, stored.video, stored.image)
+                    except DecodeError as error:
+                        bad.append(BadFile(str(error.path), error.reason, 0))
+                        continue
+                    counts["texts"] += bool(stored.clip.text)
+                    counts["subtitles"] += stored.clip.subtitle is not None
+                    counts["captions"] += stored.clip.caption is not None
+                    sources += [stored.source] if stored.source else []
+                while hashed.read(1 << 20):
+                    pass
+        except Exception as error:  # tarfile, fsspec and what lies below them
+            reason = "no such file" if isinstance(error, FileNotFoundError) else _reason(error)
+            return _Checked(counts["clips"], [*bad, BadFile(url, reason, 0)], [], None)
+        shard = Shard(
+            shard=url if expected is None else expected.shard,
+            bytes=hashed.bytes,
+            sha256=hashed.digest.hexdigest(),
+            bad=len(bad),
+            **counts,
+        )
+        if expected is not None and shard.sha256 != expected.sha256:
+            reason = f"sha256 is {shard.sha256[:12]}…, its manifest says {expected.sha256[:12]}…"
+            return _Checked(counts["clips"], [*bad, BadFile(url, reason, 0)], [], shard)
+        return _Checked(counts["clips"], bad, sources, shard)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(part) for part in error.args[:1])}"

@@ -1,0 +1,323 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipvip import cli
+from clipvip.data.annotations import load_annotations
+from clipvip.data.bad_files import LoaderError
+from clipvip.data.decode import read_frames
+from clipvip.data.shards import (
+    ShardError,
+    load_manifest,
+    read_samples,
+    unpack,
+    verify_files,
+    verify_shards,
+    write_shards,
+)
+
+COUNT = 20
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def annotations(make_video, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty clips: parts of a video, and of a whole one; some with an annotated image."""
+    folder = tmp_path_factory.mktemp("annotated")
+    long = make_video("gop10.mp4", options={"g": "10", "bf": "3", "sc_threshold": "0"})
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(folder / "a.png")
+    records: list[dict[str, Any]] = []
+    for i in range(COUNT):
+        record: dict[str, Any] = {"video": str(long), "start": 0.1 * i, "end": 0.1 * i + 0.4}
+        record["text"] = [f"text {i}", f"ünï {i}"]
+        if i % 2:
+            record["subtitle"] = f"speech {i}"
+        if i % 5 == 0:
+            record |= {"caption": f"picture {i}", "image": "a.png"}
+        records.append(record)
+    records[7] = {"video": "a.png", "text": "a picture"}
+    records[8] = {"video": str(long), "text": "all of it"}
+    return write_lines(folder / "clips.jsonl", records)
+
+
+def stored(out: Path) -> dict[int, Any]:
+    """Place in the annotations → what a folder of shards holds of it."""
+    found = {}
+    for path in sorted(out.glob("*.tar")):
+        with path.open("rb") as file:
+            for sample in read_samples(file, str(path)):
+                found[int(sample["__key__"])] = unpack(sample, str(path))
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"cut": True}, {"size": 24}])
+def test_shards_hold_the_clips(options: dict[str, Any], annotations: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    write_shards(annotations, out, clips_per_shard=6, num_workers=0, **options)
+    assert sorted(path.name for path in out.glob("*.tar")) == [f"0000{i}.tar" for i in range(4)]
+    clips, found = load_annotations(annotations), stored(out)
+    assert sorted(found) == list(range(COUNT))
+    for place, clip in enumerate(clips):
+        there = found[place]
+        texts = (clip.text, clip.subtitle, clip.caption)
+        assert (there.clip.text, there.clip.subtitle, there.clip.caption) == texts
+        assert there.source is not None and there.clip.line == place + 1
+        part = {"size": 16, "start": there.clip.start, "end": there.clip.end}
+        frames = read_frames(there.video, 5, **part)
+        expected = read_frames(clip.video, 5, size=16, start=clip.start, end=clip.end)
+        if "size" in options:
+            assert (frames.float() - expected.float()).abs().mean() < 3
+        else:
+            assert torch.equal(frames, expected)
+        if clip.image is not None:
+            assert there.image is not None and there.image.data == clip.image.read_bytes()
+    assert list(found) != sorted(found)  # spread over the shards
+
+
+def test_the_manifest_counts_and_sums_up(annotations: Path, tmp_path: Path) -> None:
+    shards = write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
+    assert [shard.clips for shard in shards] == [6, 6, 6, 2]
+    totals = [sum(getattr(s, k) for s in shards) for k in ("texts", "subtitles", "captions")]
+    clips = load_annotations(annotations)
+    assert totals == [COUNT, sum(c.subtitle is not None for c in clips), 4]
+    for shard in shards:
+        data = (tmp_path / shard.shard).read_bytes()
+        assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    named = load_manifest(f"{tmp_path}/{{00001..00003}}.tar")
+    assert [shard for _, shard in named] == shards[1:]
+    assert load_manifest(str(tmp_path)) == load_manifest(f"{tmp_path}/manifest.jsonl")
+    with pytest.raises(ShardError, match=r"00004\.tar is not in .*manifest\.jsonl, which names 4"):
+        load_manifest(f"{tmp_path}/{{00000..00004}}.tar")
+    with pytest.raises(ShardError, match=r"no manifest .*verify --manifest"):
+        load_manifest(str(tmp_path / "none" / "0.tar"))
+
+
+def test_shards_do_not_depend_on_the_number_of_processes(annotations: Path, tmp_path) -> None:
+    runs = [
+        write_shards(annotations, tmp_path / str(n), clips_per_shard=6, num_workers=n)
+        for n in (0, 2)
+    ]
+    assert runs[0] == runs[1]
+    other = write_shards(annotations, tmp_path / "2", clips_per_shard=6, num_workers=0)
+    assert other == runs[0]  # all finished: nothing to do
+    with pytest.raises(ShardError, match="holds shards made with cut=False; give another folder"):
+        write_shards(annotations, tmp_path / "2", clips_per_shard=6, cut=True)
+
+
+def children(process: int) -> set[int]:
+    """Every process below this one."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                parents[int(entry.name)] = int(fields[1])
+    found, more = set[int](), {process}
+    while more:
+        more = {child for child, parent in parents.items() if parent in more}
+        found |= more
+    return found
+
+
+def alive(processes: set[int]) -> set[int]:
+    def lives(process: int) -> bool:
+        try:
+            text = Path(f"/proc/{process}/stat").read_text()
+        except OSError:
+            return False
+        return text.rpartition(")")[2].split()[0] != "Z"
+
+    return {process for process in processes if lives(process)}
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+    return value
+
+
+@pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_no_process_and_is_gone_on_with(
+    killed_by: int, real_clips: dict[str, Path], tmp_path: Path
+) -> None:
+    video = str(real_clips["carphone_distorted"])
+    records = [{"video": video, "text": f"text {i}", "start": 0.01 * i} for i in range(60)]
+    source, out = write_lines(tmp_path / "clips.jsonl", records), tmp_path / "out"
+    command = [sys.executable, "-m", "clipvip.cli", "shard", str(source), str(out)]
+    command += ["--clips-per-shard", "5", "--size", "72", "--workers", "2"]
+    manifest = out / "manifest.jsonl"
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: manifest.exists() and manifest.read_text().count("\n") >= 2)
+    crew = children(process.pid)
+    assert len(crew) >= 2
+    process.send_signal(killed_by)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if killed_by == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in errors
+    wait_for(lambda: not alive(crew))
+    finished = [json.loads(line)["shard"] for line in manifest.read_text().splitlines()]
+    assert 2 <= len(finished) < 12
+    if killed_by == signal.SIGINT:
+        return
+    before = {name: (out / name).stat().st_mtime_ns for name in finished}
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{out}: 12 shards, 60 clips" in again.stdout and "are finished" in again.stderr
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == before
+    assert not list(out.glob("*.partial"))
+    assert sorted(stored(out)) == list(range(60))
+    assert verify_shards(str(out), num_workers=0) == (60, [])
+
+
+def test_a_line_half_written_is_not_a_finished_shard(annotations: Path, tmp_path: Path) -> None:
+    whole = write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
+    lines = (tmp_path / "manifest.jsonl").read_text()
+    (tmp_path / "manifest.jsonl").write_text(lines[: len(lines) - 30])
+    (tmp_path / "00001.tar").unlink()
+    (tmp_path / "00002.tar.partial").write_bytes(b"half")
+    assert write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0) == whole
+    assert (tmp_path / "manifest.jsonl").read_text() == lines
+
+
+def test_two_runs_at_once_are_refused(annotations: Path, tmp_path: Path) -> None:
+    from clipvip.data.shards import _only_run
+
+    with _only_run(tmp_path), pytest.raises(ShardError, match="another run is writing"):
+        write_shards(annotations, tmp_path)
+
+
+@pytest.fixture
+def spoiled(annotations: Path, tmp_path: Path, make_video) -> Path:
+    """Twenty clips of which one file is missing and one is cut off."""
+    records = [json.loads(line) for line in annotations.read_text().splitlines()]
+    for record in records:
+        for key in {"image", "video"} & record.keys():
+            record[key] = str(annotations.parent / record[key])
+    cut_off = tmp_path / "cut.mp4"
+    cut_off.write_bytes(make_video("gop10.mp4").read_bytes()[:2000])
+    records[3]["video"], records[9]["video"] = str(tmp_path / "missing.mp4"), str(cut_off)
+    return write_lines(tmp_path / "spoiled.jsonl", records)
+
+
+def test_bad_files_are_listed_and_left_out_up_to_a_share(spoiled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(LoaderError, match=r"2 of 20 clips .* \(10\.0%, allowed 5\.0%\)"):
+        write_shards(spoiled, out, clips_per_shard=6, num_workers=0)
+    shards = write_shards(spoiled, out, clips_per_shard=6, num_workers=2, max_bad_share=0.1)
+    assert sum(s.clips for s in shards) == 18 and sum(s.bad for s in shards) == 2
+    assert set(stored(out)) == set(range(COUNT)) - {3, 9}
+    listed = [json.loads(line) for line in (out / "bad_files.jsonl").read_text().splitlines()]
+    assert sorted((row["line"], Path(row["path"]).name) for row in listed) == [
+        (4, "missing.mp4"),
+        (10, "cut.mp4"),
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_verify_names_bad_files_and_writes_the_rest(workers, spoiled, tmp_path) -> None:
+    clean = tmp_path / "new" / "clean.jsonl"
+    clips, bad = verify_files(spoiled, clean, num_workers=workers)
+    assert clips == COUNT and [file.line for file in bad] == [4, 10]
+    before = load_annotations(spoiled)
+    after = load_annotations(clean)
+    assert [(c.text, os.path.abspath(c.video), c.start, c.image) for c in after] == [
+        (c.text, os.path.abspath(c.video), c.start, c.image)
+        for i, c in enumerate(before)
+        if i not in (3, 9)
+    ]
+
+
+def test_verify_finds_what_happened_to_shards(annotations: Path, tmp_path: Path) -> None:
+    write_shards(annotations, tmp_path, clips_per_shard=6, cut=True, num_workers=0)
+    clean = tmp_path / "clean.jsonl"
+    assert verify_shards(str(tmp_path), clean, num_workers=2) == (COUNT, [])
+    clips = load_annotations(annotations)
+    texts = [(clip.text, clip.start, clip.video.name, clip.image) for clip in clips]
+    found = load_annotations(clean)
+    assert [(clip.text, clip.start, clip.video.name, clip.image) for clip in found] == texts
+
+    flipped = bytearray((tmp_path / "00000.tar").read_bytes())
+    flipped[-2000] ^= 1  # behind the last clip: nothing but the checksum shows it
+    (tmp_path / "00000.tar").write_bytes(flipped)
+    data = (tmp_path / "00001.tar").read_bytes()
+    (tmp_path / "00001.tar").write_bytes(data[: len(data) // 2])
+    (tmp_path / "00002.tar").unlink()
+    _, bad = verify_shards(str(tmp_path), clean, num_workers=0)
+    assert [Path(file.path).name for file in bad] == ["00000.tar", "00001.tar", "00002.tar"]
+    reasons = [file.reason for file in bad]
+    assert "sha256 is" in reasons[0] and reasons[2] == "no such file"
+    assert len(load_annotations(clean)) == 2
+
+
+def test_tars_made_elsewhere_get_a_manifest(make_video, tmp_path: Path) -> None:
+    video = make_video("gop10.mp4").read_bytes()
+    with tarfile.open(tmp_path / "cc-0.tar", "w") as tar:
+        for i in range(3):
+            members = {"mp4": video if i else b"broken", "txt": f"words {i}".encode()}
+            members["json"] = json.dumps({"url": "http://a", "width": 3, "caption": "own"}).encode()
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+    manifest = tmp_path / "m" / "manifest.jsonl"
+    clips, bad = verify_shards(f"{tmp_path}/cc-{{0..0}}.tar", manifest=manifest, num_workers=0)
+    assert clips == 3 and [Path(file.path).name for file in bad] == ["00000.mp4"]
+    ((url, shard),) = load_manifest(str(manifest))
+    assert (shard.clips, shard.texts, shard.captions) == (3, 2, 2)
+    with open(url, "rb") as file:
+        clip = unpack(list(read_samples(file, url))[1], url).clip
+    assert (clip.text, clip.caption) == (("words 1",), "own")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shard", "none.jsonl", "out"], "none.jsonl: No such file"),
+        (["shard", "{}", "out", "--clips-per-shard", "0"], "clips_per_shard is 0"),
+        (["verify", "none/"], "no manifest none/manifest.jsonl; `clipvip shard` writes one"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, annotations, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = [str(annotations) if word == "{}" else word for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["clipvip", *given])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 1 and error.startswith(f"clipvip: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_commands_say_what_they_did(spoiled: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    clean, out = tmp_path / "clean.jsonl", tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["clipvip", "verify", str(spoiled), str(clean)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    said = capsys.readouterr().out
+    assert caught.value.code == 1 and "missing.mp4 (line 4): no such file" in said
+    assert f"{spoiled}: 20 clips, 2 bad" in said and f"wrote {clean}" in said
+    monkeypatch.setattr(sys, "argv", ["clipvip", "shard", str(clean), str(out), "--cut"])
+    cli.main()
+    assert f"{out}: 1 shards, 18 clips" in capsys.readouterr().out

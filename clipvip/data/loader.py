@@ -252,8 +252,8 @@ class Sample:
     tried: list[int] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
-    def failed(self, error: DecodeError, line: int) -> None:
-        self.failures.append(Failure(self.place, BadFile(str(error.path), error.reason, line)))
+    def failed(self, path: str, reason: str, line: int) -> None:
+        self.failures.append(Failure(self.place, BadFile(path, reason, line)))
 
 
 class Report(NamedTuple):
@@ -345,7 +345,7 @@ class _FileBatches:
                 self.reading.read(sample, clip, generator)
                 break
             except DecodeError as error:
-                sample.failed(error, clip.line)
+                sample.failed(str(error.path), error.reason, clip.line)
         return sample
 
 

@@ -13,11 +13,13 @@ from transformers import CLIPTokenizer
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loader import build_loader
+from clipvip.data.loader import ClipLoader, build_loader
+from clipvip.data.shards import is_shards
+from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor
 from clipvip.training import checkpoint
-from clipvip.training.config import ConfigError, TrainConfig, refuse_unknown_key
+from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.evaluate import Reading, with_texts_read
 
 
@@ -69,9 +71,18 @@ def reading_of(config: TrainConfig) -> Reading:
     return Reading(data.num_frames, data.text_length, data.paragraph, data.sampling)
 
 
-def load_clips(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
+def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
     """Training clips, refused where the task has nothing to train on, and validation clips."""
-    clips = load_annotations(config.data.train)
+    data = config.data
+    validation = load_annotations(data.validation) if data.validation else []
+    if validation and not any(clip.text for clip in validation):
+        raise ConfigError(f"{data.validation}: no clip has a text to search with")
+    if data.train is None or is_shards(data.train):
+        sources = data.sources or [SourceConfig(str(data.train))]
+        shards = Shards([Source(source.shards, source.ratio) for source in sources])
+        shards.check(config.task)
+        return shards, validation
+    clips = load_annotations(data.train)
     if config.task == "retrieval":
         mute = [clip for clip in clips if not clip.text]
     else:
@@ -82,9 +93,6 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip], list[Clip]]:
             f"{config.data.train}: {len(mute)} of {len(clips)} clips have no {needed} for "
             f"task={config.task}; the first is on line {mute[0].line}"
         )
-    validation = load_annotations(config.data.validation) if config.data.validation else []
-    if validation and not any(clip.text for clip in validation):
-        raise ConfigError(f"{config.data.validation}: no clip has a text to search with")
     return with_texts_read(clips, reading_of(config)), validation
 
 
@@ -141,29 +149,32 @@ def _new_model(config: TrainConfig) -> tuple[CLIPViPModel, CLIPViPProcessor]:
 
 
 def training_loader(
-    config: TrainConfig, clips: list[Clip], model: CLIPViPModel, processor: CLIPViPProcessor
-) -> Any:
-    micro = config.batch_size // config.accumulation
+    config: TrainConfig,
+    clips: list[Clip] | Shards,
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor,
+) -> ClipLoader:
+    micro, data = config.batch_size // config.accumulation, config.data
     if len(clips) < micro:
+        given = data.train or "data.sources"
         raise ConfigError(
-            f"{config.data.train} holds {len(clips)} clips, fewer than one micro-batch of {micro}"
+            f"{given} holds {len(clips)} clips, fewer than one micro-batch of {micro}"
         )
-    data = config.data
-    return build_loader(
-        clips,
-        tokenizer=processor.tokenizer,
-        image_size=model.config.vision_config.image_size,
-        num_frames=data.num_frames,
-        text_length=data.text_length,
-        task=config.task,
-        batch_size=micro // distributed.world_size(),
-        training=True,
-        seed=config.seed,
-        num_workers=data.num_workers,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        drop_last=True,
-        max_bad_share=data.max_bad_share,
-        bad_files=Path(config.out) / "bad_files.jsonl",
-        sampling=data.sampling,
-    )
+    settings: dict[str, Any] = {
+        "tokenizer": processor.tokenizer,
+        "image_size": model.config.vision_config.image_size,
+        "num_frames": data.num_frames,
+        "text_length": data.text_length,
+        "task": config.task,
+        "batch_size": micro // distributed.world_size(),
+        "seed": config.seed,
+        "num_workers": data.num_workers,
+        "rank": distributed.rank(),
+        "world_size": distributed.world_size(),
+        "max_bad_share": data.max_bad_share,
+        "bad_files": Path(config.out) / "bad_files.jsonl",
+        "sampling": data.sampling,
+    }
+    if isinstance(clips, Shards):
+        return build_shard_loader(clips, paragraph=data.paragraph, shuffle=data.shuffle, **settings)
+    return build_loader(clips, training=True, **settings)

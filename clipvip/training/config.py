@@ -35,9 +35,24 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """Shards that are trained from together with others."""
+
+    shards: str = MISSING
+    """As data.train."""
+    ratio: float = 1.0
+    """Share of clips, relative to the other sources' ratios."""
+
+
+@dataclass
 class DataConfig:
-    train: str = MISSING
-    """Annotations, JSON Lines."""
+    train: str | None = None
+    """Annotations (JSON Lines); or shards: "clips/{00000..00099}.tar", their folder or manifest,
+    also at any fsspec URL. Give this or `sources`."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several sets of shards, mixed."""
+    shuffle: int = 1024
+    """Encoded clips of shards that each rank holds in memory to shuffle among."""
     validation: str | None = None
     """Annotations that choose the best checkpoint. Not the test set: a figure measured on
     the clips that chose the checkpoint is too good."""
@@ -108,9 +123,9 @@ _CHOICES = {
     "best_metric": tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS),
 }
 _POSITIVE = (
-    "data.num_frames", "data.text_length", "batch_size", "accumulation", "epochs", "max_steps",
-    "log_every", "eval_every", "save_every", "eval_batch_size", "keep_checkpoints",
-    "optimizer.lr", "optimizer.max_grad_norm",
+    "data.num_frames", "data.text_length", "data.shuffle", "batch_size", "accumulation",
+    "epochs", "max_steps", "log_every", "eval_every", "save_every", "eval_batch_size",
+    "keep_checkpoints", "optimizer.lr", "optimizer.max_grad_norm",
 )  # fmt: skip
 
 
@@ -176,6 +191,13 @@ def check(config: TrainConfig) -> None:
             f"give either epochs or max_steps: epochs is {config.epochs}, "
             f"max_steps is {config.max_steps}"
         )
+    if config.data.train is None and not config.data.sources:
+        raise ConfigError("data.train is required: give it as data.train=VALUE")
+    if config.data.train is not None and config.data.sources:
+        raise ConfigError("give either data.train or data.sources, not both")
+    for source in config.data.sources:
+        if not source.ratio > 0:
+            raise ConfigError(f"data.sources: ratio is {source.ratio}; it must be above 0")
     if (config.model.name is None) == (config.model.config is None):
         raise ConfigError("give either model.name (a checkpoint) or model.config (a new model)")
     if config.model.config is not None and config.model.tokenizer is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip
+from clipvip.data.loader import ClipLoader
 from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
@@ -71,7 +72,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     batches = endless(loader, state["step"] * config.accumulation)
 
     with Reporter(accelerator, out, state["step"], total) as reporter:
-        reporter.say(describe(config, model, clips, accelerator, state["step"], total))
+        reporter.say(describe(config, model, len(clips), accelerator, state["step"], total))
         for step in range(state["step"] + 1, total + 1):
             started, waited, losses, seen = time.perf_counter(), 0.0, [], []
             rate = optim.lr * schedule(step - 1, total, optim.warmup)
@@ -89,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             norm = accelerator.clip_grad_norm_(towers.parameters(), optim.max_grad_norm)
             mean_loss, norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
             if not math.isfinite(mean_loss) or not math.isfinite(norm):
-                raise_not_finite(step, mean_loss, norm, clips, seen)
+                raise_not_finite(step, mean_loss, norm, loader, seen)
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
@@ -315,25 +316,25 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 def describe(
     config: TrainConfig,
     model: nn.Module,
-    clips: list[Clip],
+    clips: int,
     accelerator: Accelerator,
     step: int,
     total: int,
 ) -> str:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return (
-        f"{config.task} · {millions:.1f} M parameters · {len(clips)} clips · steps {step + 1} to "
+        f"{config.task} · {millions:.1f} M parameters · {clips} clips · steps {step + 1} to "
         f"{total} of {config.batch_size} clips on {accelerator.num_processes} × "
         f"{accelerator.device.type}"
     )
 
 
 def raise_not_finite(
-    step: int, loss: float, norm: float, clips: list[Clip], seen: list[Tensor]
+    step: int, loss: float, norm: float, loader: ClipLoader, seen: list[Tensor]
 ) -> None:
     """Name what this step saw, on all ranks: the loss is the same there, so all stop here."""
     indices = itertools.chain(*distributed.all_gather_objects(torch.cat(seen).tolist()))
-    names = sorted({f"{clips[i].video} (line {clips[i].line})" for i in indices})
+    names = sorted({loader.name(index) for index in indices})
     raise TrainingError(
         f"step {step}: loss {loss}, gradient norm {norm}: not finite; the last checkpoint is "
         f"from before; clips of this step: {', '.join(names)}"

@@ -72,6 +72,10 @@ def test_a_new_model_is_nested_keys(tmp_path):
         (["best_metric=R@1"], "best_metric is 'R@1'; it must be one of text_to_video/R@1, "),
         (["model.name=null"], "give either model.name"),
         (["seed"], "override 'seed' is not of the form key=value"),
+        (["data.train=null"], "data.train is required: give it as data.train=VALUE"),
+        (["data.sources=[{shards: a.tar}]"], "give either data.train or data.sources"),
+        (["data.train=null", "data.sources=[{shard: a.tar}]"], "Key 'shard' not in 'SourceConfig'"),
+        (["data.train=null", "data.sources=[{shards: a.tar, ratio: 0}]"], "ratio is 0.0; it must"),
         (["data.train=???"], "data.train is required: give it as data.train=VALUE"),
     ],
 )

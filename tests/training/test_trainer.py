@@ -219,3 +219,36 @@ def test_real_clips(make_config, real_clips, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = make_config(f"data.train={path}", "batch_size=4", "max_steps=3", "data.num_frames=4")
     assert math.isfinite(train(config)["loss"])
+
+
+def test_training_from_mixed_shards_goes_on_exactly_with_any_number_of_workers(
+    make_config, tmp_path, world, monkeypatch
+):
+    from clipvip.data.shards import write_shards
+    from clipvip.training import trainer
+
+    for name in ("one", "two"):
+        write_shards(world / "annotations.jsonl", tmp_path / name, clips_per_shard=5, num_workers=0)
+    sources = [
+        f"{{shards: '{tmp_path}/{name}', ratio: {n}}}" for n, name in ((3, "one"), (1, "two"))
+    ]
+    overrides = [
+        "data.train=null", f"data.sources=[{', '.join(sources)}]", "task=omnisource",
+        "max_steps=9", "save_every=2",
+    ]  # fmt: skip
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    train(make_config(*overrides, f"out={unbroken}"))
+    loss, calls = trainer.compute_loss, []
+
+    def failing(*given):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss(*given)
+
+    monkeypatch.setattr(trainer, "compute_loss", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(*overrides, f"out={broken}"))
+    train(make_config(*overrides, f"out={broken}", "resume=latest", "data.num_workers=2"))
+    assert losses(broken) == losses(unbroken)
+    assert [row["step"] for row in rows(broken)] == list(range(1, 10))

@@ -27,12 +27,12 @@ CASES = {
 
 def naive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     logits = scale.to(a.dtype) * (a @ b.T)
-    own = torch.arange(len(a))
+    own = torch.arange(len(a), device=a.device)
     return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
 
 
 def linear_cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    own = torch.arange(len(a))
+    own = torch.arange(len(a), device=a.device)
     scaled = scale.to(a.dtype) * a
     return F.linear_cross_entropy(scaled, b, own) + F.linear_cross_entropy(b, scaled, own)
 
@@ -42,7 +42,7 @@ def chunked(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
     def part(first: int, rows: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = (scale.to(rows.dtype) * (rows @ b.T)).float()
-        own = torch.arange(first, first + len(rows))[:, None]
+        own = torch.arange(first, first + len(rows), device=rows.device)[:, None]
         return logits.logsumexp(1), logits.logsumexp(0), logits.gather(1, own).squeeze(1)
 
     row_lse, positive, col_lse = [], [], None
@@ -57,9 +57,9 @@ def chunked(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 def naive_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) -> Tensor:
     """As the formula is written: one softmax over own subtitle and all others of both kinds."""
-    own = torch.arange(len(v))
+    own = torch.arange(len(v), device=v.device)
     subtitles, captions = scale * v @ s.T, scale * v @ c.T
-    diagonal = torch.eye(len(v), dtype=torch.bool)
+    diagonal = torch.eye(len(v), dtype=torch.bool, device=v.device)
     loss = F.cross_entropy(subtitles.T, own) + F.cross_entropy(captions.T, own)
     for positive, other in ((subtitles, captions), (captions, subtitles)):
         both = torch.cat([positive, other.masked_fill(diagonal, -torch.inf)], 1)

@@ -60,10 +60,8 @@ def eager(qkv: Tensor, frames: int, patches: int, attend: Callable = softmax_att
 def two_sdpa(qkv: Tensor, frames: int, patches: int) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape = query.shape
-        query, key, value = (
-            x.reshape(-1, HEADS, *x.shape[-2:]) if x.ndim == 4 else x.transpose(1, 2).flatten(0, 1)
-            for x in (query, key, value)
-        )
+        if len(shape) == 5:  # frames join the batch
+            query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value)
         if len(shape) == 5:
             out = out.unflatten(0, (shape[0], shape[2])).transpose(1, 2)
@@ -73,19 +71,20 @@ def two_sdpa(qkv: Tensor, frames: int, patches: int) -> Tensor:
 
 
 @functools.cache
-def seen(frames: int, patches: int) -> Tensor:
-    frame = torch.arange(frames).repeat_interleave(patches)
-    frame = torch.cat([torch.full((PROXIES,), -1), frame])
+def seen(frames: int, patches: int, device: torch.device) -> Tensor:
+    frame = torch.arange(frames, device=device).repeat_interleave(patches)
+    frame = torch.cat([frame.new_full((PROXIES,), -1), frame])
     return (frame[:, None] == frame) | (frame == -1) | (frame[:, None] == -1)
 
 
 def masked_sdpa(qkv: Tensor, frames: int, patches: int) -> Tensor:
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(query, key, value, seen(frames, patches)).transpose(1, 2)
+    mask = seen(frames, patches, qkv.device)
+    return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
 
 
 @functools.cache
-def flex(frames: int, patches: int) -> Callable[[Tensor], Tensor]:
+def flex(frames: int, patches: int, device: str = "cpu") -> Callable[[Tensor], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ def flex(frames: int, patches: int) -> Callable[[Tensor], Tensor]:
         return (q < PROXIES) | (k < PROXIES) | same
 
     tokens = PROXIES + frames * patches
-    mask = create_block_mask(visible, None, None, tokens, tokens, device="cpu")
+    mask = create_block_mask(visible, None, None, tokens, tokens, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(qkv: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ def flex(frames: int, patches: int) -> Callable[[Tensor], Tensor]:
 
 
 def ours(qkv: Tensor, frames: int, patches: int) -> Tensor:
-    offsets = torch.arange(qkv.shape[0] + 1, dtype=torch.int32) * frames
+    offsets = torch.arange(qkv.shape[0] + 1, dtype=torch.int32, device=qkv.device) * frames
     return proxy_attention(qkv.flatten(0, 1), offsets, PROXIES, patches).view_as(qkv[:, :, 0])
 
 

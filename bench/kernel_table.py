@@ -8,7 +8,6 @@ are (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
 
 import collections
 import importlib.util
-import json
 import os
 import re
 import subprocess

@@ -49,9 +49,11 @@ def _core() -> Iterator[Finding]:
         forced = "" if chosen == best else f" (CLIPVIP_CPU; {best} would be faster)"
         yield Finding("ok" if chosen == best else "note", "CPU kernels chosen", chosen + forced)
     if info["cuda"] is None:
-        yield Finding("note", "CUDA kernels built", "none: this version has CPU kernels only")
+        why = "none: nvcc was not found, or CLIPVIP_CUDA=0 was set, when this was built"
+        yield Finding("note", "CUDA kernels built", why)
     else:
-        yield Finding("ok", "CUDA kernels built", info["cuda"])
+        architectures = ", ".join(f"sm_{x.split('-')[0]}" for x in info["cuda"].split(","))
+        yield Finding("ok", "CUDA kernels built", f"{architectures} (nvcc {info['nvcc']})")
 
 
 def _gpu() -> Iterator[Finding]:
@@ -60,8 +62,13 @@ def _gpu() -> Iterator[Finding]:
     threads = torch.get_num_threads()
     yield Finding("ok", "torch", f"{torch.__version__}, {threads} threads")
     if torch.cuda.is_available():
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        yield Finding("ok", "GPU", f"{torch.cuda.device_count()} × {', '.join(sorted(names))}")
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            name = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+            if major >= 8:
+                yield Finding("ok", f"GPU {index}", name)
+            else:
+                yield Finding("note", f"GPU {index}", f"{name}: the kernels need 8.0 or newer")
         yield Finding("ok", "driver", _driver())
     else:
         built = torch.version.cuda
@@ -116,16 +123,25 @@ def report() -> bool:
 def _ops_agree() -> bool:
     import torch
 
-    from clipvip.ops import pairwise_logsumexp, proxy_attention
+    from clipvip.ops import _native, pairwise_logsumexp, proxy_attention
 
+    devices = ["cpu"]
+    if torch.cuda.is_available() and _native.module().build_info()["cuda"] is not None:
+        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        devices = [d for d in devices if d == "cpu" or torch.cuda.get_device_capability(d)[0] >= 8]
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(4 * 2 + 49 * 3, 3, 2, 64, generator=generator)
     offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
     features = torch.randn(33, 64, generator=generator)
     scale = torch.tensor(1.0)
-    pairs = [
-        (proxy_attention(qkv, offsets, 4, 49, backend=backend),)
-        + pairwise_logsumexp(features, features, scale, backend=backend)
-        for backend in ("native", "reference")
-    ]
-    return all(torch.allclose(x, y, atol=1e-4) for x, y in zip(*pairs, strict=True))
+    results = []
+    for device, backend in [("cpu", "reference"), *((device, "native") for device in devices)]:
+        x, frames, rows, factor = (t.to(device) for t in (qkv, offsets, features, scale))
+        attended = proxy_attention(x, frames, 4, 49, backend=backend)
+        results.append([attended, *pairwise_logsumexp(rows, rows, factor, backend=backend)])
+    expected, *others = results
+    return all(
+        torch.allclose(x.cpu(), y, atol=1e-4)
+        for result in others
+        for x, y in zip(result, expected, strict=True)
+    )

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from clipvip import _C
 from clipvip.cli import main
+from clipvip.ops import _native
 
 HEAVY = ("transformers", "accelerate", "av", "omegaconf", "tyro", "rich")
 
@@ -95,3 +97,31 @@ def test_help_describes_every_command(clipvip, command):
     status, output, _ = clipvip(command, "--help")
     assert status == 0
     assert "usage: clipvip" in output
+
+
+class TestGpu:
+    """What is said where there are no kernels for a GPU; no GPU is needed to see it."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        _native._check_gpu.cache_clear()
+        yield
+        _native._check_gpu.cache_clear()
+
+    def test_a_build_without_cuda_says_how_to_get_it(self, monkeypatch):
+        module = SimpleNamespace(build_info=lambda: {"cuda": None})
+        monkeypatch.setattr(_native, "module", lambda: module)
+        with pytest.raises(RuntimeError, match=r"built without CUDA kernels; .*CLIPVIP_CUDA=1"):
+            _native._check_gpu(0)
+
+    @pytest.mark.parametrize(("capability", "accepted"), [((7, 5), False), ((8, 0), True)])
+    def test_an_old_gpu_is_named(self, monkeypatch, capability, accepted):
+        module = SimpleNamespace(build_info=lambda: {"cuda": "80-real"})
+        monkeypatch.setattr(_native, "module", lambda: module)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+        if accepted:
+            _native._check_gpu(0)
+        else:
+            with pytest.raises(RuntimeError, match=r"Tesla T4 has .* 7\.5, .* need 8\.0"):
+                _native._check_gpu(0)

@@ -112,6 +112,43 @@ def search(
     Console().print(table)
 
 
+def prepare(
+    kind: Annotated[
+        Positional[Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "folder"]],
+        arg(metavar="SET"),
+    ],
+    source: Annotated[Positional[Path], arg(metavar="SRC")],
+    out: Annotated[Positional[Path], arg(metavar="OUT.jsonl")],
+    split: Literal["train", "val", "test"] = "train",
+    videos: Path | None = None,
+) -> None:
+    """Write annotations of a known data set, or of a folder of videos with texts beside them.
+
+    Videos are found by name anywhere in their folder. Those that are missing are named and left
+    out. `clipvip prepare folder ~/videos mine.jsonl` takes x.mp4 with x.txt, a text a line.
+
+    Args:
+        kind: msrvtt (JSON and the 9k, 1k-A CSVs), didemo, lsmdc, activitynet, hdvila (.jsonl, with
+            LMDBs of subtitles and captions), folder.
+        source: The folder with the set's own files.
+        out: JSON Lines, for `clipvip train`, `eval`, `shard` or `verify`.
+        split: Of the set; hdvila and folder have none.
+        videos: Where the videos lie, if not in SRC.
+    """
+    from clipvip.data.prepare import prepare as prepare_set
+
+    done = prepare_set(kind, source, out, videos=videos, split=split)
+    print(f"{out}: {done.clips} clips")
+    for what, keys in (("videos are missing", done.missing), ("clips have no text", done.mute)):
+        if keys:
+            names = ", ".join(keys[:5]) + (", …" if len(keys) > 5 else "")
+            print(f"{len(keys)} {what} and were left out: {names}")
+    if len(done.missing) > 5:
+        missing = out.with_suffix(".missing.txt")
+        missing.write_text("".join(f"{key}\n" for key in done.missing))
+        print(f"all of them: {missing}")
+
+
 def shard(
     annotations: Annotations,
     out: Annotated[Positional[Path], arg(metavar="OUT")],
@@ -208,6 +245,7 @@ COMMANDS: dict[str, Any] = {
     "convert": convert,
     "embed": embed,
     "search": search,
+    "prepare": prepare,
     "shard": shard,
     "verify": verify,
     "doctor": doctor,

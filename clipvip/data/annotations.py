@@ -21,7 +21,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def parse_record(record: Any, folder: Path, number: int = 0) -> Clip:
     )
 
 
-def write_annotations(path: str | Path, clips: Sequence[Clip]) -> None:
+def write_annotations(path: str | Path, clips: Iterable[Clip]) -> None:
     """Write clips as JSON Lines, whole or not at all.
 
     Paths in the file's folder become relative to it, others absolute.
@@ -125,22 +125,25 @@ def write_annotations(path: str | Path, clips: Sequence[Clip]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     folder = os.path.abspath(path.parent) + os.sep
-    with partial.open("w", encoding="utf-8") as file:
-        for clip in clips:
-            record = {
-                "video": os.path.abspath(clip.video).removeprefix(folder),
-                "start": clip.start,
-                "end": clip.end,
-                "text": clip.text[0] if len(clip.text) == 1 else list(clip.text) or None,
-                "subtitle": clip.subtitle,
-                "caption": clip.caption,
-                "image": clip.image and os.path.abspath(clip.image).removeprefix(folder),
-            }
-            given = {key: value for key, value in record.items() if value is not None}
-            file.write(json.dumps(given, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for clip in clips:
+                record = {
+                    "video": os.path.abspath(clip.video).removeprefix(folder),
+                    "start": clip.start,
+                    "end": clip.end,
+                    "text": clip.text[0] if len(clip.text) == 1 else list(clip.text) or None,
+                    "subtitle": clip.subtitle,
+                    "caption": clip.caption,
+                    "image": clip.image and os.path.abspath(clip.image).removeprefix(folder),
+                }
+                given = {key: value for key, value in record.items() if value is not None}
+                file.write(json.dumps(given, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _kind(value: Any) -> str:

@@ -8,6 +8,7 @@ processes died is condemned: work is to leave it out.
 No process outlives its parent, however that ends.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -250,6 +251,7 @@ def _serve(connection: Connection, work: Any, places: Any, number: int) -> None:
     for code in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(code, signal.SIG_DFL)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    gc.freeze()  # or collecting would copy, page by page, what is shared with the parent
     torch.set_num_threads(1)  # a process a core; and OpenMP's threads do not survive a fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _slot = (places, number)

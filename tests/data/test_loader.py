@@ -2,6 +2,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -412,3 +414,62 @@ def test_wrong_settings_are_refused(options: dict[str, Any], message: str, load:
 def test_retrieval_needs_texts(load: Load, clips: list[Clip]) -> None:
     with pytest.raises(ValueError, match=r"line 20 \(.*\) has no 'text'"):
         load([*clips[:19], replace(clips[19], text=())])
+
+
+# --- the end --------------------------------------------------------------------------------
+
+TRAINING = """
+import sys, time
+from pathlib import Path
+from clipvip.data.annotations import Clip
+from clipvip.data.loader import build_loader
+
+loader = build_loader(
+    [Clip(Path(sys.argv[1]))] * 64, tokenizer=None, image_size=16, num_frames=2, text_length=8,
+    task="video", batch_size=4, training=True, seed=0, num_workers=2,
+)
+for epoch in range(1000):
+    for batch in loader:
+        print(epoch, flush=True)
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(sent: int, make_video) -> None:
+    video = make_video("one.mp4", options={"g": "10", "bf": "2"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(video)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    process.send_signal(sent)
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while any(is_running(int(child)) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_open_files_stay_flat(load: Load) -> None:
+    loader = load(num_workers=1)
+    (worker,) = Path("/proc/thread-self/children").read_text().split()[-1:]
+    counts = []
+    for epoch in range(6):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            assert batch
+        counts.append([len(os.listdir(f"/proc/{pid}/fd")) for pid in (worker, "self")])
+    assert np.ptp(counts[1:], axis=0).max() <= 4

@@ -1,0 +1,97 @@
+"""What training's loaders hold in memory and open files as clips go by.
+
+    python bench/loader_memory.py [CLIPS] [WORKERS]
+
+Reads CLIPS (10000) small H.264 clips, from files and then from shards, in WORKERS (2) processes,
+and prints at every tenth: the memory of all processes together (PSS: what several share counts
+once) and the open files of each. Flat is what counts; the first tenth warms up.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+
+from clipvip.data.annotations import Clip, load_annotations
+from clipvip.data.loader import ClipLoader, build_loader
+from clipvip.data.shards import write_shards
+from clipvip.data.streaming import Shards, Source, build_shard_loader
+
+FILES, BATCH = 200, 16
+
+
+def main(clips: int = 10_000, workers: int = 2) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        annotations = render(folder)
+        shards = folder / "shards"
+        write_shards(annotations, shards, clips_per_shard=20, num_workers=workers)
+        settings = {
+            "tokenizer": None,
+            "image_size": 64,
+            "num_frames": 8,
+            "text_length": 8,
+            "task": "video",
+            "batch_size": BATCH,
+            "seed": 1,
+            "num_workers": workers,
+        }
+        given: list[Clip] = load_annotations(annotations)
+        watch("files", build_loader(given, training=True, **settings), clips)
+        watch("shards", build_shard_loader(Shards([Source(str(shards))]), **settings), clips)
+
+
+def render(folder: Path) -> Path:
+    """Annotations of FILES clips of 24 frames of 128×96."""
+    noise = np.random.default_rng(0)
+    lines = []
+    for number in range(FILES):
+        path = folder / f"{number}.mp4"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=12, options={"preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+            for _ in range(24):
+                pixels = noise.integers(0, 255, (96, 128, 3), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        lines.append(f'{{"video": "{path.name}", "text": "clip {number}"}}\n')
+    annotations = folder / "clips.jsonl"
+    annotations.write_text("".join(lines))
+    return annotations
+
+
+def watch(name: str, loader: ClipLoader, clips: int) -> None:
+    started, seen, epoch, shown = time.monotonic(), 0, 0, 0
+    print(f"{name}: clips, MiB, open files", flush=True)
+    while seen < clips:
+        loader.set_epoch(epoch)
+        for batch in loader:
+            seen += len(batch["clip_index"])
+            if seen * 10 // clips > shown:
+                shown = seen * 10 // clips
+                processes = [os.getpid(), *children()]
+                memory = sum(map(held, processes)) / 2**20
+                files = [len(os.listdir(f"/proc/{process}/fd")) for process in processes]
+                print(f"{seen:6} {memory:8.1f}   {files}", flush=True)
+            if seen >= clips:
+                break
+        epoch += 1
+    print(f"{seen / (time.monotonic() - started):.0f} clips/s")
+
+
+def children() -> list[int]:
+    return [int(word) for word in Path("/proc/thread-self/children").read_text().split()]
+
+
+def held(process: int) -> int:
+    """Bytes; a page that k processes share counts 1/k."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -20,7 +20,7 @@ def pairwise_logsumexp(
         return others.logsumexp(1), others.logsumexp(0), positive
 
     Args:
-        a: [n, D], fp32, bf16 or fp16, on the CPU; n may be 0.
+        a: [n, D], fp32, bf16 or fp16, on the CPU or a CUDA GPU; n may be 0.
         b: [m, D], of a's dtype and on its device; m may be 0.
         scale: 0-d floating tensor, the multiplier itself.
         diagonal: the positive of row i is in column i + diagonal, which may lie outside.
@@ -30,8 +30,14 @@ def pairwise_logsumexp(
     Returns:
         row_lse [n], col_lse [m], positive [n], in fp32 (fp64 where a is). A row or column that
         has no entry but its positive is -inf, as is a positive outside the matrix; none of
-        these has a gradient. All three are differentiable once in a, b and scale; gradients do
-        not depend on the number of threads. Autocast casts a and b, never scale.
+        these has a gradient. All three are differentiable once in a, b and scale; results do
+        not depend on the number of threads and are the same in every run. Autocast casts a and
+        b, never scale.
+
+    On a GPU nothing waits for the device, and CUDA graphs can capture the call. Backward computes
+    gradients of the logits in panels of a's dtype, at most 2^26 numbers at a time whatever n and
+    m, and multiplies each with b and a by torch.mm, which in fp32 follows PyTorch's own setting
+    of TF32; everything else is exact fp32.
 
     Raises:
         ValueError: shapes do not fit, or backend is unknown.
@@ -148,6 +154,106 @@ def _backward(
 @_backward.register_fake
 def _backward_fake(a, b, scale, diagonal, row_lse, col_lse, *grads):
     return tuple(x.new_empty(x.shape) for x in (a, b, scale))
+
+
+# The side of a panel of a long matrix, and the logits in one.
+_PANEL_SIDE, _PANEL_SIZE = 1 << 13, 1 << 26
+_MAX_BLOCKS = 1 << 10  # that share out the gradient of scale: more than any GPU runs at once
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy with zero columns added, such that rows start and end on 16 bytes."""
+    unit = 16 // x.element_size()
+    whole = x.stride(1) == 1 and x.stride(0) % unit == 0 and x.data_ptr() % 16 == 0
+    if whole and x.shape[1] % unit == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % unit)).contiguous()
+
+
+@_forward.register_kernel("cuda")
+def _forward_cuda(
+    a: Tensor, b: Tensor, scale: Tensor, diagonal: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _forward_fake(a, b, scale, diagonal)
+    tensors = _aligned(a), _aligned(b), scale.to(torch.float32)
+    function = _native.module().pairwise_logsumexp_forward_cuda
+    arguments = [*map(_native.handle, tensors), diagonal, *map(_native.handle, outputs)]
+    with _native.launch_context(a) as (device, stream):
+        workspace = a.new_empty(function(*arguments, None, device, stream), dtype=torch.uint8)
+        function(*arguments, workspace.data_ptr(), device, stream)
+    return outputs
+
+
+@_backward.register_kernel("cuda")
+def _backward_cuda(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    diagonal: int,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    grad_positive: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [x.contiguous() for x in (grad_row_lse, grad_col_lse, grad_positive)]
+    row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
+    x, y, factor = _aligned(a), _aligned(b), scale.to(torch.float32)
+    row_weight, col_weight = torch.empty_like(row_lse), torch.empty_like(col_lse)
+    unit = row_lse.new_empty(4)
+    grad_x, grad_y = (z.new_zeros(z.shape, dtype=torch.float32) for z in (x, y))
+    grad_scale = row_lse.new_zeros(8 * _MAX_BLOCKS)
+
+    rows, columns = _panel_shape(len(a), len(b))
+    step = -(-columns // 8) * 8
+    panel = a.new_empty(rows * step)
+    native, handle = _native.module(), _native.handle
+    with _native.launch_context(a) as (device, stream):
+        native.pairwise_logsumexp_weigh_cuda(
+            *map(handle, (row_lse, col_lse, *grads)),
+            diagonal,
+            a.dtype == torch.float32,
+            *map(handle, (row_weight, col_weight, unit)),
+            device,
+            stream,
+        )
+        for i in range(0, len(a), rows):
+            for j in range(0, len(b), columns):
+                x_part, y_part = x[i : i + rows], y[j : j + columns]
+                part = panel.view(rows, step)[: len(x_part), : len(y_part)]
+                statistics = row_lse[i:], col_lse[j:], row_weight[i:], col_weight[j:]
+                native.pairwise_logsumexp_panel_cuda(
+                    *map(handle, (x_part, y_part, factor)),
+                    diagonal + i - j,
+                    *map(handle, (*statistics, grads[2][i:], unit, part, grad_scale)),
+                    device,
+                    stream,
+                )
+                _add_product(grad_x[i : i + rows], part, y_part)
+                _add_product(grad_y[j : j + columns], part.T, x_part)
+    grad_a, grad_b = (
+        z.mul_(factor * unit[3])[:, : a.shape[1]].to(a.dtype).contiguous() for z in (grad_x, grad_y)
+    )
+    return grad_a, grad_b, (grad_scale.sum(dtype=torch.float64) * unit[3]).to(scale.dtype)
+
+
+def _panel_shape(n: int, m: int) -> tuple[int, int]:
+    """Rows and columns of a panel: square where both sides are long, and evenly cut."""
+
+    def evenly(length: int, most: int) -> int:
+        parts = max(1, -(-length // max(256, most // 256 * 256)))
+        return max(1, -(-length // (parts * 256))) * 256
+
+    rows = evenly(n, max(_PANEL_SIDE, _PANEL_SIZE // max(m, 256)))
+    return rows, evenly(m, _PANEL_SIZE // rows)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in fp32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -63,6 +63,9 @@ __device__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Whether the condition holds in any lane of the warp, all of which take part.
+inline __device__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
+
 // The block's dynamic shared memory, handed out array after array; 16-byte aligned. Every thread
 // takes the same arrays in the same order, and the host asks for the sum of shared_bytes.
 class Shared {

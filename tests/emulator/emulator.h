@@ -279,6 +279,18 @@ T shuffle_xor(T value, int mask) {
   return argument.result;
 }
 
+inline bool any_lane(bool condition) {
+  struct Argument {
+    bool condition, result;
+  } argument{condition, false};
+  emulator::collective("a vote", &argument, [](void** lanes) {
+    bool any = false;
+    for (int i = 0; i < 32; ++i) any |= static_cast<Argument*>(lanes[i])->condition;
+    for (int i = 0; i < 32; ++i) static_cast<Argument*>(lanes[i])->result = any;
+  });
+  return argument.result;
+}
+
 class Shared {
  public:
   template <typename T>

@@ -1,0 +1,281 @@
+// Gradients of the logits, panel after panel, and that of the scale. The products of a panel with b
+// and a are PyTorch's business, whose matrix products nothing here would beat.
+#include "pairwise_logsumexp/cuda.h"
+#include "pairwise_logsumexp/kernel.cuh"
+
+namespace clipvip {
+namespace pairwise {
+namespace {
+
+constexpr int kWeighThreads = 1024;
+// Log-sum-exps that span no more than this (in nats) share one exp a logit: e^80 does not overflow,
+// and what underflows beside it is nothing. fp32 keeps to two, which round better.
+constexpr float kReach = 80;
+
+// The gradient of a logit is row_weight·exp(logit − row_lse) + column_weight·exp(logit − col_lse),
+// or with a shared reference, which the weights then make up for, (row_weight +
+// column_weight)·exp(logit − reference).
+struct Unit {
+  float reference;
+  float shared;   // 1 or 0
+  float inverse;  // 1 / unit
+  float unit;     // 2^-14 of the largest incoming gradient, so that fp16 holds what counts
+};
+
+struct WeighParams {
+  const float *row_lse, *col_lse, *grad_row_lse, *grad_col_lse, *grad_positive;
+  int64_t n, m, diagonal;
+  bool exact;
+  float *row_weight, *col_weight;
+  Unit* unit;
+};
+
+struct Range {
+  float smallest = kInfinity, largest = -kInfinity;
+
+  __device__ void include(Range other) {
+    smallest = fminf(smallest, other.smallest);
+    largest = fmaxf(largest, other.largest);
+  }
+};
+
+// Of one range a thread, the block's; in every thread.
+__device__ Range range_of_block(Range range, Range* warps) {
+  for (int mask = 1; mask < 32; mask *= 2) {
+    const Range other{shuffle_xor(range.smallest, mask), shuffle_xor(range.largest, mask)};
+    range.include(other);
+  }
+  if (lane() == 0) warps[warp()] = range;
+  sync_block();
+  for (int i = 0; i < kWeighThreads / 32; ++i) range.include(warps[i]);
+  return range;
+}
+
+// One block: there is little to do.
+__global__ void __launch_bounds__(kWeighThreads) weigh(WeighParams p) {
+  Shared shared;
+  Range* const warps = shared.take<Range>(2 * (kWeighThreads / 32));
+  Range lse, grad{0, 0};
+  const auto look = [&](const float* lses, const float* grads, int64_t count) {
+    for (int64_t i = thread(); i < count; i += kWeighThreads) {
+      if (lses[i] == -kInfinity) continue;
+      lse.include({lses[i], lses[i]});
+      grad.include({0, fabsf(grads[i])});
+    }
+  };
+  look(p.row_lse, p.grad_row_lse, p.n);
+  look(p.col_lse, p.grad_col_lse, p.m);
+  for (int64_t i = thread(); i < p.n; i += kWeighThreads) {
+    if (i + p.diagonal < 0 || i + p.diagonal >= p.m) continue;
+    grad.include({0, fabsf(p.grad_positive[i])});
+  }
+  lse = range_of_block(lse, warps);
+  const float largest = range_of_block(grad, warps + kWeighThreads / 32).largest;
+
+  int exponent = 0;  // a NaN or an infinity goes its way in units of 1
+  if (largest > 0 && largest < kInfinity) {
+    frexpf(largest, &exponent);
+    exponent = (exponent < -90 ? -90 : exponent) - 14;
+  }
+  const bool any = lse.largest >= lse.smallest;
+  const bool one_reference = !p.exact && any && lse.largest - lse.smallest <= kReach;
+  const Unit unit{one_reference ? lse.smallest : 0, one_reference ? 1.f : 0.f,
+                  ldexpf(1, -exponent), ldexpf(1, exponent)};
+  if (thread() == 0) *p.unit = unit;
+  const auto write = [&](const float* lses, const float* grads, float* weights, int64_t count) {
+    for (int64_t i = thread(); i < count; i += kWeighThreads) {
+      const float own = one_reference ? natural_exp(unit.reference - lses[i]) : 1;
+      // Without any other entry there is no gradient, whatever comes in.
+      weights[i] = lses[i] == -kInfinity ? 0 : grads[i] * unit.inverse * own;
+    }
+  };
+  write(p.row_lse, p.grad_row_lse, p.row_weight, p.n);
+  write(p.col_lse, p.grad_col_lse, p.col_weight, p.m);
+}
+
+struct PanelParams {
+  Product product;
+  const float *row_lse, *col_lse, *row_weight, *col_weight, *grad_positive;
+  const Unit* unit;
+  void* panel;  // [n, panel_step]
+  int64_t panel_step;
+  float* grad_scale;  // one number a warp of the launch
+};
+
+template <typename T>
+class Gradient {
+ public:
+  __device__ explicit Gradient(const PanelParams& p)
+      : p_(p), scale_(*p.product.scale), unit_(*p.unit) {}
+
+  __device__ void begin_rows(int row, bool) {
+    row_ = row;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const int own = row + row_of(k);
+      weight_[k] = own < p_.product.n ? p_.row_weight[own] : 0;
+    }
+  }
+
+  __device__ void tile(const Tile& tile) {
+    const bool plain = tile.plain(p_.product);
+    if constexpr (std::is_same_v<T, float>) {
+      write<false, false>(tile);
+    } else if (unit_.shared == 0) {
+      write<false, false>(tile);
+    } else if (plain) {
+      write<true, true>(tile);
+    } else {
+      write<false, true>(tile);
+    }
+  }
+
+  __device__ void end_rows() {}
+
+  __device__ void end() {
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) sum_ += shuffle_xor(sum_, mask);
+    if (lane() == 0) p_.grad_scale[block_x() * kWarps + warp()] += sum_;
+  }
+
+ private:
+  // plain: all of the tile lies inside and has no positive. shared: the log-sum-exps' reference is.
+  template <bool plain, bool shared>
+  __device__ void write(const Tile& tile) {
+    const Product& p = p_.product;
+    const float scale2 = scale_ * kLog2E, reference2 = unit_.reference * kLog2E;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int first = tile.column + column_of(half * 8);
+      float weight[8], lse[8];
+      load<plain>(p_.col_weight, first, weight);
+      if constexpr (!shared) load<plain>(p_.col_lse, first, lse);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int row = row_ + row_of(i);
+        const bool own_exp = !shared && row < p.n;
+        const float row_lse = own_exp ? p_.row_lse[row] : 0;
+        const float row_weight = own_exp ? p_.row_weight[row] : weight_[i];
+        float grad[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float product = tile.at(i, half * 8 + j);
+          if constexpr (shared) {
+            grad[j] = (row_weight + weight[j]) * fast_exp2(fmaf(product, scale2, -reference2));
+          } else {
+            grad[j] = row_weight * natural_exp(fmaf(product, scale_, -row_lse)) +
+                      weight[j] * natural_exp(fmaf(product, scale_, -lse[j]));
+          }
+          if constexpr (!plain) {
+            const int column = first + j;
+            if (row >= p.n || column >= p.m) {
+              grad[j] = 0;
+            } else if (column - row == p.diagonal) {
+              grad[j] = p_.grad_positive[row] * unit_.inverse;
+            }
+          }
+          sum_ = fmaf(grad[j], product, sum_);
+        }
+        if (plain || (row < p.n && first < p.m)) store(row, first, grad);
+      }
+    }
+  }
+
+  template <bool plain>
+  __device__ void load(const float* from, int first, float (&to)[8]) const {
+    if constexpr (plain) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        const Float4 four = *reinterpret_cast<const Float4*>(from + first + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to[i + j] = four.at[j];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) to[i] = first + i < p_.product.m ? from[first + i] : 0;
+    }
+  }
+
+  __device__ void store(int row, int first, const float (&grad)[8]) const {
+    T* const to = static_cast<T*>(p_.panel) + row * p_.panel_step + first;
+    if constexpr (std::is_same_v<T, float>) {
+      reinterpret_cast<Float4*>(to)[0] = {grad[0], grad[1], grad[2], grad[3]};
+      reinterpret_cast<Float4*>(to)[1] = {grad[4], grad[5], grad[6], grad[7]};
+    } else {
+      *reinterpret_cast<Bytes16*>(to) = {pack<T>(grad[0], grad[1]), pack<T>(grad[2], grad[3]),
+                                         pack<T>(grad[4], grad[5]), pack<T>(grad[6], grad[7])};
+    }
+  }
+
+  const PanelParams& p_;
+  const float scale_;
+  const Unit unit_;
+  int row_ = 0;
+  float sum_ = 0, weight_[8];
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) panel(PanelParams p) {
+  Shared shared;
+  Gradient<T> gradient(p);
+  for_each_tile<T>(p.product, shared, gradient);
+  gradient.end();
+}
+
+}  // namespace
+}  // namespace pairwise
+
+void pairwise_logsumexp_weigh_cuda(const Tensor& row_lse, const Tensor& col_lse,
+                                   const Tensor& grad_row_lse, const Tensor& grad_col_lse,
+                                   const Tensor& grad_positive, int64_t diagonal, bool exact,
+                                   const Tensor& row_weight, const Tensor& col_weight,
+                                   const Tensor& unit, int device, uintptr_t stream) {
+  using namespace pairwise;
+  const WeighParams p{row_lse.as<const float>(),
+                      col_lse.as<const float>(),
+                      grad_row_lse.as<const float>(),
+                      grad_col_lse.as<const float>(),
+                      grad_positive.as<const float>(),
+                      row_lse.size[0],
+                      col_lse.size[0],
+                      diagonal,
+                      exact,
+                      row_weight.as<float>(),
+                      col_weight.as<float>(),
+                      unit.as<Unit>()};
+  launch(weigh, Grid{1}, kWeighThreads, shared_bytes<Range>(2 * (kWeighThreads / 32)),
+         Stream{device, stream}, p, [&] {
+           return "pairwise_logsumexp backward's weights of " + std::to_string(p.n) +
+                  " rows and " + std::to_string(p.m) + " columns";
+         });
+}
+
+void pairwise_logsumexp_panel_cuda(const Tensor& a, const Tensor& b, const Tensor& scale,
+                                   int64_t diagonal, const Tensor& row_lse, const Tensor& col_lse,
+                                   const Tensor& row_weight, const Tensor& col_weight,
+                                   const Tensor& grad_positive, const Tensor& unit,
+                                   const Tensor& panel, const Tensor& grad_scale, int device,
+                                   uintptr_t handle) {
+  using namespace pairwise;
+  const Stream stream{device, handle};
+  const int blocks = static_cast<int>(
+      std::min<int64_t>(multiprocessors(stream), grad_scale.size[0] / kWarps));
+  size_t shared = 0;
+  PanelParams p{};
+  p.product = make_product(a, b, scale, diagonal, blocks, 0, 0, stream, shared, "backward");
+  p.row_lse = row_lse.as<const float>();
+  p.col_lse = col_lse.as<const float>();
+  p.row_weight = row_weight.as<const float>();
+  p.col_weight = col_weight.as<const float>();
+  p.grad_positive = grad_positive.as<const float>();
+  p.unit = unit.as<const Unit>();
+  p.panel = panel.data;
+  p.panel_step = panel.stride[0];
+  p.grad_scale = grad_scale.as<float>();
+  for_dtype(a.dtype, [&](auto of_type) {
+    launch(pairwise::panel<decltype(of_type)>, Grid{p.product.slabs * p.product.strips}, kThreads,
+           shared, stream, p, [&] { return describe(a, b, "backward"); });
+  });
+}
+
+}  // namespace clipvip

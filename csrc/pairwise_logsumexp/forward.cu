@@ -1,0 +1,268 @@
+// Log-sum-exps of the rows and columns: each warp reduces its part of a tile, keeps what it owns of
+// rows and columns in the workspace, and a second kernel adds those up. Nothing is written by two.
+#include "pairwise_logsumexp/cuda.h"
+#include "pairwise_logsumexp/kernel.cuh"
+
+namespace clipvip {
+namespace pairwise {
+namespace {
+
+// Σ exp(x) as sum · exp(reference); nothing where the sum is 0.
+struct alignas(8) Sum {
+  float reference, sum;
+};
+struct alignas(16) SumPair {
+  Sum first, second;
+};
+
+struct ForwardParams {
+  Product product;
+  Sum* rows;         // [strips · kWarpColumns, n]
+  Sum* columns;      // [slabs · kWarpRows, column_step]
+  int64_t column_step;  // m, made even
+  float *row_lse, *col_lse, *positive;
+};
+
+__device__ Sum merge(Sum x, Sum y) {
+  if (x.sum == 0) return y;
+  if (y.sum == 0) return x;
+  const float reference = fmaxf(x.reference, y.reference);
+  return {reference, x.sum * natural_exp(x.reference - reference) +
+                         y.sum * natural_exp(y.reference - reference)};
+}
+
+// A warp's sums. One exp a logit serves its row and its column, as long as the sums over a tile
+// relative to one reference stay between kSmall and 1 / kSmall: then no term that is lost below
+// 2^-126 counts, nor does anything overflow when a million rows are added up. Where they do not, or
+// a part of the tile does not count, each row and column takes its own maximum, and the reference
+// follows.
+class Statistics {
+ public:
+  __device__ explicit Statistics(const ForwardParams& p)
+      : p_(p), scale_(*p.product.scale), scale2_(scale_ * kLog2E) {
+    const int strip = block_x() % p.product.strips, slab = block_x() / p.product.strips;
+    rows_ = p.rows + (strip * kWarpColumns + warp() % kWarpColumns) * int64_t{p.product.n};
+    columns_ = p.columns + (slab * kWarpRows + warp() / kWarpColumns) * p.column_step;
+  }
+
+  __device__ void begin_rows(int row, bool first) {
+    row_ = row;
+    first_ = first;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      sum_[k] = 0;
+      if (owns_row(k)) rows_[row_ + row_of(k)] = Sum{0, 0};
+    }
+  }
+
+  __device__ void tile(const Tile& tile) {
+    SumPair sums;
+    if (!tile.plain(p_.product) || !sum_to_reference(tile, sums)) sum_to_maxima(tile, sums);
+    const int column = tile.column + column_of(lane() / 4 * 2);
+    if (column >= p_.product.m) return;
+    SumPair* const all = reinterpret_cast<SumPair*>(columns_ + column);
+    if (!first_) {
+      const SumPair old = *all;
+      sums = {merge(old.first, sums.first), merge(old.second, sums.second)};
+    }
+    *all = sums;
+  }
+
+  // Adds the running sums to what the workspace has.
+  __device__ void end_rows() {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      float sum = sum_[k];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      add_row(k, {reference_, sum});
+      sum_[k] = 0;
+    }
+  }
+
+ private:
+  static constexpr float kSmall = 1.f / (1ull << 45) / (1ull << 45);
+
+  // Of the four lanes that hold a row, the one that keeps its sum.
+  __device__ bool owns_row(int k) const {
+    return lane() % 4 == k / 2 && row_ + row_of(k) < p_.product.n;
+  }
+  __device__ void add_row(int k, Sum sum) const {
+    if (!owns_row(k)) return;
+    Sum& all = rows_[row_ + row_of(k)];
+    all = merge(all, sum);
+  }
+
+  // Adds up over two lanes of a column, each of which goes on with half of their columns.
+  template <int half>
+  static __device__ void halve(float (&column)[16]) {
+    const bool upper = lane() & half * 2;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const float kept = upper ? column[j + half] : column[j];
+      const float sent = upper ? column[j] : column[j + half];
+      column[j] = kept + shuffle_xor(sent, half * 2);
+    }
+  }
+
+  // Returns false, and changes nothing, where the reference does not fit.
+  __device__ bool sum_to_reference(const Tile& tile, SumPair& sums) {
+    float row[8] = {}, column[16] = {};
+    const float reference2 = reference_ * kLog2E;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const float term = fast_exp2(fmaf(tile.at(i, j), scale2_, -reference2));
+        row[i] += term;
+        column[j] += term;
+      }
+    }
+    halve<8>(column);
+    halve<4>(column);
+    halve<2>(column);
+    float smallest = fminf(column[0], column[1]), largest = fmaxf(column[0], column[1]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      smallest = fminf(smallest, row[i]);
+      largest = fmaxf(largest, row[i]);
+    }
+    if (any_lane(smallest < kSmall || largest > 1 / kSmall)) return false;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum_[i] += row[i];
+    sums = {{reference_, column[0]}, {reference_, column[1]}};
+    return true;
+  }
+
+  __device__ void sum_to_maxima(const Tile& tile, SumPair& sums) {
+    const Product& p = p_.product;
+    float largest = kLowest;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = row_ + row_of(i);
+      float maximum = kLowest, sum = 0;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const int column = tile.column + column_of(j);
+        float& logit = tile.at(i, j);
+        logit *= scale_;
+        const bool inside = row < p.n && column < p.m, own = column - row == p.diagonal;
+        if (inside && own) p_.positive[row] = logit;
+        if (!inside || own) logit = -kInfinity;
+        maximum = fmaxf(maximum, logit);
+      }
+      maximum = fmaxf(maximum, shuffle_xor(maximum, 1));
+      maximum = fmaxf(maximum, shuffle_xor(maximum, 2));
+#pragma unroll
+      for (int j = 0; j < 16; ++j) sum += natural_exp(tile.at(i, j) - maximum);
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      add_row(i, {maximum, sum});
+      largest = fmaxf(largest, maximum);
+    }
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      float maximum = kLowest, sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) maximum = fmaxf(maximum, tile.at(i, j));
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) {
+        maximum = fmaxf(maximum, shuffle_xor(maximum, mask));
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += natural_exp(tile.at(i, j) - maximum);
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+      if (lane() / 4 == j / 2) (j % 2 ? sums.second : sums.first) = {maximum, sum};
+    }
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+    const float wanted = largest - 30;  // there is more below a tile's largest than above
+    if (largest > kLowest && largest < -kLowest && fabsf(wanted - reference_) > 40) {
+      end_rows();
+      reference_ = wanted;
+    }
+  }
+
+  const ForwardParams& p_;
+  const float scale_, scale2_;
+  Sum *rows_, *columns_;
+  int row_ = 0;
+  bool first_ = true;
+  float reference_ = 0, sum_[8] = {};
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) statistics(ForwardParams p) {
+  Shared shared;
+  Statistics statistics(p);
+  for_each_tile<T>(p.product, shared, statistics);
+}
+
+// 32 rows or columns a block: a warp adds up every eighth part of theirs, the first the rest.
+__global__ void __launch_bounds__(kThreads) combine(ForwardParams p) {
+  Shared shared;
+  Sum* const sums = shared.take<Sum>(kThreads);
+  const int n = p.product.n, m = p.product.m, row_blocks = (n + 31) / 32;
+  const bool is_row = block_x() < row_blocks;
+  const int index = (is_row ? block_x() : block_x() - row_blocks) * 32 + lane();
+  const int count = is_row ? n : m;
+  const Sum* const parts = is_row ? p.rows : p.columns;
+  const int64_t step = is_row ? n : p.column_step;
+  const int number = is_row ? p.product.strips * kWarpColumns : p.product.slabs * kWarpRows;
+  Sum sum{0, 0};
+  if (index < count) {
+    for (int part = warp(); part < number; part += kWarps) {
+      sum = merge(sum, parts[part * step + index]);
+    }
+  }
+  sums[thread()] = sum;
+  sync_block();
+  if (warp() > 0 || index >= count) return;
+  for (int other = 1; other < kWarps; ++other) sum = merge(sum, sums[other * 32 + lane()]);
+  const float lse = sum.sum == 0 ? -kInfinity
+                                 : sum.reference + fast_log2(sum.sum) * kLn2;
+  (is_row ? p.row_lse : p.col_lse)[index] = lse;
+  const int64_t own = int64_t{index} + p.product.diagonal;
+  if (is_row && (own < 0 || own >= m)) {
+    p.positive[index] = -kInfinity;
+  }
+}
+
+}  // namespace
+}  // namespace pairwise
+
+int64_t pairwise_logsumexp_forward_cuda(const Tensor& a, const Tensor& b, const Tensor& scale,
+                                        int64_t diagonal, const Tensor& row_lse,
+                                        const Tensor& col_lse, const Tensor& positive,
+                                        std::optional<uintptr_t> workspace, int device,
+                                        uintptr_t handle) {
+  using namespace pairwise;
+  const Stream stream{device, handle};
+  size_t shared = 0;
+  ForwardParams p{};
+  p.product = make_product(a, b, scale, diagonal, multiprocessors(stream),
+                           kWarpColumns * sizeof(Sum), kWarpRows * sizeof(Sum), stream, shared,
+                           "forward");
+  const int64_t n = p.product.n, m = p.product.m;
+  p.column_step = (m + 1) / 2 * 2;
+  const int64_t columns = p.product.slabs * kWarpRows * p.column_step;
+  const int64_t rows = p.product.strips * kWarpColumns * n;
+  const int64_t bytes = (columns + rows) * sizeof(Sum);
+  if (!workspace) return bytes;
+  p.columns = reinterpret_cast<Sum*>(*workspace);
+  p.rows = p.columns + columns;
+  p.row_lse = row_lse.as<float>();
+  p.col_lse = col_lse.as<float>();
+  p.positive = positive.as<float>();
+  const auto what = [&] { return describe(a, b, "forward"); };
+  for_dtype(a.dtype, [&](auto of_type) {
+    launch(statistics<decltype(of_type)>, Grid{p.product.slabs * p.product.strips}, kThreads,
+           shared, stream, p, what);
+  });
+  launch(combine, Grid{(n + 31) / 32 + (m + 31) / 32}, kThreads, shared_bytes<Sum>(kThreads),
+         stream, p, what);
+  return bytes;
+}
+
+}  // namespace clipvip

@@ -193,13 +193,13 @@ def shard(
     gigabytes = sum(shard.bytes for shard in shards) / 1e9
     print(
         f"{out}: {len(shards)} shards, {sum(shard.clips for shard in shards)} clips, "
-        f"{gigabytes:.2f} GB{left_out}"
+        f"{gigabytes:.3g} GB{left_out}"
     )
 
 
 def verify(
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
-    clean: Annotated[Positional[Path | None], arg(metavar="CLEAN.jsonl")] = None,
+    clean: Annotated[Positional[Path | None], arg(metavar="[CLEAN.jsonl]")] = None,
     manifest: Path | None = None,
     workers: int | None = None,
 ) -> None:

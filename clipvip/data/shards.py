@@ -278,7 +278,9 @@ class _Writer:
                         counts["subtitles"] += clip.subtitle is not None
                         counts["captions"] += clip.caption is not None
                     except DecodeError as error:
-                        bad = BadFile(str(error.path), error.reason, clip.line)
+                        # An error of bytes in memory has but a name for a path.
+                        path = clip.image if error.path == clip.image else clip.video
+                        bad = BadFile(str(path), error.reason, clip.line)
                         failures.append(Failure(place, bad))
                     workers.tell(1)
             file.flush()
@@ -322,7 +324,7 @@ class _Writer:
         }
         image: Blob | None = None
         if clip.image is not None:
-            image = whole(clip.image).blob
+            image = Blob(str(clip.image), whole(clip.image).blob.data)
             sample[f"image{clip.image.suffix.lower()}"] = image.data
         check_decodes(replace(clip, start=stored.start, end=stored.end), stored.blob, image)
         return sample

@@ -25,7 +25,7 @@ TICKS = Fraction(1, 90000)
 # Visually lossless at such sizes; a keyframe about every second, since few frames are wanted.
 CODING = {"crf": "20", "preset": "fast", "threads": "1", "g": "25"}
 PLAIN = {"fflags": "+bitexact"}  # no random identifiers
-COLOURS = ("colorspace", "color_range", "color_primaries", "color_trc")
+COLOURS = ("colorspace", "color_range")  # what decides how it becomes RGB
 
 
 class Cut(NamedTuple):

@@ -75,7 +75,7 @@ class Workers(Generic[Task, Result]):
         self._condemned: frozenset[int] = frozenset()
         self._places = RawArray("q", [-1] * max(count, 1))
         self._crew: list[_Worker] = []
-        weakref.finalize(self, _stop, self._crew)
+        weakref.finalize(self, _stop, self._crew, os.getpid())
         for number in range(count):
             self._crew.append(_Worker(number, work, self._places))
 
@@ -217,7 +217,9 @@ def _how_it_ended(code: int | None) -> str:
     return f"ended with exit status {code}"
 
 
-def _stop(crew: list[_Worker]) -> None:
+def _stop(crew: list[_Worker], owner: int) -> None:
+    if os.getpid() != owner:  # a forked process drops its copy of what is not its own
+        return
     for worker in crew:
         worker.process.terminate()
     for worker in crew:

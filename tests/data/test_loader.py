@@ -388,6 +388,26 @@ def test_an_error_in_a_worker_is_raised_with_its_traceback(load: Load, monkeypat
     assert "in fail" in str(caught.value.__cause__)
 
 
+def test_batches_in_page_locked_memory_are_the_same(
+    load: Load, clips: list[Clip], tmp_path: Path, monkeypatch
+) -> None:
+    whole = list(load())
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(1) or self)
+    assert equal(list(load(num_workers=2)), whole)
+    assert len(pinned) == sum(map(len, whole))
+    (tmp_path / "times").touch()  # a worker is replaced from within the thread, too
+    monkeypatch.setattr(loading, "read_frames", dying(clips[6], tmp_path / "times", 1))
+    loader = load(num_workers=2)
+    for batch in loader:
+        assert batch
+        break
+    assert equal(list(loader), whole)
+    with pytest.raises(LoaderError):
+        list(load([replace(clip, video=tmp_path / "gone.mp4") for clip in clips]))
+
+
 def test_random_state_of_the_process_is_left_alone(load: Load) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()

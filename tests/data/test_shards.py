@@ -229,9 +229,9 @@ def test_bad_files_are_listed_and_left_out_up_to_a_share(spoiled: Path, tmp_path
     assert sum(s.clips for s in shards) == 18 and sum(s.bad for s in shards) == 2
     assert set(stored(out)) == set(range(COUNT)) - {3, 9}
     listed = [json.loads(line) for line in (out / "bad_files.jsonl").read_text().splitlines()]
-    assert sorted((row["line"], Path(row["path"]).name) for row in listed) == [
-        (4, "missing.mp4"),
-        (10, "cut.mp4"),
+    assert sorted((row["line"], row["path"]) for row in listed) == [
+        (4, str(tmp_path / "missing.mp4")),
+        (10, str(tmp_path / "cut.mp4")),
     ]
 
 

@@ -32,11 +32,13 @@ def proxy_attention(
     then its frames' patches, and starts at token b·M + frame_offsets[b]·L.
 
     Args:
-        qkv: [T, 3, H, D], a packed projection's output, in fp32, bf16 or fp16, on the CPU; read
-            in place whatever its strides, except that a last dimension with gaps is copied.
-            D is a multiple of 16, at most 128. T = B·M + frame_offsets[B]·L.
+        qkv: [T, 3, H, D], a packed projection's output, in fp32, bf16 or fp16, on the CPU or a
+            GPU of compute capability 8.0 or newer; read in place whatever its strides, except
+            that a last dimension with gaps is copied, and on a GPU what does not start every D
+            elements on 16 bytes. D is a multiple of 16, at most 128. T = B·M + frame_offsets[B]·L.
         frame_offsets: [B + 1] int32, the running sum of frames: 0, n_0, n_0 + n_1, … A video of
-            0 frames has proxies only; an image is a video of one frame.
+            0 frames has proxies only; an image is a video of one frame. On a GPU its values are
+            not waited for, and so not checked: wrong ones give a wrong result, nothing worse.
         num_proxies: M ≥ 1.
         patches_per_frame: L ≥ 1.
         scale: of the logits; D ** -0.5 by default.
@@ -45,8 +47,9 @@ def proxy_attention(
 
     Returns:
         [T, H, D], contiguous, of qkv's dtype; statistics and sums are fp32. Differentiable once
-        in qkv; backward recomputes the weights. Neither result nor gradient depends on the number
-        of threads. Under autocast qkv is cast first.
+        in qkv; backward recomputes the weights. Result and gradient are deterministic: they do
+        not depend on the number of threads, nor on a GPU's order of work. fp32 is exact there,
+        never tf32. Under autocast qkv is cast first.
 
     Raises:
         ValueError: sizes do not fit together, frame_offsets decreases, or backend is unknown.
@@ -149,6 +152,39 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _check_saved(qkv: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
+    tokens, _, heads, head_dim = qkv.shape
+    for name, tensor, dtype, shape in (
+        ("grad_out", grad_out, qkv.dtype, [tokens, heads, head_dim]),
+        ("out", out, qkv.dtype, [tokens, heads, head_dim]),
+        ("lse", lse, torch.float32, [heads, tokens]),
+    ):
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
+            given = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, such that its rows of D elements start on 16 bytes."""
+    unit = 16 // tensor.element_size()
+    whole = tensor.stride(-1) == 1 and all(step % unit == 0 for step in tensor.stride()[:-1])
+    if whole and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int) -> int:
+    """How many frames qkv holds; frame_offsets, on a GPU, is not waited for."""
+    tokens, videos = qkv.shape[0], len(frame_offsets) - 1
+    frames, rest = divmod(tokens - videos * num_proxies, patches)
+    if rest or frames < 0 or (frames and not videos):
+        raise ValueError(
+            f"qkv holds {tokens} tokens, which are not {videos} videos' proxies and whole frames "
+            f"(T={tokens}, B={videos}, M={num_proxies}, L={patches})"
+        )
+    return frames
+
+
 def _workspace(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int, backward: bool
 ) -> tuple[Tensor, int]:
@@ -184,6 +220,34 @@ def _forward(
     return out, lse
 
 
+@_forward.register_kernel("cuda")
+def _forward_cuda(
+    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
+    out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
+    qkv, frame_offsets = _aligned(qkv), frame_offsets.contiguous()
+    native, handle = _native.module(), _native.handle
+    floats = native.proxy_attention_workspace_cuda(
+        num_proxies, patches_per_frame, *qkv.shape[2:], frames, False
+    )
+    workspace = qkv.new_empty(floats, dtype=torch.float32)
+    with _native.launch_context(qkv) as (device, stream):
+        native.proxy_attention_forward_cuda(
+            handle(qkv),
+            handle(frame_offsets),
+            num_proxies,
+            patches_per_frame,
+            scale,
+            handle(out),
+            handle(lse),
+            handle(workspace),
+            device,
+            stream,
+        )
+    return out, lse
+
+
 @_forward.register_fake
 def _forward_like(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
@@ -206,15 +270,7 @@ def _backward(
 ) -> Tensor:
     """The gradient of qkv, [T, 3, H, D], from that of out and what forward gave."""
     _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
-    tokens, _, heads, head_dim = qkv.shape
-    for name, tensor, dtype, shape in (
-        ("grad_out", grad_out, qkv.dtype, [tokens, heads, head_dim]),
-        ("out", out, qkv.dtype, [tokens, heads, head_dim]),
-        ("lse", lse, torch.float32, [heads, tokens]),
-    ):
-        if tensor.dtype != dtype or list(tensor.shape) != shape:
-            given = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
+    _check_saved(qkv, grad_out, out, lse)
     grad_out, qkv, out = _rows(grad_out), _rows(qkv), _rows(out)
     frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
@@ -232,6 +288,45 @@ def _backward(
         _native.handle(workspace),
         threads,
     )
+    return grad_qkv
+
+
+@_backward.register_kernel("cuda")
+def _backward_cuda(
+    grad_out: Tensor,
+    qkv: Tensor,
+    frame_offsets: Tensor,
+    num_proxies: int,
+    patches_per_frame: int,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> Tensor:
+    frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
+    _check_saved(qkv, grad_out, out, lse)
+    grad_out, qkv, out = _aligned(grad_out), _aligned(qkv), _aligned(out)
+    frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    native, handle = _native.module(), _native.handle
+    floats = native.proxy_attention_workspace_cuda(
+        num_proxies, patches_per_frame, *qkv.shape[2:], frames, True
+    )
+    workspace = qkv.new_empty(floats, dtype=torch.float32)
+    with _native.launch_context(qkv) as (device, stream):
+        native.proxy_attention_backward_cuda(
+            handle(grad_out),
+            handle(qkv),
+            handle(frame_offsets),
+            num_proxies,
+            patches_per_frame,
+            scale,
+            handle(out),
+            handle(lse),
+            handle(grad_qkv),
+            handle(workspace),
+            device,
+            stream,
+        )
     return grad_qkv
 
 

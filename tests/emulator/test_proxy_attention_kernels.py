@@ -1,0 +1,168 @@
+"""The CUDA kernels of proxy_attention, on the emulator, against float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipvip.ops.proxy_attention import (
+    _backward_cuda,
+    _forward_cuda,
+    proxy_attention_reference,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RAGGED = [0, 2, 2, 3]  # two frames, none, one
+ALL, FEW = 232448, 44 * 1024  # bytes of shared memory: a frame's 144 rows stay there, or do not
+
+# (dtype, D, L, M): each value with each dtype, and every kernel with rows that fill no tile
+GRID = [
+    (dtype, dim, patches, proxies)
+    for dtype in DTYPES
+    for dim, patches, proxies in [
+        (32, 49, 4),
+        (64, 65, 4),
+        (80, 7, 1),
+        (96, 20, 5),
+        (128, 33, 4),
+        (64, 1, 1),
+        (16, 30, 20),
+        (48, 16, 2),
+        (112, 9, 3),
+    ]
+]
+
+
+def make(dtype, dim, patches, proxies, offsets=RAGGED, heads=2) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [T, 3, H, D], frame_offsets, and the gradient of the output."""
+    tokens = (len(offsets) - 1) * proxies + offsets[-1] * patches
+    generator = torch.Generator().manual_seed(tokens + dim)
+    qkv = torch.randn(tokens, 3, heads, dim, generator=generator).to(dtype)
+    grad = torch.randn(tokens, heads, dim, generator=generator).to(dtype)
+    return qkv, torch.tensor(offsets, dtype=torch.int32), grad
+
+
+def kernels(qkv, offsets, grad, proxies, patches, scale=None) -> tuple[Tensor, Tensor]:
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = _forward_cuda(qkv, offsets, proxies, patches, scale)
+    return out, _backward_cuda(grad, qkv, offsets, proxies, patches, scale, out, lse)
+
+
+def plain(qkv, offsets, grad, proxies, patches, scale=None) -> tuple[Tensor, Tensor]:
+    leaf = qkv.detach().requires_grad_()
+    out = proxy_attention_reference(leaf, offsets, proxies, patches, scale)
+    return out.detach(), torch.autograd.grad(out, leaf, grad.to(out.dtype))[0]
+
+
+def assert_as_good_as_pytorch(qkv, offsets, grad, *sizes) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, both against float64."""
+    exact = plain(qkv.double(), offsets, grad.double(), *sizes)
+    theirs = plain(qkv, offsets, grad, *sizes)
+    ours = kernels(qkv, offsets, grad, *sizes)
+    for name, want, their, got in zip(("out", "grad"), exact, theirs, ours, strict=True):
+        error, allowed = (got - want).abs().max(), 2 * (their - want).abs().max()
+        floor = 4 * torch.finfo(qkv.dtype).eps * want.abs().max()
+        assert error <= allowed + floor, f"{name}: {error:.2e}, plain PyTorch {allowed / 2:.2e}"
+
+
+@pytest.mark.parametrize(("dtype", "dim", "patches", "proxies"), GRID)
+def test_error_against_float64(emulator, dtype, dim, patches, proxies):
+    emulator.configure(seed=dim + patches)
+    assert_as_good_as_pytorch(*make(dtype, dim, patches, proxies), proxies, patches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frame_of_b16(emulator, dtype):
+    assert_as_good_as_pytorch(*make(dtype, 64, 196, 4, [0, 1], heads=1), 4, 196)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [ALL, FEW])
+def test_every_schedule_with_rows_resident_and_in_a_ring(emulator, seed, dtype, shared):
+    emulator.configure(seed=seed, max_shared_bytes=shared)
+    assert_as_good_as_pytorch(*make(dtype, 64, 140, 4, [0, 1], heads=1), 4, 140)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neither_schedule_nor_residence_changes_a_bit(emulator, dtype):
+    given = make(dtype, 64, 140, 4, [0, 1], heads=1)
+    results = []
+    for seed, shared in ((0, ALL), (1, ALL), (2, ALL), (0, FEW), (3, FEW)):
+        emulator.configure(seed=seed, max_shared_bytes=shared)
+        results.append(kernels(*given, 4, 140))
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 40.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales(emulator, dtype, scale):
+    assert_as_good_as_pytorch(*make(dtype, 32, 20, 4), 4, 20, scale)
+
+
+def test_logits_beyond_the_range_of_exp(emulator):
+    qkv, offsets, grad = make(torch.bfloat16, 64, 49, 4)
+    qkv[:, :2] *= 100
+    out, grad_qkv = kernels(qkv, offsets, grad, 4, 49)
+    assert out.isfinite().all() and out.abs().max() <= qkv[:, 2].abs().max() * 1.01
+    assert grad_qkv.isfinite().all()
+
+
+@pytest.mark.parametrize("proxies", [70, 150])
+def test_more_proxies_than_a_tile_of_keys(emulator, proxies):
+    assert_as_good_as_pytorch(*make(torch.bfloat16, 32, 3, proxies), proxies, 3)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("offsets", [[0], [0, 0], [0, 0, 0, 1], [0, 1, 2, 3]])
+def test_videos_of_no_and_one_frame(emulator, offsets):
+    qkv, frame_offsets, grad = make(torch.bfloat16, 64, 5, 4, offsets)
+    if len(offsets) > 1:
+        assert_as_good_as_pytorch(qkv, frame_offsets, grad, 4, 5)
+    else:
+        out, grad_qkv = kernels(qkv, frame_offsets, grad, 4, 5)
+        assert out.shape == (0, 2, 64) and grad_qkv.shape == qkv.shape
+
+
+@pytest.mark.sanitized
+def test_strides_are_honoured_and_what_is_not_aligned_is_copied(emulator):
+    whole, offsets, grad = make(torch.bfloat16, 128, 7, 4, heads=6)
+    views = [
+        whole[:, :, 1:5:2],
+        whole[..., 64:],
+        whole[..., ::2],
+        whole[..., 3:67],
+        whole.transpose(1, 2).contiguous().transpose(1, 2),
+    ]
+    for view in views:
+        upstream = grad[:, : view.shape[2], : view.shape[3]]
+        got = kernels(view, offsets, upstream, 4, 7)
+        want = kernels(view.contiguous(), offsets, upstream.contiguous(), 4, 7)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.sanitized
+def test_wrong_frame_offsets_stay_inside_the_tensors(emulator):
+    """Their values are not checked on a GPU."""
+    qkv, _, grad = make(torch.bfloat16, 32, 9, 4)
+    for offsets in ([0, 9, -5, 3], [5, 2, 100, 7], [-(2**31), 2**31 - 1, 0, 2]):
+        wrong = torch.tensor(offsets, dtype=torch.int32)
+        out, grad_qkv = kernels(qkv, wrong, grad, 4, 9)
+        assert out.shape == grad.shape and grad_qkv.shape == qkv.shape
+
+
+def test_sizes_that_do_not_fit_are_refused(emulator):
+    qkv, offsets, grad = make(torch.bfloat16, 32, 9, 4)
+    with pytest.raises(ValueError, match=r"holds 38 tokens, which are not 3 videos' proxies"):
+        _forward_cuda(qkv[:-1], offsets, 4, 9, 1.0)
+    out, lse = _forward_cuda(qkv, offsets, 4, 9, 1.0)
+    with pytest.raises(ValueError, match=r"grad_out is torch.float32 \[39, 2, 32\], expected"):
+        _backward_cuda(grad.float(), qkv, offsets, 4, 9, 1.0, out, lse)
+
+
+def test_a_gpu_without_enough_shared_memory_says_so(emulator):
+    emulator.configure(max_shared_bytes=8192)
+    qkv, offsets, _ = make(torch.bfloat16, 64, 49, 4)
+    with pytest.raises(RuntimeError, match=r"proxy_attention forward of qkv \[159, 3, 2, 64\]"):
+        _forward_cuda(qkv, offsets, 4, 49, 1.0)

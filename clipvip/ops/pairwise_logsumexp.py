@@ -202,7 +202,7 @@ def _backward_cuda(
     row_weight, col_weight = torch.empty_like(row_lse), torch.empty_like(col_lse)
     unit = row_lse.new_empty(4)
     grad_x, grad_y = (z.new_zeros(z.shape, dtype=torch.float32) for z in (x, y))
-    grad_scale = row_lse.new_zeros(8 * _MAX_BLOCKS)
+    grad_scale = row_lse.new_zeros(8 * _MAX_BLOCKS, dtype=torch.float64)
 
     rows, columns = _panel_shape(len(a), len(b))
     step = -(-columns // 8) * 8
@@ -225,7 +225,8 @@ def _backward_cuda(
                 native.pairwise_logsumexp_panel_cuda(
                     *map(handle, (x_part, y_part, factor)),
                     diagonal + i - j,
-                    *map(handle, (*statistics, grads[2][i:], unit, part, grad_scale)),
+                    *map(handle, (*statistics, grads[2][i:], unit, part)),
+                    handle(grad_scale.view(torch.float32)),
                     device,
                     stream,
                 )
@@ -234,7 +235,7 @@ def _backward_cuda(
     grad_a, grad_b = (
         z.mul_(factor * unit[3])[:, : a.shape[1]].to(a.dtype).contiguous() for z in (grad_x, grad_y)
     )
-    return grad_a, grad_b, (grad_scale.sum(dtype=torch.float64) * unit[3]).to(scale.dtype)
+    return grad_a, grad_b, (grad_scale.sum() * unit[3]).to(scale.dtype)
 
 
 def _panel_shape(n: int, m: int) -> tuple[int, int]:

@@ -160,6 +160,9 @@ inline __device__ float fast_log2(float x) {
   return y;
 }
 
+// x·y rounded as such, never fused with a sum that follows.
+inline __device__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+
 inline __device__ float to_float(float x) { return x; }
 inline __device__ float to_float(bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 inline __device__ float to_float(float16 x) {

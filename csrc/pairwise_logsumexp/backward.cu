@@ -52,7 +52,7 @@ __device__ Range range_of_block(Range range, Range* warps) {
 }
 
 // One block: there is little to do.
-__global__ void __launch_bounds__(kWeighThreads) weigh(WeighParams p) {
+__global__ void __launch_bounds__(kWeighThreads, 1) weigh(WeighParams p) {
   Shared shared;
   Range* const warps = shared.take<Range>(2 * (kWeighThreads / 32));
   Range lse, grad{0, 0};
@@ -99,7 +99,7 @@ struct PanelParams {
   const Unit* unit;
   void* panel;  // [n, panel_step]
   int64_t panel_step;
-  float* grad_scale;  // one number a warp of the launch
+  double* grad_scale;  // one number a warp of the launch
 };
 
 template <typename T>
@@ -118,6 +118,7 @@ class Gradient {
   }
 
   __device__ void tile(const Tile& tile) {
+    sum_ = 0;
     const bool plain = tile.plain(p_.product);
     if constexpr (std::is_same_v<T, float>) {
       write<false, false>(tile);
@@ -128,14 +129,15 @@ class Gradient {
     } else {
       write<false, true>(tile);
     }
+    total_ += sum_;
   }
 
   __device__ void end_rows() {}
 
   __device__ void end() {
 #pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) sum_ += shuffle_xor(sum_, mask);
-    if (lane() == 0) p_.grad_scale[block_x() * kWarps + warp()] += sum_;
+    for (int mask = 1; mask < 32; mask *= 2) total_ += shuffle_xor(total_, mask);
+    if (lane() == 0) p_.grad_scale[block_x() * kWarps + warp()] += total_;
   }
 
  private:
@@ -163,8 +165,10 @@ class Gradient {
           if constexpr (shared) {
             grad[j] = (row_weight + weight[j]) * fast_exp2(fmaf(product, scale2, -reference2));
           } else {
-            grad[j] = row_weight * natural_exp(fmaf(product, scale_, -row_lse)) +
-                      weight[j] * natural_exp(fmaf(product, scale_, -lse[j]));
+            // Rounded as it was for the log-sum-exps: one that is all of a sum has weight 1.
+            const float logit = rounded_product(product, scale_);
+            grad[j] = row_weight * natural_exp(logit - row_lse) +
+                      weight[j] * natural_exp(logit - lse[j]);
           }
           if constexpr (!plain) {
             const int column = first + j;
@@ -212,6 +216,7 @@ class Gradient {
   const Unit unit_;
   int row_ = 0;
   float sum_ = 0, weight_[8];
+  double total_ = 0;
 };
 
 template <typename T>
@@ -259,7 +264,7 @@ void pairwise_logsumexp_panel_cuda(const Tensor& a, const Tensor& b, const Tenso
   using namespace pairwise;
   const Stream stream{device, handle};
   const int blocks = static_cast<int>(
-      std::min<int64_t>(multiprocessors(stream), grad_scale.size[0] / kWarps));
+      std::min<int64_t>(multiprocessors(stream), grad_scale.size[0] / 2 / kWarps));
   size_t shared = 0;
   PanelParams p{};
   p.product = make_product(a, b, scale, diagonal, blocks, 0, 0, stream, shared, "backward");
@@ -271,7 +276,7 @@ void pairwise_logsumexp_panel_cuda(const Tensor& a, const Tensor& b, const Tenso
   p.unit = unit.as<const Unit>();
   p.panel = panel.data;
   p.panel_step = panel.stride[0];
-  p.grad_scale = grad_scale.as<float>();
+  p.grad_scale = grad_scale.as<double>();
   for_dtype(a.dtype, [&](auto of_type) {
     launch(pairwise::panel<decltype(of_type)>, Grid{p.product.slabs * p.product.strips}, kThreads,
            shared, stream, p, [&] { return describe(a, b, "backward"); });

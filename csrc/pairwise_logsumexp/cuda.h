@@ -28,8 +28,8 @@ void pairwise_logsumexp_weigh_cuda(const Tensor& row_lse, const Tensor& col_lse,
                                    const Tensor& unit, int device, uintptr_t stream);
 
 // Writes panel [n, m] (rows a multiple of 16 bytes apart, of a's dtype): the gradient of each logit
-// in units of `unit`. Adds to the numbers in grad_scale [any multiple of 8], whose sum is the
-// gradient of scale in the same units.
+// in units of `unit`. Adds to the fp64 numbers that grad_scale [any multiple of 16] is the words of;
+// their sum is the gradient of scale in the same units.
 void pairwise_logsumexp_panel_cuda(const Tensor& a, const Tensor& b, const Tensor& scale,
                                    int64_t diagonal, const Tensor& row_lse, const Tensor& col_lse,
                                    const Tensor& row_weight, const Tensor& col_weight,

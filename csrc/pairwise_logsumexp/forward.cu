@@ -35,7 +35,8 @@ __device__ Sum merge(Sum x, Sum y) {
 // relative to one reference stay between kSmall and 1 / kSmall: then no term that is lost below
 // 2^-126 counts, nor does anything overflow when a million rows are added up. Where they do not, or
 // a part of the tile does not count, each row and column takes its own maximum, and the reference
-// follows.
+// follows. fp32 always does so: it rounds better, and the products cost far more there.
+template <typename T>
 class Statistics {
  public:
   __device__ explicit Statistics(const ForwardParams& p)
@@ -57,7 +58,9 @@ class Statistics {
 
   __device__ void tile(const Tile& tile) {
     SumPair sums;
-    if (!tile.plain(p_.product) || !sum_to_reference(tile, sums)) sum_to_maxima(tile, sums);
+    if (kExact || !tile.plain(p_.product) || !sum_to_reference(tile, sums)) {
+      sum_to_maxima(tile, sums);
+    }
     const int column = tile.column + column_of(lane() / 4 * 2);
     if (column >= p_.product.m) return;
     SumPair* const all = reinterpret_cast<SumPair*>(columns_ + column);
@@ -70,6 +73,7 @@ class Statistics {
 
   // Adds the running sums to what the workspace has.
   __device__ void end_rows() {
+    if constexpr (kExact) return;
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       float sum = sum_[k];
@@ -81,6 +85,7 @@ class Statistics {
   }
 
  private:
+  static constexpr bool kExact = std::is_same_v<T, float>;
   static constexpr float kSmall = 1.f / (1ull << 45) / (1ull << 45);
 
   // Of the four lanes that hold a row, the one that keeps its sum.
@@ -145,7 +150,7 @@ class Statistics {
       for (int j = 0; j < 16; ++j) {
         const int column = tile.column + column_of(j);
         float& logit = tile.at(i, j);
-        logit *= scale_;
+        logit = rounded_product(logit, scale_);
         const bool inside = row < p.n && column < p.m, own = column - row == p.diagonal;
         if (inside && own) p_.positive[row] = logit;
         if (!inside || own) logit = -kInfinity;
@@ -175,6 +180,7 @@ class Statistics {
       for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
       if (lane() / 4 == j / 2) (j % 2 ? sums.second : sums.first) = {maximum, sum};
     }
+    if constexpr (kExact) return;
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
     const float wanted = largest - 30;  // there is more below a tile's largest than above
@@ -195,7 +201,7 @@ class Statistics {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1) statistics(ForwardParams p) {
   Shared shared;
-  Statistics statistics(p);
+  Statistics<T> statistics(p);
   for_each_tile<T>(p.product, shared, statistics);
 }
 

@@ -152,61 +152,80 @@ class Multiplier<float> {
   }
 };
 
-// Copies steps into the ring, in the order in which they are used.
+// Copies steps into the ring, in the order in which they are used. Of past the last one, zeros.
 class Loader {
  public:
   __device__ Loader(const Product& p, char* a, char* b, int first_row_block, int end_row_block,
                     int first_column_tile, int end_column_tile)
       : p_(p),
-        a_(a),
-        b_(b),
+        a_(a + thread_row() * kRowBytes + (chunk() ^ thread_row() % 8) * 16),
+        b_(b + thread_row() * kRowBytes +
+           (chunk() ^ (thread_row() / 8 % 4 * 2 + thread_row() % 2)) * 16),
         row_block_(first_row_block),
         end_row_block_(end_row_block),
         first_column_tile_(first_column_tile),
         column_tile_(first_column_tile),
-        end_column_tile_(end_column_tile) {}
+        end_column_tile_(end_column_tile) {
+    begin_tile();
+  }
 
-  // Issues the next step, or nothing after the last, and closes the group.
+  // The next step's part of a, unless it is there.
+  __device__ void copy_a() const {
+    if (p_.resident && column_tile_ != first_column_tile_) return;
+    const int first = row_block_ * kRows + thread_row();
+    copy<kRows>(a_ + (p_.resident ? step_ : stage_) * kABytes,
+                p_.a + first * p_.a_stride + (step_ * kChunks + chunk()) * 16, p_.a_stride,
+                row_block_ < end_row_block_ ? p_.n - first : 0);
+  }
+  // Its part of b, without a branch, so that it can hide among products.
+  __device__ void copy_b() const {
+    copy<kColumns>(b_ + stage_ * kBBytes, from_, p_.b_stride, rows_);
+  }
+  // Closes the group, and goes on to the next step.
   __device__ void next() {
-    if (row_block_ < end_row_block_) copy();
     cp_async_commit();
+    if (++stage_ == p_.stages) stage_ = 0;
+    from_ += kRowBytes;
+    if (++step_ * kChunks < p_.chunks) return;
+    step_ = 0;
+    if (++column_tile_ == end_column_tile_) {
+      column_tile_ = first_column_tile_;
+      ++row_block_;
+    }
+    begin_tile();
   }
 
  private:
-  __device__ void copy() {
-    const int chunk = thread() % kChunks, row = thread() / kChunks;
-    const int depth = step_ * kChunks + chunk;
-    const bool valid = depth < p_.chunks;
-    constexpr int kStride = kThreads / kChunks;  // a multiple of 32, so that the swizzle stays
-    if (!p_.resident || column_tile_ == first_column_tile_) {
-      const int first = row_block_ * kRows + row;
-      const char* from = p_.a + first * p_.a_stride + depth * 16;
-      char* to = a_ + (p_.resident ? step_ : stage_) * kABytes + row * kRowBytes +
-                 (chunk ^ row % 8) * 16;
+  static constexpr int kStride = kThreads / kChunks;  // a multiple of 32 leaves the swizzle alone
+
+  static __device__ int chunk() { return thread() % kChunks; }
+  static __device__ int thread_row() { return thread() / kChunks; }
+
+  __device__ void begin_tile() {
+    const int first = column_tile_ * kColumns + thread_row();
+    from_ = p_.b + first * p_.b_stride + chunk() * 16;
+    rows_ = row_block_ < end_row_block_ ? p_.m - first : 0;
+  }
+
+  // Every kStride-th of `count` rows, as long as there are more than that left.
+  template <int count>
+  __device__ void copy(char* to, const char* from, int64_t row_stride, int left) const {
+    const int valid = step_ * kChunks + chunk() < p_.chunks ? left : 0;
 #pragma unroll
-      for (int i = 0; i < kRows; i += kStride) {
-        cp_async16(to + i * kRowBytes, from + i * p_.a_stride, valid && first + i < p_.n);
-      }
+    for (int i = 0; i < count; i += kStride) {
+      cp_async16(to + i * kRowBytes, from, i < valid);
+      from += kStride * row_stride;
     }
-    const int first = column_tile_ * kColumns + row;
-    const char* from = p_.b + first * p_.b_stride + depth * 16;
-    char* to = b_ + stage_ * kBBytes + row * kRowBytes + (chunk ^ (row / 8 % 4 * 2 + row % 2)) * 16;
-#pragma unroll
-    for (int i = 0; i < kColumns; i += kStride) {
-      cp_async16(to + i * kRowBytes, from + i * p_.b_stride, valid && first + i < p_.m);
-    }
-    if (++stage_ == p_.stages) stage_ = 0;
-    if (++step_ * kChunks < p_.chunks) return;
-    step_ = 0;
-    if (++column_tile_ < end_column_tile_) return;
-    column_tile_ = first_column_tile_;
-    ++row_block_;
   }
 
   const Product& p_;
-  char *a_, *b_;
-  int row_block_, end_row_block_, first_column_tile_, column_tile_, end_column_tile_;
-  int step_ = 0, stage_ = 0;
+  char *const a_, *const b_;  // where this thread writes
+  int row_block_;
+  const int end_row_block_, first_column_tile_;
+  int column_tile_;
+  const int end_column_tile_;
+  int step_ = 0, stage_ = 0, rows_ = 0;
+  const char* from_ = nullptr;
 };
 
 // Computes the block's tiles and hands each warp's part to reducer.tile; reducer.begin_rows and
@@ -225,7 +244,11 @@ __device__ void for_each_tile(const Product& p, Shared& shared, Reducer& reducer
 
   Loader loader(p, a, b, first_row_block, end_row_block, first_column_tile, end_column_tile);
   Multiplier<T> multiplier;
-  for (int i = 0; i < p.stages; ++i) loader.next();
+  for (int i = 0; i < p.stages; ++i) {
+    loader.copy_a();
+    loader.copy_b();
+    loader.next();
+  }
   if (p.stages == 3) {
     cp_async_wait<2>();
   } else {
@@ -253,6 +276,8 @@ __device__ void for_each_tile(const Product& p, Shared& shared, Reducer& reducer
         for (int step = 0; step < steps; ++step) {
           multiplier.multiply(a + (p.resident ? step : stage) * kABytes, b + stage * kBBytes, c);
           advance();
+          loader.copy_a();
+          loader.copy_b();
           loader.next();
         }
       } else {
@@ -267,8 +292,12 @@ __device__ void for_each_tile(const Product& p, Shared& shared, Reducer& reducer
               multiplier.load((k + 1) % 2, a + (p.resident ? from : stage) * kABytes,
                               b + stage * kBBytes, (k + 1) % (kChunks / 2));
             }
-            if (k + 1 == kChunks / 2) loader.next();
+            if (k + 1 == kChunks / 2) {
+              loader.copy_a();
+              loader.copy_b();
+            }
             multiplier.multiply(k % 2, c);
+            if (k + 1 == kChunks / 2) loader.next();
           }
         }
       }
@@ -320,7 +349,7 @@ inline Product make_product(const Tensor& a, const Tensor& b, const Tensor& scal
 
   const int64_t row_blocks = (n + kRows - 1) / kRows, column_tiles = (m + kColumns - 1) / kColumns;
   double least = std::numeric_limits<double>::infinity();
-  for (int64_t slabs = 1; slabs <= std::min<int64_t>(blocks, row_blocks); ++slabs) {
+  for (int64_t slabs = 1; slabs <= std::min<int64_t>(blocks, row_blocks) && m > 0; ++slabs) {
     const int64_t strips = std::min<int64_t>(blocks / slabs, column_tiles);
     const double rows = (row_blocks + slabs - 1) / slabs;
     const double columns = (column_tiles + strips - 1) / strips;

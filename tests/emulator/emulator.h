@@ -366,6 +366,8 @@ void ldmatrix(uint32_t (&matrix)[4], const void* row) {
   });
 }
 
+inline float rounded_product(float x, float y) { return x * y; }
+
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;

@@ -34,13 +34,14 @@ SHAPES = [
 NAMES = "row_lse", "col_lse", "positive", "grad_a", "grad_b", "grad_scale"
 
 
-def inputs(n, m, depth, dtype=torch.float32, scale=20.0, seed=0):
+def inputs(n, m, depth, dtype=torch.float32, scale=20.0, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     a, b = (
-        F.normalize(torch.randn(rows, depth, generator=generator), dim=-1).to(dtype)
+        F.normalize(torch.randn(rows, depth, generator=generator), dim=-1).to(device, dtype)
         for rows in (n, m)
     )
-    return a.requires_grad_(), b.requires_grad_(), torch.tensor(scale, requires_grad=True)
+    scale = torch.tensor(scale, device=device)
+    return a.requires_grad_(), b.requires_grad_(), scale.requires_grad_()
 
 
 def outputs_and_gradients(function, a, b, scale, *arguments):
@@ -48,7 +49,7 @@ def outputs_and_gradients(function, a, b, scale, *arguments):
     a, b, scale = (x.detach().clone().requires_grad_() for x in (a, b, scale))
     outputs = function(a, b, scale, *arguments)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(len(x), generator=generator).to(x.dtype) for x in outputs]
+    upstream = [torch.randn(len(x), generator=generator).to(x) for x in outputs]
     return [*outputs, *torch.autograd.grad(outputs, (a, b, scale), upstream)]
 
 
@@ -56,7 +57,7 @@ def plain(a, b, scale, diagonal=0):
     """The reference as it would run wholly in the dtype of a and b."""
     logits = scale.to(a.dtype) * (a @ b.T)
     own = torch.zeros_like(logits, dtype=torch.bool)
-    rows = torch.arange(len(a))
+    rows = torch.arange(len(a), device=a.device)
     inside = (rows + diagonal >= 0) & (rows + diagonal < len(b))
     own[rows[inside], rows[inside] + diagonal] = True
     positive = logits.new_full((len(a),), -torch.inf).masked_scatter(inside, logits[own])
@@ -79,18 +80,33 @@ def assert_close_to_float64(ours, exact, eager) -> None:
         assert error(found, expected) <= 2 * error(other, expected) + floor, name
 
 
-@pytest.fixture(params=module().cpu_capabilities())
-def capability(request):
+def available(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    return device
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    return available(request.param)
+
+
+@pytest.fixture(params=[*module().cpu_capabilities(), "cuda"])
+def kernel(request):
+    """The device that has the kernel: each instruction set of the CPU in turn, then a GPU."""
+    if request.param == "cuda":
+        yield available("cuda")
+        return
     before = module().cpu_capability()
     module().set_cpu_capability(request.param)
-    yield request.param
+    yield "cpu"
     module().set_cpu_capability(before)
 
 
 @functools.cache
-def sample(n, m, depth, diagonal, dtype, scale):
+def sample(n, m, depth, diagonal, dtype, scale, device):
     """Inputs, and outputs and gradients in float64 and by plain PyTorch in their own dtype."""
-    tensors = inputs(n, m, depth, dtype, scale)
+    tensors = inputs(n, m, depth, dtype, scale, device=device)
     doubles = [x.double() for x in tensors]
     exact = outputs_and_gradients(pairwise_logsumexp_reference, *doubles, diagonal)
     return tensors, exact, outputs_and_gradients(plain, *tensors, diagonal)
@@ -98,18 +114,18 @@ def sample(n, m, depth, diagonal, dtype, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_against_float64(capability, shape, dtype):
+def test_values_and_gradients_against_float64(kernel, shape, dtype):
     for scale in (0.0, 20.0, 200.0):
-        tensors, exact, eager = sample(*shape, dtype, scale)
+        tensors, exact, eager = sample(*shape, dtype, scale, kernel)
         ours = outputs_and_gradients(pairwise_logsumexp, *tensors, shape[3])
         assert [x.dtype for x in ours] == [torch.float32] * 3 + [x.dtype for x in tensors]
         assert_close_to_float64(ours, exact, eager)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_far_beyond_the_range_of_exp(capability, dtype):
+def test_logits_far_beyond_the_range_of_exp(kernel, dtype):
     """Rows that span e^±4000, near-duplicates among strangers: each sum keeps its own maximum."""
-    a, b, scale = inputs(150, 140, 32, dtype, 200.0)
+    a, b, scale = inputs(150, 140, 32, dtype, 200.0, device=kernel)
     with torch.no_grad():
         a[7], b[9] = 4 * a[3], -3 * b[2]
         b[11] = a[5]
@@ -120,8 +136,8 @@ def test_logits_far_beyond_the_range_of_exp(capability, dtype):
     assert_close_to_float64(outputs_and_gradients(pairwise_logsumexp, a, b, scale), exact, eager)
 
 
-def test_every_part_of_the_upstream_gradient_counts_alone():
-    tensors = inputs(70, 90, 16)
+def test_every_part_of_the_upstream_gradient_counts_alone(device):
+    tensors = inputs(70, 90, 16, device=device)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
     for part in range(3):
         ours = pairwise_logsumexp(*tensors, 3)[part].square().sum()
@@ -132,18 +148,17 @@ def test_every_part_of_the_upstream_gradient_counts_alone():
             torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
 
 
-def test_infinite_statistics_pass_no_gradient():
+def test_infinite_statistics_pass_no_gradient(device):
     """Even a NaN from further up stops where there is nothing to differentiate."""
-    a, b, scale = inputs(1, 1, 4)
+    a, b, scale = inputs(1, 1, 4, device=device)
+    zero, nan = torch.zeros(1, device=device), torch.full((1,), torch.nan, device=device)
     outputs = pairwise_logsumexp(a, b, scale, 5)
     assert outputs[2].item() == -torch.inf
-    upstream = [torch.zeros(1), torch.zeros(1), torch.full((1,), torch.nan)]
-    for gradient in torch.autograd.grad(outputs, (a, b, scale), upstream):
+    for gradient in torch.autograd.grad(outputs, (a, b, scale), (zero, zero, nan)):
         assert not gradient.any()
     outputs = pairwise_logsumexp(a, b, scale)
     assert outputs[0].item() == outputs[1].item() == -torch.inf
-    upstream = [torch.full((1,), torch.nan), torch.full((1,), torch.nan), torch.ones(1)]
-    grad_a, _, grad_scale = torch.autograd.grad(outputs, (a, b, scale), upstream)
+    grad_a, _, grad_scale = torch.autograd.grad(outputs, (a, b, scale), (nan, nan, zero + 1))
     torch.testing.assert_close(grad_a, scale * b)
     torch.testing.assert_close(grad_scale, (a * b).sum())
 
@@ -171,15 +186,15 @@ def test_threads_do_not_change_a_bit(dtype):
         assert all(map(torch.equal, results[0], other))
 
 
-def test_strided_inputs():
+def test_strided_inputs(device):
     generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(100, 60, generator=generator)
+    wide = torch.randn(100, 60, generator=generator).to(device)
     views = {
         "rows apart": (wide[:, 3:30], wide[:, 30:57]),
         "transposed": (wide[:50, :27].T, wide[50:, :27].T),
         "expanded": (wide[:1, :20].expand(30, 20), wide[:, :20]),
     }
-    scale = torch.tensor(0.3)
+    scale = torch.tensor(0.3, device=device)
     for name, (a, b) in views.items():
         a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
         found = pairwise_logsumexp(a, b, scale)
@@ -191,8 +206,8 @@ def test_strided_inputs():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype):
-    a, b, scale = inputs(9, 12, 8, dtype)
+def test_opcheck(device, dtype):
+    a, b, scale = inputs(9, 12, 8, dtype, device=device)
     torch.library.opcheck(torch.ops.clipvip.pairwise_logsumexp.default, (a, b, scale, 2))
     with torch.no_grad():
         row_lse, col_lse, positive = torch.ops.clipvip.pairwise_logsumexp(a, b, scale, 2)
@@ -201,8 +216,8 @@ def test_opcheck(dtype):
         torch.library.opcheck(backward, (a.detach(), b.detach(), scale.detach(), 2, *statistics))
 
 
-def test_compiles_whole():
-    tensors = inputs(40, 50, 16)
+def test_compiles_whole(device):
+    tensors = inputs(40, 50, 16, device=device)
 
     def statistics(a, b, scale):
         row_lse, col_lse, positive = pairwise_logsumexp(2 * a, b, scale, 4)
@@ -215,9 +230,9 @@ def test_compiles_whole():
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_autocast_casts_features_but_not_the_scale(backend):
-    a, b, scale = inputs(40, 50, 16, scale=99.7)
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast_casts_features_but_not_the_scale(device, backend):
+    a, b, scale = inputs(40, 50, 16, scale=99.7, device=device)
+    with torch.autocast(device, torch.bfloat16):
         found = pairwise_logsumexp(a, b, scale, backend=backend)
     expected = pairwise_logsumexp(a.bfloat16(), b.bfloat16(), scale, backend=backend)
     assert all(map(torch.equal, found, expected))
@@ -226,13 +241,48 @@ def test_autocast_casts_features_but_not_the_scale(backend):
     assert all(x.dtype == torch.float32 for x in gradients)
 
 
-def test_checkpointing():
-    tensors = inputs(40, 50, 16)
+def test_checkpointing(device):
+    tensors = inputs(40, 50, 16, device=device)
     checkpoint = torch.utils.checkpoint.checkpoint
     found = outputs_and_gradients(
         lambda *x: checkpoint(pairwise_logsumexp, *x, use_reentrant=False), *tensors
     )
     assert all(map(torch.equal, found, outputs_and_gradients(pairwise_logsumexp, *tensors)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cuda_graph_replays(dtype):
+    """Captured with one batch, replayed with another."""
+    tensors = inputs(300, 300, 64, dtype, device=available("cuda"))
+    others = inputs(300, 300, 64, dtype, scale=30.0, seed=1, device="cuda")
+    expected = [outputs_and_gradients(pairwise_logsumexp, *x) for x in (tensors, others)]
+    static = [x.detach().clone().requires_grad_() for x in tensors]
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(300, generator=generator).cuda() for _ in range(3)]
+
+    def step():
+        outputs = pairwise_logsumexp(*static)
+        return [*outputs, *torch.autograd.grad(outputs, static, upstream)]
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        results = step()
+    for batch, wanted in zip((tensors, others), expected, strict=True):
+        with torch.no_grad():
+            for to, value in zip(static, batch, strict=True):
+                to.copy_(value)
+        graph.replay()
+        assert all(map(torch.equal, results, wanted))
+
+
+def test_runs_are_the_same(device):
+    tensors = inputs(700, 900, 24, torch.bfloat16, device=device)
+    results = [outputs_and_gradients(pairwise_logsumexp, *tensors, 50) for _ in range(3)]
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 def test_errors_say_what_was_given():

@@ -205,8 +205,7 @@ def _backward_cuda(
     grad_scale = row_lse.new_zeros(8 * _MAX_BLOCKS, dtype=torch.float64)
 
     rows, columns = _panel_shape(len(a), len(b))
-    step = -(-columns // 8) * 8
-    panel = a.new_empty(rows * step)
+    panel = a.new_empty(rows, columns)
     native, handle = _native.module(), _native.handle
     with _native.launch_context(a) as (device, stream):
         native.pairwise_logsumexp_weigh_cuda(
@@ -220,7 +219,7 @@ def _backward_cuda(
         for i in range(0, len(a), rows):
             for j in range(0, len(b), columns):
                 x_part, y_part = x[i : i + rows], y[j : j + columns]
-                part = panel.view(rows, step)[: len(x_part), : len(y_part)]
+                part = panel[: len(x_part), : len(y_part)]
                 statistics = row_lse[i:], col_lse[j:], row_weight[i:], col_weight[j:]
                 native.pairwise_logsumexp_panel_cuda(
                     *map(handle, (x_part, y_part, factor)),
@@ -232,8 +231,10 @@ def _backward_cuda(
                 )
                 _add_product(grad_x[i : i + rows], part, y_part)
                 _add_product(grad_y[j : j + columns], part.T, x_part)
+    # Everything is in units of unit[3], and a logit is the scale times a product.
+    factor = factor * unit[3]
     grad_a, grad_b = (
-        z.mul_(factor * unit[3])[:, : a.shape[1]].to(a.dtype).contiguous() for z in (grad_x, grad_y)
+        z.mul_(factor)[:, : a.shape[1]].to(a.dtype).contiguous() for z in (grad_x, grad_y)
     )
     return grad_a, grad_b, (grad_scale.sum() * unit[3]).to(scale.dtype)
 

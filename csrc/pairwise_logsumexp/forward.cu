@@ -40,11 +40,7 @@ template <typename T>
 class Statistics {
  public:
   __device__ explicit Statistics(const ForwardParams& p)
-      : p_(p), scale_(*p.product.scale), scale2_(scale_ * kLog2E) {
-    const int strip = block_x() % p.product.strips, slab = block_x() / p.product.strips;
-    rows_ = p.rows + (strip * kWarpColumns + warp() % kWarpColumns) * int64_t{p.product.n};
-    columns_ = p.columns + (slab * kWarpRows + warp() / kWarpColumns) * p.column_step;
-  }
+      : p_(p), scale_(*p.product.scale) {}
 
   __device__ void begin_rows(int row, bool first) {
     row_ = row;
@@ -52,7 +48,7 @@ class Statistics {
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       sum_[k] = 0;
-      if (owns_row(k)) rows_[row_ + row_of(k)] = Sum{0, 0};
+      if (owns_row(k)) kept_row(k) = Sum{0, 0};
     }
   }
 
@@ -63,7 +59,9 @@ class Statistics {
     }
     const int column = tile.column + column_of(lane() / 4 * 2);
     if (column >= p_.product.m) return;
-    SumPair* const all = reinterpret_cast<SumPair*>(columns_ + column);
+    const int slab = block_x() / p_.product.strips;
+    SumPair* const all = reinterpret_cast<SumPair*>(
+        p_.columns + (slab * kWarpRows + warp() / kWarpColumns) * p_.column_step + column);
     if (!first_) {
       const SumPair old = *all;
       sums = {merge(old.first, sums.first), merge(old.second, sums.second)};
@@ -73,14 +71,15 @@ class Statistics {
 
   // Adds the running sums to what the workspace has.
   __device__ void end_rows() {
-    if constexpr (kExact) return;
+    if constexpr (!kExact) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      float sum = sum_[k];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      add_row(k, {reference_, sum});
-      sum_[k] = 0;
+      for (int k = 0; k < 8; ++k) {
+        float sum = sum_[k];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        add_row(k, {reference_, sum});
+        sum_[k] = 0;
+      }
     }
   }
 
@@ -92,10 +91,13 @@ class Statistics {
   __device__ bool owns_row(int k) const {
     return lane() % 4 == k / 2 && row_ + row_of(k) < p_.product.n;
   }
+  __device__ Sum& kept_row(int k) const {
+    const int strip = block_x() % p_.product.strips;
+    const int64_t part = strip * kWarpColumns + warp() % kWarpColumns;
+    return p_.rows[part * p_.product.n + row_ + row_of(k)];
+  }
   __device__ void add_row(int k, Sum sum) const {
-    if (!owns_row(k)) return;
-    Sum& all = rows_[row_ + row_of(k)];
-    all = merge(all, sum);
+    if (owns_row(k)) kept_row(k) = merge(kept_row(k), sum);
   }
 
   // Adds up over two lanes of a column, each of which goes on with half of their columns.
@@ -113,12 +115,12 @@ class Statistics {
   // Returns false, and changes nothing, where the reference does not fit.
   __device__ bool sum_to_reference(const Tile& tile, SumPair& sums) {
     float row[8] = {}, column[16] = {};
-    const float reference2 = reference_ * kLog2E;
+    const float scale2 = scale_ * kLog2E, reference2 = reference_ * kLog2E;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        const float term = fast_exp2(fmaf(tile.at(i, j), scale2_, -reference2));
+        const float term = fast_exp2(fmaf(tile.at(i, j), scale2, -reference2));
         row[i] += term;
         column[j] += term;
       }
@@ -180,19 +182,21 @@ class Statistics {
       for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
       if (lane() / 4 == j / 2) (j % 2 ? sums.second : sums.first) = {maximum, sum};
     }
-    if constexpr (kExact) return;
+    if constexpr (!kExact) {
 #pragma unroll
-    for (int mask = 4; mask < 32; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
-    const float wanted = largest - 30;  // there is more below a tile's largest than above
-    if (largest > kLowest && largest < -kLowest && fabsf(wanted - reference_) > 40) {
-      end_rows();
-      reference_ = wanted;
+      for (int mask = 4; mask < 32; mask *= 2) {
+        largest = fmaxf(largest, shuffle_xor(largest, mask));
+      }
+      const float wanted = largest - 30;  // there is more below a tile's largest than above
+      if (largest > kLowest && largest < -kLowest && fabsf(wanted - reference_) > 40) {
+        end_rows();
+        reference_ = wanted;
+      }
     }
   }
 
   const ForwardParams& p_;
-  const float scale_, scale2_;
-  Sum *rows_, *columns_;
+  const float scale_;
   int row_ = 0;
   bool first_ = true;
   float reference_ = 0, sum_[8] = {};

@@ -158,74 +158,61 @@ class Loader {
   __device__ Loader(const Product& p, char* a, char* b, int first_row_block, int end_row_block,
                     int first_column_tile, int end_column_tile)
       : p_(p),
-        a_(a + thread_row() * kRowBytes + (chunk() ^ thread_row() % 8) * 16),
-        b_(b + thread_row() * kRowBytes +
-           (chunk() ^ (thread_row() / 8 % 4 * 2 + thread_row() % 2)) * 16),
+        a_(a),
+        b_(b),
         row_block_(first_row_block),
         end_row_block_(end_row_block),
         first_column_tile_(first_column_tile),
         column_tile_(first_column_tile),
-        end_column_tile_(end_column_tile) {
-    begin_tile();
-  }
+        end_column_tile_(end_column_tile) {}
 
   // The next step's part of a, unless it is there.
   __device__ void copy_a() const {
     if (p_.resident && column_tile_ != first_column_tile_) return;
-    const int first = row_block_ * kRows + thread_row();
-    copy<kRows>(a_ + (p_.resident ? step_ : stage_) * kABytes,
-                p_.a + first * p_.a_stride + (step_ * kChunks + chunk()) * 16, p_.a_stride,
-                row_block_ < end_row_block_ ? p_.n - first : 0);
+    const int row = thread() / kChunks, chunk = thread() % kChunks;
+    copy<kRows>(a_ + (p_.resident ? step_ : stage_) * kABytes + (chunk ^ row % 8) * 16, p_.a,
+                p_.a_stride, row_block_ * kRows, p_.n);
   }
   // Its part of b, without a branch, so that it can hide among products.
   __device__ void copy_b() const {
-    copy<kColumns>(b_ + stage_ * kBBytes, from_, p_.b_stride, rows_);
+    const int row = thread() / kChunks, chunk = thread() % kChunks;
+    copy<kColumns>(b_ + stage_ * kBBytes + (chunk ^ (row / 8 % 4 * 2 + row % 2)) * 16, p_.b,
+                   p_.b_stride, column_tile_ * kColumns, p_.m);
   }
   // Closes the group, and goes on to the next step.
   __device__ void next() {
     cp_async_commit();
     if (++stage_ == p_.stages) stage_ = 0;
-    from_ += kRowBytes;
     if (++step_ * kChunks < p_.chunks) return;
     step_ = 0;
-    if (++column_tile_ == end_column_tile_) {
-      column_tile_ = first_column_tile_;
-      ++row_block_;
-    }
-    begin_tile();
+    if (++column_tile_ < end_column_tile_) return;
+    column_tile_ = first_column_tile_;
+    ++row_block_;
   }
 
  private:
-  static constexpr int kStride = kThreads / kChunks;  // a multiple of 32 leaves the swizzle alone
-
-  static __device__ int chunk() { return thread() % kChunks; }
-  static __device__ int thread_row() { return thread() / kChunks; }
-
-  __device__ void begin_tile() {
-    const int first = column_tile_ * kColumns + thread_row();
-    from_ = p_.b + first * p_.b_stride + chunk() * 16;
-    rows_ = row_block_ < end_row_block_ ? p_.m - first : 0;
-  }
-
-  // Every kStride-th of `count` rows, as long as there are more than that left.
+  // Of `count` rows from `first` on, a chunk of every 32nd, which leaves the swizzle alone.
   template <int count>
-  __device__ void copy(char* to, const char* from, int64_t row_stride, int left) const {
-    const int valid = step_ * kChunks + chunk() < p_.chunks ? left : 0;
+  __device__ void copy(char* to, const char* from, int64_t stride, int first, int end) const {
+    constexpr int kStep = kThreads / kChunks;
+    const int row = thread() / kChunks, chunk = step_ * kChunks + thread() % kChunks;
+    const int left = chunk < p_.chunks && row_block_ < end_row_block_ ? end - first - row : 0;
+    from += (first + row) * stride + chunk * 16;
+    to += row * kRowBytes;
 #pragma unroll
-    for (int i = 0; i < count; i += kStride) {
-      cp_async16(to + i * kRowBytes, from, i < valid);
-      from += kStride * row_stride;
+    for (int i = 0; i < count; i += kStep) {
+      cp_async16(to + i * kRowBytes, from, i < left);
+      from += kStep * stride;
     }
   }
 
   const Product& p_;
-  char *const a_, *const b_;  // where this thread writes
+  char *const a_, *const b_;
   int row_block_;
   const int end_row_block_, first_column_tile_;
   int column_tile_;
   const int end_column_tile_;
-  int step_ = 0, stage_ = 0, rows_ = 0;
-  const char* from_ = nullptr;
+  int step_ = 0, stage_ = 0;
 };
 
 // Computes the block's tiles and hands each warp's part to reducer.tile; reducer.begin_rows and

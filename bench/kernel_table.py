@@ -87,7 +87,10 @@ def _demangled(names: set[str]) -> dict[str, str]:
     plain = subprocess.run(
         ["c++filt", "-p"], input="\n".join(ordered), stdout=subprocess.PIPE, text=True, check=True
     ).stdout.splitlines()
-    short = [re.sub(r"\bclipvip::(device::)?|\(\w+\)(?=\d)|^void ", "", name) for name in plain]
+    short = [
+        re.sub(r"\bclipvip::(device::)?|\(anonymous namespace\)::|\(\w+\)(?=\d)|^void ", "", name)
+        for name in plain
+    ]
     return dict(zip(ordered, short, strict=True))
 
 

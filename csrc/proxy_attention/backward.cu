@@ -30,7 +30,7 @@ struct BackwardParams {
 
 // Of a block at most; registers for two blocks a multiprocessor.
 template <typename T, int kDim>
-constexpr int kBackwardWarps = kTensorCore<T> && kDim <= 64 ? 6 : 4;
+constexpr int kBackwardWarps = kTensorCore<T> && kDim <= 32 ? 6 : 4;
 
 // What both sweeps need.
 template <typename T, int kDim>
@@ -86,7 +86,7 @@ struct QuerySweep : Sweep<T, kDim> {
   using Base = Sweep<T, kDim>;
   using Base::p, Base::unit, Base::statistics, Base::scratch;
   Operand<T, kDim> query;
-  Operand<T, kDim, kTensorCore<T> && kDim <= 96> grad_out;
+  Operand<T, kDim, kTensorCore<T> && kDim <= 80> grad_out;
   float acc[kDim / 8][4];
   RowStatistics of[2];
 
@@ -155,7 +155,7 @@ struct KeySweep : Sweep<T, kDim> {
   using Base::p, Base::unit, Base::statistics, Base::scratch;
   // What the accumulators leave no registers for is read each time.
   Operand<T, kDim, kTensorCore<T> && kDim <= 80> key;
-  Operand<T, kDim, kTensorCore<T> && kDim <= 32> value;
+  Operand<T, kDim, kTensorCore<T> && kDim <= 64> value;
   float grad_key[kDim / 8][4], grad_value[kDim / 8][4];
 
   __device__ explicit KeySweep(const Base& base) : Base(base) {}

@@ -115,20 +115,30 @@ struct ForwardBody {
   }
 
   __device__ void mask_and_scale(int first, int key, float (&logit)[kChunks][2][4]) const {
-    const int g = lane() / 4, t = lane() % 4;
-    const bool edge = key + kChunks * kChunk > unit.rows ||
-                      (first < unit.proxies && key < unit.proxies);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          logit[c][n][e] *= p.scale2;
-          if (edge) {
-            const int row = first + g + 8 * (e / 2), at = key + c * kChunk + 8 * n + 2 * t + e % 2;
-            const bool seen = at < unit.rows && (row >= unit.proxies || at >= unit.proxies);
-            if (!seen) logit[c][n][e] = -INFINITY;
+        for (int e = 0; e < 4; ++e) logit[c][n][e] *= p.scale2;
+      }
+    }
+    if (key + kChunks * kChunk <= unit.rows && (first >= unit.proxies || key >= unit.proxies)) {
+      return;
+    }
+    const int column = key + 2 * (lane() % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // A proxy sees no proxy here.
+      const int from = first + lane() / 4 + 8 * half < unit.proxies ? unit.proxies : 0;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int at = column + c * kChunk + 8 * n + i;
+            if (at < from || at >= unit.rows) logit[c][n][2 * half + i] = -INFINITY;
           }
         }
       }

@@ -129,6 +129,7 @@ template <int kDim, typename T>
 __device__ void load_rows(T* to, const Matrix<const T>& from, const Unit& unit, int head_dim,
                           int first, int count, int worker, int workers) {
   using Layout = Rows<T, kDim>;
+#pragma unroll 1
   for (int i = worker; i < count * Layout::kPieces; i += workers) {
     const int row = i / Layout::kPieces, element = i % Layout::kPieces * Layout::kPer16;
     const T* source = from.row(unit.token(first + row), unit.head) + element;

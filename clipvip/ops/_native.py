@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,13 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         )
 
 
-def handle(tensor: Tensor):
+def handle(tensor: Tensor) -> Any:
     """What the compiled module knows of a tensor; keep the tensor alive while it is in use."""
     return module().Tensor(
         tensor.data_ptr(), _DTYPES[tensor.dtype], list(tensor.shape), list(tensor.stride())
     )
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a compiled function with handles for tensors and everything else as it is."""
+    return function(*[handle(x) if isinstance(x, Tensor) else x for x in arguments])

@@ -102,10 +102,9 @@ def _prepared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _call(function, a: Tensor, *arguments) -> None:
     """Asks the compiled function how much workspace it needs, then calls it with as much."""
-    handles = [_native.handle(x) if isinstance(x, Tensor) else x for x in (a, *arguments)]
-    threads = torch.get_num_threads()
-    workspace = a.new_empty(function(*handles, threads, None), dtype=torch.uint8)
-    function(*handles, threads, workspace.data_ptr())
+    arguments = (a, *arguments, torch.get_num_threads())
+    workspace = a.new_empty(_native.call(function, *arguments, None), dtype=torch.uint8)
+    _native.call(function, *arguments, workspace.data_ptr())
 
 
 @torch.library.custom_op("clipvip::pairwise_logsumexp", mutates_args=(), device_types="cpu")
@@ -175,12 +174,11 @@ def _forward_cuda(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _forward_fake(a, b, scale, diagonal)
-    tensors = _aligned(a), _aligned(b), scale.to(torch.float32)
     function = _native.module().pairwise_logsumexp_forward_cuda
-    arguments = [*map(_native.handle, tensors), diagonal, *map(_native.handle, outputs)]
-    with _native.launch_context(a) as (device, stream):
-        workspace = a.new_empty(function(*arguments, None, device, stream), dtype=torch.uint8)
-        function(*arguments, workspace.data_ptr(), device, stream)
+    given = _aligned(a), _aligned(b), scale.to(torch.float32), diagonal, *outputs
+    with _native.launch_context(a) as where:
+        workspace = a.new_empty(_native.call(function, *given, None, *where), dtype=torch.uint8)
+        _native.call(function, *given, workspace.data_ptr(), *where)
     return outputs
 
 
@@ -206,29 +204,19 @@ def _backward_cuda(
 
     rows, columns = _panel_shape(len(a), len(b))
     panel = a.new_empty(rows, columns)
-    native, handle = _native.module(), _native.handle
-    with _native.launch_context(a) as (device, stream):
-        native.pairwise_logsumexp_weigh_cuda(
-            *map(handle, (row_lse, col_lse, *grads)),
-            diagonal,
-            a.dtype == torch.float32,
-            *map(handle, (row_weight, col_weight, unit)),
-            device,
-            stream,
-        )
+    weigh = _native.module().pairwise_logsumexp_weigh_cuda
+    fill = _native.module().pairwise_logsumexp_panel_cuda
+    weighed = row_weight, col_weight, unit
+    with _native.launch_context(a) as where:
+        exact = a.dtype == torch.float32
+        _native.call(weigh, row_lse, col_lse, *grads, diagonal, exact, *weighed, *where)
         for i in range(0, len(a), rows):
             for j in range(0, len(b), columns):
                 x_part, y_part = x[i : i + rows], y[j : j + columns]
                 part = panel[: len(x_part), : len(y_part)]
                 statistics = row_lse[i:], col_lse[j:], row_weight[i:], col_weight[j:]
-                native.pairwise_logsumexp_panel_cuda(
-                    *map(handle, (x_part, y_part, factor)),
-                    diagonal + i - j,
-                    *map(handle, (*statistics, grads[2][i:], unit, part)),
-                    handle(grad_scale.view(torch.float32)),
-                    device,
-                    stream,
-                )
+                given = x_part, y_part, factor, diagonal + i - j, *statistics, grads[2][i:], unit
+                _native.call(fill, *given, part, grad_scale.view(torch.float32), *where)
                 _add_product(grad_x[i : i + rows], part, y_part)
                 _add_product(grad_y[j : j + columns], part.T, x_part)
     # Everything is in units of unit[3], and a logit is the scale times a product.

@@ -206,17 +206,9 @@ def _forward(
     qkv, frame_offsets = _rows(qkv), frame_offsets.contiguous()
     out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
     workspace, threads = _workspace(qkv, frame_offsets, num_proxies, patches_per_frame, False)
-    _native.module().proxy_attention_forward(
-        _native.handle(qkv),
-        _native.handle(frame_offsets),
-        num_proxies,
-        patches_per_frame,
-        scale,
-        _native.handle(out),
-        _native.handle(lse),
-        _native.handle(workspace),
-        threads,
-    )
+    function = _native.module().proxy_attention_forward
+    given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
+    _native.call(function, *given, out, lse, workspace, threads)
     return out, lse
 
 
@@ -227,24 +219,14 @@ def _forward_cuda(
     frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
     out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
     qkv, frame_offsets = _aligned(qkv), frame_offsets.contiguous()
-    native, handle = _native.module(), _native.handle
+    native = _native.module()
     floats = native.proxy_attention_workspace_cuda(
         num_proxies, patches_per_frame, *qkv.shape[2:], frames, False
     )
     workspace = qkv.new_empty(floats, dtype=torch.float32)
-    with _native.launch_context(qkv) as (device, stream):
-        native.proxy_attention_forward_cuda(
-            handle(qkv),
-            handle(frame_offsets),
-            num_proxies,
-            patches_per_frame,
-            scale,
-            handle(out),
-            handle(lse),
-            handle(workspace),
-            device,
-            stream,
-        )
+    given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
+    with _native.launch_context(qkv) as where:
+        _native.call(native.proxy_attention_forward_cuda, *given, out, lse, workspace, *where)
     return out, lse
 
 
@@ -275,19 +257,9 @@ def _backward(
     frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     workspace, threads = _workspace(qkv, frame_offsets, num_proxies, patches_per_frame, True)
-    _native.module().proxy_attention_backward(
-        _native.handle(grad_out),
-        _native.handle(qkv),
-        _native.handle(frame_offsets),
-        num_proxies,
-        patches_per_frame,
-        scale,
-        _native.handle(out),
-        _native.handle(lse),
-        _native.handle(grad_qkv),
-        _native.handle(workspace),
-        threads,
-    )
+    function = _native.module().proxy_attention_backward
+    given = grad_out, qkv, frame_offsets, num_proxies, patches_per_frame, scale, out, lse
+    _native.call(function, *given, grad_qkv, workspace, threads)
     return grad_qkv
 
 
@@ -307,26 +279,14 @@ def _backward_cuda(
     grad_out, qkv, out = _aligned(grad_out), _aligned(qkv), _aligned(out)
     frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    native, handle = _native.module(), _native.handle
+    native = _native.module()
     floats = native.proxy_attention_workspace_cuda(
         num_proxies, patches_per_frame, *qkv.shape[2:], frames, True
     )
     workspace = qkv.new_empty(floats, dtype=torch.float32)
-    with _native.launch_context(qkv) as (device, stream):
-        native.proxy_attention_backward_cuda(
-            handle(grad_out),
-            handle(qkv),
-            handle(frame_offsets),
-            num_proxies,
-            patches_per_frame,
-            scale,
-            handle(out),
-            handle(lse),
-            handle(grad_qkv),
-            handle(workspace),
-            device,
-            stream,
-        )
+    given = grad_out, qkv, frame_offsets, num_proxies, patches_per_frame, scale, out, lse
+    with _native.launch_context(qkv) as where:
+        _native.call(native.proxy_attention_backward_cuda, *given, grad_qkv, workspace, *where)
     return grad_qkv
 
 

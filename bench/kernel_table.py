@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REGISTERS, MAX_WARPS = 65536, {"80": 64, "90a": 64, "100": 64, "120": 48}  # of a multiprocessor
+REGISTERS = 65536  # of a multiprocessor
 INSTRUCTIONS = {
     "mma": r"HMMA\.",
     "ldmatrix": r"LDSM\.",
@@ -58,7 +58,8 @@ def read(module: Path) -> list[dict]:
             row["threads"] = threads
             warps = threads // 32
             each = warps * 32 * -(-row["registers"] // 8) * 8
-            row["blocks"] = min(REGISTERS // each, MAX_WARPS[arch] // warps) if warps else 0
+            most = 48 if arch[:2] in ("86", "87", "89", "12") else 64  # warps of a multiprocessor
+            row["blocks"] = min(REGISTERS // each, most // warps) if warps else 0
     names = _demangled({kernel for _, kernel in rows})
     return [
         {"kernel": names[kernel], "arch": arch, **row}

@@ -2,6 +2,10 @@
 
 Features are unit vectors [n, D] of n clips; logits are `logit_scale` times their cosines;
 a clip's own pair is the positive and every other clip of the batch a negative.
+
+`sharded`: the n clips are this rank's share of a batch over all ranks (of any sizes). Every
+rank gets the loss of the whole batch, and gradients such that data parallelism's mean over
+ranks is that loss's gradient; see clipvip.distributed.
 """
 
 from typing import NamedTuple
@@ -9,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clipvip.distributed import all_reduce, sharded_logsumexp
 from clipvip.ops import pairwise_logsumexp
 
 VARIANTS = ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc")
@@ -21,6 +26,18 @@ class _Source(NamedTuple):
     present: Tensor | None  # bool [n]; None: all
 
 
+class _Logits(NamedTuple):
+    """How statistics of two sources' logits are had."""
+
+    scale: Tensor
+    sharded: bool
+    backend: str
+
+    def statistics(self, a: Tensor, b: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
+        function = sharded_logsumexp if self.sharded else pairwise_logsumexp
+        return function(a, b, self.scale, diagonal, backend=self.backend)
+
+
 class _Pair(NamedTuple):
     """Statistics of two sources in the clips' order, and the clips that have both."""
 
@@ -31,7 +48,7 @@ class _Pair(NamedTuple):
 
 
 def contrastive_loss(
-    a: Tensor, b: Tensor, logit_scale: Tensor, *, backend: str = "native"
+    a: Tensor, b: Tensor, logit_scale: Tensor, *, sharded: bool = False, backend: str = "native"
 ) -> Tensor:
     """Symmetric InfoNCE: mean cross entropy of rows plus mean cross entropy of columns.
 
@@ -47,7 +64,8 @@ def contrastive_loss(
     """
     rows, columns = _Source("a", a, None), _Source("b", b, None)
     _check(rows, columns)
-    return _symmetric(_pair(rows, columns, logit_scale, backend))
+    logits = _Logits(logit_scale, sharded, backend)
+    return _total(_symmetric(_pair(rows, columns, logits)), sharded)
 
 
 def omnisource_loss(
@@ -61,6 +79,7 @@ def omnisource_loss(
     subtitle_present: Tensor | None = None,
     frame_present: Tensor | None = None,
     caption_present: Tensor | None = None,
+    sharded: bool = False,
     backend: str = "native",
 ) -> Tensor:
     """Omnisource cross-modal loss (section 3.3); the variant names its terms.
@@ -93,17 +112,18 @@ def omnisource_loss(
             sources[letter] = _Source(name, value, present.get(letter))
     _check(*sources.values())
 
-    losses = []
+    logits = _Logits(logit_scale, sharded, backend)
+    means: list[_Mean] = []
     for term in variant.split("_"):
-        pairs = [_pair(sources[term[0]], sources[x], logit_scale, backend) for x in term[1:]]
-        losses.append(_joint(*pairs) if term == "vsc" else _symmetric(*pairs))
-    return torch.stack(losses).sum()
+        pairs = [_pair(sources[term[0]], sources[x], logits) for x in term[1:]]
+        means += _joint(*pairs) if term == "vsc" else _symmetric(*pairs)
+    return _total(means, sharded)
 
 
-def _pair(rows: _Source, columns: _Source, scale: Tensor, backend: str) -> _Pair:
+def _pair(rows: _Source, columns: _Source, logits: _Logits) -> _Pair:
     a, b = rows.features, columns.features
     if rows.present is None and columns.present is None:
-        return _Pair(*pairwise_logsumexp(a, b, scale, backend=backend), slice(None))
+        return _Pair(*logits.statistics(a, b, 0), slice(None))
 
     # Clips with both sources come first among the rows and last among the columns, so that
     # their positives are the whole of the one diagonal that ends in the last column.
@@ -113,8 +133,8 @@ def _pair(rows: _Source, columns: _Source, scale: Tensor, backend: str) -> _Pair
     clips = (has_row & has_column).nonzero().squeeze(1)
     row_order = torch.cat([clips, (has_row & ~has_column).nonzero().squeeze(1)])
     column_order = torch.cat([(has_column & ~has_row).nonzero().squeeze(1), clips])
-    row_lse, col_lse, positive = pairwise_logsumexp(
-        a[row_order], b[column_order], scale, len(column_order) - len(clips), backend=backend
+    row_lse, col_lse, positive = logits.statistics(
+        a[row_order], b[column_order], len(column_order) - len(clips)
     )
     absent = row_lse.new_full((len(a),), float("-inf"))
     return _Pair(
@@ -125,27 +145,45 @@ def _pair(rows: _Source, columns: _Source, scale: Tensor, backend: str) -> _Pair
     )
 
 
-def _cross_entropy(clips: Tensor | slice, positive: Tensor, *others: Tensor) -> Tensor:
-    """Mean over clips of log(1 + Σ exp(others − positive)), 0 over none."""
+class _Mean(NamedTuple):
+    """Over clips, 0 over none."""
+
+    total: Tensor
+    clips: int
+
+
+def _total(means: list[_Mean], sharded: bool) -> Tensor:
+    """The sum of means, each over the clips of all ranks where these are shards."""
+    totals = torch.stack([mean.total for mean in means])
+    counts = totals.new_tensor([mean.clips for mean in means])
+    if sharded:
+        totals, counts = all_reduce(torch.stack([totals, counts]))
+    return (totals / counts.clamp(min=1)).sum()
+
+
+def _cross_entropy(clips: Tensor | slice, positive: Tensor, *others: Tensor) -> _Mean:
+    """Of log(1 + Σ exp(others - positive))."""
     positive = positive[clips]
     loss = positive.new_zeros(())
     for other in others:
         loss = torch.logaddexp(loss, other[clips] - positive)
-    return loss.sum() / max(len(positive), 1)
+    return _Mean(loss.sum(), len(positive))
 
 
-def _symmetric(pair: _Pair) -> Tensor:
-    rows = _cross_entropy(pair.clips, pair.positive, pair.row_lse)
-    return rows + _cross_entropy(pair.clips, pair.positive, pair.col_lse)
+def _symmetric(pair: _Pair) -> list[_Mean]:
+    return [
+        _cross_entropy(pair.clips, pair.positive, pair.row_lse),
+        _cross_entropy(pair.clips, pair.positive, pair.col_lse),
+    ]
 
 
-def _joint(subtitles: _Pair, captions: _Pair) -> Tensor:
+def _joint(subtitles: _Pair, captions: _Pair) -> list[_Mean]:
     negatives = subtitles.row_lse, captions.row_lse
-    loss = subtitles.row_lse.new_zeros(())
-    for pair in (subtitles, captions):
-        loss = loss + _cross_entropy(pair.clips, pair.positive, *negatives)
-        loss = loss + _cross_entropy(pair.clips, pair.positive, pair.col_lse)
-    return loss
+    return [
+        _cross_entropy(pair.clips, pair.positive, *others)
+        for pair in (subtitles, captions)
+        for others in (negatives, (pair.col_lse,))
+    ]
 
 
 def _check(first: _Source, *others: _Source) -> None:

@@ -1,5 +1,8 @@
 """Row and column log-sum-exps of a similarity matrix that is never stored."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -44,21 +47,8 @@ def pairwise_logsumexp(
         TypeError: dtypes are not those above, or not equal.
         RuntimeError: the compiled module, or its kernels for this device, are missing.
     """
-    _check(a, b, scale, diagonal)
-    device = a.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        if a.dtype != torch.float64:
-            a, b = a.to(dtype), b.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return pairwise_logsumexp(a, b, scale, diagonal, backend=backend)
-    if backend == "reference":
-        return pairwise_logsumexp_reference(a, b, scale, diagonal)
-    if backend != "native":
-        raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
-    _native.check_device(a, b, scale)
-    _native.check_dtype("a", a)
-    return _forward(a, b, scale, diagonal)
+    with without_autocast(a, b, scale, diagonal, backend) as (a, b):
+        return block_forward(a, b, scale, diagonal, backend)
 
 
 def pairwise_logsumexp_reference(
@@ -67,15 +57,80 @@ def pairwise_logsumexp_reference(
     """What the op means, in plain PyTorch; differentiable, any floating dtype and device."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     logits = scale.to(dtype) * (a.to(dtype) @ b.to(dtype).T)
-    rows = torch.arange(a.shape[0], device=a.device)
-    columns = rows + diagonal
-    inside = (columns >= 0) & (columns < b.shape[0])
-    own = torch.zeros_like(logits, dtype=torch.bool)
-    own[rows[inside], columns[inside]] = True
+    own = _own(logits, diagonal)
     positive = logits.new_full((a.shape[0],), float("-inf"))
-    positive = positive.masked_scatter(inside, logits[own])
+    positive = positive.masked_scatter(own.any(1), logits[own])
     others = logits.masked_fill(own, float("-inf"))
     return others.logsumexp(1), others.logsumexp(0), positive
+
+
+@contextmanager
+def without_autocast(
+    a: Tensor, b: Tensor, scale: Tensor, diagonal: int, backend: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """a and b, checked, in the dtype that autocast asks for; and no autocast within."""
+    _check(a, b, scale, diagonal)
+    if backend not in ("native", "reference"):
+        raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
+    device = a.device.type
+    if not torch.is_autocast_enabled(device):
+        yield a, b
+        return
+    dtype = torch.get_autocast_dtype(device) if a.dtype != torch.float64 else a.dtype
+    with torch.autocast(device, enabled=False):
+        yield a.to(dtype), b.to(dtype)
+
+
+def block_forward(
+    a: Tensor, b: Tensor, scale: Tensor, diagonal: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pairwise_logsumexp of what `without_autocast` gives."""
+    if backend == "reference":
+        return pairwise_logsumexp_reference(a, b, scale, diagonal)
+    _native.check_device(a, b, scale)
+    _native.check_dtype("a", a)
+    return _forward(a, b, scale, diagonal)
+
+
+def block_gradients(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    diagonal: int,
+    row_lse: Tensor,
+    col_lse: Tensor,
+    grad_row_lse: Tensor,
+    grad_col_lse: Tensor,
+    grad_positive: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and scale through a block of a larger matrix.
+
+    row_lse [n], col_lse [m]: over the whole rows and columns that a·bᵀ is a block of. The
+    block's share in the gradient of a logit x off the diagonal is
+    exp(x − row_lse)·grad_row_lse + exp(x − col_lse)·grad_col_lse.
+    """
+    grads = grad_row_lse, grad_col_lse, grad_positive
+    if backend == "native":
+        return _backward(a, b, scale, diagonal, row_lse, col_lse, *grads)
+    x, y, factor = a.to(row_lse.dtype), b.to(row_lse.dtype), scale.to(row_lse.dtype)
+    products = x @ y.T
+    weights = _share(factor * products, row_lse[:, None]) * grad_row_lse[:, None]
+    weights += _share(factor * products, col_lse) * grad_col_lse
+    own = _own(weights, diagonal)
+    weights[own] = grad_positive[own.any(1)]
+    grad_a, grad_b = factor * (weights @ y), factor * (weights.T @ x)
+    return grad_a.to(a.dtype), grad_b.to(b.dtype), (weights * products).sum().to(scale.dtype)
+
+
+def _share(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse), 0 where there is nothing to have a share in."""
+    return (logits - lse.masked_fill(lse.isneginf(), torch.inf)).exp()
+
+
+def _own(logits: Tensor, diagonal: int) -> Tensor:
+    """bool [n, m], True at the positives."""
+    return torch.ones_like(logits, dtype=torch.bool).triu(diagonal).tril(diagonal)
 
 
 def _check(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> None:

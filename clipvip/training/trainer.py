@@ -187,20 +187,22 @@ class Towers(nn.Module):
 
 def compute_loss(features: dict[str, Tensor], config: TrainConfig) -> Tensor:
     """The task's loss over the clips of all ranks, the same on every rank."""
-    scale = features["scale"]
-    whole = {k: distributed.all_gather(v) for k, v in features.items() if k != "scale"}
+    scale, video = features["scale"], features["video"]
     if config.task == "retrieval":
-        return contrastive_loss(whole["video"], whole["text"], scale, backend=config.backend)
+        return contrastive_loss(
+            video, features["text"], scale, sharded=True, backend=config.backend
+        )
     return omnisource_loss(
-        whole["video"],
-        whole["subtitle"],
-        whole.get("frame"),
-        whole.get("caption"),
+        video,
+        features["subtitle"],
+        features.get("frame"),
+        features.get("caption"),
         scale,
         config.variant,
-        subtitle_present=whole["subtitle_present"],
-        frame_present=whole["image_present"],
-        caption_present=whole["caption_present"],
+        subtitle_present=features["subtitle_present"],
+        frame_present=features["image_present"],
+        caption_present=features["caption_present"],
+        sharded=True,
         backend=config.backend,
     )
 

@@ -1,0 +1,100 @@
+"""Ranks of test_distributed, forked so that torch is imported once.
+
+python sharded_worker.py FOLDER   for each world of WORLDS, ranks that share the batch out and
+write what they found to FOLDER.
+"""
+
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipvip import distributed
+from clipvip.distributed import all_gather_objects, all_reduce
+from clipvip.losses import VARIANTS, contrastive_loss, omnisource_loss
+
+CLIPS = 13
+WORLDS = {2: [6, 7], 3: [5, 0, 8], 4: [1, 4, 2, 6]}  # clips of each rank: uneven, and none
+WAYS = ("gathered", "ring")
+NAMES = "video", "subtitle", "frame", "caption"
+CASES = ["contrastive", *VARIANTS, *(f"{variant} masked" for variant in VARIANTS)]
+BACKENDS = {"reference": torch.float64, "native": torch.float32}
+
+
+class Towers(nn.Module):
+    """Four sources' unit features [n, 24] from inputs [n, 5], and a learned scale."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterDict(
+            {name: torch.randn(5, 24, generator=generator, dtype=dtype) for name in NAMES}
+        )
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=dtype))
+
+    def forward(self, inputs):
+        features = [nn.functional.normalize(inputs @ self.weights[name], dim=-1) for name in NAMES]
+        return features, self.scale.exp()
+
+
+def batch(dtype):
+    """Inputs [CLIPS, 5]; which clips have a subtitle, a frame, a caption."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(CLIPS, 5, generator=generator, dtype=torch.float64).to(dtype)
+    return inputs, torch.rand(3, CLIPS, generator=generator) < 0.6
+
+
+def run(towers, inputs, present, case, backend, sharded):
+    """The loss of a case and its gradients, in the order of parameters."""
+    towers.zero_grad()
+    features, scale = towers(inputs)
+    where = {"sharded": sharded, "backend": backend}
+    if case == "contrastive":
+        loss = contrastive_loss(*features[:2], scale, **where)
+    else:
+        variant, _, masked = case.partition(" ")
+        masks = {f"{name}_present": mask for name, mask in zip(NAMES[1:], present, strict=True)}
+        loss = omnisource_loss(*features, scale, variant, **(masks if masked else {}), **where)
+    (loss + 0 * sum(p.sum() for p in towers.parameters())).backward()
+    return loss.detach(), [p.grad.clone() for p in towers.parameters()]
+
+
+def main(folder, world, rank):
+    store = f"file://{folder}/store-{world}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    first = sum(WORLDS[world][:rank])
+    share = slice(first, first + WORLDS[world][rank])
+    found = {"objects": all_gather_objects({"rank": rank})}
+    found["sum"] = all_reduce(torch.tensor([1.0 + rank]))
+    for backend, dtype in BACKENDS.items():
+        towers = DistributedDataParallel(Towers(dtype))
+        inputs, present = batch(dtype)
+        for way in WAYS:
+            distributed.GATHERED_RANKS = 8 if way == "gathered" else 0
+            for case in CASES:
+                found[case, backend, way] = run(
+                    towers, inputs[share], present[:, share], case, backend, sharded=True
+                )
+    torch.save(found, f"{folder}/{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        ranks = []
+        for rank in range(world):
+            if not (child := os.fork()):
+                try:
+                    main(sys.argv[1], world, rank)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            ranks.append(child)
+        if any([os.waitpid(child, 0)[1] for child in ranks]):
+            sys.exit(1)

@@ -1,0 +1,43 @@
+"""Ranks that share a batch out have the loss and gradients of one process with the whole."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+worker = runpy.run_path(str(WORKER))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What every rank of every world found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    subprocess.run([sys.executable, str(WORKER), str(folder)], check=True, timeout=240)
+    return {
+        world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
+        for world in worker["WORLDS"]
+    }
+
+
+@pytest.mark.parametrize("way", worker["WAYS"])
+@pytest.mark.parametrize("backend", worker["BACKENDS"])
+@pytest.mark.parametrize("case", worker["CASES"])
+def test_shards_have_the_loss_and_gradients_of_the_whole_batch(found, case, backend, way):
+    dtype = worker["BACKENDS"][backend]
+    whole = worker["run"](
+        worker["Towers"](dtype), *worker["batch"](dtype), case, backend, sharded=False
+    )
+    for results in found.values():
+        for result in results:
+            torch.testing.assert_close(result[case, backend, way], whole)
+
+
+def test_what_else_ranks_exchange(found):
+    for world, results in found.items():
+        for result in results:
+            assert result["objects"] == [{"rank": rank} for rank in range(world)]
+            assert result["sum"].tolist() == [world * (world + 1) / 2]

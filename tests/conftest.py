@@ -1,12 +1,16 @@
 """What several test folders share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 CLIPS = Path(__file__).parent.parent / ".cache" / "test-clips"
+# A shell's background job ignores ctrl-C, and so would the programs that tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 REAL_CLIPS = ("bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine")
 
 

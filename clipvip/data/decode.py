@@ -105,24 +105,71 @@ def read_frames(
     Raises DecodeError for files that are missing, empty, cut off, damaged or no video.
     """
     file = _file(path)
-    path = file.path
     check_sampling(sampling)
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames is {num_frames}, size {size}; expected both at least 1")
-    with _as_decode_errors(file):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+    if is_image(path):
+        with _as_decode_errors(file):
             image = _read_image(file, size)
             return image.expand(2, -1, -1, -1) if with_middle else image
-        with _open(file) as container:
-            stream = _video_stream(container, path)
-            index = _index(container, stream, path, start, end)
-            window = _window(index.times, start, end, path)
-            times = index.times[window]
-            chosen = choose_frames(times, num_frames, sampling, generator)
-            if with_middle:
-                chosen = np.append(chosen, middle_frame(times))
-            chosen += window.start
-            return _decode(container, stream, index, chosen, size, file, threads)
+    with open_clip(
+        path,
+        num_frames,
+        start=start,
+        end=end,
+        sampling=sampling,
+        generator=generator,
+        with_middle=with_middle,
+    ) as clip:
+        return clip.decode(size, threads)
+
+
+def is_image(source: Source) -> bool:
+    """Whether its name says so."""
+    return _file(source).path.suffix.lower() in IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True, slots=True)
+class OpenClip:
+    """An opened video and what is wanted of it: `chosen` are positions among all frames that
+    `index` lists in the order of showing."""
+
+    container: InputContainer
+    stream: VideoStream
+    index: "_Index"
+    chosen: NDArray[np.int64]
+    file: "_File"
+
+    def decode(self, size: int, threads: int = 1) -> Tensor:
+        """uint8 [len(chosen), 3, size, size]; once, and within `open_clip` only."""
+        return _decode(
+            self.container, self.stream, self.index, self.chosen, size, self.file, threads
+        )
+
+
+@contextmanager
+def open_clip(
+    source: Source,
+    num_frames: int,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    sampling: str = "uniform",
+    generator: np.random.Generator | None = None,
+    with_middle: bool = False,
+) -> Iterator[OpenClip]:
+    """The frames of a video that read_frames would decode; what goes wrong within is a
+    DecodeError."""
+    file = _file(source)
+    with _as_decode_errors(file), _open(file) as container:
+        stream = _video_stream(container, file.path)
+        index = _index(container, stream, file.path, start, end)
+        window = _window(index.times, start, end, file.path)
+        times = index.times[window]
+        chosen = choose_frames(times, num_frames, sampling, generator)
+        if with_middle:
+            chosen = np.append(chosen, middle_frame(times))
+        yield OpenClip(container, stream, index, chosen + window.start, file)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ Several processes: torchrun --nproc-per-node 8 -m clipvip.training CONFIG key=va
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train by a configuration; an error is one line and exit status 1."""
-    from clipvip.training.config import ConfigError, load_config, packaged_configs
+    from clipvip.training.config import ConfigError, TrainingError, load_config, packaged_configs
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("CLIPVIP_TRACEBACK"):
             raise
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, ConfigError):  # which all ranks have alike
+        alike = isinstance(error, ConfigError | TrainingError)  # on all ranks
+        if rank == "0" or not alike:
             name = "clipvip" if rank == "0" else f"clipvip, rank {rank}"
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None

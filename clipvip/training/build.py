@@ -18,7 +18,7 @@ from clipvip.data.shards import is_shards
 from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor
-from clipvip.training import checkpoint
+from clipvip.training import checkpoint, ranks
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.evaluate import Reading, with_texts_read
 
@@ -46,7 +46,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 def find_resumed(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from; refuses to mix a new run into an old one's folder."""
-    newest = checkpoint.latest(Path(config.out) / "checkpoints")
+    folder = Path(config.out) / "checkpoints"
+    newest = max(checkpoint.checkpoints(folder), default=None)
     if len(set(distributed.all_gather_objects(newest))) > 1:
         raise ConfigError(f"{config.out} is not the same folder for all ranks; use shared storage")
     if config.resume == "never" and newest is not None:
@@ -54,7 +55,7 @@ def find_resumed(config: TrainConfig) -> Path | None:
             f"{config.out} already holds a run (step {checkpoint.checkpoint_step(newest)}): "
             "resume=latest goes on with it; else give another out"
         )
-    return newest
+    return ranks.first_does(lambda: checkpoint.newest_good(folder))
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:

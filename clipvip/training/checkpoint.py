@@ -1,15 +1,19 @@
 """Checkpoints that are whole or absent, and logs that agree with them.
 
 A checkpoint is a folder `step-00000123`. It is written under a temporary name, flushed to
-disk, and renamed, so that whatever carries that name is complete, at any kill and any power
-cut. `point` moves a link the same way.
+disk, and renamed, so that whatever carries that name was complete then, at any kill and any
+power cut. `point` moves a link the same way. What disks and people do to it later is found by
+the sizes and checksums in its manifest.json.
 """
 
+import hashlib
 import json
+import logging
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipvip.training.config import TrainConfig
+from clipvip.training.config import TrainConfig, TrainingError
 
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
 _TEMPORARY = ".unfinished-"
+_DAMAGED = "damaged-"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -31,17 +39,23 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill an empty folder, then make it the checkpoint of that step."""
+    """Let `write` fill an empty folder, then make it the checkpoint of that step.
+
+    Where that fails, nothing is left of it and other checkpoints stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(_TEMPORARY + "*"):
-        shutil.rmtree(leftover)
+    _clear(folder)
     final = checkpoint_path(folder, step)
     temporary = folder / (_TEMPORARY + final.name)
-    temporary.mkdir()
-    write(temporary)
-    for parent, _, files in os.walk(temporary, topdown=False):
-        for name in [*files, ""]:
-            _flush(Path(parent) / name)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        write_text(temporary / MANIFEST, json.dumps(_hash_and_flush(temporary), indent=1) + "\n")
+        for parent, _, _ in os.walk(temporary, topdown=False):
+            _flush(Path(parent))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     temporary.rename(final)
     _flush(folder)
     return final
@@ -52,9 +66,83 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + "[0-9]" * 8))
 
 
-def latest(folder: Path) -> Path | None:
+def newest_good(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None where there is none at all.
+
+    Newer ones that are damaged are told of and set aside as damaged-step-*, since a run that
+    goes on from before them writes those steps again.
+
+    Raises:
+        TrainingError: all are damaged.
+    """
+    damaged: dict[Path, str] = {}
     found = checkpoints(folder)
-    return found[-1] if found else None
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            for worse, reason in damaged.items():
+                aside = worse.with_name(_DAMAGED + worse.name)
+                shutil.rmtree(aside, ignore_errors=True)
+                worse.rename(aside)
+                logger.warning("%s: %s; set aside, going on from %s", worse, reason, path.name)
+            return path
+        damaged[path] = problem
+    if found:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise TrainingError(
+            f"{folder} holds no checkpoint that is whole ({reasons}); restore one from a copy, or "
+            "give another out to start anew"
+        )
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint by its manifest; None where nothing is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, entry in manifest.items():
+            size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes of {entry['bytes']}"
+        found = _checksums(path / name for name in manifest)
+        for (name, entry), checksum in zip(manifest.items(), found, strict=True):
+            if checksum != entry["sha256"]:
+                return f"{name} is not what was written (its checksum is another)"
+    except OSError as error:
+        missing = Path(error.filename).name if error.filename else "a file"
+        return f"{missing}: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file in a folder, all of them on disk afterwards."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
+        for path, checksum in zip(paths, _checksums(paths, flush=True), strict=True)
+    }
+
+
+def _checksums(paths: Iterable[Path], flush: bool = False) -> list[str]:
+    def checksum(path: Path) -> str:
+        result = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                result.update(chunk)
+            if flush:
+                os.fsync(file.fileno())
+        return result.hexdigest()
+
+    with ThreadPoolExecutor() as threads:  # neither reading nor hashing holds Python's lock
+        return list(threads.map(checksum, paths))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed writer left."""
+    for leftover in folder.glob(_TEMPORARY + "*"):
+        shutil.rmtree(leftover)
 
 
 def prune(folder: Path, keep: int, protect: int | None = None) -> None:

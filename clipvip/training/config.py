@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; one line that says what to change."""
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on; one line that says why and where, the same on all ranks."""
+
+
 @dataclass
 class ModelConfig:
     """Give `name` or `config`, not both."""

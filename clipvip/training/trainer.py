@@ -30,15 +30,11 @@ from clipvip.training.build import (
     start_trackers,
     training_loader,
 )
-from clipvip.training.config import OptimizerConfig, TrainConfig, check
+from clipvip.training.config import OptimizerConfig, TrainConfig, TrainingError, check
 from clipvip.training.evaluate import evaluate
 from clipvip.training.reporting import Reporter
 
 MAX_LOGIT_SCALE = math.log(200)
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; one line that says why and where."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from clipvip.training import checkpoint
+from clipvip.training.config import TrainingError
 
 
 def write_one(folder):
     (folder / "model").mkdir()
-    (folder / "model" / "weights").write_text("w")
+    (folder / "model" / "weights").write_text("w" * 1000)
 
 
 def test_a_half_written_checkpoint_is_never_taken(tmp_path):
@@ -23,10 +24,55 @@ def test_a_half_written_checkpoint_is_never_taken(tmp_path):
     first = checkpoint.save(tmp_path, 5, write_one)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 6, killed)
-    assert checkpoint.latest(tmp_path) == first
+    assert checkpoint.newest_good(tmp_path) == first
     second = checkpoint.save(tmp_path, 6, write_one)
     assert checkpoint.checkpoints(tmp_path) == [first, second]
     assert sorted(tmp_path.iterdir()) == [first, second]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "name", "told"),
+    [
+        (truncate, "model/weights", "model/weights has 500 bytes of 1000"),
+        (flip, "model/weights", "model/weights is not what was written"),
+        (lambda path: path.unlink(), "model/weights", "weights: No such file"),
+        (lambda path: path.unlink(), "manifest.json", "manifest.json: No such file"),
+        (truncate, "manifest.json", "manifest.json cannot be read"),
+        (lambda path: path.write_text("[1]"), "manifest.json", "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, harm, name, told):
+    first, second, third = (checkpoint.save(tmp_path, step, write_one) for step in (1, 2, 3))
+    harm(third / name)
+    harm(second / name)
+    assert checkpoint.newest_good(tmp_path) == first
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all(told in line and "\n" not in line for line in said)
+    assert "step-00000003" in said[0] and said[0].endswith("going on from step-00000001")
+    assert checkpoint.checkpoints(tmp_path) == [first]
+    checkpoint.save(tmp_path, 3, write_one)
+    assert checkpoint.newest_good(tmp_path) == third
+
+
+def test_with_no_good_checkpoint_the_error_says_what_is_wrong_with_each(tmp_path):
+    for step in (1, 2):
+        truncate(checkpoint.save(tmp_path, step, write_one) / "model" / "weights")
+    with pytest.raises(TrainingError) as caught:
+        checkpoint.newest_good(tmp_path)
+    said = str(caught.value)
+    assert "step-00000001: model/weights has" in said and "step-00000002: " in said
+    assert "\n" not in said
+    assert len(checkpoint.checkpoints(tmp_path)) == 2
 
 
 def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
@@ -52,7 +98,7 @@ def test_links_move_and_survive_moving_the_whole_run(tmp_path):
     run.rename(tmp_path / "moved")
     moved = tmp_path / "moved"
     assert (moved / "last").resolve().parent.name == "step-00000002"
-    assert (moved / "best" / "weights").read_text() == "w"
+    assert (moved / "best" / "weights").read_text() == "w" * 1000
     assert not list(moved.glob("*.new"))
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from clipvip.data.loader import LoaderError
 from clipvip.training.build import build_model
-from clipvip.training.config import ConfigError, OptimizerConfig
+from clipvip.training.config import ConfigError, OptimizerConfig, TrainingError
 from clipvip.training.evaluate import evaluate_checkpoint
-from clipvip.training.trainer import TrainingError, decay_groups, schedule, train
+from clipvip.training.trainer import decay_groups, schedule, train
 
 
 def rows(out, key="loss"):

@@ -93,8 +93,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128
     """Clips an optimiser step, over all processes and accumulated micro-batches. Negatives
-    come from one micro-batch of all processes: batch_size / accumulation."""
+    come from the batch_size / accumulation clips between two backward passes."""
     accumulation: int = 1
+    micro_batch: int | None = None
+    """Clips that a process embeds at once, with all of the batch as negatives all the same
+    (gradient caching): memory that does not grow with the batch for one more forward pass."""
     epochs: float | None = None
     max_steps: int | None = None
     """Optimiser steps; give this or epochs."""
@@ -128,8 +131,8 @@ _CHOICES = {
 }
 _POSITIVE = (
     "data.num_frames", "data.text_length", "data.shuffle", "batch_size", "accumulation",
-    "epochs", "max_steps", "log_every", "eval_every", "save_every", "eval_batch_size",
-    "keep_checkpoints", "optimizer.lr", "optimizer.max_grad_norm",
+    "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "save_every",
+    "eval_batch_size", "keep_checkpoints", "optimizer.lr", "optimizer.max_grad_norm",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Training: post-pretraining on several sources and fine-tuning for retrieval, in one loop."""
 
+import functools
 import itertools
 import math
 import time
@@ -20,7 +21,7 @@ from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import TABLES
-from clipvip.training import checkpoint
+from clipvip.training import caching, checkpoint
 from clipvip.training.build import (
     build_model,
     find_resumed,
@@ -66,6 +67,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     state = load_state(resumed, config, optimizer, accelerator) if resumed else {"step": 0}
     start_trackers(accelerator, config, state["step"])
     batches = endless(loader, state["step"] * config.accumulation)
+    backward = functools.partial(
+        caching.backward,
+        towers,
+        micro_batch=config.micro_batch,
+        loss_of=lambda features: compute_loss(features, config),
+        prepare=lambda batch: to_device(batch, accelerator.device),
+        run_backward=accelerator.backward,
+        without_sync=lambda: accelerator.no_sync(towers),
+    )
 
     with Reporter(accelerator, out, state["step"], total) as reporter:
         reporter.say(describe(config, model, len(clips), accelerator, state["step"], total))
@@ -79,9 +89,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 with accelerator.accumulate(towers):
-                    loss = compute_loss(towers(to_device(batch, accelerator.device)), config)
-                    accelerator.backward(loss)
-                losses.append(loss.detach())
+                    losses.append(backward(batch))
                 seen.append(batch["clip_index"])
             norm = accelerator.clip_grad_norm_(towers.parameters(), optim.max_grad_norm)
             mean_loss, norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()

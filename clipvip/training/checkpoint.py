@@ -12,14 +12,16 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from clipvip.training.config import TrainConfig, TrainingError
 
@@ -42,6 +44,9 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Let `write` fill an empty folder, then make it the checkpoint of that step.
 
     Where that fails, nothing is left of it and other checkpoints stay.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full for instance.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
@@ -49,7 +54,8 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     temporary = folder / (_TEMPORARY + final.name)
     try:
         temporary.mkdir()
-        write(temporary)
+        with _failed_writes():
+            write(temporary)
         write_text(temporary / MANIFEST, json.dumps(_hash_and_flush(temporary), indent=1) + "\n")
         for parent, _, _ in os.walk(temporary, topdown=False):
             _flush(Path(parent))
@@ -137,6 +143,19 @@ def _checksums(paths: Iterable[Path], flush: bool = False) -> list[str]:
 
     with ThreadPoolExecutor() as threads:  # neither reading nor hashing holds Python's lock
         return list(threads.map(checksum, paths))
+
+
+@contextmanager
+def _failed_writes() -> Iterator[None]:
+    """Make OSError of what torch and safetensors raise where a file cannot be written."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError("a file could not be written to its end") from error
 
 
 def _clear(folder: Path) -> None:

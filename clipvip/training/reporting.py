@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, trackers, and a bar or plain lines."""
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from clipvip.training.checkpoint import truncate_jsonl
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -35,6 +38,7 @@ class Reporter:
         self.accelerator = accelerator
         self.started, self.first, self.total = time.monotonic(), step, total
         self.last_line = -math.inf
+        self.pending, self.failing = b"", False
         self.console = Console(quiet=not self.active, soft_wrap=True, highlight=False)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -51,7 +55,7 @@ class Reporter:
         path = out / "metrics.jsonl"
         if self.active:
             truncate_jsonl(path, step)
-            self.file = path.open("a", encoding="utf-8")
+            self.file = path.open("ab", buffering=0)
 
     def __enter__(self) -> "Reporter":
         self.bar.start()
@@ -70,11 +74,22 @@ class Reporter:
             self.file.close()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """Log one row of numbers; it has reached the file when this returns."""
+        """Log one row of numbers; it has reached the file when this returns.
+
+        A full disk does not stop a run: the file's rows follow once there is room.
+        """
         if self.active:
-            self.file.write(json.dumps({"step": step, **row}) + "\n")
-            self.file.flush()
-        self.accelerator.log(row, step=step)
+            self.pending += (json.dumps({"step": step, **row}) + "\n").encode()
+        try:
+            while self.pending:
+                self.pending = self.pending[self.file.write(self.pending) :]
+            self.accelerator.log(row, step=step)
+        except OSError as error:
+            if not self.failing:
+                logger.warning("step %d: a row of metrics could not be written: %s", step, error)
+            self.failing = True
+        else:
+            self.failing = False
 
     def advance(self, step: int, row: dict[str, Any]) -> None:
         """Show where the run is."""

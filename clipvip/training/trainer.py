@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import TABLES
-from clipvip.training import caching, checkpoint
+from clipvip.training import caching, checkpoint, ranks
 from clipvip.training.build import (
     build_model,
     find_resumed,
@@ -34,6 +35,8 @@ from clipvip.training.build import (
 from clipvip.training.config import OptimizerConfig, TrainConfig, TrainingError, check
 from clipvip.training.evaluate import evaluate
 from clipvip.training.reporting import Reporter
+
+logger = logging.getLogger(__name__)
 
 MAX_LOGIT_SCALE = math.log(200)
 
@@ -119,7 +122,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if validation and due(step, config.eval_every or epoch_steps, total):
                 improved = validate(config, model, processor, validation, state, reporter)
             if improved or due(step, config.save_every or epoch_steps, total):
-                save_state(config, model, processor, optimizer, state, accelerator)
+                save_state(config, model, processor, optimizer, state, accelerator, total)
         if loader.bad_files:
             reporter.say(f"{len(loader.bad_files)} unreadable files: {out / 'bad_files.jsonl'}")
     return {key: state.get(key) for key in ("step", "loss", "best_step", "best_metric")}
@@ -254,6 +257,7 @@ def validate(
     best = state.get("best_metric")
     better = best is None or (value < best if "rank" in config.best_metric else value > best)
     if better:
+        state["best_before"] = {key: state.get(key) for key in ("best_step", "best_metric")}
         state.update(best_step=state["step"], best_metric=value)
     reporter.say(
         f"step {state['step']} · {config.best_metric} {value:.2f}"
@@ -269,8 +273,13 @@ def save_state(
     optimizer: Any,
     state: dict[str, Any],
     accelerator: Accelerator,
+    total: int,
 ) -> None:
-    """Write one checkpoint, all of it or nothing, and move OUT/last and OUT/best."""
+    """Write one checkpoint, all of it or nothing, and move OUT/last and OUT/best.
+
+    Where it cannot be written, that is told and the run goes on, since the next may be; it is
+    TrainingError, on all ranks, where there is no next.
+    """
     random_states = distributed.all_gather_objects(checkpoint.random_state())
 
     def write(folder: Path) -> None:
@@ -285,13 +294,26 @@ def save_state(
         }
         torch.save(whole, folder / "state.pt")
 
+    def save() -> str | None:
+        out, best_step = Path(config.out), state.get("best_step")
+        try:
+            checkpoint.save(out / "checkpoints", state["step"], write)
+            checkpoint.move_links(out, state["step"], best_step)
+            checkpoint.prune(out / "checkpoints", config.keep_checkpoints, protect=best_step)
+        except OSError as error:
+            return " ".join(str(error).split())
+        return None
+
+    problem = ranks.first_does(save)
+    if problem is None:
+        return
+    told = f"step {state['step']}: the checkpoint could not be written: {problem}"
+    if state["step"] == total:
+        raise TrainingError(f"{told}; it was the last: make room, and resume=latest writes it")
+    if state.get("best_step") == state["step"]:
+        state.update(state["best_before"])  # whose checkpoint is there
     if accelerator.is_main_process:
-        out = Path(config.out)
-        best_step = state.get("best_step")
-        checkpoint.save(out / "checkpoints", state["step"], write)
-        checkpoint.move_links(out, state["step"], best_step)
-        checkpoint.prune(out / "checkpoints", config.keep_checkpoints, protect=best_step)
-    accelerator.wait_for_everyone()
+        logger.warning("%s; the run goes on, and the next is tried", told)
 
 
 def load_state(

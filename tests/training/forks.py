@@ -2,6 +2,7 @@
 
 python forks.py kill CONFIG key=value …   four times; three of them killed at a random moment
 python forks.py two CONFIG key=value …    two processes of one training, as torchrun starts them
+python forks.py full CONFIG key=value …   the same, on a disk without room for a checkpoint
 python forks.py eval CHECKPOINT ANNOTATIONS OUT   two processes of one evaluation
 """
 
@@ -9,6 +10,7 @@ import contextlib
 import functools
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -68,25 +70,39 @@ def evaluate(arguments):
     )
 
 
-def two_processes(arguments, run=main):
+def several(count, arguments, run=main):
+    """Exit statuses of as many ranks."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(random.randint(20000, 60000)),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
     }
-    if torch.cuda.is_available():  # one GPU is not enough for two ranks
+    if torch.cuda.is_available():  # one GPU is not enough for all ranks
         shared["ACCELERATE_USE_CPU"] = "true"
-    ranks = [
-        start(arguments, run, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)
+    started = [
+        start(arguments, run, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(count)
     ]
-    return max(status(rank) for rank in ranks)
+    return [status(process) for process in started]
+
+
+def two_processes(arguments, run=main):
+    return max(several(2, arguments, run))
+
+
+def two_without_room(arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    ends = several(2, arguments)
+    print("ended with", ends)
+    return ends != [1, 1]
 
 
 if __name__ == "__main__":
     modes = {
         "kill": kill_three_times,
         "two": two_processes,
+        "full": two_without_room,
         "eval": functools.partial(two_processes, run=evaluate),
     }
     sys.exit(modes[sys.argv[1]](sys.argv[2:]))

@@ -118,6 +118,72 @@ def test_a_loss_that_is_not_finite_stops_with_the_clips_names(make_config, monke
         train(make_config())
 
 
+def test_a_full_disk_costs_only_the_checkpoints_that_found_it_full(
+    make_config, world, monkeypatch, caplog
+):
+    """Files of more than a few bytes cannot be written; the error is the real writers'."""
+    import resource
+
+    from clipvip.training import checkpoint
+
+    save, limit = checkpoint.save, resource.RLIMIT_FSIZE
+    unlimited = resource.getrlimit(limit)
+
+    def save_on_a_full_disk(folder, step, write):
+        full = 10_000 if step in (2, 3, 6) else unlimited[0]
+        resource.setrlimit(limit, (full, unlimited[1]))
+        try:
+            return save(folder, step, write)
+        finally:
+            resource.setrlimit(limit, unlimited)
+
+    monkeypatch.setattr(checkpoint, "save", save_on_a_full_disk)
+    overrides = ["save_every=1", "eval_every=1", f"data.validation={world / 'annotations.jsonl'}"]
+    config = make_config(*overrides)
+    with pytest.raises(TrainingError, match="step 6: the checkpoint could not be written") as end:
+        train(config)
+    assert "\n" not in str(end.value) and "resume=latest" in str(end.value)
+    warned = [record.getMessage() for record in caplog.records]
+    assert [line[:7] for line in warned] == ["step 2:", "step 3:"]
+    assert all("could not be written" in line and "\n" not in line for line in warned)
+    out = Path(config.out)
+    kept = {path.name for path in (out / "checkpoints").iterdir()}
+    assert {"step-00000004", "step-00000005"} <= kept <= {f"step-0000000{n}" for n in (1, 4, 5)}
+    assert (out / "last" / "config.json").exists() and (out / "best" / "config.json").exists()
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    train(make_config(*overrides, "resume=latest"))
+    assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_ranks_end_together_where_the_first_cannot_write_the_last_checkpoint(make_config):
+    said = run_forks("full", make_config.path, "max_steps=2", "save_every=1")
+    lines = [line for line in said.splitlines() if "could not be written" in line]
+    assert len(lines) == 2 and lines[0].startswith("step 1: ")
+    assert lines[1].startswith("clipvip: error: step 2: ") and lines[1].endswith("writes it")
+
+
+def test_rows_of_metrics_wait_for_room_on_the_disk(make_config, tmp_path, caplog):
+    import resource
+
+    from clipvip.training.build import make_accelerator
+    from clipvip.training.reporting import Reporter
+
+    limit = resource.RLIMIT_FSIZE
+    unlimited = resource.getrlimit(limit)
+    (tmp_path / "run").mkdir()
+    with Reporter(make_accelerator(make_config()), tmp_path / "run", 0, 4) as reporter:
+        for step in range(1, 5):
+            full = 30 if step in (2, 3) else unlimited[0]
+            resource.setrlimit(limit, (full, unlimited[1]))
+            try:
+                reporter.write(step, {"loss": step / 3})
+            finally:
+                resource.setrlimit(limit, unlimited)
+    assert losses(tmp_path / "run") == {step: step / 3 for step in range(1, 5)}
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -145,11 +211,12 @@ def run_forks(*arguments):
     finished = subprocess.run(
         [*forks, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
     )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.returncode == 0, finished.stdout
     return finished.stdout
 
 

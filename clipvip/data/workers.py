@@ -168,13 +168,15 @@ class Workers(Generic[Task, Result]):
             f"worker {worker.number} (process {worker.process.pid}) "
             f"{reason or _how_it_ended(worker.process.exitcode)} {what}"
         )
-        self._deaths_in_a_row += 1
+        # A scheduler sends SIGTERM to all processes: it says nothing of a clip.
+        own = worker.process.exitcode != -signal.SIGTERM
+        self._deaths_in_a_row += own
         if self._deaths_in_a_row > DEATHS_IN_A_ROW:
             raise WorkerError(
                 f"{told}, the {self._deaths_in_a_row}th to die without a result between; if "
                 "memory ran out, use fewer workers or smaller batches"
             )
-        if place >= 0:
+        if own and place >= 0:
             self._deaths[place] += 1
             if self._deaths[place] == 2:
                 self._condemned |= {place}

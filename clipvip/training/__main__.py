@@ -1,6 +1,7 @@
 """`python -m clipvip.training CONFIG.yaml key=value …`, also under torchrun.
 
 An error is one line; with CLIPVIP_TRACEBACK=1 in the environment it is Python's traceback.
+SIGTERM saves a checkpoint and ends with status 75.
 """
 
 import os
@@ -10,12 +11,22 @@ from collections.abc import Sequence
 USAGE = """usage: python -m clipvip.training CONFIG [key=value …]
 
 CONFIG is a YAML file or the name of a packaged configuration: {names}.
-Several processes: torchrun --nproc-per-node 8 -m clipvip.training CONFIG key=value"""
+Several processes: torchrun --nproc-per-node 8 -m clipvip.training CONFIG key=value
+
+On SIGTERM all processes finish the step, save and end with status 75: started again, with
+resume=latest, the run goes on. A second SIGTERM ends at once."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train by a configuration; an error is one line and exit status 1."""
-    from clipvip.training.config import ConfigError, TrainingError, load_config, packaged_configs
+    from clipvip.training.config import (
+        ConfigError,
+        Preempted,
+        TrainingError,
+        load_config,
+        packaged_configs,
+    )
+    from clipvip.training.preemption import EXIT_STATUS
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -28,9 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from clipvip.training.trainer import train
 
-        train(config)
+        status = 0
+        try:
+            train(config)
+        except Preempted as end:
+            status = EXIT_STATUS
+            if os.environ.get("RANK", "0") == "0":
+                print(f"clipvip: {end}", file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
+        if status:
+            raise SystemExit(status)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (ValueError, TypeError, OSError, RuntimeError) as error:

@@ -25,6 +25,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; one line that says why and where, the same on all ranks."""
 
 
+class Preempted(RuntimeError):
+    """SIGTERM ended a run, on all ranks, after it saved where it stood; one line that says so."""
+
+
 @dataclass
 class ModelConfig:
     """Give `name` or `config`, not both."""

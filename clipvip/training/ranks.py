@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
+from torch import Tensor
+
 from clipvip import distributed
 
 Result = TypeVar("Result")
@@ -21,3 +24,11 @@ def first_does(work: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def on_any(flags: Tensor) -> list[bool]:
+    """Bools [n], each True where it is so on any rank."""
+    if distributed.world_size() > 1:
+        flags = flags.int()
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]

@@ -32,8 +32,15 @@ from clipvip.training.build import (
     start_trackers,
     training_loader,
 )
-from clipvip.training.config import OptimizerConfig, TrainConfig, TrainingError, check
+from clipvip.training.config import (
+    OptimizerConfig,
+    Preempted,
+    TrainConfig,
+    TrainingError,
+    check,
+)
 from clipvip.training.evaluate import evaluate
+from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import Reporter
 
 logger = logging.getLogger(__name__)
@@ -52,7 +59,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: the configuration cannot be run.
-        TrainingError: the loss or its gradient is not finite; names the clips.
+        TrainingError: the loss or its gradient is not finite; names the clips. Or the last
+            checkpoint cannot be written, or none that is there is whole.
+        Preempted: SIGTERM came to any rank; the step it came in is saved.
     """
     check(config)
     accelerator = make_accelerator(config)
@@ -80,7 +89,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         without_sync=lambda: accelerator.no_sync(towers),
     )
 
-    with Reporter(accelerator, out, state["step"], total) as reporter:
+    reporter = Reporter(accelerator, out, state["step"], total)
+    with reporter, Preemption() as preemption:
         reporter.say(describe(config, model, len(clips), accelerator, state["step"], total))
         for step in range(state["step"] + 1, total + 1):
             started, waited, losses, seen = time.perf_counter(), 0.0, [], []
@@ -95,8 +105,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     losses.append(backward(batch))
                 seen.append(batch["clip_index"])
             norm = accelerator.clip_grad_norm_(towers.parameters(), optim.max_grad_norm)
-            mean_loss, norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
-            if not math.isfinite(mean_loss) or not math.isfinite(norm):
+            figures = torch.stack([torch.stack(losses).mean(), norm])
+            broken, stop = ranks.on_any(
+                torch.stack([~figures.isfinite().all(), norm.new_tensor(preemption.asked).bool()])
+            )
+            mean_loss, norm = figures.tolist()
+            if broken:
                 raise_not_finite(step, mean_loss, norm, loader, seen)
             optimizer.step()
             optimizer.zero_grad()
@@ -121,8 +135,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             improved = False
             if validation and due(step, config.eval_every or epoch_steps, total):
                 improved = validate(config, model, processor, validation, state, reporter)
-            if improved or due(step, config.save_every or epoch_steps, total):
+            if improved or stop or due(step, config.save_every or epoch_steps, total):
                 save_state(config, model, processor, optimizer, state, accelerator, total)
+            if stop and step < total:
+                raise Preempted(
+                    f"SIGTERM: ends after step {step} of {total}; resume=latest goes on"
+                )
         if loader.bad_files:
             reporter.say(f"{len(loader.bad_files)} unreadable files: {out / 'bad_files.jsonl'}")
     return {key: state.get(key) for key in ("step", "loss", "best_step", "best_metric")}

@@ -320,14 +320,16 @@ def test_nothing_readable_is_an_error_not_a_search_without_end(
         list(load(given, max_bad_share=1.0))
 
 
-def dying(clip: Clip, times: Path, deaths: int) -> Callable[..., torch.Tensor]:
+def dying(
+    clip: Clip, times: Path, deaths: int, sent: int = signal.SIGKILL
+) -> Callable[..., torch.Tensor]:
     """read_frames that takes its process with it the first `deaths` times it sees the clip."""
 
     def read(path: Path, *given: Any, **options: Any) -> torch.Tensor:
         if options["start"] == clip.start and times.stat().st_size < deaths:
             with times.open("a") as file:
                 file.write("x")
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sent)
         return read_frames(path, *given, **options)
 
     return read
@@ -351,6 +353,17 @@ def test_a_dead_worker_is_named_and_replaced(
     else:  # another clip takes the place of one that kills
         assert len(places(batches)) == 20 and 6 not in places(batches)
         assert [bad.line for bad in loader.bad_files] == [7]
+
+
+def test_sigterm_to_workers_says_nothing_of_the_clips_they_read(
+    load: Load, clips: list[Clip], tmp_path: Path, monkeypatch
+) -> None:
+    whole = list(load())
+    (tmp_path / "times").touch()
+    read = dying(clips[6], tmp_path / "times", workers.DEATHS_IN_A_ROW + 1, signal.SIGTERM)
+    monkeypatch.setattr(loading, "read_frames", read)
+    loader = load(num_workers=1)
+    assert equal(list(loader), whole) and not loader.bad_files
 
 
 def test_workers_that_always_die_stop_the_run(load: Load, monkeypatch) -> None:

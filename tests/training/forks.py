@@ -2,6 +2,8 @@
 
 python forks.py kill CONFIG key=value …   four times; three of them killed at a random moment
 python forks.py two CONFIG key=value …    two processes of one training, as torchrun starts them
+python forks.py stop OUT CONFIG key=value …   sent SIGTERM and started again; alone
+    in OUT-1, two processes in OUT-2
 python forks.py full CONFIG key=value …   the same, on a disk without room for a checkpoint
 python forks.py eval CHECKPOINT ANNOTATIONS OUT   two processes of one evaluation
 """
@@ -29,6 +31,7 @@ torch.set_num_threads(1)
 def start(arguments, run=main, **environment):
     process = os.fork()
     if process == 0:
+        os.setpgid(0, 0)
         os.environ.update(environment)
         try:
             run(arguments)
@@ -44,23 +47,58 @@ def status(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def kill_three_times(arguments):
+def rows(arguments):
     log = Path(load_config(arguments[0], arguments[1:]).out) / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def wait_for_rows(arguments, wanted, processes):
+    """False where a process ended before."""
+    deadline = time.monotonic() + 60
+    while rows(arguments) < wanted:
+        assert time.monotonic() < deadline
+        if any(os.waitid(os.P_PID, p, os.WEXITED | os.WNOHANG | os.WNOWAIT) for p in processes):
+            return False
+        time.sleep(0.001)
+    time.sleep(random.random() * 0.1)
+    return True
+
+
+def kill_three_times(arguments):
     for _ in range(3):
         process = start(arguments)
-        before = log.read_text().count("\n") if log.exists() else 0
-        wanted, deadline = before + random.randint(1, 12), time.monotonic() + 60
-        while not log.exists() or log.read_text().count("\n") < wanted:
-            assert time.monotonic() < deadline
-            if os.waitpid(process, os.WNOHANG)[0]:
-                break
-            time.sleep(0.001)
+        if wait_for_rows(arguments, rows(arguments) + random.randint(1, 12), [process]):
+            os.kill(process, signal.SIGKILL)
+            print("killed:", status(process), "after", rows(arguments), "rows")
         else:
-            time.sleep(random.random() * 0.1)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            print("killed:", status(process), "after", log.read_text().count("\n"), "rows")
+            status(process)
     return status(start(arguments))
+
+
+def group_is_gone(group):
+    with contextlib.suppress(ProcessLookupError):
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.01)
+        return False
+    return True
+
+
+def stop_and_go_on(arguments):
+    """SIGTERM to the whole group of a lone process, workers included; else to one rank."""
+    out, *given = arguments
+    for count in (1, 2):
+        arguments = [*given, f"out={out}-{count}"]
+        processes = ranks(count, arguments)
+        assert wait_for_rows(arguments, random.randint(1, 8), processes)
+        if count == 1:
+            os.killpg(processes[0], signal.SIGTERM)
+        else:
+            os.kill(random.choice(processes), signal.SIGTERM)
+        print("ended with", [status(process) for process in processes])
+        assert all(map(group_is_gone, processes))
+        assert max(map(status, ranks(count, arguments))) == 0
 
 
 def evaluate(arguments):
@@ -70,8 +108,8 @@ def evaluate(arguments):
     )
 
 
-def several(count, arguments, run=main):
-    """Exit statuses of as many ranks."""
+def ranks(count, arguments, run=main):
+    """The processes of as many ranks."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(random.randint(20000, 60000)),
@@ -80,20 +118,21 @@ def several(count, arguments, run=main):
     }
     if torch.cuda.is_available():  # one GPU is not enough for all ranks
         shared["ACCELERATE_USE_CPU"] = "true"
-    started = [
+    if count == 1:
+        return [start(arguments, run)]
+    return [
         start(arguments, run, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in range(count)
     ]
-    return [status(process) for process in started]
 
 
 def two_processes(arguments, run=main):
-    return max(several(2, arguments, run))
+    return max(map(status, ranks(2, arguments, run)))
 
 
 def two_without_room(arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    ends = several(2, arguments)
+    ends = [status(process) for process in ranks(2, arguments)]
     print("ended with", ends)
     return ends != [1, 1]
 
@@ -102,6 +141,7 @@ if __name__ == "__main__":
     modes = {
         "kill": kill_three_times,
         "two": two_processes,
+        "stop": stop_and_go_on,
         "full": two_without_room,
         "eval": functools.partial(two_processes, run=evaluate),
     }

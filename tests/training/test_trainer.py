@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,27 @@ def test_killed_at_any_moment_the_resumed_run_equals_the_unbroken_one(make_confi
     key = "validation/text_to_video/mean_rank"
     ranks = [[(row["step"], row[key]) for row in rows(out, key)] for out in (broken, unbroken)]
     assert ranks[0] == ranks[1]
+
+
+def test_sigterm_saves_and_the_run_goes_on_as_if_unbroken(make_config, tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    train(make_config("max_steps=20", f"out={unbroken}"))
+    given = ["max_steps=20", "resume=latest", "data.num_workers=1"]
+    said = run_forks("stop", broken, make_config.path, *given)
+    assert "ended with [75]\n" in said and "ended with [75, 75]\n" in said
+    ends = [line for line in said.splitlines() if "SIGTERM: ends after step" in line]
+    assert len(ends) == 2 and all(line.startswith("clipvip: ") for line in ends)
+    assert losses(f"{broken}-1") == losses(unbroken)
+    assert losses(f"{broken}-2") == pytest.approx(losses(unbroken), rel=1e-4)
+
+
+def test_a_second_sigterm_ends_at_once():
+    preemption = "from clipvip.training.preemption import Preemption"
+    kill = "os.kill(os.getpid(), signal.SIGTERM)"
+    code = (
+        f"import os, signal; {preemption}\nwith Preemption() as p: {kill}; assert p.asked; {kill}"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
 
 
 def test_two_processes_train_as_one(make_config, tmp_path, world):

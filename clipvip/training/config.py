@@ -112,6 +112,9 @@ class TrainConfig:
     deterministic: bool = False
     """Ask PyTorch for deterministic algorithms, which a GPU needs for a resumed run to equal
     an unbroken one to the last bit; slower there."""
+    on_nonfinite: str = "stop"
+    """Where a loss or gradient is NaN or infinite: "stop", or "skip" the optimiser's step and
+    stop only after ten in a row. Either way the clips of that step are named."""
     log_every: int = 1
     eval_every: int | None = None
     """Steps between evaluations; by default an epoch."""
@@ -130,6 +133,7 @@ _CHOICES = {
     "variant": ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc"),
     "mixed_precision": ("no", "bf16"),
     "resume": ("never", "latest"),
+    "on_nonfinite": ("stop", "skip"),
     "backend": ("native", "reference"),
     "best_metric": tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS),
 }

@@ -74,12 +74,13 @@ class Reporter:
             self.file.close()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """Log one row of numbers; it has reached the file when this returns.
+        """Log one row of numbers; it has reached the file when this returns (NaN as null).
 
         A full disk does not stop a run: the file's rows follow once there is room.
         """
         if self.active:
-            self.pending += (json.dumps({"step": step, **row}) + "\n").encode()
+            numbers = {key: value if math.isfinite(value) else None for key, value in row.items()}
+            self.pending += (json.dumps({"step": step, **numbers}) + "\n").encode()
         try:
             while self.pending:
                 self.pending = self.pending[self.file.write(self.pending) :]

@@ -46,6 +46,7 @@ from clipvip.training.reporting import Reporter
 logger = logging.getLogger(__name__)
 
 MAX_LOGIT_SCALE = math.log(200)
+MAX_SKIPPED_IN_A_ROW = 10
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -111,8 +112,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             )
             mean_loss, norm = figures.tolist()
             if broken:
-                raise_not_finite(step, mean_loss, norm, loader, seen)
-            optimizer.step()
+                skip_or_stop(config, step, mean_loss, norm, loader, seen, state, reporter)
+            else:
+                optimizer.step()
+                state["skipped_in_a_row"] = 0
             optimizer.zero_grad()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -127,6 +130,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 "epoch": step / epoch_steps,
                 "clips_per_second": config.batch_size / took,
                 "data_wait": waited / took,
+                "skipped_steps": state.get("skipped_steps", 0),
             }
             if due(step, config.log_every, total):
                 reporter.write(step, row)
@@ -375,13 +379,29 @@ def describe(
     )
 
 
-def raise_not_finite(
-    step: int, loss: float, norm: float, loader: ClipLoader, seen: list[Tensor]
+def skip_or_stop(
+    config: TrainConfig,
+    step: int,
+    loss: float,
+    norm: float,
+    loader: ClipLoader,
+    seen: list[Tensor],
+    state: dict[str, Any],
+    reporter: Reporter,
 ) -> None:
-    """Name what this step saw, on all ranks: the loss is the same there, so all stop here."""
+    """Name what all ranks saw in this step, and count it; TrainingError where that is enough."""
     indices = itertools.chain(*distributed.all_gather_objects(torch.cat(seen).tolist()))
-    names = sorted({loader.name(index) for index in indices})
-    raise TrainingError(
-        f"step {step}: loss {loss}, gradient norm {norm}: not finite; the last checkpoint is "
-        f"from before; clips of this step: {', '.join(names)}"
-    )
+    names = ", ".join(sorted({loader.name(index) for index in indices}))
+    told = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
+    state["skipped_steps"] = state.get("skipped_steps", 0) + 1
+    state["skipped_in_a_row"] = state.get("skipped_in_a_row", 0) + 1
+    if config.on_nonfinite == "stop":
+        raise TrainingError(
+            f"{told}; the last checkpoint is from before; on_nonfinite=skip leaves such steps out; "
+            f"clips of this step: {names}"
+        )
+    if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
+        raise TrainingError(
+            f"{told}, the {MAX_SKIPPED_IN_A_ROW}th step in a row; clips of this step: {names}"
+        )
+    reporter.say(f"{told}; skipped; its clips: {names}")

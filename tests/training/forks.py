@@ -5,11 +5,13 @@ python forks.py two CONFIG key=value …    two processes of one training, as to
 python forks.py stop OUT CONFIG key=value …   sent SIGTERM and started again; alone
     in OUT-1, two processes in OUT-2
 python forks.py full CONFIG key=value …   the same, on a disk without room for a checkpoint
+python forks.py skip CONFIG key=value …   the same, with a NaN as the second rank's second loss
 python forks.py eval CHECKPOINT ANNOTATIONS OUT   two processes of one evaluation
 """
 
 import contextlib
 import functools
+import math
 import os
 import random
 import resource
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-import clipvip.training.trainer  # noqa: F401
+import clipvip.training.trainer
 from clipvip.training.__main__ import main
 from clipvip.training.config import load_config
 from clipvip.training.evaluate import evaluate_checkpoint
@@ -130,6 +132,19 @@ def two_processes(arguments, run=main):
     return max(map(status, ranks(2, arguments, run)))
 
 
+def broken_on_the_second_rank(arguments):
+    trainer, calls = clipvip.training.trainer, []
+    compute_loss = trainer.compute_loss
+
+    def broken(*given):
+        calls.append(1)
+        return compute_loss(*given) * (math.nan if len(calls) == 2 else 1)
+
+    if os.environ["RANK"] == "1":
+        trainer.compute_loss = broken
+    main(arguments)
+
+
 def two_without_room(arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     ends = [status(process) for process in ranks(2, arguments)]
@@ -142,6 +157,7 @@ if __name__ == "__main__":
         "kill": kill_three_times,
         "two": two_processes,
         "stop": stop_and_go_on,
+        "skip": functools.partial(two_processes, run=broken_on_the_second_rank),
         "full": two_without_room,
         "eval": functools.partial(two_processes, run=evaluate),
     }

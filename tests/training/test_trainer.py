@@ -119,6 +119,32 @@ def test_a_loss_that_is_not_finite_stops_with_the_clips_names(make_config, monke
         train(make_config())
 
 
+def test_steps_that_are_not_finite_are_left_out_if_asked_to(make_config, monkeypatch, capsys):
+    from clipvip.training import trainer
+
+    compute_loss, calls, broken = trainer.compute_loss, [], {2, 3}
+
+    def sometimes_broken(*given):
+        calls.append(1)
+        return compute_loss(*given) * (math.nan if len(calls) in broken else 1)
+
+    monkeypatch.setattr(trainer, "compute_loss", sometimes_broken)
+    config = make_config("on_nonfinite=skip")
+    train(config)
+    curve = losses(config.out)
+    assert [step for step, loss in curve.items() if loss is None] == [2, 3]
+    assert [row["skipped_steps"] for row in rows(config.out)] == [0, 1, 2, 2, 2, 2]
+    said = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert len(said) == 2 and all("skipped; its clips: " in line for line in said)
+    assert all(line.count(".mp4 (line ") == 8 for line in said)
+
+    calls.clear()
+    broken.update(range(4, 30))
+    config = make_config("on_nonfinite=skip", "max_steps=30", f"out={config.out}-again")
+    with pytest.raises(TrainingError, match=r"step 11: loss nan.* the 10th step in a row; clips"):
+        train(config)
+
+
 def test_a_full_disk_costs_only_the_checkpoints_that_found_it_full(
     make_config, world, monkeypatch, caplog
 ):
@@ -162,6 +188,14 @@ def test_ranks_end_together_where_the_first_cannot_write_the_last_checkpoint(mak
     lines = [line for line in said.splitlines() if "could not be written" in line]
     assert len(lines) == 2 and lines[0].startswith("step 1: ")
     assert lines[1].startswith("clipvip: error: step 2: ") and lines[1].endswith("writes it")
+
+
+def test_ranks_leave_out_the_same_steps(make_config, tmp_path):
+    said = run_forks("skip", make_config.path, "max_steps=4", "on_nonfinite=skip")
+    assert said.count("not finite; skipped") == 1 and "step 2: " in said
+    log = rows(tmp_path / "run")
+    assert [row["skipped_steps"] for row in log] == [0, 1, 1, 1]
+    assert [row["grad_norm"] is None for row in log] == [False, True, False, False]
 
 
 def test_rows_of_metrics_wait_for_room_on_the_disk(make_config, tmp_path, caplog):

@@ -18,9 +18,10 @@ from clipvip.data.shards import is_shards
 from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor
-from clipvip.training import checkpoint, ranks
+from clipvip.training import checkpoint, parallel, ranks
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.evaluate import Reading, with_texts_read
+from clipvip.training.optimization import freeze
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -117,6 +118,9 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
         # transformers renamed it within version 5
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    freeze(model, config.model.freeze, config.model.unfreeze)
+    if config.compile:
+        parallel.compile_layers(model)
     return model.train(), processor
 
 

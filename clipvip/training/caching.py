@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Batch = dict[str, Tensor]
 SHARED = "scale"  # the one output that is not a row for each clip
 
 
 def backward(
-    towers: nn.Module,
+    towers: Callable[[Batch], Batch],
     batch: Batch,
     micro_batch: int | None,
     loss_of: Callable[[Batch], Tensor],

@@ -40,6 +40,11 @@ class ModelConfig:
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer or processor; by default that of `name`."""
     gradient_checkpointing: bool = False
+    freeze: list[str] = field(default_factory=list)
+    """Globs of names of parameters that are not trained; the text tower is
+    ["text_model.*", "text_projection.*"]."""
+    unfreeze: list[str] = field(default_factory=list)
+    """Globs of those to train all the same."""
 
 
 @dataclass
@@ -80,6 +85,8 @@ class OptimizerConfig:
     weight_decay: float = 0.2
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
+    layer_decay: float = 1.0
+    """Each layer's rate is this times that of the layer above it."""
     warmup: float = 0.01
     """Share of all steps in which the rate rises linearly; a cosine to 0 follows."""
 
@@ -106,6 +113,12 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimiser steps; give this or epochs."""
     mixed_precision: str = "bf16"
+    parallel: str = "ddp"
+    """Of several processes, each holds all weights ("ddp") or a share of them ("fsdp")."""
+    compile: bool = False
+    """Compile the towers' layers with torch.compile, once for any number of frames."""
+    ema: float | None = None
+    """Decay of an average of the weights, such as 0.9999: what is validated and saved then."""
     backend: str = "native"
     """Of both ops: "native" (compiled) or "reference" (plain PyTorch)."""
     seed: int = 42
@@ -132,6 +145,7 @@ _CHOICES = {
     "task": ("omnisource", "retrieval"),
     "variant": ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc"),
     "mixed_precision": ("no", "bf16"),
+    "parallel": ("ddp", "fsdp"),
     "resume": ("never", "latest"),
     "on_nonfinite": ("stop", "skip"),
     "backend": ("native", "reference"),
@@ -217,6 +231,11 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("give either model.name (a checkpoint) or model.config (a new model)")
     if config.model.config is not None and config.model.tokenizer is None:
         raise ConfigError("model.config needs model.tokenizer, the folder of a CLIP tokenizer")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise ConfigError(f"ema is {config.ema}; it must be between 0 and 1")
+    if not 0 < config.optimizer.layer_decay <= 1:
+        decay = config.optimizer.layer_decay
+        raise ConfigError(f"optimizer.layer_decay is {decay}; it must be above 0 and at most 1")
     if not 0 <= config.optimizer.warmup < 1:
         raise ConfigError(f"optimizer.warmup is {config.optimizer.warmup}; it must be in [0, 1)")
 

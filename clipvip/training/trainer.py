@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import TABLES
-from clipvip.training import caching, checkpoint, ranks
+from clipvip.training import caching, checkpoint, parallel, ranks
 from clipvip.training.build import (
     build_model,
     find_resumed,
@@ -32,14 +33,9 @@ from clipvip.training.build import (
     start_trackers,
     training_loader,
 )
-from clipvip.training.config import (
-    OptimizerConfig,
-    Preempted,
-    TrainConfig,
-    TrainingError,
-    check,
-)
+from clipvip.training.config import Preempted, TrainConfig, TrainingError, check
 from clipvip.training.evaluate import evaluate
+from clipvip.training.optimization import parameter_groups, schedule
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import Reporter
 
@@ -74,20 +70,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     loader = training_loader(config, clips, model, processor)
     epoch_steps = max(1, len(loader) // config.accumulation)
     total = config.max_steps or math.ceil((config.epochs or 0) * epoch_steps)
-    optimizer = torch.optim.AdamW(decay_groups(model, optim), lr=optim.lr, betas=optim.betas)
-    towers, optimizer = accelerator.prepare(Towers(model, config, processor), optimizer)
+    towers = parallel.distribute(
+        Towers(model, config, processor), model, config.parallel, accelerator
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, optim), optim.lr, optim.betas)
+    average = parallel.Average(model, config.ema) if config.ema else None
     set_seed(config.seed, device_specific=True)
-    state = load_state(resumed, config, optimizer, accelerator) if resumed else {"step": 0}
+    state = {"step": 0}
+    if resumed:
+        state = load_state(resumed, config, model, optimizer, accelerator)
     start_trackers(accelerator, config, state["step"])
     batches = endless(loader, state["step"] * config.accumulation)
     backward = functools.partial(
         caching.backward,
-        towers,
+        parallel.embedder(towers, accelerator),
         micro_batch=config.micro_batch,
         loss_of=lambda features: compute_loss(features, config),
         prepare=lambda batch: to_device(batch, accelerator.device),
         run_backward=accelerator.backward,
-        without_sync=lambda: accelerator.no_sync(towers),
+        without_sync=lambda: parallel.without_sync(towers, model, accelerator),
     )
 
     reporter = Reporter(accelerator, out, state["step"], total)
@@ -97,7 +98,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             started, waited, losses, seen = time.perf_counter(), 0.0, [], []
             rate = optim.lr * schedule(step - 1, total, optim.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             for _ in range(config.accumulation):
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -105,7 +106,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 with accelerator.accumulate(towers):
                     losses.append(backward(batch))
                 seen.append(batch["clip_index"])
-            norm = accelerator.clip_grad_norm_(towers.parameters(), optim.max_grad_norm)
+            norm = parallel.clip_gradients(model, optim.max_grad_norm)
             figures = torch.stack([torch.stack(losses).mean(), norm])
             broken, stop = ranks.on_any(
                 torch.stack([~figures.isfinite().all(), norm.new_tensor(preemption.asked).bool()])
@@ -119,6 +120,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             optimizer.zero_grad()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            if average:
+                average.follow(step)
 
             scale = model.logit_scale.exp().item()
             took = time.perf_counter() - started
@@ -138,9 +141,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             state.update(step=step, loss=mean_loss)
             improved = False
             if validation and due(step, config.eval_every or epoch_steps, total):
-                improved = validate(config, model, processor, validation, state, reporter)
+                with average.in_place() if average else nullcontext():
+                    improved = validate(config, model, processor, validation, state, reporter)
             if improved or stop or due(step, config.save_every or epoch_steps, total):
-                save_state(config, model, processor, optimizer, state, accelerator, total)
+                save_state(config, model, processor, optimizer, average, state, accelerator, total)
             if stop and step < total:
                 raise Preempted(
                     f"SIGTERM: ends after step {step} of {total}; resume=latest goes on"
@@ -148,36 +152,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if loader.bad_files:
             reporter.say(f"{len(loader.bad_files)} unreadable files: {out / 'bad_files.jsonl'}")
     return {key: state.get(key) for key in ("step", "loss", "best_step", "best_metric")}
-
-
-def decay_groups(model: nn.Module, optim: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameters with weight decay and those without: biases, LayerNorms and logit_scale.
-
-    LayerNorms are told by their class, whatever their name.
-    """
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, nn.LayerNorm) or name in ("bias", "logit_scale")
-    }
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {
-            "params": [p for p in parameters if id(p) not in exempt],
-            "weight_decay": optim.weight_decay,
-        },
-        {"params": [p for p in parameters if id(p) in exempt], "weight_decay": 0.0},
-    ]
-
-
-def schedule(done: int, total: int, warmup: float) -> float:
-    """Factor of the learning rate after `done` of `total` steps: linear over the first
-    `warmup` share of steps to 1, then a cosine that would reach 0 after the last."""
-    rising = math.ceil(warmup * total)
-    if done < rising:
-        return (done + 1) / rising
-    return (1 + math.cos(math.pi * (done - rising) / (total - rising))) / 2
 
 
 class Towers(nn.Module):
@@ -262,7 +236,7 @@ def validate(
     reporter: Reporter,
 ) -> bool:
     """Evaluate and log; True, and noted in state, where the model is the best so far."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), parallel.whole_on_each_rank(model):
         result = evaluate(
             model,
             clips,
@@ -292,25 +266,35 @@ def save_state(
     config: TrainConfig,
     model: CLIPViPModel,
     processor: CLIPViPProcessor,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
+    average: parallel.Average | None,
     state: dict[str, Any],
     accelerator: Accelerator,
     total: int,
 ) -> None:
     """Write one checkpoint, all of it or nothing, and move OUT/last and OUT/best.
 
-    Where it cannot be written, that is told and the run goes on, since the next may be; it is
-    TrainingError, on all ranks, where there is no next.
+    Its model is the one that is validated: the average, where there is one. Where it cannot be
+    written, that is told and the run goes on, since the next may be; it is TrainingError, on
+    all ranks, where there is no next.
     """
     random_states = distributed.all_gather_objects(checkpoint.random_state())
+    moments = parallel.whole_moments(model, optimizer)
+    weights = parallel.whole_weights(model)
+    live = {}
+    if average:
+        live = {"weights": weights}
+        with average.in_place():
+            weights = parallel.whole_weights(model)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model", state_dict=weights)
         processor.save_pretrained(folder / "model")
         reading_of(config).save(folder / "model")
         whole = {
             **state,
-            "optimizer": optimizer.state_dict(),
+            **live,
+            "optimizer": moments,
             "random": random_states,
             "course": checkpoint.course(config, accelerator.num_processes),
         }
@@ -339,11 +323,18 @@ def save_state(
 
 
 def load_state(
-    resumed: Path, config: TrainConfig, optimizer: Any, accelerator: Accelerator
+    resumed: Path,
+    config: TrainConfig,
+    model: CLIPViPModel,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Restore optimiser and random states; the model was already built from `resumed`."""
+    """Restore optimiser and random states; the model was already built from `resumed`, and is
+    the average where the checkpoint holds other weights beside it."""
     state = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state.pop("optimizer"))
+    parallel.load_moments(model, optimizer, state.pop("optimizer"))
+    if "weights" in state:
+        parallel.load_weights(model, state.pop("weights"))
     random_states, then = state.pop("random"), state.pop("course")
     if len(random_states) == accelerator.num_processes:
         checkpoint.set_random_state(random_states[accelerator.process_index])

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from clipvip.data.loader import LoaderError
-from clipvip.training.build import build_model
-from clipvip.training.config import ConfigError, OptimizerConfig, TrainingError
+from clipvip.training.config import ConfigError, TrainingError
 from clipvip.training.evaluate import evaluate_checkpoint
-from clipvip.training.trainer import decay_groups, schedule, train
+from clipvip.training.trainer import train
 
 
 def rows(out, key="loss"):
@@ -24,32 +23,6 @@ def rows(out, key="loss"):
 
 def losses(out):
     return {row["step"]: row["loss"] for row in rows(out)}
-
-
-def test_rate_rises_then_follows_a_cosine_to_zero():
-    factors = [schedule(step, 1000, 0.01) for step in range(1000)]
-    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert factors[10] == 1 and factors[505] == pytest.approx(0.5)
-    assert factors[10:] == sorted(factors[10:], reverse=True) and 0 < factors[-1] < 1e-5
-    assert schedule(0, 1, 0.01) == 1 and schedule(0, 10, 0) == 1
-
-
-def test_only_biases_layer_norms_and_scale_are_free_of_decay(make_config):
-    model, _ = build_model(make_config(), None)
-    decayed, free = decay_groups(model, OptimizerConfig(weight_decay=0.2))
-    names = {id(p): name for name, p in model.named_parameters()}
-    free_names = {names[id(p)] for p in free["params"]}
-    expected = {
-        name
-        for name in names.values()
-        if name.endswith("bias") or "norm" in name or "layrnorm" in name or name == "logit_scale"
-    }
-    assert free_names == expected
-    assert {"vision_model.pre_layrnorm.weight"} < free_names
-    assert any("layer_norm1.weight" in name for name in free_names)
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0.0)
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
-    assert any("embedding" in names[id(p)] for p in decayed["params"])
 
 
 @pytest.mark.parametrize(

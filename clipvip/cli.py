@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
+Decoder = Literal["auto", "dali", "pyav"]
 Annotations = Annotated[Positional[Path], arg(metavar="ANNOTATIONS.jsonl")]
 
 
@@ -36,6 +37,7 @@ def evaluate(
     model: Model,
     annotations: Annotations,
     out: Path | None = None,
+    decoder: Decoder = "auto",
 ) -> None:
     """Measure text-video retrieval: both directions, with and without dual softmax.
 
@@ -43,10 +45,11 @@ def evaluate(
         model: A model folder, hub name, or one of the authors' .pt files.
         annotations: JSON Lines, one clip a line, with `video` and `text`.
         out: Also write the figures to this JSON file.
+        decoder: Of the videos; auto is DALI where it and a GPU are, else PyAV.
     """
     from clipvip.training.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(model, annotations, out=out)
+    evaluate_checkpoint(model, annotations, out=out, decoder=decoder)
 
 
 def convert(
@@ -70,6 +73,7 @@ def embed(
     model: Model,
     videos: Annotated[Positional[Path], arg(metavar="VIDEOS")],
     out: Path = Path("index"),
+    decoder: Decoder = "auto",
 ) -> None:
     """Embed one's own videos into an index that can be searched by text.
 
@@ -77,10 +81,11 @@ def embed(
         model: A model folder or hub name.
         videos: A folder, searched recursively, or an annotations file (JSON Lines).
         out: Where the index goes; videos that are in it and unchanged are not embedded again.
+        decoder: Of the videos; auto is DALI where it and a GPU are, else PyAV.
     """
     from clipvip.index import build_index
 
-    build_index(model, videos, out)
+    build_index(model, videos, out, decoder=decoder)
 
 
 def search(

@@ -26,9 +26,9 @@ def examine() -> Iterator[Finding]:
         ("transformers", "CLIP itself", True),
         ("accelerate", "training on one or many devices", True),
         ("av", "video decoding on the CPU (PyAV)", True),
-        ("nvidia-dali-cuda130", "video decoding on the GPU (DALI)", False),
     ):
         yield _package(package, purpose, required)
+    yield _dali()
 
 
 def _core() -> Iterator[Finding]:
@@ -90,6 +90,17 @@ def _package(name: str, purpose: str, required: bool) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         verdict = "problem" if required else "note"
         return Finding(verdict, name, f"not installed: {purpose}")
+
+
+def _dali() -> Finding:
+    purpose = "video decoding on the GPU (DALI)"
+    for package in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):
+        finding = _package(package, purpose, required=False)
+        if finding.verdict == "ok":
+            return finding
+    return Finding(
+        "note", "nvidia-dali", f'not installed: {purpose}; `pip install "clipvip[dali]"`'
+    )
 
 
 def report() -> bool:

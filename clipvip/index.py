@@ -146,6 +146,7 @@ def build_index(
     *,
     batch_size: int = 16,
     num_workers: int | None = None,
+    decoder: str = "auto",
     device: str | torch.device | None = None,
 ) -> Index:
     """Embed every video of a folder, or every clip of an annotations file, into an index.
@@ -155,7 +156,8 @@ def build_index(
         Lines file of annotations (each line is one clip; texts are not used).
     out: the index folder. What is in it and unchanged (same size and modification time) is not
         embedded again; clips that `videos` no longer lists are dropped.
-    num_workers: decoding processes; by default one a core.
+    num_workers: decoding processes; by default one a core. decoder: see
+        clipvip.data.loader.build_loader.
     Files that cannot be decoded are left out and listed in bad_files.jsonl.
     Raises ValueError where nothing can be embedded, or `out` is the index of another model or of
     other videos.
@@ -182,8 +184,9 @@ def build_index(
     due = time.monotonic() + SAVE_SECONDS
     reused = f", {len(done)} are in the index already" if done else ""
     with progress(f"embedding {len(todo)} clips{reused}", len(todo)) as advance:
+        reading = Reading.load(model)
         batches = _embed(
-            network, processor, todo, Reading.load(model), batch_size, workers, index.bad_files
+            network, processor, todo, reading, batch_size, workers, decoder, index.bad_files
         )
         for rows in batches:
             done.update(rows)
@@ -258,6 +261,7 @@ def _embed(
     reading: Any,
     batch_size: int,
     workers: int,
+    decoder: str,
     bad_files: list[dict[str, str]],
 ) -> Iterator[dict[IndexedClip, Tensor]]:
     """Unit vectors float32 [P] of a batch of clips at a time; appends to bad_files at the end."""
@@ -280,6 +284,7 @@ def _embed(
         num_workers=min(workers, len(clips)),
         max_bad_share=1.0,
         sampling=reading.sampling,
+        decoder=decoder,
     )
     for features in embed_batches(model, processor, loader):
         yield {clips[place]: row for place, row in features.items()}

@@ -154,10 +154,8 @@ def test_a_build_that_dies_goes_on_where_it_saved(build, videos, embedded, monke
     spied = index_module._embed
 
     def dying(*arguments):
-        model, processor, clips, reading, _, workers, bad_files = arguments
-        for number, rows in enumerate(
-            spied(model, processor, clips, reading, 1, workers, bad_files)
-        ):
+        model, processor, clips, reading, _, *rest = arguments
+        for number, rows in enumerate(spied(model, processor, clips, reading, 1, *rest)):
             if number == 2:
                 raise KeyboardInterrupt
             yield rows

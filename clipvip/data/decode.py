@@ -134,17 +134,20 @@ class OpenClip:
     """An opened video and what is wanted of it: `chosen` are positions among all frames that
     `index` lists in the order of showing."""
 
+    source: Source
     container: InputContainer
     stream: VideoStream
     index: "_Index"
     chosen: NDArray[np.int64]
-    file: "_File"
+
+    @property
+    def path(self) -> Path:
+        return _file(self.source).path
 
     def decode(self, size: int, threads: int = 1) -> Tensor:
         """uint8 [len(chosen), 3, size, size]; once, and within `open_clip` only."""
-        return _decode(
-            self.container, self.stream, self.index, self.chosen, size, self.file, threads
-        )
+        file = _file(self.source)
+        return _decode(self.container, self.stream, self.index, self.chosen, size, file, threads)
 
 
 @contextmanager
@@ -169,7 +172,7 @@ def open_clip(
         chosen = choose_frames(times, num_frames, sampling, generator)
         if with_middle:
             chosen = np.append(chosen, middle_frame(times))
-        yield OpenClip(container, stream, index, chosen + window.start, file)
+        yield OpenClip(source, container, stream, index, chosen + window.start)
 
 
 @contextmanager

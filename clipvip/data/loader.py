@@ -10,12 +10,19 @@ nothing takes its place: the clip is left out of its batch (clip_index says whic
 batch of which nothing is left is not given). Either way, more than max_bad_share of the
 distinct clips tried stops the run. A process that dies is replaced and its batches are made
 again; a clip that two processes died of counts as unreadable.
+
+With DALI (see clipvip.data.dali) the processes pass on encoded frames, and the main process has a
+batch decoded while the last is in use. What DALI turns out not to decode is read again by PyAV, as
+if DALI had never been, so both decoders give the same clips in the same order.
 """
 
 import html
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,11 +33,14 @@ from torch import Tensor
 from clipvip.data import workers
 from clipvip.data.annotations import Clip
 from clipvip.data.bad_files import BadFile, BadFiles, Failure, LoaderError
-from clipvip.data.decode import DecodeError, Source, read_frames
+from clipvip.data.dali import DaliDecoder, Encoded, Engine, Refused, choose_engine, encode
+from clipvip.data.decode import DecodeError, Source, is_image, open_clip, read_frames
 from clipvip.data.sampling import check_sampling
 from clipvip.data.workers import Workers
 
 __all__ = ["Batch", "ClipLoader", "LoaderError", "build_loader", "tokenize"]
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("retrieval", "omnisource", "video")
 TRIES = 100  # clips tried in the place of an unreadable one
@@ -56,15 +66,17 @@ def build_loader(
     max_bad_share: float = 0.05,
     bad_files: Path | None = None,
     sampling: str = "uniform",
+    decoder: str = "pyav",
 ) -> "ClipLoader":
     """A loader of one rank's batches; batch_size is per rank.
 
     tokenizer: a transformers CLIPTokenizer (None for task "video"). training: shuffle, jitter
     frames, draw one text a clip; else every clip once, in order, with all its texts.
     drop_last: leave out an uneven tail; as `training` unless given. bad_files: where to append
-    unreadable files. sampling: see clipvip.data.sampling.
+    unreadable files. sampling: see clipvip.data.sampling. decoder: "pyav", "dali", or "auto" for
+    DALI where there is a GPU; clips, frames and order are the same.
 
-    A batch is a dict of CPU tensors:
+    A batch is a dict of CPU tensors (what DALI decodes on a GPU is there already):
     - pixel_values uint8 [F, 3, S, S], frames of B clips, packed; frame_offsets int32 [B+1],
       their running sum; clip_index int64 [B], places in `clips`.
     - task "retrieval": text_ids, text_mask int64 [n, len] and text_clip int64 [n], the place in
@@ -85,10 +97,12 @@ def build_loader(
         task=task,
         training=training,
         seed=seed,
+        engine=choose_engine(decoder),
     )
     order = _Batches(len(clips), batch_size, rank, world_size, training, seed, drop_last=drop_last)
     return ClipLoader(
-        _FileBatches(clips, reading, Collate(tokenizer, text_length, task)),
+        FileBatches(clips, reading),
+        Collate(tokenizer, text_length, task),
         order,
         num_workers,
         BadFiles(len(clips), max_bad_share, bad_files),
@@ -108,21 +122,44 @@ class Order(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
+class Work(Protocol):
+    """What the workers do, a batch a task."""
+
+    reading: "Reading"
+
+    def samples(self, task: Any, condemned: frozenset[int]) -> "list[Sample]": ...
+
+    def sample(self, key: Any, first: int, condemned: frozenset[int]) -> "Sample":
+        """One of them anew by its key, from its attempt `first` on."""
+        ...
+
+
 class ClipLoader:
-    """Iterates over one epoch's batches of one rank."""
+    """Iterates over one epoch's batches of one rank.
+
+    decoded: how many clips were decoded by "DALI" and by "PyAV"; where DALI was to do it, "PyAV
+    (why not DALI)".
+    """
 
     def __init__(
         self,
-        work: Callable[[Any, frozenset[int]], "tuple[Batch | None, Report]"],
+        work: Work,
+        collate: "Collate",
         order: Order,
         num_workers: int,
         bad: BadFiles,
         name: Callable[[int], str],
     ) -> None:
         self.name = name
+        self.decoded: Counter[str] = Counter()
         self._order = order
         self._bad = bad
-        self._workers: Workers[Any, Any] = Workers(work, num_workers, name)
+        self._finish: _ByDali | None = None
+        in_workers: Callable[[Any, frozenset[int]], Any] = _ByPyAV(work, collate)
+        if work.reading.engine is not None:
+            in_workers = _Encoding(work)
+            self._finish = _ByDali(work, collate, num_workers, name)
+        self._workers: Workers[Any, Any] = Workers(in_workers, num_workers, name)
 
     @property
     def bad_files(self) -> list[BadFile]:
@@ -142,23 +179,46 @@ class ClipLoader:
         self._order.skipped = batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return _pinned(self._batches()) if torch.cuda.is_available() else self._batches()
+        if torch.cuda.is_available() or self._finish is not None:
+            return _ahead(self._batches())
+        return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
-        for _, (batch, report) in self._workers.run(self._order, worker_of=self._order.lane):
+        before = self.decoded.copy()
+        for _, made in self._workers.run(self._order, worker_of=self._order.lane):
+            batch, report = made if self._finish is None else self._finish(made)
+            self._count(report.decoders)
             self._bad.note(report.tried, report.failures)
             if report.gave_up:
                 self._bad.stop()
             if batch is not None:
                 yield batch
+        counts = self.decoded - before
+        if set(counts) - {"DALI", "PyAV"}:
+            logger.warning("clips decoded by: %s", counted(counts))
+
+    def _count(self, decoders: "list[str]") -> None:
+        for decoder in decoders:
+            if not self.decoded[decoder] and decoder not in ("DALI", "PyAV"):
+                logger.warning("a clip is decoded by %s; more like it are counted", decoder)
+            self.decoded[decoder] += 1
 
 
-def _pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same in page-locked memory, copied there in a thread while the last one is in use."""
+def counted(decoded: Counter[str]) -> str:
+    """ClipLoader.decoded in words."""
+    return ", ".join(f"{decoder} {count}" for decoder, count in decoded.most_common())
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, made in a thread while the last one is in use; in page-locked memory where
+    that speeds copies to a GPU."""
+    pin = torch.cuda.is_available()
 
     def following() -> Batch | None:
         batch = next(batches, None)
-        return batch and {key: value.pin_memory() for key, value in batch.items()}
+        if batch is None or not pin:
+            return batch
+        return {key: value if value.is_cuda else value.pin_memory() for key, value in batch.items()}
 
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(following)
@@ -241,14 +301,22 @@ class _Batches:
 
 @dataclass(slots=True)
 class Sample:
-    """What became of one place in the order; frames is None where nothing could be read."""
+    """What became of one place in the order; frames is None where nothing could be read.
 
+    key: what Work.sample makes it of; attempt: which of its tries this is. middle: its last frame
+    is the image still.
+    """
+
+    key: Any
     place: int
-    frames: Tensor | None = None
+    attempt: int = 0
+    frames: Tensor | Encoded | None = None
     image: Tensor | None = None
+    middle: bool = False
     texts: tuple[str, ...] = ()
     subtitle: str | None = None
     caption: str | None = None
+    decoder: str = "PyAV"
     tried: list[int] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -261,12 +329,13 @@ class Report(NamedTuple):
 
     tried: list[int]
     failures: list[Failure]
+    decoders: list[str]
     gave_up: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How clips become samples."""
+    """How clips become samples. engine: of DALI, to decode them; None for PyAV."""
 
     size: int
     num_frames: int
@@ -274,6 +343,7 @@ class Reading:
     task: str
     training: bool
     seed: int
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -300,40 +370,51 @@ class Reading:
         sample.texts, sample.subtitle, sample.caption = clip.text, clip.subtitle, clip.caption
         if self.training and clip.text:
             sample.texts = (clip.text[int(generator.integers(len(clip.text)))],)
-        frames = read_frames(
-            clip.video if video is None else video,
-            self.num_frames,
-            size=self.size,
-            start=clip.start,
-            end=clip.end,
-            sampling=self.sampling,
-            generator=generator if self.training else None,
-            with_middle=omnisource and image is None,
-        )
-        if omnisource and image is None:
-            frames, sample.image = frames[:-1], frames[-1]
-        elif omnisource and image is not None:
+        sample.middle = omnisource and image is None
+        self._read_frames(sample, clip, clip.video if video is None else video, generator)
+        if omnisource and image is not None:
             sample.image = read_frames(image, 1, size=self.size)[0]
-        sample.frames = frames
+
+    def _read_frames(
+        self, sample: Sample, clip: Clip, video: Source, generator: np.random.Generator
+    ) -> None:
+        settings: dict[str, Any] = {
+            "start": clip.start,
+            "end": clip.end,
+            "sampling": self.sampling,
+            "generator": generator if self.training else None,
+            "with_middle": sample.middle,
+        }
+        if self.engine is None or is_image(video):
+            sample.frames = read_frames(video, self.num_frames, size=self.size, **settings)
+            sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
+            return
+        with open_clip(video, self.num_frames, **settings) as opened:
+            try:
+                sample.frames, sample.decoder = encode(opened, self.engine), "DALI"
+            except DecodeError as error:
+                refused = isinstance(error, Refused)
+                reason = error.reason if refused else "packets cannot be copied"
+                sample.decoder = f"PyAV ({reason})"
+                sample.frames = opened.decode(self.size)
 
 
-class _FileBatches:
-    """Work: places of one batch, with their epoch, to (batch, report)."""
+class FileBatches:
+    """Work on files: places of one batch, with their epoch, to samples."""
 
-    def __init__(self, clips: Sequence[Clip], reading: Reading, collate: "Collate") -> None:
+    def __init__(self, clips: Sequence[Clip], reading: Reading) -> None:
         self.clips = clips
         self.reading = reading
-        self.collate = collate
 
-    def __call__(
-        self, task: list[tuple[int, int]], condemned: frozenset[int]
-    ) -> tuple[Batch | None, Report]:
-        return self.collate([self._sample(*key, condemned) for key in task])
+    def samples(self, task: list[tuple[int, int]], condemned: frozenset[int]) -> list[Sample]:
+        return [self.sample(key, 0, condemned) for key in task]
 
-    def _sample(self, epoch: int, place: int, condemned: frozenset[int]) -> Sample:
-        sample, seed = Sample(place), self.reading.seed
-        for attempt in range(self.reading.tries):
+    def sample(self, key: tuple[int, int], first: int, condemned: frozenset[int]) -> Sample:
+        epoch, place = key
+        sample, seed = Sample(key, place), self.reading.seed
+        for attempt in range(first, self.reading.tries):
             generator = np.random.default_rng((seed, epoch, place, attempt))
+            sample.attempt = attempt
             if attempt:
                 sample.place = int(generator.integers(len(self.clips)))
             sample.tried.append(sample.place)
@@ -349,6 +430,122 @@ class _FileBatches:
         return sample
 
 
+class _ByPyAV:
+    """In a worker: a task to a whole batch."""
+
+    def __init__(self, work: Work, collate: "Collate") -> None:
+        self.work = work
+        self.collate = collate
+
+    def __call__(self, task: Any, condemned: frozenset[int]) -> tuple[Batch | None, Report]:
+        return self.collate(self.work.samples(task, condemned))
+
+
+class _Encoding:
+    """In a worker: a task to samples whose frames DALI is to decode."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, task: Any, condemned: frozenset[int]) -> "_Parcel":
+        return _Parcel(self.work.samples(task, condemned))
+
+
+class _Again:
+    """In a worker: a sample that DALI could not decode, read by PyAV."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = copy(work)
+        self.work.reading = replace(work.reading, engine=None)
+
+    def __call__(self, sample: tuple[Any, int], condemned: frozenset[int]) -> Sample:
+        return self.work.sample(*sample, condemned)
+
+
+class _Parcel:
+    """Samples between processes: with all their tensors in one piece of shared memory, since each
+    piece takes a file handle."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples = samples
+
+    def __getstate__(self) -> tuple[list[Sample], list[torch.Size], Tensor]:
+        bare, tensors = [], []
+        for sample in self.samples:
+            frames, image = sample.frames, sample.image
+            if isinstance(frames, Encoded):
+                tensors.append(frames.data)
+                frames = replace(frames, data=NOTHING)
+            elif frames is not None:
+                tensors.append(frames)
+                frames = NOTHING
+            if image is not None:
+                tensors.append(image)
+                image = NOTHING
+            bare.append(replace(sample, frames=frames, image=image))
+        whole = torch.cat([NOTHING, *(tensor.reshape(-1) for tensor in tensors)])
+        return bare, [tensor.shape for tensor in tensors], whole
+
+    def __setstate__(self, state: tuple[list[Sample], list[torch.Size], Tensor]) -> None:
+        self.samples, shapes, whole = state
+        parts = whole.split([shape.numel() for shape in shapes])
+        tensors = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        for sample in self.samples:
+            if isinstance(sample.frames, Encoded):
+                sample.frames.data = next(tensors)
+            elif sample.frames is not None:
+                sample.frames = next(tensors)
+            if sample.image is not None:
+                sample.image = next(tensors)
+
+
+NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+class _ByDali:
+    """In the main process: encoded samples to a whole batch."""
+
+    def __init__(
+        self, work: Work, collate: "Collate", num_workers: int, name: Callable[[int], str]
+    ) -> None:
+        assert work.reading.engine is not None
+        self.collate = collate
+        self.decoder = DaliDecoder(work.reading.size, work.reading.engine, num_workers)
+        self._again = _Again(work)
+        self._processes = min(num_workers, 1)
+        self._name = name
+        self._workers: Workers[Any, Sample] | None = None
+
+    def __call__(self, parcel: _Parcel) -> tuple[Batch | None, Report]:
+        samples = parcel.samples
+        places = [i for i, sample in enumerate(samples) if isinstance(sample.frames, Encoded)]
+        decoded = self.decoder.decode([samples[i].frames for i in places])  # type: ignore[misc]
+        for i, frames in zip(places, decoded, strict=True):
+            if isinstance(frames, str):
+                samples[i] = self._read_again(samples[i], frames)
+            else:
+                samples[i].frames = frames
+        if places:
+            for sample in samples:
+                if isinstance(sample.frames, Tensor):
+                    sample.frames = sample.frames.to(self.decoder.device)
+                if sample.image is not None:
+                    sample.image = sample.image.to(self.decoder.device)
+        return self.collate(samples)
+
+    def _read_again(self, sample: Sample, reason: str) -> Sample:
+        """By PyAV, in a process of its own: what DALI stumbles over may break more than DALI."""
+        level = logging.INFO if self._workers else logging.WARNING
+        logger.log(level, "DALI could not decode %s: %s", self._name(sample.place), reason)
+        if self._workers is None:
+            self._workers = Workers(self._again, self._processes, self._name)
+        ((_, again),) = self._workers.run([(sample.key, sample.attempt)])
+        again.tried = sample.tried[:-1] + again.tried
+        again.failures = sample.failures + again.failures
+        again.decoder = "PyAV (DALI could not)"
+        return again
+
+
 class Collate:
     """Samples to (batch, report); the batch is None where none of them could be read."""
 
@@ -362,12 +559,18 @@ class Collate:
         report = Report(
             [place for sample in samples for place in sample.tried],
             [failure for sample in samples for failure in sample.failures],
+            [sample.decoder for sample in read],
             any(len(sample.failures) == TRIES for sample in samples),
         )
         return (self._pack(read) if read else None), report
 
     def _pack(self, samples: list[Sample]) -> Batch:
-        frames = [sample.frames for sample in samples if sample.frames is not None]
+        frames = []
+        for sample in samples:
+            assert isinstance(sample.frames, Tensor)
+            if sample.middle:
+                sample.frames, sample.image = sample.frames[:-1], sample.frames[-1]
+            frames.append(sample.frames)
         batch = {
             "pixel_values": torch.cat(frames),
             "frame_offsets": _offsets([len(part) for part in frames]),

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from clipvip.data import workers
 from clipvip.data.bad_files import BadFiles
+from clipvip.data.dali import choose_engine
 from clipvip.data.decode import DecodeError
-from clipvip.data.loader import Batch, ClipLoader, Collate, Reading, Report, Sample, check_rank
+from clipvip.data.loader import ClipLoader, Collate, Reading, Sample, check_rank
 from clipvip.data.shards import ShardError, load_manifest, read_samples, unpack
 
 LANES = 16
@@ -101,6 +102,7 @@ def build_shard_loader(
     sampling: str = "uniform",
     paragraph: bool = False,
     shuffle: int = 1024,
+    decoder: str = "pyav",
 ) -> ClipLoader:
     """A loader of one rank's batches for training; batches are those of loader.build_loader.
 
@@ -114,12 +116,14 @@ def build_shard_loader(
         task=task,
         training=True,
         seed=seed,
+        engine=choose_engine(decoder),
     )
     check_rank(rank, world_size)
     shards.check(task)
     plan = _Plan(shards, batch_size, seed, rank, world_size, max(shuffle, 1))
     return ClipLoader(
-        _ShardBatches(plan, reading, Collate(tokenizer, text_length, task), paragraph),
+        _ShardBatches(plan, reading, paragraph),
+        Collate(tokenizer, text_length, task),
         _Order(plan),
         min(num_workers, plan.lanes),
         BadFiles(len(shards), max_bad_share, bad_files),
@@ -334,31 +338,39 @@ def _read(url: str, first: int, end: int) -> Iterator[tuple[int, dict[str, Any] 
 
 
 class _ShardBatches:
-    """Work: (epoch, number of a batch) to (batch, report)."""
+    """Work on shards: (epoch, number of a batch) to samples."""
 
-    def __init__(self, plan: _Plan, reading: Reading, collate: Collate, paragraph: bool) -> None:
+    def __init__(self, plan: _Plan, reading: Reading, paragraph: bool) -> None:
         self.plan = plan
         self.reading = reading
-        self.collate = collate
         self.paragraph = paragraph
         self.open: dict[int, _Lane] = {}
 
-    def __call__(
-        self, task: tuple[int, int], condemned: frozenset[int]
-    ) -> tuple[Batch | None, Report]:
+    def samples(self, task: tuple[int, int], condemned: frozenset[int]) -> list[Sample]:
         epoch, number = task
         step, lane = divmod(number, self.plan.lanes)
         stream = self.open.pop(lane, None)
         if stream is None or (stream.epoch, stream.step) != (epoch, step):
             stream = _Lane(self.plan, lane, epoch, step)
-        samples = [self._sample(drawn, condemned) for drawn in stream.batch()]
+        samples = [self._sample(drawn, 0, condemned) for drawn in stream.batch()]
         self.open[lane] = stream
-        return self.collate(samples)
+        return samples
 
-    def _sample(self, drawn: _Drawn, condemned: frozenset[int]) -> Sample:
-        sample, place, turn = Sample(drawn.place), drawn.place, drawn.turn
-        for attempt in range(self.reading.tries):
+    def sample(self, key: tuple[int, int, int], first: int, condemned: frozenset[int]) -> Sample:
+        """key: number of the source, turn and place, as _Drawn has them."""
+        number, turn, place = key
+        source, index = self.plan.shards.sources[number], place - self.plan.shards.firsts[number]
+        shard = int(np.searchsorted(source.firsts, index, side="right")) - 1
+        return self._sample(
+            self._drawn(number, turn, shard, index - int(source.firsts[shard])), first, condemned
+        )
+
+    def _sample(self, drawn: _Drawn, first: int, condemned: frozenset[int]) -> Sample:
+        place, turn = drawn.place, drawn.turn
+        sample = Sample((drawn.number, turn, place), place)
+        for attempt in range(first, self.reading.tries):
             generator = np.random.default_rng((self.plan.seed, 3, turn, place, attempt))
+            sample.attempt = attempt
             if attempt:
                 drawn = self._other(drawn.number, generator)
                 sample.place = drawn.place
@@ -388,6 +400,10 @@ class _ShardBatches:
         source = self.plan.shards.sources[number]
         shard = int(generator.integers(len(source.urls)))
         index = int(generator.integers(min(NEAR, int(source.counts[shard]))))
+        return self._drawn(number, 0, shard, index)
+
+    def _drawn(self, number: int, turn: int, shard: int, index: int) -> _Drawn:
+        source = self.plan.shards.sources[number]
         place = self.plan.shards.firsts[number] + int(source.firsts[shard]) + index
         ((_, sample),) = _read(source.urls[shard], index, index + 1)
-        return _Drawn(number, 0, place, source.urls[shard], sample)
+        return _Drawn(number, turn, place, source.urls[shard], sample)

@@ -179,6 +179,7 @@ def training_loader(
         "max_bad_share": data.max_bad_share,
         "bad_files": Path(config.out) / "bad_files.jsonl",
         "sampling": data.sampling,
+        "decoder": data.decoder,
     }
     if isinstance(clips, Shards):
         return build_shard_loader(clips, paragraph=data.paragraph, shuffle=data.shuffle, **settings)

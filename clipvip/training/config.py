@@ -76,6 +76,9 @@ class DataConfig:
     sampling: str = "uniform"
     num_workers: int = 4
     """Decoding processes of each rank."""
+    decoder: str = "auto"
+    """"dali", "pyav", or "auto": NVIDIA DALI where it and a GPU are, else PyAV. Either sees the
+    same clips and frames; what DALI cannot decode, PyAV does."""
     max_bad_share: float = 0.05
 
 
@@ -149,6 +152,7 @@ _CHOICES = {
     "resume": ("never", "latest"),
     "on_nonfinite": ("stop", "skip"),
     "backend": ("native", "reference"),
+    "data.decoder": ("auto", "dali", "pyav"),
     "best_metric": tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS),
 }
 _POSITIVE = (

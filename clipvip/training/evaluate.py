@@ -49,6 +49,7 @@ def evaluate(
     batch_size: int = 32,
     num_workers: int = 2,
     max_bad_share: float = 0.05,
+    decoder: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Both directions of retrieval, with and without DSL, over all ranks' shares together.
@@ -59,6 +60,7 @@ def evaluate(
 
     Args:
         clips: those without text are rivals in text→video only.
+        decoder: see clipvip.data.loader.build_loader.
         dtype: autocast the towers to it; None for the weights' own.
 
     Returns:
@@ -75,7 +77,7 @@ def evaluate(
     device = model.device.type
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
         videos = _embed_videos(
-            model, clips, processor, reading, batch_size, num_workers, max_bad_share
+            model, clips, processor, reading, batch_size, num_workers, max_bad_share, decoder
         )
         sentences = _embed_texts(model, [text for _, text in texts], processor, reading, batch_size)
     model.train(training)
@@ -103,6 +105,7 @@ def evaluate_checkpoint(
     batch_size: int = 32,
     num_workers: int = 2,
     max_bad_share: float = 0.05,
+    decoder: str = "auto",
     backend: str = "native",
     print_table: bool = True,
 ) -> dict[str, Any]:
@@ -115,6 +118,7 @@ def evaluate_checkpoint(
         num_frames, text_length: by default those the checkpoint was trained with (12 and 50
             where it does not say).
         max_bad_share: of clips that may be unreadable; they are left out and listed.
+        decoder: see clipvip.data.loader.build_loader.
 
     Under torchrun the clips are shared out over the processes.
     """
@@ -135,6 +139,7 @@ def evaluate_checkpoint(
         batch_size=batch_size,
         num_workers=num_workers,
         max_bad_share=max_bad_share,
+        decoder=decoder,
     )
     result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
     if state.is_main_process:
@@ -180,6 +185,7 @@ def _embed_videos(
     batch_size: int,
     num_workers: int,
     max_bad_share: float,
+    decoder: str,
 ) -> dict[int, Tensor]:
     """Index of each clip that could be read → its unit feature [P], fp32 on the CPU."""
     loader = build_loader(
@@ -197,6 +203,7 @@ def _embed_videos(
         world_size=distributed.world_size(),
         max_bad_share=max_bad_share,
         sampling=reading.sampling,
+        decoder=decoder,
     )
     own: dict[int, Tensor] = {}
     for part in embed_batches(model, processor, loader):

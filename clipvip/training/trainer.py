@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip
-from clipvip.data.loader import ClipLoader
+from clipvip.data.loader import ClipLoader, counted
 from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
@@ -149,6 +149,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 raise Preempted(
                     f"SIGTERM: ends after step {step} of {total}; resume=latest goes on"
                 )
+        if set(loader.decoded) - {"PyAV"}:
+            reporter.say(f"clips decoded by: {counted(loader.decoded)}")
         if loader.bad_files:
             reporter.say(f"{len(loader.bad_files)} unreadable files: {out / 'bad_files.jsonl'}")
     return {key: state.get(key) for key in ("step", "loss", "best_step", "best_metric")}
@@ -245,6 +247,7 @@ def validate(
             batch_size=config.eval_batch_size,
             num_workers=config.data.num_workers,
             max_bad_share=config.data.max_bad_share,
+            decoder=config.data.decoder,
             dtype=torch.bfloat16 if config.mixed_precision == "bf16" else None,
         )
     row = {f"{name}/{key}": value for name in TABLES for key, value in result[name].items()}

@@ -65,13 +65,14 @@ def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def turned_video(tmp_path: Path) -> Callable[..., Path]:
-    """turned_video((a, b, c, d)): three frames, stored red top left, green top right, blue bottom
-    left, with that display matrix."""
+    """turned_video((a, b, c, d), codec=…): three frames, stored red top left, green top right,
+    blue bottom left, with that display matrix."""
 
-    def make(matrix: tuple[int, int, int, int]) -> Path:
+    def make(matrix: tuple[int, int, int, int], codec: str = "libx264") -> Path:
         pixels = np.zeros((32, 64, 3), np.uint8)
         pixels[:16, :32, 0] = pixels[:16, 32:, 1] = pixels[16:, :32, 2] = 255
-        path = _write_video(tmp_path / "turned.mp4", [pixels] * 3, pixel_format="yuv444p")
+        frames, path = [pixels] * 3, tmp_path / f"turned-{codec}.mp4"
+        _write_video(path, frames, codec=codec, pixel_format="yuv444p")
         data = bytearray(path.read_bytes())
         at = data.index(b"tkhd") + 4 + 40
         a, b, c, d = (value << 16 for value in matrix)

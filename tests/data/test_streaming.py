@@ -278,12 +278,12 @@ def test_a_worker_killed_by_a_clip_is_replaced(
     (tmp_path / "times").touch()
     read_sample = streaming._ShardBatches._sample
 
-    def die(self: Any, drawn: Any, condemned: Any) -> Any:
+    def die(self: Any, drawn: Any, *rest: Any) -> Any:
         if drawn.place == fatal and not (tmp_path / "times").stat().st_size:
             (tmp_path / "times").write_text("x")
             streaming.workers.at(fatal)
             os.kill(os.getpid(), signal.SIGKILL)
-        return read_sample(self, drawn, condemned)
+        return read_sample(self, drawn, *rest)
 
     monkeypatch.setattr(streaming._ShardBatches, "_sample", die)
     assert equal(list(load(num_workers=2)), whole)

@@ -11,11 +11,11 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230), 
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
-def write_clip(path, colour, motion, frames=8, size=48):
+def write_clip(path, colour, motion, frames=8, size=48, codec="libx264"):
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options={"crf": "12"})
+        stream = container.add_stream(codec, rate=8, options={"crf": "12"})
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.time_base = Fraction(1, 8)
@@ -30,14 +30,23 @@ def write_clip(path, colour, motion, frames=8, size=48):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with annotations.jsonl of 16 clips and tokenizer/."""
+    return make_world(tmp_path_factory.mktemp("world"), "libx264", ".mp4")
+
+
+@pytest.fixture(scope="session")
+def vp9_world(tmp_path_factory):
+    """The same of VP9, which DALI decodes without a GPU."""
+    return make_world(tmp_path_factory.mktemp("vp9_world"), "libvpx-vp9", ".webm")
+
+
+def make_world(folder, codec, suffix):
     from transformers import CLIPTokenizer
 
-    folder = tmp_path_factory.mktemp("world")
     lines = []
     for colour in COLOURS:
         for motion in MOTIONS:
-            name = f"{colour}-{motion}.mp4"
-            write_clip(folder / name, colour, motion)
+            name = f"{colour}-{motion}{suffix}"
+            write_clip(folder / name, colour, motion, codec=codec)
             text = f"{colour} moves {motion}"
             row = {"video": name, "text": [text, f"the {text}"], "subtitle": f"uh {text}"}
             if motion != "up":  # some clips have no caption

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_loss_falls(make_config, overrides):
     curve = list(losses(config.out).values())
     assert result["step"] == len(curve) == 60
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+
+
+@pytest.mark.skipif(
+    find_spec("nvidia") is None or find_spec("nvidia.dali") is None,
+    reason='NVIDIA DALI is not installed: pip install "clipvip[dali]"',
+)
+@pytest.mark.parametrize("task", ["retrieval", "omnisource"])
+def test_training_on_frames_from_dali_is_training_on_pyavs(task, make_config, vp9_world, tmp_path):
+    curves = {}
+    for decoder in ("pyav", "dali"):
+        annotations = vp9_world / "annotations.jsonl"
+        config = make_config(
+            *(f"task={task}", f"out={tmp_path / decoder}", f"data.decoder={decoder}"),
+            *(f"data.train={annotations}", f"data.validation={annotations}"),
+            *("data.num_workers=1", "max_steps=6"),
+        )
+        train(config)
+        curves[decoder] = list(losses(config.out).values())
+        assert not (Path(config.out) / "bad_files.jsonl").exists()
+    assert curves["dali"] == pytest.approx(curves["pyav"], rel=0.02)
 
 
 def test_a_run_leaves_what_it_promises(make_config, world):

@@ -1,0 +1,365 @@
+"""Decoding by NVIDIA DALI: on a GPU's video engine, or on the CPU what DALI decodes there.
+
+Worker processes cannot share the main process's GPU, so the work is split. `encode`, in a
+worker, does all but decoding: it opens the file, chooses the frames as any reader does, and
+copies the packets that they need into a small Matroska file in memory, in which frames are
+numbered by their order of showing. So one demuxer, PyAV's, says which frame is which, whatever
+edit lists, times or cut ends the file has. `DaliDecoder`, in the main process, decodes batches of
+those on its device. What DALI cannot decode there, PyAV decodes in the worker.
+"""
+
+import ctypes
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.util import find_spec
+from itertools import chain
+from typing import Any, Literal, NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipvip.data.decode import DecodeError, OpenClip, open_video, orientation, packets_from
+
+DECODERS = ("auto", "dali", "pyav")
+
+
+class Engine(NamedTuple):
+    """Where DALI decodes, and what it can decode there, by FFmpeg's names."""
+
+    device: Literal["cpu", "gpu"]
+    codecs: frozenset[str]
+    pixels: frozenset[str]
+
+
+CPU = Engine(
+    "cpu",
+    frozenset({"vp8", "vp9", "mjpeg"}),
+    frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}),
+)
+GPU = Engine(
+    "gpu",
+    frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}),
+    frozenset({"yuv420p", "yuvj420p"}),
+)
+AV1_SINCE = (8, 6)  # compute capability
+
+# Red's and blue's share of brightness, by a frame's colour space. DALI takes all for BT.601.
+BT601 = (0.299, 0.114)
+SHARES = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
+
+TICK = 40  # of the copies' 1/1000 s, between frames
+THREADS = 8  # that feed a GPU's engines
+AT_ONCE = 1 << 30  # bytes of full-size frames
+
+
+class DaliError(ValueError):
+    """DALI was asked for and is not there."""
+
+
+def choose_engine(decoder: str) -> Engine | None:
+    """What is to decode for `decoder`, one of DECODERS; None for PyAV.
+
+    "auto" takes DALI where there is a GPU with a video engine. Raises DaliError for "dali" where
+    it is not installed.
+    """
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}")
+    if decoder == "pyav":
+        return None
+    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    gpu = torch.cuda.is_available()
+    if decoder == "auto" and not (installed and gpu and _has_nvdec()):
+        return None
+    if not installed:
+        raise DaliError('decoder is "dali", which is not installed: pip install "clipvip[dali]"')
+    if not gpu:
+        return CPU
+    with_av1 = torch.cuda.get_device_capability() >= AV1_SINCE
+    return GPU if with_av1 else GPU._replace(codecs=GPU.codecs - {"av1"})
+
+
+def _has_nvdec() -> bool:
+    """Containers may give the GPU but not its video driver."""
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        return False
+    return True
+
+
+# --- in the workers -------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Frames of a clip, not decoded yet.
+
+    data: uint8 [bytes], a Matroska file; numbers: int32 [N], the frames wanted, counted in the
+    order of showing; width, height: as stored. turn: see decode.orientation; colour_space: as
+    FFmpeg numbers them.
+    """
+
+    data: Tensor
+    numbers: NDArray[np.int32]
+    width: int
+    height: int
+    turn: tuple[bool, bool, bool]
+    colour_space: int
+
+
+class Refused(DecodeError):
+    """A clip that DALI cannot decode; PyAV may."""
+
+
+def encode(clip: OpenClip, engine: Engine) -> Encoded:
+    """Everything that DALI needs for the clip's frames. Raises Refused, or what PyAV raises."""
+    path = clip.path
+    codec = clip.stream.codec_context.codec.canonical_name
+    on_gpu = engine.device == "gpu"
+    if codec not in engine.codecs:
+        raise Refused(path, f"{codec} on the {engine.device.upper()}")
+    if clip.index.by_count:
+        raise Refused(path, "no times of showing in the file")
+    wanted = clip.index.shown[clip.chosen]
+    # Half a tick on, or rounding could lead to the keyframe before.
+    first = clip.index.times[clip.chosen.min()] + float(clip.stream.time_base or 0) / 2
+    with open_video(clip.source) as (container, stream):
+        packets = _needed(packets_from(container, stream, first), set(wanted.tolist()))
+        frame = _first_frame(packets)
+        if frame is None:
+            raise Refused(path, "frames out of order")
+        if frame.format.name not in engine.pixels:
+            raise Refused(path, f"{frame.format.name} pixels on the {engine.device.upper()}")
+        if on_gpu and frame.interlaced_frame:
+            raise Refused(path, "interlaced")
+        if on_gpu and (frame.width % 2 or frame.height % 2):
+            raise Refused(path, "a width or height that is odd")
+        times = np.array([packet.pts for packet in packets], np.int64)
+        shown = np.unique(times)
+        if len(shown) < len(times):
+            raise Refused(path, "two frames at one time")
+        data = _matroska(stream, packets, np.searchsorted(shown, times))
+    return Encoded(
+        torch.frombuffer(data, dtype=torch.uint8),
+        np.searchsorted(shown, wanted).astype(np.int32),
+        frame.width,
+        frame.height,
+        orientation(frame),
+        int(frame.colorspace),
+    )
+
+
+def _needed(packets: Iterator[Packet], wanted: set[int]) -> list[Packet]:
+    """In decoding order, from the keyframe on which they start to the last wanted one; none where
+    they lack one."""
+    needed: list[Packet] = []
+    for packet in packets:
+        if not packet.size or packet.pts is None:
+            continue
+        # What refers to frames before the keyframe cannot be decoded without them.
+        if not needed or packet.pts >= (needed[0].pts or 0):
+            needed.append(packet)
+            wanted.discard(packet.pts)
+        if not wanted:
+            return needed
+    return []
+
+
+def _first_frame(packets: list[Packet]) -> VideoFrame | None:
+    """Only a decoded frame says how it is to be turned and coloured."""
+    for packet in packets:
+        for frame in packet.decode():
+            assert isinstance(frame, VideoFrame)
+            return frame
+    flushed = packets[0].stream.decode(None) if packets else []
+    return flushed[0] if flushed else None
+
+
+def _matroska(stream: Any, packets: list[Packet], order: NDArray[np.int64]) -> memoryview:
+    """The packets as a file, the packet of order[i] shown at that place."""
+    buffer = io.BytesIO()
+    # None may be shown before it is decoded.
+    delay = int((np.arange(len(packets)) - order).max())
+    with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as out:
+        copy = out.add_stream_from_template(stream)
+        copy.time_base = Fraction(1, 1000)
+        for decoded, (packet, shown) in enumerate(zip(packets, order.tolist(), strict=True)):
+            packet.time_base = Fraction(1, 1000)
+            packet.pts, packet.dts = (shown + delay) * TICK, decoded * TICK
+            packet.duration = TICK
+            packet.stream = copy
+            out.mux(packet)
+    return buffer.getbuffer()
+
+
+# --- in the main process --------------------------------------------------------------------
+
+
+class DaliDecoder:
+    """Decodes, resizes (cubic, antialiased; the shortest side to `size`) and cuts out the centre.
+
+    threads: of the CPU's decoding. Uses the GPU that is current when it is made.
+    """
+
+    def __init__(self, size: int, engine: Engine, threads: int = 1) -> None:
+        self.size = size
+        on_gpu = engine.device == "gpu"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
+        self._threads = THREADS if on_gpu else max(threads, 1)
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._pipeline: Any = None
+        self._most = 0
+
+    def decode(self, clips: Sequence[Encoded]) -> list[Tensor | str]:
+        """Each clip's frames, uint8 [N, 3, size, size] on the device; a string, the reason, where
+        DALI could not decode it.
+        """
+        if self._stream is None:
+            return list(chain.from_iterable(map(self._decode, _portions(clips))))
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            found = list(chain.from_iterable(map(self._decode, _portions(clips))))
+            for frames in found:
+                if isinstance(frames, Tensor):
+                    frames.record_stream(torch.cuda.default_stream())
+            return found
+
+    def _decode(self, clips: Sequence[Encoded]) -> list[Tensor | str]:
+        try:
+            packed = self._run(clips)
+        except RuntimeError as error:
+            # An error leaves the pipeline invalid, and the other clips' frames are lost.
+            self._pipeline = None
+            if len(clips) == 1:
+                return [_reason(error)]
+            half = len(clips) // 2
+            return [*self._decode(clips[:half]), *self._decode(clips[half:])]
+        return [
+            _turned(_recoloured(frames, clip.colour_space), clip.turn)
+            for frames, clip in zip(
+                packed.split([len(clip.numbers) for clip in clips]), clips, strict=True
+            )
+        ]
+
+    def _run(self, clips: Sequence[Encoded]) -> Tensor:
+        """uint8 [F, 3, size, size]."""
+        if self._pipeline is None or len(clips) > self._most:
+            self._most = max(len(clips), self._most)
+            self._pipeline = self._build(self._most)
+        parts = [_part(clip.width, clip.height, self.size) for clip in clips]
+        (given,) = self._pipeline.run(
+            data=[clip.data.numpy() for clip in clips],
+            frames=[clip.numbers for clip in clips],
+            begin=[begin for begin, _ in parts],
+            end=[end for _, end in parts],
+        )
+        frames = [torch.from_dlpack(given[i]).permute(0, 3, 1, 2) for i in range(len(clips))]
+        counts = [len(part) for part in frames]
+        wanted = [len(clip.numbers) for clip in clips]
+        if counts != wanted:
+            raise RuntimeError(f"gave {counts} frames of {wanted}")
+        packed = torch.cat(frames)
+        if self._stream is not None:
+            self._stream.synchronize()  # the next run writes where these frames lie
+        return packed
+
+    def _build(self, most: int) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        gpu = self._stream is not None
+        pipeline = Pipeline(
+            batch_size=most,
+            num_threads=self._threads,
+            device_id=self.device.index if isinstance(self.device, torch.device) else None,
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
+            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+            begin = fn.external_source(name="begin", dtype=types.FLOAT, ndim=1)
+            end = fn.external_source(name="end", dtype=types.FLOAT, ndim=1)
+            # "none": a frame past the end is an error; otherwise it would be a black one.
+            decoded = fn.decoders.video(
+                data,
+                frames=frames,
+                pad_mode="none",
+                device="mixed" if gpu else "cpu",
+                affine=False,  # or the processes of one machine would share the same few cores
+            )
+            resized = fn.resize(
+                decoded,
+                size=[self.size, self.size],
+                roi_start=begin,
+                roi_end=end,
+                interp_type=types.INTERP_CUBIC,
+                antialias=True,
+            )
+            pipeline.set_outputs(resized)
+        pipeline.build()
+        return pipeline
+
+
+def _portions(clips: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
+    """Parts whose full-size frames fit into memory together."""
+    first, total = 0, 0
+    for last, clip in enumerate(clips):
+        size = 3 * clip.width * clip.height * len(clip.numbers)
+        if total and total + size > AT_ONCE:
+            yield clips[first:last]
+            first, total = last, 0
+        total += size
+    if clips:
+        yield clips[first:]
+
+
+def _part(width: int, height: int, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The part of a frame, (top, left) to (bottom, right), that becomes the square: the centre of
+    what the whole would be resized to, at the same pixels as decode's."""
+    scale = size / min(width, height)
+    across, down = max(size, round(width * scale)), max(size, round(height * scale))
+    begin = np.array([(down - size) // 2, (across - size) // 2])
+    unit = np.array([height / down, width / across])
+    return (begin * unit).astype(np.float32), ((begin + size) * unit).astype(np.float32)
+
+
+def _recoloured(frames: Tensor, colour_space: int) -> Tensor:
+    """RGB [N, 3, S, S] as DALI makes it, to what the frames' own colour space makes."""
+    if colour_space not in SHARES:
+        return frames
+    matrix = torch.tensor(
+        _to_rgb(*SHARES[colour_space]) @ np.linalg.inv(_to_rgb(*BT601)), dtype=torch.float32
+    )
+    pixels = torch.einsum("ij,njhw->nihw", matrix.to(frames.device), frames.float())
+    return pixels.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _to_rgb(red: float, blue: float) -> NDArray[np.float64]:
+    """(brightness, blue difference, red difference) to RGB."""
+    green = 1 - red - blue
+    return np.array(
+        [
+            [1, 0, 2 - 2 * red],
+            [1, (2 * blue - 2) * blue / green, (2 * red - 2) * red / green],
+            [1, 2 - 2 * blue, 0],
+        ]
+    )
+
+
+def _turned(frames: Tensor, turn: tuple[bool, bool, bool]) -> Tensor:
+    swapped, mirrored_x, mirrored_y = turn
+    frames = frames.transpose(2, 3) if swapped else frames
+    axes = [axis for axis, mirrored in ((3, mirrored_x), (2, mirrored_y)) if mirrored]
+    return frames.flip(axes) if axes else frames
+
+
+def _reason(error: RuntimeError) -> str:
+    """DALI's own words out of several lines around them."""
+    text = str(error)
+    said = text.partition("encountered:")[2].strip() or text.strip()
+    return f"DALI: {said.splitlines()[0] if said else 'an error without words'}"

@@ -19,6 +19,8 @@ Annotations = Annotated[Positional[Path], arg(metavar="ANNOTATIONS.jsonl")]
 def train(
     config: Annotated[Positional[str], arg(metavar="CONFIG")],
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="[KEY=VALUE …]")] = (),
+    dry_run: bool = False,
+    processes: int = 1,
 ) -> None:
     """Post-pretrain or fine-tune by a configuration.
 
@@ -27,10 +29,14 @@ def train(
     Args:
         config: A YAML file, or the name of a packaged one (pretrain, msrvtt, didemo, …).
         overrides: Settings that replace the file's, as key=value (optimizer.lr=1e-6).
+        dry_run: Print what the run will cost (parameters, tokens, operations, memory, steps) and
+            take one step through all its parts on made-up clips, with a model hardly any wide.
+        processes: Those that a dry run plans for.
     """
     from clipvip.training.__main__ import main as train_main
 
-    train_main([config, *overrides])
+    flags = ("--dry-run", "--processes", str(processes)) if dry_run else ()
+    train_main([config, *overrides, *flags])
 
 
 def evaluate(

@@ -4,14 +4,18 @@ An error is one line; with CLIPVIP_TRACEBACK=1 in the environment it is Python's
 SIGTERM saves a checkpoint and ends with status 75.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-USAGE = """usage: python -m clipvip.training CONFIG [key=value …]
+USAGE = """usage: python -m clipvip.training CONFIG [key=value …] [--dry-run [--processes N]]
 
 CONFIG is a YAML file or the name of a packaged configuration: {names}.
 Several processes: torchrun --nproc-per-node 8 -m clipvip.training CONFIG key=value
+
+--dry-run prints what a run on N processes (1) will cost, then takes one step through all its
+parts on made-up clips, with a model of the same layers that is hardly any wide.
 
 On SIGTERM all processes finish the step, save and end with status 75: started again, with
 resume=latest, the run goes on. A second SIGTERM ends at once."""
@@ -32,8 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE.format(names=", ".join(path.stem for path in packaged_configs())))
         raise SystemExit(0 if arguments else 2)
+    arguments, dry, processes = _flags(list(arguments))
     try:
         config = load_config(arguments[0], arguments[1:])  # before the slow imports
+
+        if dry:
+            from clipvip.training.dry_run import dry_run
+
+            dry_run(config, processes)
+            return
 
         import torch.distributed as dist
 
@@ -61,6 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = "clipvip" if rank == "0" else f"clipvip, rank {rank}"
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _flags(arguments: list[str]) -> tuple[list[str], bool, int]:
+    """The arguments without flags; whether it is a dry run, and of how many processes."""
+    parser = argparse.ArgumentParser(prog="python -m clipvip.training", add_help=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
+    flags, rest = parser.parse_known_intermixed_args(arguments)
+    if unknown := [argument for argument in rest if argument.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}")
+    if flags.processes < 1:
+        parser.error(f"--processes is {flags.processes}; expected at least 1")
+    return rest, flags.dry_run, flags.processes
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from clipvip.data.loader import ClipLoader, build_loader
 from clipvip.data.shards import is_shards
 from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.processing import CLIPViPProcessor
 from clipvip.training import checkpoint, parallel, ranks
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
@@ -124,7 +125,21 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
     return model.train(), processor
 
 
-def _new_model(config: TrainConfig) -> tuple[CLIPViPModel, CLIPViPProcessor]:
+def model_config(config: TrainConfig) -> CLIPViPConfig:
+    """The shapes of what build_model makes, without weights where those are not in one file."""
+    name = config.model.name
+    if name is None:
+        return _new_config(config, _tokenizer(config))
+    if Path(name).suffix in AUTHORS_SUFFIXES:
+        return infer_config(read_authors_checkpoint(name), name)
+    return CLIPViPConfig.from_pretrained(name)
+
+
+def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(str(config.model.tokenizer))
+
+
+def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:
     given = dict(config.model.config or {})
     known = CLIPViPConfig().to_dict()
     towers = ("text_config", "vision_config")
@@ -133,7 +148,6 @@ def _new_model(config: TrainConfig) -> tuple[CLIPViPModel, CLIPViPProcessor]:
         for name in [key, *(f"{key}.{inner}" for inner in (value if key in towers else ()))]:
             refuse_unknown_key(name, keys, "model.config")
 
-    tokenizer = CLIPTokenizer.from_pretrained(str(config.model.tokenizer))
     text = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -146,7 +160,16 @@ def _new_model(config: TrainConfig) -> tuple[CLIPViPModel, CLIPViPProcessor]:
         "attention_backend": config.backend,
     }
     try:
-        model = CLIPViPModel(CLIPViPConfig(**given))
+        return CLIPViPConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.config: {error}") from None
+
+
+def _new_model(config: TrainConfig) -> tuple[CLIPViPModel, CLIPViPProcessor]:
+    tokenizer = _tokenizer(config)
+    shapes = _new_config(config, tokenizer)
+    try:
+        model = CLIPViPModel(shapes)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.config: {error}") from None
     size = model.config.vision_config.image_size

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from clipvip.model import CLIPViPModel
-from clipvip.training.config import ConfigError, OptimizerConfig
+from clipvip.training.config import ConfigError, OptimizerConfig, TrainConfig
 
 _LAYER = re.compile(r"(?P<tower>text|vision)_model\.encoder\.layers\.(?P<number>\d+)\.")
 _BELOW_LAYERS = ("text_model.embeddings.", "vision_model.embeddings.", "vision_model.pre_layrnorm.")
@@ -78,3 +78,9 @@ def schedule(done: int, total: int, warmup: float) -> float:
     if done < rising:
         return (done + 1) / rising
     return (1 + math.cos(math.pi * (done - rising) / (total - rising))) / 2
+
+
+def run_steps(config: TrainConfig, batches: int) -> tuple[int, int]:
+    """Optimiser steps of an epoch of so many batches, and of the whole run."""
+    epoch = max(1, batches // config.accumulation)
+    return epoch, config.max_steps or math.ceil((config.epochs or 0) * epoch)

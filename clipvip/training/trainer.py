@@ -35,7 +35,8 @@ from clipvip.training.build import (
 )
 from clipvip.training.config import Preempted, TrainConfig, TrainingError, check
 from clipvip.training.evaluate import evaluate
-from clipvip.training.optimization import parameter_groups, schedule
+from clipvip.training.optimization import parameter_groups, run_steps, schedule
+from clipvip.training.plan import TERA, peak_tera, plan
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import Reporter
 
@@ -68,8 +69,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     clips, validation = load_clips(config)
     model, processor = build_model(config, resumed)
     loader = training_loader(config, clips, model, processor)
-    epoch_steps = max(1, len(loader) // config.accumulation)
-    total = config.max_steps or math.ceil((config.epochs or 0) * epoch_steps)
+    epoch_steps, total = run_steps(config, len(loader))
+    step_tera = plan(model, config, accelerator.num_processes).step_flops / TERA
+    peak = peak_tera(accelerator.device)
     towers = parallel.distribute(
         Towers(model, config, processor), model, config.parallel, accelerator
     )
@@ -133,8 +135,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 "epoch": step / epoch_steps,
                 "clips_per_second": config.batch_size / took,
                 "data_wait": waited / took,
+                "tera_flops": step_tera / took / accelerator.num_processes,
                 "skipped_steps": state.get("skipped_steps", 0),
             }
+            if peak:  # model FLOP/s utilisation
+                row["mfu"] = row["tera_flops"] / peak
             if due(step, config.log_every, total):
                 reporter.write(step, row)
             reporter.advance(step, row)

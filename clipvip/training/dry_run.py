@@ -1,0 +1,100 @@
+"""`--dry-run`: what a run will cost, and one step of all its parts at hardly any width."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.training.build import load_clips, model_config
+from clipvip.training.config import ConfigError, TrainConfig
+from clipvip.training.optimization import freeze, run_steps
+from clipvip.training.plan import plan
+from clipvip.training.trainer import train
+
+
+def dry_run(config: TrainConfig, processes: int) -> None:
+    """Print the plan of a run on so many processes, and take one step of its trial here."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("a dry run is one process; --processes plans for more")
+    parts = processes * config.accumulation
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}; it must be a multiple of {parts} "
+            f"({processes} processes × accumulation {config.accumulation})"
+        )
+    clips = len(load_clips(config)[0])
+    _, steps = run_steps(config, clips // (config.batch_size // config.accumulation))
+    shapes = model_config(config)
+    with torch.device("meta"):
+        model = CLIPViPModel(shapes)
+    freeze(model, config.model.freeze, config.model.unfreeze)
+    print(plan(model, config, processes).describe(clips, steps), flush=True)
+    with trial(config, shapes) as tried:
+        loss = train(tried)["loss"]
+    print(f"a step of the same parts at hardly any width: loss {loss:.4f}; the run can start")
+
+
+@contextmanager
+def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
+    """The configuration of one step that takes all its ways at hardly any width.
+
+    Its model has the shapes' layers, patches, frames and vocabulary, but 32 channels; its clips
+    are made up, two a process and micro-batch; its folder is temporary.
+    """
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1}
+    given = shapes.to_dict()
+    for tower in ("text_config", "vision_config"):
+        given[tower] = {**given[tower], **narrow}
+    given = {**given, "projection_dim": 32}
+    for key in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"):
+        given.pop(key, None)
+    source = config.model.tokenizer or config.model.name
+    clips = 2 * config.accumulation
+    with tempfile.TemporaryDirectory() as folder:
+        annotations = _made_up(Path(folder), clips, config.data.num_frames)
+        yield replace(
+            config,
+            out=str(Path(folder) / "run"),
+            model=replace(config.model, name=None, config=given, tokenizer=source),
+            data=replace(
+                config.data,
+                train=str(annotations),
+                sources=[],
+                validation=str(annotations),
+                num_workers=min(config.data.num_workers, 1),
+            ),
+            batch_size=clips,
+            micro_batch=config.micro_batch and 1,
+            epochs=None,
+            max_steps=1,
+            resume="never",
+        )
+
+
+def _made_up(folder: Path, clips: int, frames: int) -> Path:
+    """Annotations of a moving pattern, each clip with every kind of text."""
+    import av
+
+    video = folder / "clip.mp4"
+    with av.open(str(video), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        stream.time_base = Fraction(1, 25)
+        noise = np.random.default_rng(0).integers(0, 256, (15, 20, 3), np.uint8)
+        picture = noise.repeat(16, 0).repeat(16, 1)
+        for t in range(2 * frames):
+            image = np.ascontiguousarray(np.roll(picture, 4 * t, 1))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    path = folder / "clips.jsonl"
+    row = {"video": video.name, "text": "a", "subtitle": "a b", "caption": "a b c"}
+    path.write_text((json.dumps(row) + "\n") * clips)
+    return path

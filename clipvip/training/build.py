@@ -1,11 +1,14 @@
 """From a configuration to what the training loop works on."""
 
+import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from omegaconf import OmegaConf
@@ -30,8 +33,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state()  # a second run in this process may use another precision
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
+    cpu = not torch.accelerator.is_available()  # without it, torchrun's ranks are strangers
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        timeout = timedelta(seconds=config.timeout)
+        PartialState(cpu=cpu, timeout=timeout, **ranks.meet(config.timeout))
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it, torchrun's ranks are strangers
+        cpu=cpu,
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
         log_with="tensorboard",

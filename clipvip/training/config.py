@@ -128,6 +128,11 @@ class TrainConfig:
     deterministic: bool = False
     """Ask PyTorch for deterministic algorithms, which a GPU needs for a resumed run to equal
     an unbroken one to the last bit; slower there."""
+    lost_after: float = 20.0
+    """Seconds without a sign of life from a rank, of its process and not of its progress, after
+    which the others end and name it."""
+    timeout: float = 1800.0
+    """Seconds that ranks wait for one that lives but does not come."""
     on_nonfinite: str = "stop"
     """Where a loss or gradient is NaN or infinite: "stop", or "skip" the optimiser's step and
     stop only after ten in a row. Either way the clips of that step are named."""

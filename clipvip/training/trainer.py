@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
 
     reporter = Reporter(accelerator, out, state["step"], total)
-    with reporter, Preemption() as preemption:
+    with Preemption() as preemption, ranks.Watch(config.lost_after), reporter:
         reporter.say(describe(config, model, len(clips), accelerator, state["step"], total))
         for step in range(state["step"] + 1, total + 1):
             started, waited, losses, seen = time.perf_counter(), 0.0, [], []

@@ -4,6 +4,7 @@ python forks.py kill CONFIG key=value …   four times; three of them killed at 
 python forks.py two CONFIG key=value …    two processes of one training, as torchrun starts them
 python forks.py stop OUT CONFIG key=value …   sent SIGTERM and started again; alone
     in OUT-1, two processes in OUT-2
+python forks.py lose OUT CONFIG key=value …   two, of which either is killed, or stopped
 python forks.py full CONFIG key=value …   the same, on a disk without room for a checkpoint
 python forks.py skip CONFIG key=value …   the same, with a NaN as the second rank's second loss
 python forks.py eval CHECKPOINT ANNOTATIONS OUT   two processes of one evaluation
@@ -103,6 +104,21 @@ def stop_and_go_on(arguments):
         assert max(map(status, ranks(count, arguments))) == 0
 
 
+def lose_a_rank(arguments):
+    out, *given = arguments
+    for lost, sent in ((0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)):
+        arguments = [*given, f"out={out}-{sent.name}-{lost}"]
+        processes = ranks(2, arguments)
+        assert wait_for_rows(arguments, random.randint(1, 8), processes)
+        os.kill(processes[lost], sent)
+        began = time.monotonic()
+        ended = status(processes[1 - lost])
+        took = time.monotonic() - began
+        print(f"{processes[lost]} {sent.name}; the other ended with {ended} in {took:.1f} s")
+        os.kill(processes[lost], signal.SIGKILL)
+        status(processes[lost])
+
+
 def evaluate(arguments):
     checkpoint, annotations, out = arguments
     evaluate_checkpoint(
@@ -157,6 +173,7 @@ if __name__ == "__main__":
         "kill": kill_three_times,
         "two": two_processes,
         "stop": stop_and_go_on,
+        "lose": lose_a_rank,
         "skip": functools.partial(two_processes, run=broken_on_the_second_rank),
         "full": two_without_room,
         "eval": functools.partial(two_processes, run=evaluate),

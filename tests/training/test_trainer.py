@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -233,13 +236,17 @@ def test_errors_of_the_command_are_one_line(make_config, capsys, overrides, mess
     assert message in said and said.count("\n") == 1 and said.startswith("clipvip: error: ")
 
 
-def run_forks(*arguments):
+def environment():
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": paths}
+
+
+def run_forks(*arguments):
     forks = [sys.executable, str(Path(__file__).with_name("forks.py"))]
     finished = subprocess.run(
         [*forks, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": paths},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -285,6 +292,49 @@ def test_a_second_sigterm_ends_at_once():
         f"import os, signal; {preemption}\nwith Preemption() as p: {kill}; assert p.asked; {kill}"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
+
+
+def test_a_lost_rank_ends_the_others_and_is_named(make_config, tmp_path):
+    given = [make_config.path, "max_steps=1000", "lost_after=2"]
+    said = run_forks("lose", tmp_path / "run", *given)
+    lost = re.findall(r"^(\d+) (SIG\w+); the other ended with 1 in ([\d.]+) s", said, re.MULTILINE)
+    assert [how for _, how, _ in lost] == ["SIGKILL", "SIGSTOP", "SIGSTOP"]
+    assert all(float(seconds) < 30 for *_, seconds in lost)
+    for rank, (process, *_) in zip((0, 0, 1), lost, strict=True):
+        name = f"error: rank {rank} ({socket.gethostname()}, process {process}) is lost; "
+        assert said.count(name) == 1, said
+
+
+def test_torchrun_starts_lost_ranks_again_from_the_last_checkpoint(make_config, tmp_path):
+    given = ["max_steps=20", "save_every=3"]
+    train(make_config(*given, f"out={tmp_path / 'unbroken'}"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
+        "-m", "clipvip.training", str(make_config.path), *given, "resume=latest",
+        f"out={tmp_path / 'broken'}",
+    ]  # fmt: skip
+    log = tmp_path / "broken" / "metrics.jsonl"
+    with subprocess.Popen(
+        command,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
+        until = time.monotonic() + 120
+        while not log.exists() or log.read_text().count("\n") < 8:
+            assert time.monotonic() < until and run.poll() is None
+            time.sleep(0.001)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        ranks = {pid: Path(f"/proc/{pid}/environ").read_text() for pid in children}
+        (victim,) = [pid for pid, told in ranks.items() if "\0RANK=1\0" in told]
+        os.kill(int(victim), signal.SIGKILL)
+        said, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert f"rank 1 ({socket.gethostname()}, process {victim}) is lost" in said
+    assert re.search(r"steps ([47]|10|13|16|19) to 20", said)
+    assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "unbroken"), rel=1e-4)
+    assert [row["step"] for row in rows(tmp_path / "broken")] == list(range(1, 21))
 
 
 def test_two_processes_train_as_one(make_config, tmp_path, world):

@@ -11,6 +11,7 @@ those on its device. What DALI cannot decode there, PyAV decodes in the worker.
 import ctypes
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
@@ -54,20 +55,21 @@ AV1_SINCE = (8, 6)  # compute capability
 BT601 = (0.299, 0.114)
 SHARES = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
 
-TICK = 40  # of the copies' 1/1000 s, between frames
+TICKS = Fraction(1, 1000)  # of the copies
+STEP = 40  # ticks between frames
 THREADS = 8  # that feed a GPU's engines
 AT_ONCE = 1 << 30  # bytes of full-size frames
 
 
 class DaliError(ValueError):
-    """DALI was asked for and is not there."""
+    """DALI was asked for and cannot be had."""
 
 
 def choose_engine(decoder: str) -> Engine | None:
     """What is to decode for `decoder`, one of DECODERS; None for PyAV.
 
     "auto" takes DALI where there is a GPU with a video engine. Raises DaliError for "dali" where
-    it is not installed.
+    it is not installed, or cannot reach the GPU's video engine.
     """
     if decoder not in DECODERS:
         raise ValueError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}")
@@ -81,6 +83,11 @@ def choose_engine(decoder: str) -> Engine | None:
         raise DaliError('decoder is "dali", which is not installed: pip install "clipvip[dali]"')
     if not gpu:
         return CPU
+    if not _has_nvdec():
+        raise DaliError(
+            'decoder is "dali", but the driver\'s video library (libnvcuvid.so.1) is not found; '
+            "a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
     with_av1 = torch.cuda.get_device_capability() >= AV1_SINCE
     return GPU if with_av1 else GPU._replace(codecs=GPU.codecs - {"av1"})
 
@@ -189,11 +196,11 @@ def _matroska(stream: Any, packets: list[Packet], order: NDArray[np.int64]) -> m
     delay = int((np.arange(len(packets)) - order).max())
     with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as out:
         copy = out.add_stream_from_template(stream)
-        copy.time_base = Fraction(1, 1000)
+        copy.time_base = TICKS
         for decoded, (packet, shown) in enumerate(zip(packets, order.tolist(), strict=True)):
-            packet.time_base = Fraction(1, 1000)
-            packet.pts, packet.dts = (shown + delay) * TICK, decoded * TICK
-            packet.duration = TICK
+            packet.time_base = TICKS
+            packet.pts, packet.dts = (shown + delay) * STEP, decoded * STEP
+            packet.duration = STEP
             packet.stream = copy
             out.mux(packet)
     return buffer.getbuffer()
@@ -221,16 +228,23 @@ class DaliDecoder:
         """Each clip's frames, uint8 [N, 3, size, size] on the device; a string, the reason, where
         DALI could not decode it.
         """
-        if self._stream is None:
+        with self.apart():
             return list(chain.from_iterable(map(self._decode, _portions(clips))))
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The GPU's work within waits for none of its other work, and is done at the end."""
+        if self._stream is None:
+            yield
+            return
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            found = list(chain.from_iterable(map(self._decode, _portions(clips))))
-            for frames in found:
-                if isinstance(frames, Tensor):
-                    frames.record_stream(torch.cuda.default_stream())
-            return found
+            yield
+            self._stream.synchronize()
 
     def _decode(self, clips: Sequence[Encoded]) -> list[Tensor | str]:
+        if self._pipeline is None or len(clips) > self._most:
+            self._most = max(len(clips), self._most)
+            self._pipeline = self._build(self._most)
         try:
             packed = self._run(clips)
         except RuntimeError as error:
@@ -249,9 +263,6 @@ class DaliDecoder:
 
     def _run(self, clips: Sequence[Encoded]) -> Tensor:
         """uint8 [F, 3, size, size]."""
-        if self._pipeline is None or len(clips) > self._most:
-            self._most = max(len(clips), self._most)
-            self._pipeline = self._build(self._most)
         parts = [_part(clip.width, clip.height, self.size) for clip in clips]
         (given,) = self._pipeline.run(
             data=[clip.data.numpy() for clip in clips],
@@ -280,7 +291,7 @@ class DaliDecoder:
             prefetch_queue_depth=1,
         )
         with pipeline:
-            data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
+            data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, no_copy=True)
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
             begin = fn.external_source(name="begin", dtype=types.FLOAT, ndim=1)
             end = fn.external_source(name="end", dtype=types.FLOAT, ndim=1)

@@ -394,7 +394,7 @@ class Reading:
                 sample.frames, sample.decoder = encode(opened, self.engine), "DALI"
             except DecodeError as error:
                 refused = isinstance(error, Refused)
-                reason = error.reason if refused else "packets cannot be copied"
+                reason = error.reason if refused else "packets cannot be cut out"
                 sample.decoder = f"PyAV ({reason})"
                 sample.frames = opened.decode(self.size)
 
@@ -517,7 +517,14 @@ class _ByDali:
         self._workers: Workers[Any, Sample] | None = None
 
     def __call__(self, parcel: _Parcel) -> tuple[Batch | None, Report]:
-        samples = parcel.samples
+        with self.decoder.apart():
+            batch, report = self.collate(self._decoded(parcel.samples))
+        for value in (batch or {}).values():
+            if value.is_cuda:  # made on another stream than it is used on
+                value.record_stream(torch.cuda.default_stream(value.device))
+        return batch, report
+
+    def _decoded(self, samples: list[Sample]) -> list[Sample]:
         places = [i for i, sample in enumerate(samples) if isinstance(sample.frames, Encoded)]
         decoded = self.decoder.decode([samples[i].frames for i in places])  # type: ignore[misc]
         for i, frames in zip(places, decoded, strict=True):
@@ -531,7 +538,7 @@ class _ByDali:
                     sample.frames = sample.frames.to(self.decoder.device)
                 if sample.image is not None:
                     sample.image = sample.image.to(self.decoder.device)
-        return self.collate(samples)
+        return samples
 
     def _read_again(self, sample: Sample, reason: str) -> Sample:
         """By PyAV, in a process of its own: what DALI stumbles over may break more than DALI."""

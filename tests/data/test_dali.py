@@ -159,6 +159,23 @@ def test_uneven_times_and_a_late_start_change_no_frame(make_video, decoder, numb
 
 
 @needs_dali
+def test_frames_before_an_edit_lists_start_are_not_counted(
+    vp9: Path, decoder: DaliDecoder, numbers, tmp_path: Path
+) -> None:
+    path = tmp_path / "edited.mp4"
+    with av.open(str(vp9)) as given, av.open(str(path), "w") as out:
+        copy = out.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.pts -= 240  # of 1/1000 s: six frames before the start
+                packet.dts, packet.stream = packet.pts, copy
+                out.mux(packet)
+    theirs = read_frames(path, 6, size=SIZE)
+    assert numbers(theirs)[0] == 6
+    assert numbers(by_dali(path, 6, decoder)) == numbers(theirs)
+
+
+@needs_dali
 @pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (0, -1, 1, 0), (-1, 0, 0, -1), (-1, 0, 0, 1)])
 def test_display_matrix_is_applied(matrix, turned_video, decoder: DaliDecoder) -> None:
     video = turned_video(matrix, codec="libvpx-vp9")
@@ -478,6 +495,9 @@ def test_auto_is_dali_only_where_a_gpu_can_decode(monkeypatch) -> None:
         assert (chosen is not None) == (gpu and engine)
     assert chosen is not None and "h264" in chosen.codecs and "av1" not in chosen.codecs
     assert choose_engine("pyav") is None
+    monkeypatch.setattr(dali, "_has_nvdec", lambda: False)
+    with pytest.raises(DaliError, match="NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"):
+        choose_engine("dali")
 
 
 # --- on a GPU -------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from clipvip.data.shards import is_shards
 from clipvip.training.config import TrainConfig, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -257,3 +258,23 @@ def course(config: TrainConfig, processes: int) -> dict[str, Any]:
         else:
             flat[key] = value
     return {key: value for key, value in flat.items() if key not in _NOT_THE_COURSE}
+
+
+def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterator[str]:
+    """A line for each difference from the course that a checkpoint was written in."""
+    for key, value in course(config, processes).items():
+        before = then.get(key)
+        if before == value:
+            continue
+        if key != "processes":
+            yield f"resuming with another {key}: was {before}, is {value}"
+        elif config.data.train is None or is_shards(config.data.train):
+            yield (
+                f"resuming with {value} processes after {before}: what is left of this epoch is "
+                "drawn from the shards anew, so some of its clips come twice and some not at all"
+            )
+        else:
+            yield (
+                f"resuming with {value} processes after {before}: the batches stay as they would "
+                "have been, and losses too but for rounding and dropout"
+            )

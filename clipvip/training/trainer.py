@@ -78,11 +78,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(parameter_groups(model, optim), optim.lr, optim.betas)
     average = parallel.Average(model, config.ema) if config.ema else None
     set_seed(config.seed, device_specific=True)
-    state = {"step": 0}
+    state = {"step": 0, "clips": 0}
     if resumed:
         state = load_state(resumed, config, model, optimizer, accelerator)
     start_trackers(accelerator, config, state["step"])
-    batches = endless(loader, state["step"] * config.accumulation)
+    batches = endless(loader, state["clips"] // (config.batch_size // config.accumulation))
     backward = functools.partial(
         caching.backward,
         parallel.embedder(towers, accelerator),
@@ -143,7 +143,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if due(step, config.log_every, total):
                 reporter.write(step, row)
             reporter.advance(step, row)
-            state.update(step=step, loss=mean_loss)
+            state.update(step=step, loss=mean_loss, clips=state["clips"] + config.batch_size)
             improved = False
             if validation and due(step, config.eval_every or epoch_steps, total):
                 with average.in_place() if average else nullcontext():
@@ -348,9 +348,8 @@ def load_state(
         checkpoint.set_random_state(random_states[accelerator.process_index])
     if accelerator.is_main_process:
         checkpoint.move_links(Path(config.out), state["step"], state.get("best_step"))
-        for key, value in checkpoint.course(config, accelerator.num_processes).items():
-            if then.get(key) != value:
-                print(f"resuming with another {key}: was {then.get(key)}, is {value}")
+        for change in checkpoint.changes(then, config, accelerator.num_processes):
+            print(change, flush=True)
     return state
 
 

@@ -1,6 +1,9 @@
 """Trainings in processes of their own, forked after the imports, which take seconds.
 
-python forks.py kill CONFIG key=value …   four times; three of them killed at a random moment
+python forks.py kill COUNTS CONFIG key=value …   as many processes as the first of COUNTS (such as
+    1,1,2) says, of which one is killed at a random moment; then as many as the second, and so on;
+    the last ones end by themselves
+python forks.py damage COUNTS CONFIG key=value …   besides, the newest of several checkpoints is cut
 python forks.py two CONFIG key=value …    two processes of one training, as torchrun starts them
 python forks.py stop OUT CONFIG key=value …   sent SIGTERM and started again; alone
     in OUT-1, two processes in OUT-2
@@ -8,6 +11,7 @@ python forks.py lose OUT CONFIG key=value …   two, of which either is killed, 
 python forks.py full CONFIG key=value …   the same, on a disk without room for a checkpoint
 python forks.py skip CONFIG key=value …   the same, with a NaN as the second rank's second loss
 python forks.py eval CHECKPOINT ANNOTATIONS OUT   two processes of one evaluation
+Several such are parted by a +.
 """
 
 import contextlib
@@ -25,6 +29,7 @@ import torch
 
 import clipvip.training.trainer
 from clipvip.training.__main__ import main
+from clipvip.training.checkpoint import checkpoints
 from clipvip.training.config import load_config
 from clipvip.training.evaluate import evaluate_checkpoint
 
@@ -50,8 +55,12 @@ def status(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def out_of(arguments):
+    return Path(load_config(arguments[0], arguments[1:]).out)
+
+
 def rows(arguments):
-    log = Path(load_config(arguments[0], arguments[1:]).out) / "metrics.jsonl"
+    log = out_of(arguments) / "metrics.jsonl"
     return log.read_text().count("\n") if log.exists() else 0
 
 
@@ -67,15 +76,19 @@ def wait_for_rows(arguments, wanted, processes):
     return True
 
 
-def kill_three_times(arguments):
-    for _ in range(3):
-        process = start(arguments)
-        if wait_for_rows(arguments, rows(arguments) + random.randint(1, 12), [process]):
-            os.kill(process, signal.SIGKILL)
-            print("killed:", status(process), "after", rows(arguments), "rows")
-        else:
-            status(process)
-    return status(start(arguments))
+def kill_and_go_on(arguments, damage=False):
+    counts, *arguments = arguments
+    *broken, last = map(int, counts.split(","))
+    for count in broken:
+        processes = ranks(count, arguments)
+        if wait_for_rows(arguments, rows(arguments) + random.randint(4, 10), processes):
+            os.kill(random.choice(processes), signal.SIGKILL)
+        ends = [status(process) for process in processes]
+        print("killed:", ends, "after", rows(arguments), "rows")
+        found = checkpoints(out_of(arguments) / "checkpoints")
+        if damage and len(found) > 1:
+            os.truncate(found[-1] / "state.pt", 1000)
+    return max(map(status, ranks(last, arguments)))
 
 
 def group_is_gone(group):
@@ -162,15 +175,16 @@ def broken_on_the_second_rank(arguments):
 
 
 def two_without_room(arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    ends = [status(process) for process in ranks(2, arguments)]
-    print("ended with", ends)
-    return ends != [1, 1]
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    print("ended with", [status(process) for process in ranks(2, arguments)])
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
 if __name__ == "__main__":
     modes = {
-        "kill": kill_three_times,
+        "kill": kill_and_go_on,
+        "damage": functools.partial(kill_and_go_on, damage=True),
         "two": two_processes,
         "stop": stop_and_go_on,
         "lose": lose_a_rank,
@@ -178,4 +192,9 @@ if __name__ == "__main__":
         "full": two_without_room,
         "eval": functools.partial(two_processes, run=evaluate),
     }
-    sys.exit(modes[sys.argv[1]](sys.argv[2:]))
+    jobs = sys.argv[1:]
+    while jobs:
+        end = jobs.index("+") if "+" in jobs else len(jobs)
+        if modes[jobs[0]](jobs[1:end]):
+            sys.exit(1)
+        del jobs[: end + 1]

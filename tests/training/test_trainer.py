@@ -180,16 +180,16 @@ def test_a_full_disk_costs_only_the_checkpoints_that_found_it_full(
     assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_ranks_end_together_where_the_first_cannot_write_the_last_checkpoint(make_config):
-    said = run_forks("full", make_config.path, "max_steps=2", "save_every=1")
+def test_what_one_rank_finds_they_all_do(make_config, tmp_path):
+    """The first cannot write the last checkpoint; the second's loss is not finite."""
+    full = [make_config.path, "max_steps=2", "save_every=1", f"out={tmp_path / 'full'}"]
+    skip = [make_config.path, "max_steps=4", "on_nonfinite=skip"]
+    said = run_forks("full", *full, "+", "skip", *skip)
     lines = [line for line in said.splitlines() if "could not be written" in line]
     assert len(lines) == 2 and lines[0].startswith("step 1: ")
     assert lines[1].startswith("clipvip: error: step 2: ") and lines[1].endswith("writes it")
-
-
-def test_ranks_leave_out_the_same_steps(make_config, tmp_path):
-    said = run_forks("skip", make_config.path, "max_steps=4", "on_nonfinite=skip")
-    assert said.count("not finite; skipped") == 1 and "step 2: " in said
+    assert "ended with [1, 1]" in said
+    assert said.count("not finite; skipped") == 1 and "step 2: loss " in said
     log = rows(tmp_path / "run")
     assert [row["skipped_steps"] for row in log] == [0, 1, 1, 1]
     assert [row["grad_norm"] is None for row in log] == [False, True, False, False]
@@ -264,13 +264,38 @@ def test_killed_at_any_moment_the_resumed_run_equals_the_unbroken_one(make_confi
     ]  # fmt: skip
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     train(make_config(*overrides, f"out={unbroken}"))
-    said = run_forks("kill", make_config.path, *overrides, f"out={broken}", "resume=latest")
-    assert "killed: -9" in said
+    given = [make_config.path, *overrides, f"out={broken}", "resume=latest"]
+    said = run_forks("damage", "1,1,1,1", *given)
+    assert "killed: [-9]" in said and "state.pt has 1000 bytes of " in said
     assert losses(broken) == losses(unbroken)
     assert [row["step"] for row in rows(broken)] == list(range(1, 41))
     key = "validation/text_to_video/mean_rank"
     ranks = [[(row["step"], row[key]) for row in rows(out, key)] for out in (broken, unbroken)]
     assert ranks[0] == ranks[1]
+
+
+def test_two_processes_killed_go_on_exactly_and_with_another_number_soundly(
+    make_config, tmp_path, world
+):
+    from clipvip.data.shards import write_shards
+
+    write_shards(world / "annotations.jsonl", tmp_path / "tars", clips_per_shard=5, num_workers=0)
+    overrides = ["max_steps=24", "save_every=3"]
+    given = [make_config.path, *overrides, "resume=latest"]
+    dropout = "model.config.text_config.attention_dropout=0.1"  # so that random states matter
+    train(make_config(*overrides, f"out={tmp_path / 'unbroken'}"))
+    said = run_forks(
+        *["kill", "2", *given, dropout, f"out={tmp_path / 'two-unbroken'}", "+"],
+        *["kill", "2,2", *given, dropout, f"out={tmp_path / 'two'}", "+"],
+        *["kill", "1,2,1", *given, f"out={tmp_path / 'changed'}", "+"],
+        *["kill", "1,2", *given, f"data.train={tmp_path / 'tars'}", f"out={tmp_path / 'sharded'}"],
+    )
+    assert losses(tmp_path / "two") == losses(tmp_path / "two-unbroken")
+    assert losses(tmp_path / "changed") == pytest.approx(losses(tmp_path / "unbroken"), rel=1e-4)
+    assert list(losses(tmp_path / "sharded")) == list(range(1, 25))
+    assert "resuming with 2 processes after 1: the batches stay as they would have been" in said
+    assert "resuming with 1 processes after 2: the batches stay" in said
+    assert "resuming with 2 processes after 1: what is left of this epoch is drawn" in said
 
 
 def test_sigterm_saves_and_the_run_goes_on_as_if_unbroken(make_config, tmp_path):

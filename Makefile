@@ -43,7 +43,11 @@ native-test: setup
 	    || exit 1; \
 	done
 
-bench: setup
+# Peers that cannot be installed are left out by name.
+$(VENV)/peers: $(VENV)/ready
+	-$(BIN)/python -m pip install -q -e ".[peers]" && touch $@
+
+bench: setup $(VENV)/peers $(CLIPS)/ready
 	$(BIN)/python -m pytest bench --benchmark-only
 
 clean:

@@ -53,6 +53,22 @@ def compare(
         if not error <= tolerance:
             raise AssertionError(f"{name} is off by {error:.2e}, allowed {tolerance:.2e}")
         results[name] = {"error": error, "peak_mib": peak_memory(run) / 2**20}
+    timed = take_turns(contestants, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
+    return {name: results[name] | timed[name] for name in contestants}
+
+
+def take_turns(
+    contestants: dict[str, Callable[[], Any]],
+    *,
+    seconds: float = 8.0,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    units: int = 1,
+) -> dict[str, dict[str, float]]:
+    """Times all contestants round by round; what `compare` returns, without error and memory.
+
+    units: of work in one call; times are those of one unit.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     started = time.perf_counter()
     for done in range(max_rounds):
@@ -61,11 +77,12 @@ def compare(
         for name, run in contestants.items():
             begin = time.perf_counter()
             run()
-            times[name].append((time.perf_counter() - begin) * 1e3)
+            times[name].append((time.perf_counter() - begin) * 1e3 / units)
     first = times[next(iter(contestants))]
+    results = {}
     for name, each in times.items():
         low, median, high = statistics.quantiles(each, n=4, method="inclusive")
-        results[name] |= {
+        results[name] = {
             "median_ms": median,
             "low_ms": low,
             "high_ms": high,

@@ -1,9 +1,10 @@
 """Exactly the frames asked for, out of a video or an image, by PyAV.
 
-A first pass reads the file's packets without decoding them: their times, in the order of
-showing, say which frames a sampling means, whatever the frame rate does. The second pass
-decodes only what those frames need: it jumps forward where a keyframe lies between the
-decoder and the next wanted frame, and lets the decoder drop frames that no other frame
+The first pass finds the times of all frames, from an MP4's tables or else by reading packets
+without decoding them: in the order of showing, they say which frames a sampling means,
+whatever the frame rate does. The second pass decodes only what those frames need: it jumps
+forward where a keyframe lies between the decoder and the next wanted frame, feeds nothing after
+the last frame wanted before the jump, and lets the decoder drop frames that no other frame
 refers to. Only wanted frames are converted: one swscale call (bicubic, antialiased) goes from
 the decoder's format to planar RGB at the target size. Sizes are those of stored pixels (the
 pixel aspect ratio is not applied); rotation and mirroring flags are.
@@ -16,11 +17,11 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -35,6 +36,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clipvip.data.mp4 import composition_offsets
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -45,7 +47,9 @@ VIDEO_SUFFIXES = frozenset(
         *("mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv"),
     )
 )
-SEEKABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # PyAV's names of formats
+MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
+SEEKABLE = frozenset({MP4, MATROSKA})
+KEYFRAME = 1  # the flag of an entry of libav's index
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
 
 
@@ -139,6 +143,7 @@ class OpenClip:
     stream: VideoStream
     index: "_Index"
     chosen: NDArray[np.int64]
+    choose: Callable[["_Index"], NDArray[np.int64]]
 
     @property
     def path(self) -> Path:
@@ -147,7 +152,15 @@ class OpenClip:
     def decode(self, size: int, threads: int = 1) -> Tensor:
         """uint8 [len(chosen), 3, size, size]; once, and within `open_clip` only."""
         file = _file(self.source)
-        return _decode(self.container, self.stream, self.index, self.chosen, size, file, threads)
+        try:
+            return _decode(
+                self.container, self.stream, self.index, self.chosen, size, file, threads
+            )
+        except _TablesWrong:
+            with _open(file) as container:
+                stream = _video_stream(container, file.path)
+                index = _index(container, stream, file.path)
+                return _decode(container, stream, index, self.choose(index), size, file, threads)
 
 
 @contextmanager
@@ -164,15 +177,26 @@ def open_clip(
     """The frames of a video that read_frames would decode; what goes wrong within is a
     DecodeError."""
     file = _file(source)
-    with _as_decode_errors(file), _open(file) as container:
-        stream = _video_stream(container, file.path)
-        index = _index(container, stream, file.path, start, end)
+    state = {} if generator is None else generator.bit_generator.state
+
+    def choose(index: _Index) -> NDArray[np.int64]:
+        if generator is not None:
+            generator.bit_generator.state = state
         window = _window(index.times, start, end, file.path)
         times = index.times[window]
         chosen = choose_frames(times, num_frames, sampling, generator)
         if with_middle:
             chosen = np.append(chosen, middle_frame(times))
-        yield OpenClip(source, container, stream, index, chosen + window.start)
+        return chosen + window.start
+
+    with _as_decode_errors(file), _open(file) as container:
+        stream = _video_stream(container, file.path)
+        index = None
+        if start is None and end is None:  # of a part only that part's packets are read
+            index = _index_of_tables(container, stream, file)
+        if index is None:
+            index = _index(container, stream, file.path, start, end)
+        yield OpenClip(source, container, stream, index, choose(index), choose)
 
 
 @contextmanager
@@ -238,10 +262,12 @@ def probe(path: Source) -> VideoInfo:
             return VideoInfo(width, height, count, index.duration, rate, stream.codec_context.name)
 
 
+_PYAV = int(av.__version__.split(".")[0])
 # Titles need not be UTF-8. From 19 on PyAV takes them as they are and has no such option.
-_LENIENT: dict[str, Any] = (
-    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-)
+_LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if _PYAV < 19 else {}
+
+# From 17 on PyAV starts a thread a core for every converter where it is not told how many.
+_ONE_THREAD: dict[str, Any] = {"threads": 1} if _PYAV >= 17 else {}
 
 
 class _File(NamedTuple):
@@ -249,6 +275,9 @@ class _File(NamedTuple):
 
     path: Path
     data: bytes | None = None
+
+    def binary(self) -> BinaryIO:
+        return open(self.path, "rb") if self.data is None else io.BytesIO(self.data)
 
     def readable(self) -> Path | io.BytesIO:
         return self.path if self.data is None else io.BytesIO(self.data)
@@ -290,15 +319,17 @@ def _as_decode_errors(file: _File) -> Iterator[None]:
 # --- the first pass -------------------------------------------------------------------------
 
 
-class _Packet(NamedTuple):
-    """What is kept of a packet in the first pass: not its data."""
+NO_TIME = np.iinfo(np.int64).min
 
-    pts: int | None
-    dts: int | None
-    duration: int
-    is_keyframe: bool
-    is_discard: bool
-    is_corrupt: bool
+
+class _Packets(NamedTuple):
+    """What is kept of packets, in decoding order: not their data. NO_TIME where one has none."""
+
+    pts: NDArray[np.int64]
+    dts: NDArray[np.int64]
+    duration: NDArray[np.int64]
+    keyframe: NDArray[np.bool_]
+    discard: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +339,7 @@ class _Index:
     In decoding order: pts and dts in ticks, keyframe. In the order of showing: `shown`, the
     ticks, and `times`, the same in seconds from the first. Where a container keeps no
     time of showing (AVI, raw streams), `by_count`: frames come out of the decoder in that order
-    and are counted, `shown` being 0, 1, 2, …
+    and are counted, `shown` being 0, 1, 2, … `by_tables`: no packet has been read yet.
     """
 
     pts: NDArray[np.int64]
@@ -318,6 +349,7 @@ class _Index:
     times: NDArray[np.float64]
     duration: float
     by_count: bool
+    by_tables: bool = False
 
     def keyframe_for(self, pts: int) -> int:
         """Position of the last-shown keyframe from which the frame shown at pts decodes."""
@@ -346,35 +378,68 @@ def _index(
     end: float | None = None,
 ) -> _Index:
     """The packets needed for what is shown in [start, end) seconds, or all of them."""
+    packets, whole = _packets(container, stream, path, start, end)
+    index = _in_order(container, stream, packets, path)
+    if whole:
+        _check_whole(container, stream, index.duration, path)
+    return index
+
+
+def _index_of_tables(container: InputContainer, stream: VideoStream, file: _File) -> _Index | None:
+    """All packets of an MP4 file, without reading them; None where its tables leave a doubt.
+
+    What they say of a packet is compared when that packet is decoded.
+    """
+    entries = getattr(stream, "index_entries", None)  # PyAV 17 and newer
+    if not entries or container.format.name != MP4 or stream.start_time is None:
+        return None
+    with file.binary() as source:
+        offsets = composition_offsets(source, stream.id)
+        length = source.seek(0, os.SEEK_END)
+    if offsets is None or len(offsets) not in (0, len(entries)):
+        return None
+    found = [(e.timestamp, e.flags, e.size, e.pos + e.size) for e in entries]
+    dts, flags, size, stop = np.array(found, np.int64).T
+    if (flags & ~KEYFRAME).any() or not size.all() or (stop > length).any():
+        return None
+    pts = dts + offsets if len(offsets) else dts
+    pts = pts - pts.min() + stream.start_time
+    duration = np.diff(dts, append=2 * dts[-1] - dts[max(len(dts) - 2, 0)])
+    packets = _Packets(pts, dts, duration, flags != 0, np.zeros(len(dts), np.bool_))
+    index = _in_order(container, stream, packets, file.path)
+    _check_whole(container, stream, index.duration, file.path)
+    return replace(index, by_tables=True)
+
+
+def _in_order(
+    container: InputContainer, stream: VideoStream, packets: _Packets, path: Path
+) -> _Index:
     if stream.time_base is None:
         raise DecodeError(path, "no time base in it")
-    packets, whole = _packets(container, stream, start, end)
-    if any(p.is_corrupt for p in packets):
-        raise DecodeError(path, "cut off or damaged: a packet of its video is not whole")
-    visible = [p for p in packets if not p.is_discard]
-    if not visible:
+    visible = packets.pts[~packets.discard]
+    if not len(visible):
         raise DecodeError(path, "no frames in it")
-    tick = float(stream.time_base)
-    by_count = container.format.name == "avi" or any(p.pts is None for p in visible)
+    pts = np.where(packets.pts == NO_TIME, 0, packets.pts)
+    by_count = container.format.name == "avi" or bool((visible == NO_TIME).any())
     if by_count:
         shown = np.arange(len(visible), dtype=np.int64)
         frame_time = float(1 / stream.average_rate) if stream.average_rate else 0.04
         times = shown * frame_time
         duration = len(visible) * frame_time
     else:
-        shown = np.unique(np.array([p.pts for p in visible], dtype=np.int64))
+        tick = float(stream.time_base)
+        shown = np.unique(visible)
         # Frames that refer to what came before the first keyframe cannot be decoded.
-        shown = shown[shown >= next((p.pts or 0 for p in packets if p.is_keyframe), shown[0])]
+        if packets.keyframe.any():
+            shown = shown[shown >= pts[packets.keyframe.argmax()]]
         zero = shown[0] if stream.start_time is None else stream.start_time
         times = (shown - zero) * tick
-        last = max(visible, key=lambda p: p.pts or 0)
-        duration = float(times[-1]) + last.duration * tick
-    if whole:
-        _check_whole(container, stream, duration, path)
+        last = packets.duration[~packets.discard][visible.argmax()]
+        duration = float(times[-1] + last * tick)
     return _Index(
-        pts=np.array([0 if p.pts is None else p.pts for p in packets], dtype=np.int64),
-        dts=np.array([p.pts or 0 if p.dts is None else p.dts for p in packets], dtype=np.int64),
-        keyframe=np.array([p.is_keyframe for p in packets]),
+        pts=pts,
+        dts=np.where(packets.dts == NO_TIME, pts, packets.dts),
+        keyframe=packets.keyframe,
         shown=shown,
         times=times.astype(np.float64),
         duration=duration,
@@ -383,8 +448,12 @@ def _index(
 
 
 def _packets(
-    container: InputContainer, stream: VideoStream, start: float | None, end: float | None
-) -> tuple[list[_Packet], bool]:
+    container: InputContainer,
+    stream: VideoStream,
+    path: Path,
+    start: float | None,
+    end: float | None,
+) -> tuple[_Packets, bool]:
     """Packets in decoding order, and whether they reach to the end of the file.
 
     Of a part of a long video only that part is read, where the format is good at seeking.
@@ -392,22 +461,26 @@ def _packets(
     last = math.inf
     if container.format.name in SEEKABLE and stream.start_time is not None and stream.time_base:
         last = math.inf if end is None else stream.start_time + end / float(stream.time_base)
-    packets: list[_Packet] = []
+    whole, found = True, []
     for packet in packets_from(container, stream, start):
+        pts, dts = packet.pts, packet.dts
         if packet.size:
-            packets.append(
-                _Packet(
-                    packet.pts,
-                    packet.dts,
+            if packet.is_corrupt:
+                raise DecodeError(path, "cut off or damaged: a packet of its video is not whole")
+            found.append(
+                (
+                    NO_TIME if pts is None else pts,
+                    NO_TIME if dts is None else dts,
                     packet.duration or 0,
                     packet.is_keyframe,
                     packet.is_discard,
-                    packet.is_corrupt,
                 )
             )
-        if packet.dts is not None and packet.dts > last:
-            return packets, False
-    return packets, True
+        if dts is not None and dts > last:
+            whole = False
+            break
+    pts, dts, duration, keyframe, discard = np.array(found, np.int64).reshape(-1, 5).T
+    return _Packets(pts, dts, duration, keyframe != 0, discard != 0), whole
 
 
 def packets_from(
@@ -467,6 +540,10 @@ class _SeekFailed(Exception):
     """The quick way through a file did not give every frame."""
 
 
+class _TablesWrong(Exception):
+    """A file's tables are not enough to find every frame by."""
+
+
 def _decode(
     container: InputContainer,
     stream: VideoStream,
@@ -488,6 +565,8 @@ def _decode(
         for position, frame in found:
             converter.convert(frame, frames[position].numpy())
     except (_SeekFailed, av.FFmpegError):
+        if index.by_tables:
+            raise _TablesWrong from None
         with _open(file) as again:
             stream = again.streams[stream.index]  # type: ignore[assignment]
             _set_threads(stream, threads)
@@ -512,26 +591,38 @@ def _seek_and_decode(
     wanted: pts, increasing. Raises _SeekFailed where the file cannot be sought in, or where a
     frame does not come out or is damaged.
     """
-    waiting = {pts: position for position, pts in enumerate(wanted)}
+    unfed = {pts: position for position, pts in enumerate(wanted)}
+    inside: dict[int, int] = {}
     context = stream.codec_context
-    while waiting:
-        key = index.keyframe_for(next(iter(waiting)))
+    while unfed:
+        key = index.keyframe_for(next(iter(unfed)))
         # A seek may land before its keyframe; only a later keyframe is worth another.
         fed, packets = _seek(container, stream, index, key)
         ahead = max(fed, key)
         for packet in packets:
-            context.skip_frame = "DEFAULT" if packet.pts in waiting else "NONREF"
-            for frame in packet.decode():
-                if frame.pts in waiting:
-                    if frame.is_corrupt:
-                        raise _SeekFailed
-                    yield waiting.pop(frame.pts), frame
-                    key = index.keyframe_for(next(iter(waiting))) if waiting else 0
+            if index.by_tables and not (fed < len(index.pts) and packet.pts == index.pts[fed]):
+                raise _SeekFailed
+            if packet.pts in unfed:
+                context.skip_frame = "DEFAULT"
+                inside[packet.pts] = unfed.pop(packet.pts)
+                key = index.keyframe_for(next(iter(unfed))) if unfed else 0
+            else:
+                context.skip_frame = "NONREF"
             fed += 1
             ahead = max(fed, ahead)
-            if not waiting or key > ahead:
+            leave = not unfed or key > ahead
+            frames = packet.decode()
+            if leave:
+                # What waits in the decoder comes out without more packets being decoded.
+                frames += context.decode(None)
+            for frame in frames:
+                if frame.pts in inside:
+                    if frame.is_corrupt:
+                        raise _SeekFailed
+                    yield inside.pop(frame.pts), frame
+            if leave:
                 break
-        else:
+        if inside or not leave:
             raise _SeekFailed
 
 
@@ -602,6 +693,7 @@ class _Converter:
             height,
             "rgb24" if same else "gbrp",
             interpolation=Interpolation.BICUBIC,
+            **_ONE_THREAD,
         )
         top, left = (height - size) // 2, (width - size) // 2
         swapped, mirrored_x, mirrored_y = orientation(frame)

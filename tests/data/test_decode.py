@@ -113,6 +113,78 @@ def test_seeks_only_where_a_keyframe_lies_between(
     assert len(calls) == jumps
 
 
+@pytest.mark.parametrize("name", ["one_key.mp4", "gop10.mp4", "open.mp4"])
+def test_no_packet_is_read_after_the_last_that_is_needed(
+    name: str, make_video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(name, **CODINGS[name])
+    with av.open(str(path)) as container:
+        packets = [packet.pts for packet in container.demux(video=0) if packet.size]
+        tick = container.streams.video[0].time_base
+    seek, fed = decode._seek, []
+
+    def counting(*given):
+        reached, source = seek(*given)
+        fed.clear()
+        return reached, (fed.append(packet.pts) or packet for packet in source)
+
+    monkeypatch.setattr(decode, "_seek", counting)
+    for wanted in (0, 7, 23, 59):
+        read_frames(path, 1, size=16, start=wanted / 25, end=(wanted + 1) / 25)
+        assert fed[-1] == round(wanted / 25 / tick) + min(packets)
+
+
+def packed(source: Path, target: Path, **options: str) -> Path:
+    """The same packets in an MP4 written with other options."""
+    with av.open(str(source)) as given, av.open(str(target), "w", options=options) as out:
+        copy = out.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(given.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = copy
+                out.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("name", [name for name in CODINGS if name.endswith(".mp4")])
+@pytest.mark.parametrize(
+    "options", [{}, {"movflags": "faststart"}, {"movflags": "negative_cts_offsets"}]
+)
+def test_tables_of_an_mp4_say_what_its_packets_say(
+    name: str, options: dict[str, str], make_video, tmp_path: Path
+) -> None:
+    path = packed(make_video(name, **CODINGS[name]), tmp_path / name, **options)
+    for file in (decode._file(path), decode._file(decode.Blob(name, path.read_bytes()))):
+        with decode._open(file) as container:
+            stream = decode._video_stream(container, path)
+            by_tables = decode._index_of_tables(container, stream, file)
+            by_packets = decode._index(container, stream, path)
+        assert by_tables is not None
+        for field in ("pts", "dts", "keyframe", "shown", "times", "duration", "by_count"):
+            assert np.array_equal(getattr(by_tables, field), getattr(by_packets, field)), field
+
+
+def test_tables_that_leave_a_doubt_are_not_used(make_video, numbers, tmp_path: Path) -> None:
+    whole = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
+    fragments = packed(whole, tmp_path / "x.mp4", movflags="frag_keyframe+empty_moov")
+    for path in (fragments, make_video("gop10.mkv", **CODINGS["gop10.mkv"])):
+        file = decode._file(path)
+        with decode._open(file) as container:
+            assert decode._index_of_tables(container, container.streams.video[0], file) is None
+        assert numbers(read_frames(path, 2, size=16)) == [0, 59]
+
+
+def test_wrong_tables_are_found_out(make_video, numbers, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
+    right = [numbers(read_frames(path, 4, size=16, generator=np.random.default_rng(1)))]
+    offsets = decode.composition_offsets
+    for wrong in (np.flip, lambda table: table * 2, lambda table: table[:0]):
+        monkeypatch.setattr(
+            decode, "composition_offsets", lambda *given, wrong=wrong: wrong(offsets(*given))
+        )
+        right.append(numbers(read_frames(path, 4, size=16, generator=np.random.default_rng(1))))
+    assert right == right[:1] * 4
+
+
 def test_threads_change_nothing(real_clips: dict[str, Path]) -> None:
     one, many = (read_frames(real_clips["bikes"], 5, size=32, threads=n) for n in (1, 0))
     assert torch.equal(one, many)
@@ -246,15 +318,7 @@ def make_bad(kind: str, folder: Path, good: Path) -> Path:
     elif kind == "cut before the index":
         path.write_bytes(data[: len(data) // 2])
     elif kind == "cut after the index":
-        with (
-            av.open(str(good)) as source,
-            av.open(str(path), "w", options={"movflags": "faststart"}) as target,
-        ):
-            copy = target.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(source.streams.video[0]):
-                if packet.dts is not None:
-                    packet.stream = copy
-                    target.mux(packet)
+        packed(good, path, movflags="faststart")
         path.write_bytes(path.read_bytes()[: len(data) // 2])
     elif kind == "overwritten":
         start = data.index(b"mdat") + len(data) // 4

@@ -10,7 +10,8 @@ import torch.distributed as dist
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
 from omegaconf import OmegaConf
 from transformers import CLIPTokenizer
 
@@ -41,8 +42,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         cpu=cpu,
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
+        log_with=known_trackers(config),
+        project_config=ProjectConfiguration(config.out, f"{config.out}/tensorboard"),
     )
     parts = accelerator.num_processes * config.accumulation
     if config.batch_size % parts:
@@ -51,6 +52,16 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"({accelerator.num_processes} processes × accumulation {config.accumulation})"
         )
     return accelerator
+
+
+def known_trackers(config: TrainConfig) -> list[str | LoggerType]:
+    known = sorted(set(LoggerType.list()) - {"all"})
+    for name in config.trackers:
+        if name not in known:
+            raise ConfigError(f"trackers: {name!r} is not one of {', '.join(known)}")
+        if name not in map(str, get_available_trackers()):
+            raise ConfigError(f"trackers: {name} is not installed: pip install {name}")
+    return [LoggerType(name) for name in config.trackers]
 
 
 def find_resumed(config: TrainConfig) -> Path | None:
@@ -68,9 +79,21 @@ def find_resumed(config: TrainConfig) -> Path | None:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """TensorBoard, without the events of steps after `step`, and config.yaml."""
-    options = {"tensorboard": {"purge_step": step + 1}}
-    accelerator.init_trackers("tensorboard", init_kwargs=options)
+    """The trackers, TensorBoard without the events of steps after `step`; and config.yaml."""
+    name = Path(config.out).name
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": name, "group": name, "dir": config.out},
+        "mlflow": {"run_name": name},
+    }
+
+    def start() -> None:
+        try:
+            accelerator.init_trackers("clipvip", init_kwargs=options)
+        except Exception as error:  # of services not logged in to, or not reached
+            raise ConfigError(f"trackers: {' '.join(str(error).split())}") from error
+
+    ranks.first_does(start)
     if accelerator.is_main_process:
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         checkpoint.write_text(Path(config.out) / "config.yaml", text)

@@ -245,7 +245,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 _NOT_THE_COURSE = (
     "out", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batch_size",
     "data.num_workers", "data.validation", "best_metric", "eval_every", "lost_after", "timeout",
-    "on_nonfinite",
+    "on_nonfinite", "trackers",
 )  # fmt: skip
 
 

@@ -136,6 +136,9 @@ class TrainConfig:
     on_nonfinite: str = "stop"
     """Where a loss or gradient is NaN or infinite: "stop", or "skip" the optimiser's step and
     stop only after ten in a row. Either way the clips of that step are named."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where rows of metrics go besides metrics.jsonl, by accelerate's names: tensorboard, wandb,
+    mlflow, trackio, …"""
     log_every: int = 1
     eval_every: int | None = None
     """Steps between evaluations; by default an epoch."""

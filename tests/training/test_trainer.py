@@ -68,6 +68,8 @@ def test_training_on_frames_from_dali_is_training_on_pyavs(task, make_config, vp
 
 
 def test_a_run_leaves_what_it_promises(make_config, world):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from clipvip.model import CLIPViPModel
     from clipvip.model.processing import CLIPViPProcessor
 
@@ -82,7 +84,11 @@ def test_a_run_leaves_what_it_promises(make_config, world):
     scores = {row["step"]: row[key] for row in rows(out, key)}
     assert list(scores) == [2, 4, 6]
     assert scores[result["best_step"]] == result["best_metric"] == max(scores.values())
-    assert list((out / "tensorboard").rglob("events*")) and (out / "config.yaml").is_file()
+    assert (out / "config.yaml").is_file()
+    (events,) = (out / "tensorboard").rglob("events*")
+    tracked = EventAccumulator(str(events)).Reload()
+    assert {"grad_norm", "clips_per_second", "data_wait", key} < set(tracked.Tags()["scalars"])
+    assert [event.step for event in tracked.Scalars("logit_scale")] == [1, 2, 3, 4, 5, 6]
     assert (out / "last").resolve().parent.name == "step-00000006"
 
     for link in ("best", "last"):
@@ -224,6 +230,8 @@ def test_rows_of_metrics_wait_for_room_on_the_disk(make_config, tmp_path, caplog
         (["data.text_length=77"], "data.text_length is 77; the model reads at most 32"),
         (["model.config.vision_config.num_proxis=3"], "did you mean vision_config.num_proxies?"),
         (["data.train=absent.jsonl"], "absent.jsonl"),
+        (["trackers=[tensorbord]"], "trackers: 'tensorbord' is not one of aim, "),
+        (["trackers=[tensorboard,aim]"], "trackers: aim is not installed: pip install aim"),
     ],
 )
 def test_errors_of_the_command_are_one_line(make_config, capsys, overrides, message):

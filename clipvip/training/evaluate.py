@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loader import ClipLoader, build_loader, tokenize
+from clipvip.data.bad_files import BadFile
+from clipvip.data.loader import ClipLoader, LoaderError, build_loader, tokenize
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import METRICS, TABLES, both_directions
@@ -54,9 +55,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Both directions of retrieval, with and without DSL, over all ranks' shares together.
 
-    Every clip and every text counts once, for any number of ranks. A clip that cannot be
-    decoded is in `missing`, it and its texts are left out of the tables; more than
-    max_bad_share of such clips is an error.
+    Every clip and every text counts once, and is embedded in the same batch, on any number of
+    ranks, so that figures do not depend on it. A clip that cannot be decoded is in `missing`, it
+    and its texts are left out of the tables; more than max_bad_share of such clips is an error.
 
     Args:
         clips: those without text are rivals in text→video only.
@@ -201,7 +202,7 @@ def _embed_videos(
         num_workers=num_workers,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        max_bad_share=max_bad_share,
+        max_bad_share=1.0,  # judged by all ranks' clips together
         sampling=reading.sampling,
         decoder=decoder,
     )
@@ -209,8 +210,20 @@ def _embed_videos(
     for part in embed_batches(model, processor, loader):
         own.update(part)
     videos: dict[int, Tensor] = {}
-    for part in distributed.all_gather_objects(own):
-        videos.update(part)
+    bad: list[BadFile] = []
+    features = torch.stack(list(own.values())) if own else torch.empty(0)  # else sent one by one
+    for places, part, files in distributed.all_gather_objects(
+        (list(own), features, loader.bad_files)
+    ):
+        videos.update(zip(places, part, strict=True))
+        bad += files
+    missing = len(clips) - len(videos)
+    if missing > max_bad_share * len(clips):
+        last = f"; the last: {bad[-1].path}: {bad[-1].reason}" if bad else ""
+        raise LoaderError(
+            f"{missing} of {len(clips)} clips could not be read "
+            f"({missing / len(clips):.1%}, allowed {max_bad_share:.1%}){last}"
+        )
     return videos
 
 
@@ -236,14 +249,13 @@ def _embed_texts(
 ) -> Tensor:
     """Unit features [n, P] in the order of the texts, fp32 on the CPU."""
     rank, world = distributed.rank(), distributed.world_size()
-    share = range(rank, len(texts), world)
-    own = torch.empty(len(share), model.config.projection_dim)
-    for start in range(0, len(share), batch_size):
-        chunk = [texts[i] for i in share[start : start + batch_size]]
+    chunks = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    own = []
+    for chunk in chunks[rank::world]:  # the same chunks on any number of ranks
         ids, mask = tokenize(processor.tokenizer, chunk, reading.text_length)
         features = model.get_text_features(ids.to(model.device), mask.to(model.device))
-        own[start : start + batch_size] = F.normalize(features.float(), dim=-1).cpu()
-    result = torch.empty(len(texts), own.shape[1])
-    for first, part in enumerate(distributed.all_gather_objects(own)):
-        result[first::world] = part
-    return result
+        own.append(F.normalize(features.float(), dim=-1).cpu())
+    parts: list[Tensor] = [torch.empty(0)] * len(chunks)
+    for first, given in enumerate(distributed.all_gather_objects(own)):
+        parts[first::world] = given
+    return torch.cat(parts)

@@ -10,7 +10,7 @@ python forks.py stop OUT CONFIG key=value …   sent SIGTERM and started again; 
 python forks.py lose OUT CONFIG key=value …   two, of which either is killed, or stopped
 python forks.py full CONFIG key=value …   the same, on a disk without room for a checkpoint
 python forks.py skip CONFIG key=value …   the same, with a NaN as the second rank's second loss
-python forks.py eval CHECKPOINT ANNOTATIONS OUT   two processes of one evaluation
+python forks.py eval COUNT CHECKPOINT ANNOTATIONS OUT   as many processes of one evaluation
 Several such are parted by a +.
 """
 
@@ -134,9 +134,8 @@ def lose_a_rank(arguments):
 
 def evaluate(arguments):
     checkpoint, annotations, out = arguments
-    evaluate_checkpoint(
-        checkpoint, annotations, out=out, num_workers=0, max_bad_share=0.2, backend="reference"
-    )
+    given = {"num_workers": 0, "max_bad_share": 0.1, "backend": "reference"}
+    evaluate_checkpoint(checkpoint, annotations, out=out, batch_size=3, **given)
 
 
 def ranks(count, arguments, run=main):
@@ -190,7 +189,7 @@ if __name__ == "__main__":
         "lose": lose_a_rank,
         "skip": functools.partial(two_processes, run=broken_on_the_second_rank),
         "full": two_without_room,
-        "eval": functools.partial(two_processes, run=evaluate),
+        "eval": lambda given: max(map(status, ranks(int(given[0]), given[1:], evaluate))),
     }
     jobs = sys.argv[1:]
     while jobs:

@@ -397,15 +397,18 @@ def test_every_clip_and_text_counts_once_on_any_number_of_ranks(make_config, tmp
     rows.insert(7, {"video": "absent.mp4", "text": "nothing to be seen"})
     annotations = tmp_path / "uneven.jsonl"
     annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(LoaderError, match=r"absent\.mp4"):
-        evaluate_checkpoint(out / "last", annotations, num_workers=0, backend="reference")
+    given = [out / "last", annotations]
+    with pytest.raises(LoaderError, match=r"1 of 14 clips .*absent\.mp4"):
+        evaluate_checkpoint(*given, num_workers=0, backend="reference")
     one = evaluate_checkpoint(
-        out / "last", annotations, num_workers=0, max_bad_share=0.1, backend="reference"
+        *given, num_workers=0, batch_size=3, max_bad_share=0.1, backend="reference"
     )
     assert (one["clips"], one["texts"]) == (13, 25)
     assert one["missing"] == [str(tmp_path / "absent.mp4")]
-    run_forks("eval", out / "last", annotations, tmp_path / "two.json")
-    assert json.loads((tmp_path / "two.json").read_text()) == one
+    jobs = [["eval", count, *given, tmp_path / f"{count}.json"] for count in (2, 3)]
+    run_forks(*jobs[0], "+", *jobs[1])
+    for count in (2, 3):
+        assert json.loads((tmp_path / f"{count}.json").read_text()) == one
 
 
 def test_real_clips(make_config, real_clips, tmp_path):

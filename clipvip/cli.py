@@ -25,6 +25,7 @@ def train(
     """Post-pretrain or fine-tune by a configuration.
 
     Several processes: `torchrun --nproc-per-node 8 -m clipvip.training CONFIG.yaml key=value`.
+    On SIGTERM it saves and ends with status 75; resume=latest goes on.
 
     Args:
         config: A YAML file, or the name of a packaged one (pretrain, msrvtt, didemo, …).

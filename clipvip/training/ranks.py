@@ -129,7 +129,7 @@ class Watch:
         self._left.set()
         if error is None:  # the store goes with the first rank that leaves
             for thread in self._threads:
-                thread.join()
+                thread.join(self.patience)
             distributed.all_gather_objects(None)
 
     def _live(self) -> None:
@@ -141,7 +141,9 @@ class Watch:
             try:
                 self._store.set(f"sign-{self._rank}", str(count))
                 sign, lost = self._store.multi_get([f"sign-{self._next}", "lost"])
-            except (RuntimeError, OSError):
+            except dist.DistNetworkError:
+                return  # the connection is broken; torch prints a page at each use of it
+            except RuntimeError:
                 continue
             self._reached = True
             if lost:
@@ -156,7 +158,9 @@ class Watch:
             silence = 0.0 if self._heard.is_set() else silence + self.interval
             self._heard.clear()
             if silence > self.patience:
-                name = self._name(self._next if self._reached else 0)  # it, or its launcher, stores
+                if not self._reached:  # what keeps the store
+                    self._end(f"{self._name(0)} or its launcher")
+                name = self._name(self._next)
                 threading.Thread(target=self._tell, args=[name], daemon=True).start()
                 self._left.wait(self.interval)
                 self._end(name)

@@ -67,15 +67,17 @@ def known_trackers(config: TrainConfig) -> list[str | LoggerType]:
 def find_resumed(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from; refuses to mix a new run into an old one's folder."""
     folder = Path(config.out) / "checkpoints"
-    newest = max(checkpoint.checkpoints(folder), default=None)
-    if len(set(distributed.all_gather_objects(newest))) > 1:
-        raise ConfigError(f"{config.out} is not the same folder for all ranks; use shared storage")
-    if config.resume == "never" and newest is not None:
+    found = ranks.first_does(lambda: checkpoint.checkpoints(folder))
+    if config.resume == "never" and found:
         raise ConfigError(
-            f"{config.out} already holds a run (step {checkpoint.checkpoint_step(newest)}): "
+            f"{config.out} already holds a run (step {checkpoint.checkpoint_step(found[-1])}): "
             "resume=latest goes on with it; else give another out"
         )
-    return ranks.first_does(lambda: checkpoint.newest_good(folder))
+    newest = ranks.first_does(lambda: checkpoint.newest_good(folder))
+    same = checkpoint.appears(newest) if newest else not checkpoint.checkpoints(folder)
+    if not all(distributed.all_gather_objects(same)):
+        raise ConfigError(f"{config.out} is not the same folder for all ranks; use shared storage")
+    return newest
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -103,6 +104,17 @@ def newest_good(folder: Path) -> Path | None:
     return None
 
 
+def appears(path: Path, within: float = 60.0) -> bool:
+    """Whether a checkpoint of another machine is to be seen here, at once or in some seconds: a
+    network file system may show a folder as it was before."""
+    until = time.monotonic() + within
+    while not (path / MANIFEST).exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+    return True
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest; None where nothing is."""
     try:
@@ -162,7 +174,7 @@ def _failed_writes() -> Iterator[None]:
 def _clear(folder: Path) -> None:
     """Remove what a killed writer left."""
     for leftover in folder.glob(_TEMPORARY + "*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int, protect: int | None = None) -> None:
@@ -171,7 +183,7 @@ def prune(folder: Path, keep: int, protect: int | None = None) -> None:
         if checkpoint_step(path) != protect:
             # Under another name first: a kill halfway must not leave half a checkpoint.
             doomed = path.rename(path.with_name(_TEMPORARY + "old-" + path.name))
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again
 
 
 def point(link: Path, target: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -75,9 +77,21 @@ def test_with_no_good_checkpoint_the_error_says_what_is_wrong_with_each(tmp_path
     assert len(checkpoint.checkpoints(tmp_path)) == 2
 
 
+def test_a_checkpoint_that_another_machine_wrote_is_waited_for(tmp_path):
+    def write():
+        time.sleep(0.2)
+        checkpoint.save(tmp_path, 1, write_one)
+
+    assert not checkpoint.appears(checkpoint.checkpoint_path(tmp_path, 1), within=0.0)
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert checkpoint.appears(checkpoint.checkpoint_path(tmp_path, 1))
+    writer.join()
+
+
 def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     paths = [checkpoint.save(tmp_path, step, write_one) for step in (1, 2, 3)]
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path: None)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **given: None)
     checkpoint.prune(tmp_path, keep=1)
     assert checkpoint.checkpoints(tmp_path) == paths[2:]
 

@@ -3,6 +3,7 @@
 #
 #   build      compiles the kernels for the GPU at hand and installs the package in place
 #   test       the ops' tests on the GPU
+#   video      the video decoder's tests on the GPU; only if named: needs av and nvidia-dali too
 #   sanitize   memcheck and racecheck of compute-sanitizer on small cases
 #   attention  timings, see bench/gpu.py; they go to bench/results/gpu.json
 #   loss       timings
@@ -39,6 +40,7 @@ for part in "$@"; do
   case $part in
     build | sanitize) $part ;;
     test) python -m pytest -q -rs tests/ops -k cuda ;;
+    video) python -m pytest -q -rs tests/data/test_dali.py -k gpu ;;
     attention | loss | table) python bench/gpu.py "$part" ;;
     *) echo "bench/gpu.sh: no part '$part'; see its first lines" >&2; exit 2 ;;
   esac

@@ -1,10 +1,11 @@
 """What training's loaders hold in memory and open files as clips go by.
 
-    python bench/loader_memory.py [CLIPS] [WORKERS]
+    python bench/loader_memory.py [CLIPS] [WORKERS] [DECODER]
 
-Reads CLIPS (10000) small H.264 clips, from files and then from shards, in WORKERS (2) processes,
-and prints at every tenth: the memory of all processes together (PSS: what several share counts
-once) and the open files of each. Flat is what counts; the first tenth warms up.
+Reads CLIPS (10000) small clips, from files and then from shards, in WORKERS (2) processes, by
+DECODER (pyav; or dali, for which they are VP9 instead of H.264), and prints at every tenth: the
+memory of all processes together (PSS: what several share counts once) and the open files of each.
+Flat is what counts; the first tenth warms up.
 """
 
 import os
@@ -22,12 +23,16 @@ from clipvip.data.shards import write_shards
 from clipvip.data.streaming import Shards, Source, build_shard_loader
 
 FILES, BATCH = 200, 16
+CODECS = {
+    "pyav": (".mp4", "libx264", {"preset": "ultrafast"}),
+    "dali": (".webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+}
 
 
-def main(clips: int = 10_000, workers: int = 2) -> None:
+def main(clips: int = 10_000, workers: int = 2, decoder: str = "pyav") -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        annotations = render(folder)
+        annotations = render(folder, *CODECS[decoder])
         shards = folder / "shards"
         write_shards(annotations, shards, clips_per_shard=20, num_workers=workers)
         settings = {
@@ -39,20 +44,21 @@ def main(clips: int = 10_000, workers: int = 2) -> None:
             "batch_size": BATCH,
             "seed": 1,
             "num_workers": workers,
+            "decoder": decoder,
         }
         given: list[Clip] = load_annotations(annotations)
         watch("files", build_loader(given, training=True, **settings), clips)
         watch("shards", build_shard_loader(Shards([Source(str(shards))]), **settings), clips)
 
 
-def render(folder: Path) -> Path:
+def render(folder: Path, suffix: str, codec: str, options: dict[str, str]) -> Path:
     """Annotations of FILES clips of 24 frames of 128×96."""
     noise = np.random.default_rng(0)
     lines = []
     for number in range(FILES):
-        path = folder / f"{number}.mp4"
+        path = folder / f"{number}{suffix}"
         with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=12, options={"preset": "ultrafast"})
+            stream = container.add_stream(codec, rate=12, options=options)
             stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
             for _ in range(24):
                 pixels = noise.integers(0, 255, (96, 128, 3), np.uint8)
@@ -94,4 +100,4 @@ def held(process: int) -> int:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]), *sys.argv[3:])

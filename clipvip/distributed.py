@@ -6,6 +6,8 @@ the loss's gradient. The mean that data parallelism takes over ranks then gives 
 gradient of the single-process loss, for encoders and logit_scale alike.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +19,12 @@ from torch.autograd.function import once_differentiable
 from clipvip.ops import pairwise_logsumexp
 from clipvip.ops.pairwise_logsumexp import block_forward, block_gradients, without_autocast
 
-# Up to so many ranks each holds the features of all, which one collective brings. Beyond, they
-# travel a ring and a rank holds two others' at a time.
-GATHERED_RANKS = 8
+# Features of all ranks up to so many bytes are brought by one collective. More of them travel a
+# ring, and a rank holds two others' at a time; that takes a step for each rank, whatever it moves.
+GATHERED_BYTES = 1 << 29
+
+# Renamed in PyTorch 2.13.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def rank() -> int:
@@ -56,13 +61,13 @@ def sharded_logsumexp(
         positive [n], where the positive of a rank's row i is its own column i + diagonal.
 
     A rank computes its rows against every rank's columns: n·M·D products of the N·M·D, each
-    done once. What other ranks' rows say about its columns comes back as sums. A rank's memory
-    is O((n + m)·D + M), M being the columns of all ranks.
+    done once; M is the columns of all ranks. What other ranks' rows say about its columns comes
+    back as sums. A rank's memory is O((n + m)·D + M), and GATHERED_BYTES at most.
 
-    Bytes that a rank sends, m·D·itemsize being its features': forward (world - 1) times that,
-    and 8·M for the columns' statistics; backward the same again, and (world - 1)·m·D·4 for the
-    gradients on their way home. In a ring (more than GATHERED_RANKS ranks) and with all-gather
-    alike the features travel while the tile at hand is computed.
+    Bytes that a rank receives: forward M·D·itemsize, the features, and 8·M, the columns'
+    statistics; backward the features again, 4·M, and M·D·4, the gradients of features, which
+    are added on their way (in fp32). Features travel while the rank's own tile is computed, in
+    a ring also while each next one is.
 
     Raises what pairwise_logsumexp does; a rank that is lost is a RuntimeError on the others.
     """
@@ -88,58 +93,64 @@ class _Sharded(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, b: Tensor, scale: Tensor, diagonal: int, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        counts = _counts(b)
-        me = rank()
-        columns: list[Any] = [None] * len(counts)
+        layout = _Layout(b)
         rows: list[Tensor] = []
-        for owner, part in _shards(b, counts):
-            row, columns[owner], own = block_forward(
-                a, part, scale, diagonal if owner == me else len(part), backend
-            )
+        for step, (span, part) in enumerate(_parts(b, layout)):
+            own = step == 0
+            row, column, at = block_forward(a, part, scale, diagonal if own else len(part), backend)
+            if own:
+                columns = column.new_empty(layout.total)
+                positive = at
+            columns[span.start : span.stop] = column
             rows.append(row)
-            if owner == me:
-                positive = own
         row_lse = torch.stack(rows).logsumexp(0)
-        col_lse = _logsumexp_over_ranks(torch.cat(columns))
+        col_lse = _logsumexp_over_ranks(columns)
         ctx.save_for_backward(a, b, scale, row_lse, col_lse)
-        ctx.counts, ctx.diagonal, ctx.backend = counts, diagonal, backend
-        return row_lse, col_lse.split(counts)[me].clone(), positive
+        ctx.layout, ctx.diagonal, ctx.backend = layout, diagonal, backend
+        return row_lse, col_lse[layout.own.start : layout.own.stop].clone(), positive
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_positive: Tensor) -> Any:
         a, b, scale, row_lse, col_lse = ctx.saved_tensors
-        counts, me = ctx.counts, rank()
-        col_lses = col_lse.split(counts)
-        grad_cols = _gather(grad_col.contiguous(), counts)
+        layout = ctx.layout
+        grad_cols = torch.cat(_gather(grad_col.contiguous(), layout))
         nothing = torch.zeros_like(grad_positive)
         exact = torch.promote_types(a.dtype, torch.float32)
         grad_a, grad_scale = torch.zeros_like(a, dtype=exact), torch.zeros_like(scale)
-        home = _Homeward(counts, b, exact)
-        for owner, part in _shards(b, counts):
-            own = owner == me
+        home = (_InRing if layout.ring else _InOne)(layout, b, exact)
+        for step, (span, part) in enumerate(_parts(b, layout)):
+            own, here = step == 0, slice(span.start, span.stop)
             part_a, part_b, part_scale = block_gradients(
-                *(a, part, scale, ctx.diagonal if own else len(part), row_lse, col_lses[owner]),
-                *(grad_row, grad_cols[owner], grad_positive if own else nothing, ctx.backend),
+                *(a, part, scale, ctx.diagonal if own else len(part), row_lse, col_lse[here]),
+                *(grad_row, grad_cols[here], grad_positive if own else nothing, ctx.backend),
             )
             grad_a += part_a
             grad_scale += part_scale
-            home.add(owner, part_b.to(exact))
+            home.add(span, part_b.to(exact))
         return grad_a.to(a.dtype), home.total().to(b.dtype), grad_scale, None, None
+
+
+class _Layout:
+    """Whose columns are where, among those of all ranks."""
+
+    def __init__(self, columns: Tensor) -> None:
+        own = torch.tensor([len(columns)], device=columns.device)
+        counts = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(counts, own)
+        self.counts: list[int] = torch.cat(counts).tolist()
+        ends = list(itertools.accumulate(self.counts))
+        self.spans = [range(end - n, end) for end, n in zip(ends, self.counts, strict=True)]
+        self.own = self.spans[rank()]
+        self.total = ends[-1]
+        row = math.prod(columns.shape[1:]) * columns.element_size()
+        self.ring = self.total * row > GATHERED_BYTES
 
 
 def _sum(tensor: Tensor) -> Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
-
-
-def _counts(tensor: Tensor) -> list[int]:
-    """Every rank's number of rows."""
-    own = torch.tensor([len(tensor)], device=tensor.device)
-    counts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(counts, own)
-    return torch.cat(counts).tolist()
 
 
 def _logsumexp_over_ranks(values: Tensor) -> Tensor:
@@ -150,39 +161,53 @@ def _logsumexp_over_ranks(values: Tensor) -> Tensor:
     return _sum((values - finite).exp()).log() + finite
 
 
-def _gather(tensor: Tensor, counts: list[int]) -> list[Tensor]:
-    """Every rank's rows. Ranks that have fewer than others send some of no meaning."""
-    parts, work = _start_gather(tensor, counts)
+def _gather(tensor: Tensor, layout: _Layout) -> list[Tensor]:
+    """Every rank's rows."""
+    parts, work = _start_gather(tensor, layout)
     work.wait()
-    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+    return [part[:count] for part, count in zip(parts, layout.counts, strict=True)]
 
 
-def _start_gather(tensor: Tensor, counts: list[int]) -> tuple[list[Tensor], Any]:
-    most = max(counts)
-    if len(tensor) < most:
-        tensor = torch.cat([tensor, tensor.new_zeros(most - len(tensor), *tensor.shape[1:])])
-    parts = [torch.empty_like(tensor) for _ in counts]
-    return parts, dist.all_gather(parts, tensor, async_op=True)
+def _start_gather(tensor: Tensor, layout: _Layout) -> tuple[Tensor, Any]:
+    """[world, most, …], to come; ranks that have fewer rows than others send some of no
+    meaning."""
+    tensor = _padded(tensor, max(layout.counts))
+    parts = tensor.new_empty(len(layout.counts), *tensor.shape)
+    return parts, dist.all_gather(list(parts.unbind()), tensor, async_op=True)
 
 
-def _shards(tensor: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """(rank, its rows) of all ranks, one's own first; others travel while one is worked at."""
-    tensor, me, world = tensor.contiguous(), rank(), len(counts)
-    if world <= GATHERED_RANKS:
-        parts, work = _start_gather(tensor, counts)
-        yield me, tensor
-        work.wait()
-        for owner in [*range(me + 1, world), *range(me)]:
-            yield owner, parts[owner][: counts[owner]]
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    if len(tensor) == length:
+        return tensor.contiguous()
+    return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
+
+
+def _parts(tensor: Tensor, layout: _Layout) -> Iterator[tuple[range, Tensor]]:
+    """(where they are, columns) until all were given, one's own first."""
+    if layout.ring:
+        yield from _around(tensor.contiguous(), layout)
         return
-    part = tensor
+    parts, work = _start_gather(tensor, layout)
+    yield layout.own, tensor
+    work.wait()
+    if min(layout.counts) == max(layout.counts):
+        whole = parts.flatten(0, 1)
+    else:
+        whole = torch.cat([p[:n] for p, n in zip(parts, layout.counts, strict=True)])
+    for others in (range(layout.own.start), range(layout.own.stop, layout.total)):
+        if others:
+            yield others, whole[others.start : others.stop]
+
+
+def _around(part: Tensor, layout: _Layout) -> Iterator[tuple[range, Tensor]]:
+    me, world = rank(), len(layout.spans)
     for step in range(world):
         owner = (me - step) % world
         coming = None
         if step < world - 1:
-            following = tensor.new_empty(counts[owner - 1], *tensor.shape[1:])
+            following = part.new_empty(layout.counts[owner - 1], *part.shape[1:])
             coming = _start_pass_on(part, following, tag=0)
-        yield owner, part
+        yield layout.spans[owner], part
         if coming is not None:
             _wait(coming)
             part = following
@@ -204,39 +229,51 @@ def _wait(works: list[Any]) -> None:
         work.wait()
 
 
-class _Homeward:
-    """Sums what all ranks say about each rank's rows, there: in the ring, an account of them
-    follows the rows themselves, one step behind, and comes home with the last."""
+class _InOne:
+    """Sums what all ranks say about each rank's rows, there, by one collective."""
 
-    def __init__(self, counts: list[int], like: Tensor, dtype: torch.dtype) -> None:
-        self.counts = counts
+    def __init__(self, layout: _Layout, like: Tensor, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.whole = like.new_empty(layout.total, *like.shape[1:], dtype=dtype)
+
+    def add(self, span: range, part: Tensor) -> None:
+        self.whole[span.start : span.stop] = part
+
+    def total(self) -> Tensor:
+        counts = self.layout.counts
+        most = max(counts)
+        if min(counts) < most:
+            parts = [_padded(part, most) for part in self.whole.split(counts)]
+            self.whole = torch.cat(parts)
+        own = self.whole.new_empty(most, *self.whole.shape[1:])
+        _reduce_scatter(own, self.whole)
+        return own[: len(self.layout.own)]
+
+
+class _InRing:
+    """The same by an account of each rank's rows that follows them, one step behind, and comes
+    home with the last."""
+
+    def __init__(self, layout: _Layout, like: Tensor, dtype: torch.dtype) -> None:
+        self.layout = layout
         self.like = like
         self.dtype = dtype
-        self.ring = len(counts) > GATHERED_RANKS
-        self.parts: list[Any] = [None] * len(counts)
         self.coming: list[Any] = []
         self.account: Tensor | None = None
         self.sent: Tensor | None = None
+        self.owner = rank()
 
-    def add(self, owner: int, part: Tensor) -> None:
-        if not self.ring:
-            self.parts[owner] = part
-            return
+    def add(self, span: range, part: Tensor) -> None:
         _wait(self.coming)
         if self.account is not None:
             part = part + self.account
         self.sent = part.contiguous()  # held until it has gone
-        self.account = self.like.new_empty(
-            self.counts[owner - 1], *self.like.shape[1:], dtype=self.dtype
-        )
+        self.owner = (self.owner - 1) % len(self.layout.counts)
+        following = self.layout.counts[self.owner], *self.like.shape[1:]
+        self.account = self.like.new_empty(following, dtype=self.dtype)
         self.coming = _start_pass_on(self.sent, self.account, tag=1)
 
     def total(self) -> Tensor:
-        if self.ring:
-            _wait(self.coming)
-            assert self.account is not None
-            return self.account
-        parts = [part.contiguous() for part in self.parts]
-        works = [dist.reduce(part, to, async_op=True) for to, part in enumerate(parts)]
-        _wait(works)
-        return parts[rank()]
+        _wait(self.coming)
+        assert self.account is not None
+        return self.account

@@ -16,7 +16,7 @@ worker = runpy.run_path(str(WORKER))
 def found(tmp_path_factory):
     """What every rank of every world found."""
     folder = tmp_path_factory.mktemp("ranks")
-    subprocess.run([sys.executable, str(WORKER), str(folder)], check=True, timeout=240)
+    subprocess.run([sys.executable, str(WORKER), str(folder)], check=True, timeout=120)
     return {
         world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
         for world in worker["WORLDS"]

@@ -1,0 +1,106 @@
+"""Memory and time of a batch at once and in parts: `pytest bench/bench_gradient_caching.py -s`.
+
+A small model (4 frames of 64², two layers of 128 channels), so that batches are what grows.
+Writes bench/results/gradient_caching.json.
+"""
+
+import time
+from contextlib import nullcontext
+
+import harness
+import torch
+from transformers import CLIPTextConfig
+
+from clipvip.losses import contrastive_loss
+from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.training import caching
+
+BATCHES = (64, 256, 1024, 4096)
+MICRO_BATCH, FRAMES, TOKENS = 32, 4, 16
+TOWER = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def towers():
+    """A model and what it makes of a batch."""
+    torch.manual_seed(0)
+    text = {**TOWER, "vocab_size": 1000, "max_position_embeddings": TOKENS}
+    text |= {"bos_token_id": 998, "eos_token_id": 999}
+    vision = {**TOWER, "image_size": 64, "patch_size": 16}
+    shapes = CLIPViPConfig(
+        projection_dim=128, text_config=CLIPTextConfig(**text).to_dict(), vision_config=vision
+    )
+    model = CLIPViPModel(shapes)
+
+    def embed(batch):
+        pixels = batch["pixel_values"].float() / 255
+        video = model.get_video_features(pixels, batch["frame_offsets"])
+        text = model.get_text_features(batch["text_ids"])
+        unit = torch.nn.functional.normalize
+        return {
+            "video": unit(video, dim=-1),
+            "text": unit(text, dim=-1),
+            "scale": model.logit_scale.exp(),
+        }
+
+    return model, embed
+
+
+def step(model, embed, batch, micro_batch):
+    """Forward and backward of one batch: the loss and a gradient."""
+    model.zero_grad()
+    loss = caching.backward(
+        embed,
+        batch,
+        micro_batch,
+        lambda f: contrastive_loss(f["video"], f["text"], f["scale"]),
+        prepare=lambda part: part,
+        run_backward=lambda loss: loss.backward(),
+        without_sync=nullcontext,
+    )
+    return [loss, model.visual_projection.weight.grad]
+
+
+def rows(clips: int) -> dict[str, dict[str, float]]:
+    """At once and in parts: seconds, and bytes beyond batch and model at most."""
+    model, embed = towers()
+    batch = {
+        "pixel_values": torch.randint(256, (FRAMES * clips, 3, 64, 64), dtype=torch.uint8),
+        "frame_offsets": torch.arange(0, FRAMES * clips + 1, FRAMES, dtype=torch.int32),
+        "text_ids": torch.randint(1, 990, (clips, TOKENS)),
+    }
+    batch["text_ids"][:, -1] = 999
+    found, expected = {}, None
+    for name, micro_batch in (("at once", None), ("in parts", MICRO_BATCH)):
+        got = step(model, embed, batch, micro_batch)
+        expected = expected or [x.clone() for x in got]
+        for x, want in zip(got, expected, strict=True):
+            torch.testing.assert_close(x, want, rtol=1e-3, atol=1e-5)
+        times = []
+
+        def timed(micro_batch=micro_batch, times=times):
+            started = time.perf_counter()
+            step(model, embed, batch, micro_batch)
+            times.append(time.perf_counter() - started)
+
+        peak = harness.peak_memory(timed)
+        found[name] = {"seconds": times[0], "peak_mib": peak / 2**20}
+    return found
+
+
+def test_gradient_caching() -> None:
+    """Each batch in a process of its own, so that no freed memory hides what the next takes."""
+    results = {
+        n: harness.in_process("default", "bench_gradient_caching", "rows", clips=n) for n in BATCHES
+    }
+    for n, row in results.items():
+        cells = "   ".join(
+            f"{name} {r['seconds']:6.2f} s {r['peak_mib']:7.0f} MiB" for name, r in row.items()
+        )
+        print(f"\n{n:5} clips   {cells}", end="")
+    record = {"micro_batch": MICRO_BATCH, "results": results, "machine": harness.machine()}
+    harness.save("gradient_caching", record)

@@ -22,7 +22,6 @@ from transformers import CLIPTextModel, PretrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import (
-    CLIPMLP,
     CLIPAttention,
     CLIPEncoderLayer,
     CLIPPreTrainedModel,
@@ -33,6 +32,7 @@ from transformers.utils import ModelOutput, logging
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
+from clipvip.model.lean import norm_linear, residual_mlp
 from clipvip.ops import proxy_attention
 
 logger = logging.get_logger(__name__)
@@ -217,11 +217,14 @@ class CLIPViPAttention(CLIPAttention):
         super().__init__(config)
         self.patches_per_frame = patches_per_frame
 
-    def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens [T, C], frame_offsets int32 [B+1] → [T, C]."""
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, norm: nn.LayerNorm, frame_offsets: Tensor
+    ) -> Tensor:
+        """tokens [T, C], LayerNorm before the projections, frame_offsets int32 [B+1] → [T, C]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        qkv = F.linear(
+        qkv = norm_linear(
             hidden_states,
+            norm,
             torch.cat([projection.weight for projection in projections]),
             torch.cat([projection.bias for projection in projections]),
         )
@@ -236,31 +239,21 @@ class CLIPViPAttention(CLIPAttention):
         return self.out_proj(attended.flatten(1))
 
 
-class CLIPViPMLP(CLIPMLP):
-    """CLIP's MLP; backward keeps one activation of QuickGELU where the plain product keeps two."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """tokens [T, C] → [T, C]."""
-        if self.config.hidden_act != "quick_gelu":
-            return super().forward(hidden_states)
-        # x·σ(1.702·x) = silu(1.702·x) / 1.702
-        activated = F.silu(self.fc1(hidden_states).mul_(1.702)).mul_(1 / 1.702)
-        return self.fc2(activated)
-
-
 class CLIPViPEncoderLayer(CLIPEncoderLayer):
     """CLIP's pre-LayerNorm block over packed tokens."""
 
     def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
         super().__init__(config)
         self.self_attn = CLIPViPAttention(config, patches_per_frame)
-        self.mlp = CLIPViPMLP(config)
 
     def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
         """tokens [T, C], frame_offsets int32 [B+1] → [T, C]."""
-        attended = self.self_attn(self.layer_norm1(hidden_states), frame_offsets)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        hidden_states = hidden_states + self.self_attn(
+            hidden_states, self.layer_norm1, frame_offsets
+        )
+        if self.mlp.config.hidden_act != "quick_gelu":
+            return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return residual_mlp(hidden_states, self.layer_norm2, self.mlp.fc1, self.mlp.fc2)
 
 
 class CLIPViPEncoder(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,17 +32,33 @@ def naive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
 
 
+def gathered(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """As open_clip has it with local_loss and gather_with_grad, here with one rank's rows.
+
+    Each direction has a product of its own: local rows with all features of the other kind.
+    """
+    own, scale = torch.arange(len(a), device=a.device), scale.to(a.dtype)
+    return F.cross_entropy(scale * a @ b.T, own) + F.cross_entropy(scale * b @ a.T, own)
+
+
 def linear_cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     own = torch.arange(len(a), device=a.device)
     scaled = scale.to(a.dtype) * a
     return F.linear_cross_entropy(scaled, b, own) + F.linear_cross_entropy(b, scaled, own)
 
 
+def chunked_linear_cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    own = torch.arange(len(a), device=a.device)
+    loss = functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    scaled = scale.to(a.dtype) * a
+    return loss(scaled, b, own) + loss(b, scaled, own)
+
+
 def chunked(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """Chunks of rows whose logits are computed again in backward; columns by logaddexp."""
 
     def part(first: int, rows: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = (scale.to(rows.dtype) * (rows @ b.T)).float()
+        logits = widened(scale.to(rows.dtype) * (rows @ b.T))
         own = torch.arange(first, first + len(rows), device=rows.device)[:, None]
         return logits.logsumexp(1), logits.logsumexp(0), logits.gather(1, own).squeeze(1)
 
@@ -53,6 +70,10 @@ def chunked(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         positive.append(own)
         col_lse = columns if col_lse is None else torch.logaddexp(col_lse, columns)
     return (torch.cat(row_lse) + col_lse - 2 * torch.cat(positive)).mean()
+
+
+def widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def naive_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) -> Tensor:
@@ -67,9 +88,79 @@ def naive_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) -> T
     return loss + naive(f, c, scale)
 
 
-def measure(loss: str, n: int, dtype: str, seconds: float = 8.0) -> dict[str, Any]:
+def chunked_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) -> Tensor:
+    """The same, a chunk of the videos' rows at a time."""
+
+    def part(first: int, rows: Tensor, s: Tensor, c: Tensor, scale: Tensor) -> list[Tensor]:
+        own = torch.arange(first, first + len(rows), device=rows.device)[:, None]
+        scale = scale.to(rows.dtype)
+        logits = [widened(scale * (rows @ texts.T)) for texts in (s, c)]
+        found = []
+        for positive, other in (logits, logits[::-1]):
+            both = torch.cat([positive, other.scatter(1, own, -torch.inf)], 1)
+            loss = both.logsumexp(1) - 2 * positive.gather(1, own).squeeze(1)
+            found += [loss.sum(), positive.logsumexp(0)]
+        return found
+
+    total, columns = v.new_zeros((), dtype=torch.float32), []
+    for first in range(0, len(v), CHUNK):
+        rows = v[first : first + CHUNK]
+        with_s, s_lse, with_c, c_lse = checkpoint(
+            part, first, rows, s, c, scale, use_reentrant=False
+        )
+        total = total + with_s + with_c
+        columns = (
+            [s_lse, c_lse] if not columns else list(map(torch.logaddexp, columns, (s_lse, c_lse)))
+        )
+    return (total + columns[0].sum() + columns[1].sum()) / len(v) + chunked(f, c, scale)
+
+
+FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "symmetric": {
+        "naive": naive,
+        "chunked": chunked,
+        "gathered": gathered,
+        "linear_cross_entropy": linear_cross_entropy,
+        "chunked linear_cross_entropy": chunked_linear_cross_entropy,
+        "compiled naive": torch.compile(naive, dynamic=False),
+        "ours": contrastive_loss,
+    },
+    "vsc_fc": {
+        "naive": naive_vsc_fc,
+        "chunked": chunked_vsc_fc,
+        "compiled naive": torch.compile(naive_vsc_fc, dynamic=False),
+        "ours": omnisource_loss,
+    },
+}
+# fp32 matrices of n × n numbers that live at a form's peak.
+ALIVE = {
+    "symmetric": {"naive": 5, "gathered": 5, "linear_cross_entropy": 5, "compiled naive": 3},
+    "vsc_fc": {"naive": 16, "compiled naive": 9},
+}
+
+
+def left_out(loss: str, n: int, compiled: bool, free: int) -> dict[str, str]:
+    """Contestants that are not timed on a size, and why. free: bytes of memory."""
+    found = {}
+    if loss == "symmetric" and not hasattr(F, "linear_cross_entropy"):
+        found["linear_cross_entropy"] = f"torch {torch.__version__} has none"
+    if loss == "symmetric" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        found["chunked linear_cross_entropy"] = f"torch {torch.__version__} has none"
+    if not compiled:
+        found["compiled naive"] = "a minute of compiling for every size"
+    for name, matrices in ALIVE[loss].items():
+        gib = matrices * n * n * 4 / 2**30
+        if gib * 2**30 > 0.9 * free:
+            found[name] = f"would need {gib:.0f} of the {free / 2**30:.0f} GiB that are free"
+    return found
+
+
+def measure(
+    loss: str, n: int, dtype: str, compiled: bool = True, seconds: float = 8.0
+) -> dict[str, Any]:
     """Times every contestant on one size, in this process."""
     torch.manual_seed(0)
+    torch.compiler.reset()
     sources = 4 if loss == "vsc_fc" else 2
     features = [F.normalize(torch.randn(n, DEPTH), dim=-1) for _ in range(sources)]
     features = [x.to(getattr(torch, dtype)) for x in features]
@@ -80,30 +171,30 @@ def measure(loss: str, n: int, dtype: str, seconds: float = 8.0) -> dict[str, An
         value = function(*leaves)
         return value.detach(), *torch.autograd.grad(value, leaves)
 
-    if loss == "vsc_fc":
-        functions: dict[str, Callable[..., Tensor]] = {
-            "naive": naive_vsc_fc,
-            "ours": omnisource_loss,
-        }
-    else:
-        functions = {
-            "naive": naive,
-            "chunked": chunked,
-            "linear_cross_entropy": linear_cross_entropy,
-            "ours": contrastive_loss,
-        }
-    # The formula in the next wider type; float64 logits of the largest sizes would not fit.
-    wide = torch.float64 if n <= 4096 else torch.float32
-    exact = step(functions["naive"], *[x.to(wide) for x in (*features, scale)])
+    without = left_out(loss, n, compiled, psutil.virtual_memory().available)
+    # In chunks, for float64 logits of the largest sizes would not fit.
+    exact = step(FORMS[loss]["chunked"], *[x.double() for x in (*features, scale)])
     results = harness.compare(
-        {name: functools.partial(step, f, *features, scale) for name, f in functions.items()},
+        {
+            name: functools.partial(step, form, *features, scale)
+            for name, form in FORMS[loss].items()
+            if name not in without
+        },
         expected=exact,
         # bf16 logits near 100 are a quarter apart, which is what the eager forms compute with.
         tolerance=1e-4 if dtype == "float32" else 0.5,
         seconds=seconds,
         min_rounds=3,
     )
-    return {"machine": harness.machine(), "results": results}
+    products = 3 if loss == "vsc_fc" else 1
+    size = getattr(torch, dtype).itemsize
+    return {
+        # a product forward, three backward; features are read, and their gradients written
+        "work": {"flop": 8 * products * n * n * DEPTH, "bytes": 3 * sources * n * DEPTH * size},
+        "machine": harness.machine(),
+        "left_out": without,
+        "results": results,
+    }
 
 
 @pytest.mark.parametrize("malloc", ["default", "tuned"])

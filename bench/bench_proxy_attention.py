@@ -26,12 +26,13 @@ CASES = {
     "b16-fp32-frames32": dict(videos=2, frames=32, patches=196, dtype="float32"),
 }
 HEADS, HEAD_DIM, PROXIES = 12, 64, 4
+MASKED_TOKENS = 12 * 196  # beyond, attention among all patches takes minutes
 
 
-def split(qkv: Tensor, frames: int, patches: int) -> tuple[Tensor, Tensor]:
+def split(qkv: Tensor, frames: int, patches: int, proxies: int) -> tuple[Tensor, Tensor]:
     """[B, M + N·L, 3, H, D] → proxies [3, B, H, M, D] and patches [3, B, H, N, L, D]."""
     parts = qkv.permute(2, 0, 3, 1, 4)
-    return parts[..., :PROXIES, :], parts[..., PROXIES:, :].unflatten(3, (frames, patches))
+    return parts[..., :proxies, :], parts[..., proxies:, :].unflatten(3, (frames, patches))
 
 
 def join(proxies: Tensor, patches: Tensor) -> Tensor:
@@ -49,15 +50,21 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query * HEAD_DIM**-0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
-def eager(qkv: Tensor, frames: int, patches: int, attend: Callable = softmax_attention) -> Tensor:
+def eager(
+    qkv: Tensor,
+    frames: int,
+    patches: int,
+    proxies: int = PROXIES,
+    attend: Callable = softmax_attention,
+) -> Tensor:
     """The authors' form: proxies' keys and values copied for each frame, two attentions."""
-    (proxy_q, proxy_k, proxy_v), (q, k, v) = split(qkv, frames, patches)
+    (proxy_q, proxy_k, proxy_v), (q, k, v) = split(qkv, frames, patches, proxies)
     everything = [torch.cat([p, x.flatten(2, 3)], 2) for p, x in ((proxy_k, k), (proxy_v, v))]
     own = [with_proxies(proxy_k, k), with_proxies(proxy_v, v)]
     return join(attend(proxy_q, *everything), attend(q, *own))
 
 
-def two_sdpa(qkv: Tensor, frames: int, patches: int) -> Tensor:
+def two_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape = query.shape
         if len(shape) == 5:  # frames join the batch
@@ -67,31 +74,33 @@ def two_sdpa(qkv: Tensor, frames: int, patches: int) -> Tensor:
             out = out.unflatten(0, (shape[0], shape[2])).transpose(1, 2)
         return out
 
-    return eager(qkv, frames, patches, attend)
+    return eager(qkv, frames, patches, proxies, attend)
 
 
 @functools.cache
-def seen(frames: int, patches: int, device: torch.device) -> Tensor:
+def seen(frames: int, patches: int, proxies: int, device: torch.device) -> Tensor:
     frame = torch.arange(frames, device=device).repeat_interleave(patches)
-    frame = torch.cat([frame.new_full((PROXIES,), -1), frame])
+    frame = torch.cat([frame.new_full((proxies,), -1), frame])
     return (frame[:, None] == frame) | (frame == -1) | (frame[:, None] == -1)
 
 
-def masked_sdpa(qkv: Tensor, frames: int, patches: int) -> Tensor:
+def masked_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) -> Tensor:
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    mask = seen(frames, patches, qkv.device)
+    mask = seen(frames, patches, proxies, qkv.device)
     return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
 
 
 @functools.cache
-def flex(frames: int, patches: int, device: str = "cpu") -> Callable[[Tensor], Tensor]:
+def flex(
+    frames: int, patches: int, device: str = "cpu", proxies: int = PROXIES
+) -> Callable[[Tensor], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (q - PROXIES) // patches == (k - PROXIES) // patches
-        return (q < PROXIES) | (k < PROXIES) | same
+        same = (q - proxies) // patches == (k - proxies) // patches
+        return (q < proxies) | (k < proxies) | same
 
-    tokens = PROXIES + frames * patches
+    tokens = proxies + frames * patches
     mask = create_block_mask(visible, None, None, tokens, tokens, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -102,47 +111,95 @@ def flex(frames: int, patches: int, device: str = "cpu") -> Callable[[Tensor], T
     return attend
 
 
-def ours(qkv: Tensor, frames: int, patches: int) -> Tensor:
+def flex_attention(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) -> Tensor:
+    return flex(frames, patches, str(qkv.device), proxies)(qkv)
+
+
+def ours(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) -> Tensor:
     offsets = torch.arange(qkv.shape[0] + 1, dtype=torch.int32, device=qkv.device) * frames
-    return proxy_attention(qkv.flatten(0, 1), offsets, PROXIES, patches).view_as(qkv[:, :, 0])
+    return proxy_attention(qkv.flatten(0, 1), offsets, proxies, patches).view_as(qkv[:, :, 0])
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "eager": eager,
+    "two SDPA": two_sdpa,
+    "masked SDPA": masked_sdpa,
+    "FlexAttention": flex_attention,
+    "compiled eager": torch.compile(eager, dynamic=False),
+    "ours": ours,
+}
+
+
+def left_out(frames: int, patches: int, backward: bool, compiled: bool) -> dict[str, str]:
+    """Contestants that are not timed on a size, and why."""
+    found = {}
+    if frames * patches > MASKED_TOKENS:
+        found["masked SDPA"] = f"quadratic in frames: minutes at {frames * patches} patches"
+    if not compiled:
+        found["FlexAttention"] = found["compiled eager"] = "a minute of compiling for every size"
+    elif backward:
+        found["FlexAttention"] = "torch has its backward on a GPU only"
+    return found
+
+
+def work(
+    videos: int, frames: int, patches: int, proxies: int, dtype: str, backward: bool
+) -> dict[str, float]:
+    """Operations of the products, and bytes of what must be read and written once."""
+    tokens = proxies + frames * patches
+    pairs = proxies * tokens + frames * patches * (proxies + patches)
+    size = getattr(torch, dtype).itemsize
+    return {
+        # two products forward, five backward
+        "flop": 4 * videos * HEADS * HEAD_DIM * pairs * (3.5 if backward else 1),
+        # forward qkv and out; backward qkv, out and both their gradients
+        "bytes": videos * tokens * HEADS * HEAD_DIM * size * (12 if backward else 4),
+    }
 
 
 def measure(
-    videos: int, frames: int, patches: int, dtype: str, backward: bool, seconds: float = 8.0
+    videos: int,
+    frames: int,
+    patches: int,
+    dtype: str,
+    backward: bool,
+    proxies: int = PROXIES,
+    compiled: bool = True,
+    seconds: float = 8.0,
 ) -> dict[str, Any]:
     """Times every contestant on one size, in this process."""
     torch.manual_seed(0)
-    qkv = torch.randn(videos, PROXIES + frames * patches, 3, HEADS, HEAD_DIM)
+    torch.compiler.reset()
+    qkv = torch.randn(videos, proxies + frames * patches, 3, HEADS, HEAD_DIM)
     grad = torch.randn_like(qkv[:, :, 0])
     qkv, grad = qkv.to(getattr(torch, dtype)), grad.to(getattr(torch, dtype))
     exact = qkv.double().requires_grad_()
     offsets = torch.arange(videos + 1, dtype=torch.int32) * frames
-    out = proxy_attention_reference(exact.flatten(0, 1), offsets, PROXIES, patches)
+    out = proxy_attention_reference(exact.flatten(0, 1), offsets, proxies, patches)
     out = out.view_as(grad)
     (exact_grad,) = torch.autograd.grad(out, exact, grad.double())
 
     def step(attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         if not backward:
             with torch.no_grad():
-                return (attend(qkv, frames, patches),)
+                return (attend(qkv, frames, patches, proxies),)
         leaf = qkv.detach().requires_grad_()
-        out = attend(leaf, frames, patches)
+        out = attend(leaf, frames, patches, proxies)
         return out.detach(), *torch.autograd.grad(out, leaf, grad)
 
-    functions = {"eager": eager, "two SDPA": two_sdpa, "masked SDPA": masked_sdpa, "ours": ours}
-    if frames > 12:
-        del functions["masked SDPA"]  # quadratic in frames: minutes
-    contestants = {name: functools.partial(step, f) for name, f in functions.items()}
-    if not backward:
-        attend = flex(frames, patches)
-        contestants["FlexAttention"] = lambda: (attend(qkv),)
+    without = left_out(frames, patches, backward, compiled)
     results = harness.compare(
-        contestants,
+        {name: functools.partial(step, f) for name, f in FORMS.items() if name not in without},
         expected=(out.detach(), exact_grad),
         tolerance=1e-5 if dtype == "float32" else 2e-2,
         seconds=seconds,
     )
-    return {"machine": harness.machine(), "results": results}
+    return {
+        "work": work(videos, frames, patches, proxies, dtype, backward),
+        "machine": harness.machine(),
+        "left_out": without,
+        "results": results,
+    }
 
 
 @pytest.mark.parametrize("malloc", ["default", "tuned"])

@@ -292,7 +292,7 @@ def in_threads(name: str, threads: ThreadPoolExecutor, path: Path, positions: li
 
 
 def measure(
-    codec: str, width: int, height: int, seconds: int, on: str, time: float = 12.0
+    codec: str, width: int, height: int, seconds: int, on: str, budget: float = 12.0
 ) -> dict[str, Any]:
     """Times every contestant on one clip: in this process, in one a core, or in threads."""
     torch.set_num_threads(1)
@@ -330,7 +330,7 @@ def measure(
             runs = {name: functools.partial(reader(name), path, positions) for name in names}
         for run in runs.values():  # or a worker's imports would be timed
             run()
-        timed = harness.take_turns(runs, seconds=time, min_rounds=5, units=clips)
+        timed = harness.take_turns(runs, seconds=budget, min_rounds=5, units=clips)
     versions = {}
     for package in ("av", "decord2", "torchcodec", "nvidia-dali-cuda130"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -343,21 +343,13 @@ def measure(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_decode(case: str, benchmark) -> None:
+def test_decode(case: str, run_case) -> None:
     arguments = CASES[case]
     if arguments["on"] == "gpu" and not torch.cuda.is_available():
         pytest.skip(f"{case}: no GPU here, so not {', '.join(ON_GPU)}")
     if not FILMS.exists():
         pytest.skip(f"{case}: no films to make clips of in {FILMS}; `make test` fetches them")
-    record = benchmark.pedantic(
-        harness.in_process, args=("default", "bench_decode", "measure"), kwargs=arguments
-    )
-    record = {"suite": "decode", "case": case, "params": arguments, **record}
-    benchmark.extra_info.update(record)
-    harness.save(f"decode-{case}", record)
-    for name, reason in record["left_out"].items():
-        print(f"\nleft out: {name} ({reason})")
-    print(f"\n{case}\n{harness.table(record['results'])}")
+    run_case(arguments)
 
 
 # --- what was measured ---------------------------------------------------------------------------

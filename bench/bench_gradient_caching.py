@@ -103,4 +103,4 @@ def test_gradient_caching() -> None:
         )
         print(f"\n{n:5} clips   {cells}", end="")
     record = {"micro_batch": MICRO_BATCH, "results": results, "machine": harness.machine()}
-    harness.save("gradient_caching", record)
+    harness.write(harness.BENCH / "results" / "gradient_caching.json", record)

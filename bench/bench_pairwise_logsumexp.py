@@ -1,7 +1,7 @@
 """Contrastive losses against what PyTorch offers: `pytest bench/bench_pairwise_logsumexp.py -s`.
 
 Forward and backward of the symmetric loss and of vsc_fc as a whole, D = 512, scale 100.
-Writes bench/results/pairwise_logsumexp-*.json.
+Writes bench/results/ops-pairwise_logsumexp-*.json.
 """
 
 import functools
@@ -115,6 +115,7 @@ def chunked_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) ->
     return (total + columns[0].sum() + columns[1].sum()) / len(v) + chunked(f, c, scale)
 
 
+QUICK = ("symmetric-fp32-1024-default", "symmetric-bf16-1024-default", "vsc_fc-fp32-1024-default")
 FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "symmetric": {
         "naive": naive,
@@ -156,7 +157,7 @@ def left_out(loss: str, n: int, compiled: bool, free: int) -> dict[str, str]:
 
 
 def measure(
-    loss: str, n: int, dtype: str, compiled: bool = True, seconds: float = 8.0
+    loss: str, n: int, dtype: str, compiled: bool = True, budget: float = 8.0
 ) -> dict[str, Any]:
     """Times every contestant on one size, in this process."""
     torch.manual_seed(0)
@@ -174,7 +175,7 @@ def measure(
     without = left_out(loss, n, compiled, psutil.virtual_memory().available)
     # In chunks, for float64 logits of the largest sizes would not fit.
     exact = step(FORMS[loss]["chunked"], *[x.double() for x in (*features, scale)])
-    results = harness.compare(
+    compared = harness.compare(
         {
             name: functools.partial(step, form, *features, scale)
             for name, form in FORMS[loss].items()
@@ -183,8 +184,9 @@ def measure(
         expected=exact,
         # bf16 logits near 100 are a quarter apart, which is what the eager forms compute with.
         tolerance=1e-4 if dtype == "float32" else 0.5,
-        seconds=seconds,
+        seconds=budget,
         min_rounds=3,
+        left_out=without,
     )
     products = 3 if loss == "vsc_fc" else 1
     size = getattr(torch, dtype).itemsize
@@ -192,19 +194,11 @@ def measure(
         # a product forward, three backward; features are read, and their gradients written
         "work": {"flop": 8 * products * n * n * DEPTH, "bytes": 3 * sources * n * DEPTH * size},
         "machine": harness.machine(),
-        "left_out": without,
-        "results": results,
+        **compared,
     }
 
 
 @pytest.mark.parametrize("malloc", ["default", "tuned"])
 @pytest.mark.parametrize("case", CASES)
-def test_pairwise_logsumexp(case: str, malloc: str, benchmark) -> None:
-    arguments = {"loss": case.split("-")[0], **CASES[case]}
-    record = benchmark.pedantic(
-        harness.in_process, args=(malloc, "bench_pairwise_logsumexp", "measure"), kwargs=arguments
-    )
-    record = {"case": case, **arguments, **record}
-    benchmark.extra_info.update(record)
-    harness.save(f"pairwise_logsumexp-{case}-{malloc}", record)
-    print(f"\n{case}, {malloc} malloc\n{harness.table(record['results'])}")
+def test_pairwise_logsumexp(case: str, malloc: str, run_case, quick: bool) -> None:
+    run_case({"loss": case.split("-")[0], **CASES[case], "compiled": not quick}, malloc)

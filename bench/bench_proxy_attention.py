@@ -1,7 +1,7 @@
 """proxy_attention against what PyTorch offers: `pytest bench/bench_proxy_attention.py -s`.
 
 Forward and backward of one layer's attention, 12 heads of 64, as ViT-B/16 and ViT-B/32 have it.
-Writes bench/results/proxy_attention-*.json.
+Writes bench/results/ops-proxy_attention-*.json.
 """
 
 import functools
@@ -25,6 +25,7 @@ CASES = {
     "b16-fp32-frames4": dict(videos=2, frames=4, patches=196, dtype="float32"),
     "b16-fp32-frames32": dict(videos=2, frames=32, patches=196, dtype="float32"),
 }
+QUICK = ("b32-fp32-both-default", "b32-bf16-both-default", "b16-fp32-frames1-both-default")
 HEADS, HEAD_DIM, PROXIES = 12, 64, 4
 MASKED_TOKENS = 12 * 196  # beyond, attention among all patches takes minutes
 
@@ -165,7 +166,7 @@ def measure(
     backward: bool,
     proxies: int = PROXIES,
     compiled: bool = True,
-    seconds: float = 8.0,
+    budget: float = 8.0,
 ) -> dict[str, Any]:
     """Times every contestant on one size, in this process."""
     torch.manual_seed(0)
@@ -188,31 +189,22 @@ def measure(
         return out.detach(), *torch.autograd.grad(out, leaf, grad)
 
     without = left_out(frames, patches, backward, compiled)
-    results = harness.compare(
+    compared = harness.compare(
         {name: functools.partial(step, f) for name, f in FORMS.items() if name not in without},
         expected=(out.detach(), exact_grad),
         tolerance=1e-5 if dtype == "float32" else 2e-2,
-        seconds=seconds,
+        seconds=budget,
+        left_out=without,
     )
     return {
         "work": work(videos, frames, patches, proxies, dtype, backward),
         "machine": harness.machine(),
-        "left_out": without,
-        "results": results,
+        **compared,
     }
 
 
 @pytest.mark.parametrize("malloc", ["default", "tuned"])
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("case", CASES)
-def test_proxy_attention(case: str, direction: str, malloc: str, benchmark) -> None:
-    arguments = {**CASES[case], "backward": direction == "both"}
-    record = benchmark.pedantic(
-        harness.in_process,
-        args=(malloc, "bench_proxy_attention", "measure"),
-        kwargs=arguments,
-    )
-    record = {"case": case, "direction": direction, **arguments, **record}
-    benchmark.extra_info.update(record)
-    harness.save(f"proxy_attention-{case}-{direction}-{malloc}", record)
-    print(f"\n{case}, {direction}, {malloc} malloc\n{harness.table(record['results'])}")
+def test_proxy_attention(case: str, direction: str, malloc: str, run_case, quick: bool) -> None:
+    run_case({**CASES[case], "backward": direction == "both", "compiled": not quick}, malloc)

@@ -6,9 +6,11 @@ all of them; medians are reported with quartiles, and ratios are medians of a ro
 
 import ctypes
 import datetime
+import functools
 import gc
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -22,39 +24,96 @@ from typing import Any
 import torch
 
 BENCH = Path(__file__).resolve().parent
+SUITES = {
+    "ops": ("bench_proxy_attention", "bench_pairwise_logsumexp"),
+    "model": ("bench_model",),
+    "train": ("bench_train",),
+    "decode": ("bench_decode",),
+    "growth": ("bench_growth",),
+}
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+PROFILE = "CLIPVIP_BENCH_PROFILE"  # where traces go: a folder and the start of their names
+MIB, GIB = 2**20, 2**30
+L2_BYTES = 256 * MIB  # more than any GPU's second level of cache holds
+
+Contestants = dict[str, Callable[[], Sequence[torch.Tensor]]]
+
+
+# --- measuring -----------------------------------------------------------------------------------
 
 
 def compare(
-    contestants: dict[str, Callable[[], Sequence[torch.Tensor]]],
+    contestants: Contestants,
     *,
     expected: Sequence[torch.Tensor],
     tolerance: float,
     seconds: float = 8.0,
     min_rounds: int = 5,
     max_rounds: int = 200,
-) -> dict[str, dict[str, float]]:
-    """Checks every contestant against `expected`, then times all of them round by round.
+    device: str = "cpu",
+    left_out: dict[str, str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Checks every contestant against `expected`, then times all that pass round by round.
 
     A contestant is a function without arguments that returns what `expected` holds, in order
     (fewer tensors if it computes only the first ones, as a forward does). Its error is
-    max|x − expected| / max|expected| for each tensor and must not exceed `tolerance`. The first
-    contestant is the one that ratios refer to.
+    max|x − expected| / max|expected| for each tensor and must not exceed `tolerance`. One that
+    raises or is wrong is left out and listed with the reason; "ours" raises instead. The first
+    contestant is the baseline, which ratios refer to.
 
-    Returns, for each name: median_ms, low_ms and high_ms (quartiles), min_ms, ratio (median over
-    rounds of its time over the first one's), error, and peak_mib (see peak_memory).
+    Args:
+        expected: of float64, or the next wider dtype.
+        seconds: of timing, all contestants together.
+        device: "cpu" or "cuda": how time and memory are taken, and what is freed in between.
+        left_out: contestants that were not even tried, with the reason.
+
+    Returns {"results": …, "left_out": …}. Results, for each name: error, peak_mib (see
+    peak_memory) and what take_turns gives.
     """
-    results: dict[str, dict[str, float]] = {}
+    checked: dict[str, dict[str, Any]] = {}
+    left_out = dict(left_out or {})
+    trace = os.environ.get(PROFILE)
     for name, run in contestants.items():
-        error = max(
-            float((got.double() - want.double()).abs().max() / want.double().abs().max())
-            for got, want in zip(run(), expected, strict=False)
-        )
-        if not error <= tolerance:
-            raise AssertionError(f"{name} is off by {error:.2e}, allowed {tolerance:.2e}")
-        results[name] = {"error": error, "peak_mib": peak_memory(run) / 2**20}
-    timed = take_turns(contestants, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
-    return {name: results[name] | timed[name] for name in contestants}
+        try:
+            error = _error(run(), expected)
+            if not error <= tolerance:
+                raise AssertionError(f"{name} is off by {error:.2e}, allowed {tolerance:.2e}")
+            checked[name] = {"error": error, "peak_mib": peak_memory(run, device) / MIB}
+            if trace:
+                profile(run, Path(f"{trace}-{name.replace(' ', '_')}.json.gz"))
+        except Exception as reason:  # whatever a peer dies of is a result
+            if name == "ours":
+                raise
+            checked.pop(name, None)
+            left_out[name] = _one_line(reason)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    able = {name: run for name, run in contestants.items() if name in checked}
+    timed = take_turns(
+        able,
+        seconds=seconds,
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
+        device=device,
+        baseline=next(iter(contestants)),
+    )
+    return {"results": {name: checked[name] | timed[name] for name in able}, "left_out": left_out}
+
+
+def _error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    errors = []
+    for x, want in zip(got, expected, strict=False):
+        if x.shape != want.shape:
+            raise AssertionError(f"a shape is {tuple(x.shape)}, expected {tuple(want.shape)}")
+        off = float((x.double() - want.double()).abs().max() / want.double().abs().max())
+        errors.append(off if off == off else math.inf)  # max() would pass over a NaN
+    return max(errors)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0][:200]
+    return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
 
 
 def take_turns(
@@ -64,10 +123,17 @@ def take_turns(
     min_rounds: int = 5,
     max_rounds: int = 200,
     units: int = 1,
-) -> dict[str, dict[str, float]]:
-    """Times all contestants round by round; what `compare` returns, without error and memory.
+    device: str = "cpu",
+    baseline: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Times all contestants round by round.
 
     units: of work in one call; times are those of one unit.
+    baseline: by default the first.
+
+    Returns, for each name: median_ms, low_ms and high_ms (quartiles), min_ms, rounds, and ratio,
+    ratio_low and ratio_high: median and quartiles over rounds of its time over the baseline's of
+    the same round, None where the baseline does not take part.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     started = time.perf_counter()
@@ -75,31 +141,63 @@ def take_turns(
         if done >= min_rounds and time.perf_counter() - started > seconds:
             break
         for name, run in contestants.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - begin) * 1e3 / units)
-    first = times[next(iter(contestants))]
-    results = {}
+            times[name].append(elapsed(run, device) * 1e3 / units)
+    first = times.get(baseline or next(iter(contestants)))
+    results: dict[str, dict[str, Any]] = {}
     for name, each in times.items():
         low, median, high = statistics.quantiles(each, n=4, method="inclusive")
+        ratios: Sequence[float | None] = (None, None, None)
+        if first:
+            ratios = statistics.quantiles(
+                [t / f for t, f in zip(each, first, strict=True)], n=4, method="inclusive"
+            )
         results[name] = {
             "median_ms": median,
             "low_ms": low,
             "high_ms": high,
             "min_ms": min(each),
-            "ratio": statistics.median(t / f for t, f in zip(each, first, strict=True)),
+            "ratio": ratios[1],
+            "ratio_low": ratios[0],
+            "ratio_high": ratios[2],
             "rounds": len(each),
         }
     return results
 
 
-def peak_memory(run: Callable[[], Any]) -> int:
-    """Bytes by which resident memory rises at most during a call that has been made before.
+def elapsed(run: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call; on a GPU by events, from a cold cache."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flush().zero_()
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
-    Counts every allocation that is touched, a library's scratch space too. Linux only: the
-    kernel's own high-water mark, reset just before the call.
+
+@functools.cache
+def _flush() -> torch.Tensor:
+    return torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def peak_memory(run: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes by which memory rises at most during a call that has been made before.
+
+    On the CPU that of the process, counting every allocation that is touched, a library's scratch
+    space too. Linux only: the kernel's own high-water mark, reset just before the call. On a GPU
+    what torch's allocator hands out.
     """
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # or freed memory that is used again would not show
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
@@ -114,8 +212,30 @@ def _status_kib(field: str) -> int:
     raise KeyError(field)
 
 
+def profile(run: Callable[[], Any], path: Path) -> None:
+    """Writes torch.profiler's trace of one call, which Perfetto and chrome://tracing show.
+
+    path: ends in .json, or .json.gz for a compressed one.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"partial-{path.name}")  # its ending says whether to compress
+    trace.export_chrome_trace(str(partial))
+    partial.replace(path)
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
 def machine() -> dict[str, Any]:
     """Facts that a timing means nothing without."""
+    import clipvip
     from clipvip.ops import _native
 
     cpu = platform.processor()
@@ -123,19 +243,39 @@ def machine() -> dict[str, Any]:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
-    return {
+    facts = {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": _native.module().cpu_capability(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "malloc": "tuned" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default",
         "load": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "--", "csrc", "clipvip") else ""),
+        "clipvip": clipvip.__version__,
+        "commit": _commit(),
     }
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        facts |= {
+            "gpu": torch.cuda.get_device_name(),
+            "gpu_capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            "cuda": torch.version.cuda,
+            "driver": subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0],
+        }
+    return facts
+
+
+def _commit() -> str:
+    """Of the checkout that this file lies in, or "" where it was installed."""
+    if given := os.environ.get("CLIPVIP_COMMIT"):
+        return given
+    if not (BENCH.parent / ".git").exists():
+        return ""
+    changed = _git("status", "--porcelain", "--", "csrc", "clipvip")
+    return _git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
 
 
 def _git(*arguments: str) -> str:
@@ -143,16 +283,69 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def in_process(malloc: str, module: str, function: str, **arguments: Any) -> dict[str, Any]:
+@functools.cache
+def ceilings(device: str = "cpu") -> dict[str, float]:
+    """What this machine does at best, measured once a process: products and copies.
+
+    matmul_fp32_gflops and matmul_bf16_gflops (10⁹ operations a second, a multiplication and an
+    addition are two) of square matrices, copy_gib_s (what is read plus what is written).
+    """
+    side, copied = (8192, 2 * GIB) if device == "cuda" else (2048, 256 * MIB)
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        x, y = torch.randn(2, side, side, device=device).to(dtype)
+        out = torch.empty_like(x)
+        best = _best(functools.partial(torch.mm, x, y, out=out), device)
+        found[f"matmul_{name}_gflops"] = 2 * side**3 / best / 1e9
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    best = _best(functools.partial(torch.empty_like(source).copy_, source), device)
+    found["copy_gib_s"] = 2 * copied / best / GIB
+    if device == "cuda":
+        del x, y, out, source
+        torch.cuda.empty_cache()
+    return found
+
+
+def _best(run: Callable[[], Any], device: str) -> float:
+    elapsed(run, device)
+    return min(elapsed(run, device) for _ in range(10))
+
+
+def share(record: dict[str, Any], milliseconds: float) -> float | None:
+    """Part of the machine's ceilings that a time reaches: the least time possible over it.
+
+    The least is that of the record's `work`, operations at the rate of a matrix product or bytes
+    at that of a copy, whichever takes longer; None where no work is stated.
+    """
+    work, best = record.get("work", {}), record["machine"].get("ceilings")
+    if not best:
+        return None
+    half = record["params"].get("dtype", "float32") in ("bfloat16", "float16")
+    least = max(
+        work.get("flop", 0) / best["matmul_bf16_gflops" if half else "matmul_fp32_gflops"] / 1e9,
+        work.get("bytes", 0) / best["copy_gib_s"] / GIB,
+    )
+    return least * 1e3 / milliseconds if least else None
+
+
+# --- processes, files, text ----------------------------------------------------------------------
+
+
+def in_process(
+    malloc: str, module: str, function: str, *, trace: Path | None = None, **arguments: Any
+) -> dict[str, Any]:
     """`module.function(**arguments)` in a process of its own, with malloc "default" or "tuned".
 
     A tuned malloc keeps what is freed, which spares a program of many large tensors its page
     faults. It is read when a process starts, hence the process. Arguments and result are JSON.
+    trace: `compare` in that process writes profiles to files whose names start so.
     """
     environment = os.environ | (TUNED_MALLOC if malloc == "tuned" else {})
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(BENCH.parent), str(BENCH), environment.get("PYTHONPATH", "")]
     )
+    if trace:
+        environment[PROFILE] = str(trace.absolute())
     done = subprocess.run(
         [sys.executable, str(BENCH / "harness.py"), module, function, json.dumps(arguments)],
         env=environment,
@@ -164,24 +357,51 @@ def in_process(malloc: str, module: str, function: str, **arguments: Any) -> dic
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Plain text, a line a contestant."""
-    lines = [f"{'':24}{'median ms':>11}{'quartiles':>18}{'ratio':>8}{'peak MiB':>10}{'error':>10}"]
-    for name, r in results.items():
+def save(out: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Writes OUT/SUITE-CASE.json and returns what it holds: the record with measured ceilings.
+
+    A record: suite, case, params (with device "cuda" where it ran there), work ({"flop", "bytes"}:
+    what the task needs at least; either may be absent), machine, left_out and results.
+    """
+    device = record["params"].get("device", "cpu")
+    record = record | {"machine": record["machine"] | {"ceilings": ceilings(device)}}
+    order = ("suite", "case", "params", "work", "machine", "left_out", "results")
+    record = {key: record[key] for key in order if key in record} | record
+    write(out / f"{record['suite']}-{record['case']}.json", record)
+    return record
+
+
+def write(path: Path, value: Any) -> Path:
+    """Writes JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    return partial.replace(path)
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """The records in a folder, in the order of their names; other JSON files are passed over."""
+    found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    return [each for each in found if isinstance(each, dict) and "suite" in each]
+
+
+def table(record: dict[str, Any]) -> str:
+    """Plain text, a line a contestant, and a line for each that was left out."""
+    lines = [
+        f"{'':24}{'median ms':>11}{'quartiles':>20}{'ratio':>8}{'of ceiling':>12}"
+        f"{'peak MiB':>10}{'error':>10}"
+    ]
+    for name, r in record["results"].items():
         quartiles = f"{r['low_ms']:.2f}–{r['high_ms']:.2f}"
+        ratio = "–" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        reached = share(record, r["median_ms"])
+        part = "–" if reached is None else f"{reached:.0%}"
         lines.append(
-            f"{name:24}{r['median_ms']:11.2f}{quartiles:>18}{r['ratio']:8.2f}"
+            f"{name:24}{r['median_ms']:11.2f}{quartiles:>20}{ratio:>8}{part:>12}"
             f"{r['peak_mib']:10.1f}{r['error']:10.1e}"
         )
+    lines += [f"left out: {name} ({why})" for name, why in record.get("left_out", {}).items()]
     return "\n".join(lines)
-
-
-def save(name: str, record: dict[str, Any]) -> Path:
-    """Writes bench/results/NAME.json."""
-    path = BENCH / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
 
 
 def _main() -> None:

@@ -131,10 +131,11 @@ def main() -> None:
     rows = read(module)
     if not rows:
         sys.exit(f"kernel_table: {module} holds no CUDA kernels; build it where nvcc is found")
-    from harness import save  # beside this file
+    from harness import BENCH, write  # beside this file
 
     print(table(rows))
-    print(f"\n{save('cuda_kernels', {'nvcc': _nvcc(), 'kernels': rows})}")
+    path = BENCH / "results" / "cuda_kernels.json"
+    print(f"\n{write(path, {'nvcc': _nvcc(), 'kernels': rows})}")
 
 
 def _nvcc() -> str:

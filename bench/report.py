@@ -20,7 +20,7 @@ def row(record: dict[str, Any]) -> list[str]:
     ours = results["ours"]
     peer = f"{results[best]['median_ms']:.1f} ({best})" if best else "–"
     return [
-        f"{record['case']} {record.get('direction', 'both').replace('both', 'forward+backward')}",
+        record["case"],
         record["machine"]["malloc"],
         f"{results[eager]['median_ms']:.1f}",
         peer,
@@ -33,7 +33,7 @@ def row(record: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Prints the table and the machines that the figures come from."""
-    files = sorted(RESULTS.glob("*-*.json"))  # OP-CASE.json; demo.json holds recalls, not times
+    files = sorted(RESULTS.glob("ops-*.json"))
     records = [json.loads(path.read_text()) for path in files]
     heads = ["case", "malloc", "eager ms", "best other ms", "ours ms", "ratio", "eager MiB", "MiB"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")

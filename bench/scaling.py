@@ -222,7 +222,7 @@ def main() -> None:
                 f"{' | '.join(cells)} |"
             )
     record = {"check": check, "predicted": table, "machine": harness.machine()}
-    harness.save("scaling", record)
+    harness.write(harness.BENCH / "results" / "scaling.json", record)
 
 
 if __name__ == "__main__":

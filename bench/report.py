@@ -89,10 +89,15 @@ def baseline(results: dict[str, dict]) -> str | None:
     return next((each for each in BASELINES if each in results), None)
 
 
-def best_peer(results: dict[str, dict], figure: str = "median_ms") -> str | None:
-    """Who is best of all but the baseline and ours."""
-    peers = [each for each in results if each not in (*BASELINES, OURS)]
-    return min(peers, key=lambda each: results[each][figure], default=None)
+def is_ours(contestant: str) -> bool:
+    """ "ours", or a variant such as "ours by DALI"."""
+    return contestant.split(" ")[0] == OURS
+
+
+def best_peer(results: dict[str, dict]) -> str | None:
+    """Who is quickest of all but the baseline and ours."""
+    peers = [each for each in results if each not in BASELINES and not is_ours(each)]
+    return min(peers, key=lambda each: results[each]["median_ms"], default=None)
 
 
 def time_ratio(result: dict, eager: dict | None) -> float | None:
@@ -225,7 +230,7 @@ def markdown(directory: Path) -> str:
             heads = ["growth", "eager", "best peer", "ours"]
             parts.append(_markdown(heads, map(_growth, grown)))
         elif is_rate(timed[0]):
-            names = sorted({c for r in timed for c in r["results"]}, key=lambda c: (c != OURS, c))
+            names = list(dict.fromkeys(c for r in timed for c in _order(r["results"])[::-1]))
             lines = [
                 [
                     name(r),
@@ -281,7 +286,8 @@ def _growth(record: Record) -> list[str]:
 
 
 def rate(result: dict[str, float]) -> float:
-    return result.get("clips_per_s", 1e3 / result["median_ms"])
+    """Clips a second."""
+    return 1e3 / result["median_ms"]
 
 
 def put_into(readme: Path, table: str) -> None:
@@ -426,7 +432,7 @@ def section(records: list[Record], draw: "Pictures") -> list[str]:
     timed = [record for record in records if not is_sweep(record)]
     if timed and is_rate(timed[0]):
         parts += [figure(draw.rates(timed), "Clips a second, quartiles as lines.")]
-        heads = "case|contestant|clips/s|ms a clip|quartiles|× best peer|peak MiB|error"
+        heads = "case|contestant|clips/s|ms a clip|quartiles|× naive|× best peer|peak MiB|error"
         parts.append(table(heads.split("|"), _decoded(timed)))
     elif timed:
         for allocator in sorted(set(map(malloc, timed))):
@@ -483,11 +489,11 @@ def left_out(records: list[Record]) -> list[str]:
 
 def _order(results: dict[str, dict]) -> list[str]:
     """The baseline first, ours last."""
-    return sorted(results, key=lambda each: (each not in BASELINES, each == OURS))
+    return sorted(results, key=lambda each: (each not in BASELINES, is_ours(each)))
 
 
 def _classes(each: str, index: int) -> str:
-    return " ".join(["ours"] * (each == OURS) + ["first"] * (index == 0))
+    return " ".join(["ours"] * is_ours(each) + ["first"] * (index == 0))
 
 
 def _compared(records: list[Record]) -> Iterable[Row]:
@@ -518,10 +524,14 @@ def _compared(records: list[Record]) -> Iterable[Row]:
 def _decoded(records: list[Record]) -> Iterable[Row]:
     for record in records:
         results = record["results"]
-        peer = best_peer(results)
-        for i, each in enumerate(sorted(results, key=OURS.__eq__)):
+        naive, best = results.get(baseline(results)), results.get(best_peer(results))
+        for i, each in enumerate(_order(results)):
             r = results[each]
-            ratio = r["median_ms"] / results[peer]["median_ms"] if peer else None
+            figures = (
+                time_ratio(r, naive),
+                r["median_ms"] / best["median_ms"] if best else None,
+                r.get("peak_mib"),
+            )
             yield (
                 _classes(each, i),
                 [
@@ -529,7 +539,7 @@ def _decoded(records: list[Record]) -> Iterable[Row]:
                     each,
                     Cell(number(rate(r)), rate(r)),
                     *_timing(r),
-                    *(Cell(number(x), x) for x in (ratio, r.get("peak_mib"))),
+                    *(Cell(number(x), x) for x in figures),
                     _error(r),
                 ],
             )
@@ -624,7 +634,7 @@ class Pictures:
             for each in dict.fromkeys(c for r in records for c in _order(r["results"]))
             if each not in BASELINES
         ]
-        contestants.sort(key=OURS.__eq__)
+        contestants.sort(key=is_ours)
         rows = [
             (record, [each for each in contestants if each in record["results"]])
             for record in records
@@ -678,9 +688,8 @@ class Pictures:
 
     def rates(self, records: list[Record]) -> str:
         """Clips a second of every decoder."""
-        contestants = sorted(
-            {c for r in records for c in r["results"]}, key=lambda c: (c == OURS, c)
-        )
+        contestants = list(dict.fromkeys(c for r in records for c in _order(r["results"])))
+        contestants.sort(key=is_ours)
         lines = sum(len(record["results"]) + 1 for record in records)
         with self.plt.rc_context(self.style):
             figure, axis = self.plt.subplots(figsize=(10, 0.17 * lines + 1.0))
@@ -689,8 +698,7 @@ class Pictures:
                 ticks.append(y + (len(record["results"]) - 1) / 2)
                 for each in (c for c in contestants if c in record["results"]):
                     r = record["results"][each]
-                    scale = rate(r) * r["median_ms"]
-                    spread = [[rate(r) - scale / r["high_ms"]], [scale / r["low_ms"] - rate(r)]]
+                    spread = [[rate(r) - 1e3 / r["high_ms"]], [1e3 / r["low_ms"] - rate(r)]]
                     axis.barh(
                         y, rate(r), xerr=spread, color=self.colour(each), height=0.86, ecolor=INK
                     )
@@ -725,8 +733,8 @@ class Pictures:
                         color=self.colour(each),
                         label=each + power,
                         markersize=4,
-                        linewidth=2 if each == OURS else 1.2,
-                        zorder=3 if each == OURS else 2,
+                        linewidth=2 if is_ours(each) else 1.2,
+                        zorder=3 if is_ours(each) else 2,
                     )
                     if fitted:
                         ends = (fitted.first, max(values))

@@ -157,24 +157,33 @@ def left_out(loss: str, n: int, compiled: bool, free: int) -> dict[str, str]:
 
 
 def measure(
-    loss: str, n: int, dtype: str, compiled: bool = True, budget: float = 8.0
+    loss: str,
+    n: int,
+    dtype: str,
+    device: str = "cpu",
+    compiled: bool = True,
+    skipped: dict[str, str] | None = None,
+    min_rounds: int = 3,
+    budget: float = 8.0,
 ) -> dict[str, Any]:
-    """Times every contestant on one size, in this process."""
+    """Times every contestant on one size, in this process, but for those `skipped` for a reason."""
     torch.manual_seed(0)
     torch.compiler.reset()
     sources = 4 if loss == "vsc_fc" else 2
     features = [F.normalize(torch.randn(n, DEPTH), dim=-1) for _ in range(sources)]
-    features = [x.to(getattr(torch, dtype)) for x in features]
-    scale = torch.tensor(100.0)
+    features = [x.to(device, getattr(torch, dtype)) for x in features]
+    scale = torch.tensor(100.0, device=device)
 
     def step(function: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in given]
         value = function(*leaves)
         return value.detach(), *torch.autograd.grad(value, leaves)
 
-    without = left_out(loss, n, compiled, psutil.virtual_memory().available)
-    # In chunks, for float64 logits of the largest sizes would not fit.
-    exact = step(FORMS[loss]["chunked"], *[x.double() for x in (*features, scale)])
+    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
+    without = left_out(loss, n, compiled, free) | (skipped or {})
+    # In chunks, for float64 logits of the largest sizes would not fit; few GPUs are quick in it.
+    wide = torch.float64 if device == "cpu" or n <= 16384 else torch.float32
+    exact = step(FORMS[loss]["chunked"], *[x.to(wide) for x in (*features, scale)])
     compared = harness.compare(
         {
             name: functools.partial(step, form, *features, scale)
@@ -185,7 +194,8 @@ def measure(
         # bf16 logits near 100 are a quarter apart, which is what the eager forms compute with.
         tolerance=1e-4 if dtype == "float32" else 0.5,
         seconds=budget,
-        min_rounds=3,
+        min_rounds=min_rounds,
+        device=device,
         left_out=without,
     )
     products = 3 if loss == "vsc_fc" else 1

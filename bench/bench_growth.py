@@ -1,0 +1,77 @@
+"""How time and memory grow: `pytest bench/bench_growth.py -s`.
+
+Attention around the sizes of ViT-B/32 over frames, patches, proxies and batch; the symmetric loss
+over rows; forward and backward, and with a GPU there too. Writes growth-*.json: records with
+`sweep` (over what, and the values), `points` (what was measured at each value) and `exponents` (of
+time and memory, see report.fit); their `results` are those of the largest value.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+import harness
+import pytest
+import report
+
+ATTENTION = dict(videos=4, frames=12, patches=49, proxies=4, dtype="float32", backward=True)
+LOSS = dict(
+    loss="symmetric",
+    dtype="float32",
+    min_rounds=2,
+    skipped={
+        "gathered": "grows as naive does",
+        "linear_cross_entropy": "grows as naive does: without options it materialises logits",
+    },
+)
+GPU = dict(device="cuda", dtype="bfloat16")
+
+
+def powers(most: int, least: int = 1) -> list[int]:
+    """Of two, from the least to the most."""
+    return [least * 2**i for i in range((most // least).bit_length())]
+
+
+# name → op, its parameter, values, and what stays
+CASES: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
+    "frames": ("proxy_attention", "frames", powers(64), ATTENTION),
+    "patches": ("proxy_attention", "patches", [49, 100, 196, 289, 400, 576], ATTENTION),
+    "proxies": ("proxy_attention", "proxies", powers(16), ATTENTION),
+    "batch": ("proxy_attention", "videos", powers(64), ATTENTION),
+    "rows": ("pairwise_logsumexp", "n", powers(32768, 1024), LOSS),
+    "frames-gpu": ("proxy_attention", "frames", powers(64), ATTENTION | GPU | {"videos": 32}),
+    "batch-gpu": ("proxy_attention", "videos", powers(256), ATTENTION | GPU),
+    "rows-gpu": ("pairwise_logsumexp", "n", powers(524288, 1024), LOSS | GPU),
+}
+QUICK = {"frames": [1, 2, 4], "rows": [256, 512, 1024]}
+
+
+def measure(
+    op: str, over: str, values: list[int], fixed: dict[str, Any], device: str, budget: float = 8.0
+) -> dict[str, Any]:
+    """Times every contestant at each value of a parameter, in this process."""
+    contest = importlib.import_module(f"bench_{op}").measure
+    points = []
+    for value in values:
+        arguments = fixed | {over: value, "device": device, "compiled": False}
+        point = contest(**arguments, budget=budget / 4)
+        points.append({"value": value} | {k: point[k] for k in ("work", "left_out", "results")})
+        times = (f"{name} {r['median_ms']:.1f} ms" for name, r in point["results"].items())
+        print(f"{over} {value}: {', '.join(times)}", file=sys.stderr, flush=True)
+    return {
+        "machine": harness.machine(),
+        "sweep": {"over": {"videos": "batch", "n": "rows"}.get(over, over), "values": values},
+        "points": points,
+        "exponents": report.exponents({"points": points}),
+        "left_out": points[-1]["left_out"],
+        "results": points[-1]["results"],
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_growth(case: str, run_case, quick: bool) -> None:
+    op, over, values, fixed = CASES[case]
+    fixed = {key: value for key, value in fixed.items() if key not in (over, "device")}
+    device = CASES[case][3].get("device", "cpu")
+    values = QUICK[case] if quick else values
+    run_case({"op": op, "over": over, "values": values, "fixed": fixed, "device": device})

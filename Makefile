@@ -48,7 +48,7 @@ $(VENV)/peers: $(VENV)/ready
 	-$(BIN)/python -m pip install -q -e ".[peers]" && touch $@
 
 bench: setup $(VENV)/peers $(CLIPS)/ready
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/clipvip bench all
 
 clean:
 	rm -rf build dist $(VENV) demo/out *.egg-info clipvip/_C*.so

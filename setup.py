@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -80,4 +80,10 @@ class CMakeBuild(build_ext):
         return headers
 
 
-setup(ext_modules=[Extension("clipvip._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# The benchmark suites go along, so that `clipvip bench` runs wherever the package is installed.
+setup(
+    packages=[*find_packages(include=["clipvip", "clipvip.*"]), "clipvip_bench"],
+    package_dir={"clipvip_bench": "bench"},
+    ext_modules=[Extension("clipvip._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

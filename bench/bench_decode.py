@@ -271,7 +271,7 @@ def loaded(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         try:
             reader(name)
         except Exception as error:  # whatever a library that is missing or does not fit does
-            left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            left_out[name] = harness.why(error)
     return [name for name in names if name not in left_out], left_out
 
 

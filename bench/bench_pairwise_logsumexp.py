@@ -115,7 +115,7 @@ def chunked_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) ->
     return (total + columns[0].sum() + columns[1].sum()) / len(v) + chunked(f, c, scale)
 
 
-QUICK = ("symmetric-fp32-1024-default", "symmetric-bf16-1024-default", "vsc_fc-fp32-1024-default")
+QUICK = ("symmetric-fp32-1024-default", "vsc_fc-fp32-1024-default")
 FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "symmetric": {
         "naive": naive,

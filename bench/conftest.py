@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import harness
 
 SUITE_OF = {module: suite for suite, modules in harness.SUITES.items() for module in modules}
+RECORDS = pytest.StashKey[list[dict[str, Any]]]()  # of this session
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if _id(item) in getattr(item.module, "QUICK", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if records := config.stash.get(RECORDS, []):
+        terminalreporter.write_line(f"\n{harness.summary(records)}\n")
 
 
 def _id(item: pytest.Item) -> str:
@@ -88,6 +94,7 @@ def run_case(
         record = {"suite": suite, "case": case, "params": params, **measured}
         record = harness.save(options.bench_out, record)
         benchmark.extra_info.update(record)
+        request.config.stash.setdefault(RECORDS, []).append(record)
         print(harness.table(record), flush=True)
         return record
 

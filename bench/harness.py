@@ -4,6 +4,7 @@ Contestants run in turn, one call each a round, so that whatever else the machin
 all of them; medians are reported with quartiles, and ratios are medians of a round's own ratios.
 """
 
+import collections
 import ctypes
 import datetime
 import functools
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 
 BENCH = Path(__file__).resolve().parent
@@ -85,7 +87,7 @@ def compare(
             if name == "ours":
                 raise
             checked.pop(name, None)
-            left_out[name] = _one_line(reason)
+            left_out[name] = why(reason)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -111,9 +113,13 @@ def _error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> flo
     return max(errors)
 
 
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0][:200]
-    return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
+def why(error: Exception) -> str:
+    """An error that keeps a contestant out, in one line."""
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    if isinstance(error, AssertionError):
+        return text
+    install = ': pip install "clipvip[peers]"' if isinstance(error, ImportError) else ""
+    return f"{type(error).__name__}: {text}{install}"
 
 
 def take_turns(
@@ -311,23 +317,6 @@ def _best(run: Callable[[], Any], device: str) -> float:
     return min(elapsed(run, device) for _ in range(10))
 
 
-def share(record: dict[str, Any], milliseconds: float) -> float | None:
-    """Part of the machine's ceilings that a time reaches: the least time possible over it.
-
-    The least is that of the record's `work`, operations at the rate of a matrix product or bytes
-    at that of a copy, whichever takes longer; None where no work is stated.
-    """
-    work, best = record.get("work", {}), record["machine"].get("ceilings")
-    if not best:
-        return None
-    half = record["params"].get("dtype", "float32") in ("bfloat16", "float16")
-    least = max(
-        work.get("flop", 0) / best["matmul_bf16_gflops" if half else "matmul_fp32_gflops"] / 1e9,
-        work.get("bytes", 0) / best["copy_gib_s"] / GIB,
-    )
-    return least * 1e3 / milliseconds if least else None
-
-
 # --- processes, files, text ----------------------------------------------------------------------
 
 
@@ -379,28 +368,57 @@ def write(path: Path, value: Any) -> Path:
     return partial.replace(path)
 
 
-def read(directory: Path) -> list[dict[str, Any]]:
-    """The records in a folder, in the order of their names; other JSON files are passed over."""
-    found = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
-    return [each for each in found if isinstance(each, dict) and "suite" in each]
-
-
 def table(record: dict[str, Any]) -> str:
     """Plain text, a line a contestant, and a line for each that was left out."""
     lines = [
-        f"{'':24}{'median ms':>11}{'quartiles':>20}{'ratio':>8}{'of ceiling':>12}"
+        f"{'':30}{'median ms':>11}{'quartiles':>20}{'ratio':>8}{'of ceiling':>12}"
         f"{'peak MiB':>10}{'error':>10}"
     ]
     for name, r in record["results"].items():
         quartiles = f"{r['low_ms']:.2f}–{r['high_ms']:.2f}"
         ratio = "–" if r["ratio"] is None else f"{r['ratio']:.2f}"
-        reached = share(record, r["median_ms"])
-        part = "–" if reached is None else f"{reached:.0%}"
+        part = report.percent(max(report.shares(record, r).values(), default=None))
         lines.append(
-            f"{name:24}{r['median_ms']:11.2f}{quartiles:>20}{ratio:>8}{part:>12}"
+            f"{name:30}{r['median_ms']:11.2f}{quartiles:>20}{ratio:>8}{part:>12}"
             f"{r['peak_mib']:10.1f}{r['error']:10.1e}"
         )
     lines += [f"left out: {name} ({why})" for name, why in record.get("left_out", {}).items()]
+    return "\n".join(lines)
+
+
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """Plain text, a line a case: ours against the baseline and the best peer."""
+    records = [record for record in records if "ours" in record["results"]]
+    titles = [f"{record['suite']} {record['case']}" for record in records]
+    width = max(map(len, titles), default=0)
+    lines = [
+        f"{'':{width}}{'eager ms':>10}{'best peer ms':>14}{'ours ms':>10}{'quartiles':>20}"
+        f"{'/ eager':>9}{'/ peer':>8}{'of ceiling':>12}{'eager MiB':>11}{'ours MiB':>10}  best peer"
+    ]
+    for title, record in zip(titles, records, strict=True):
+        results = record["results"]
+        ours, best = results["ours"], report.best_peer(results)
+        eager, peer = results.get(report.baseline(results)), results.get(best)
+        cells = [
+            report.number(eager and eager["median_ms"]),
+            report.number(peer and peer["median_ms"]),
+            report.number(ours["median_ms"]),
+            f"{report.number(ours['low_ms'])}–{report.number(ours['high_ms'])}",
+            report.number(report.time_ratio(ours, eager)),
+            report.number(peer and ours["median_ms"] / peer["median_ms"]),
+            report.percent(max(report.shares(record, ours).values(), default=None)),
+            report.number(eager and eager["peak_mib"]),
+            report.number(ours["peak_mib"]),
+        ]
+        widths = (10, 14, 10, 20, 9, 8, 12, 11, 10)
+        line = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+        lines.append(f"{title:{width}}{line}  {best or ''}")
+    absent = collections.Counter(
+        f"{name} ({reason})"
+        for record in records
+        for name, reason in record.get("left_out", {}).items()
+    )
+    lines += [f"left out of {n} of {len(records)} cases: {what}" for what, n in absent.items()]
     return "\n".join(lines)
 
 

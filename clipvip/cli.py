@@ -243,6 +243,47 @@ def verify(
         raise SystemExit(1)
 
 
+def bench(
+    suite: Annotated[
+        Positional[Literal["ops", "model", "train", "decode", "growth", "all"]],
+        arg(metavar="SUITE"),
+    ] = "all",
+    quick: bool = False,
+    out: Path | None = None,
+    profile: bool = False,
+    compare: Annotated[tuple[Path, Path] | None, arg(metavar="BEFORE AFTER")] = None,
+    allow: float = 0.1,
+) -> None:
+    """Measure kernels, losses, model, training step and decoding against their peers here.
+
+    Results are checked before they are timed; contestants take turns. Writes a record a case and
+    a report. Ends with status 1 if a case failed.
+
+    Args:
+        suite: ops, model, train, decode, growth, or all.
+        quick: A few small cases of each suite: about three minutes on two cores.
+        out: Folder for records and report.html; by default bench/results in a checkout, else
+            ./clipvip-bench.
+        profile: Also keep a torch.profiler trace of every contestant, in traces/.
+        compare: Measure nothing; say what moved beyond noise between two runs, each a record or a
+            folder of records. Ends with status 1 if ours got worse, 2 if they cannot be compared.
+        allow: By what share of time or peak memory ours may get worse in a comparison.
+    """
+    from clipvip import benchmark
+
+    if compare is None:
+        if not benchmark.run(suite, quick=quick, out=out, profile=profile):
+            raise SystemExit(1)
+        return
+    try:
+        better = benchmark.compare(*compare, allow)
+    except ValueError as error:
+        print(f"clipvip: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if not better:
+        raise SystemExit(1)
+
+
 def doctor() -> None:
     """Say what was built, what runs here, and what is missing."""
     from clipvip.doctor import report
@@ -260,6 +301,7 @@ COMMANDS: dict[str, Any] = {
     "prepare": prepare,
     "shard": shard,
     "verify": verify,
+    "bench": bench,
     "doctor": doctor,
 }
 

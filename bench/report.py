@@ -450,7 +450,7 @@ def section(records: list[Record], draw: "Pictures") -> list[str]:
     for record in (r for r in records if is_sweep(r)):
         over = record["sweep"]["over"]
         parts.append(f"<h3>{html.escape(name(record))}</h3>")
-        parts.append(f"<p class='why'>{html.escape(described(record.get('params', {})))}</p>")
+        parts.append(f"<p class='why'>{html.escape(described(record))}</p>")
         caption = f"Dashed: the power of {over} that fits the larger half best."
         parts.append(figure(draw.growth(record), caption))
         heads = "contestant|time grows as|memory grows as|from|ms|MiB|to|ms|MiB"
@@ -464,8 +464,12 @@ def figure(drawn: str, caption: str) -> str:
     return f"<figure class='wide'>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
-def described(params: dict[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in params.items())
+def described(record: Record) -> str:
+    """What a sweep keeps as it is."""
+    params = record["params"]
+    kept = {k: v for k, v in params.get("fixed", {}).items() if isinstance(v, str | int | float)}
+    facts = [f"{key.replace('_', ' ')} {value}" for key, value in kept.items()]
+    return ", ".join([*filter(None, [params.get("op"), params.get("device")]), *facts])
 
 
 def left_out(records: list[Record]) -> list[str]:

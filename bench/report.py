@@ -317,7 +317,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.6rem;
   border-bottom: 1px solid var(--line); } h3 { font-size: 1rem; margin-bottom: .3rem; }
 a { color: var(--accent); } nav a { margin-right: 1rem; } p, li { max-width: 52rem; }
 small, figcaption, .why { color: var(--soft); font-size: .87rem; }
-.wide { overflow-x: auto; } figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; } .why { margin: .8rem 0 1.4rem; } .why ul { margin: .2rem 0; }
+ figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); } th.text, td.text { text-align: left; }
@@ -468,7 +469,7 @@ def described(record: Record) -> str:
     """What a sweep keeps as it is."""
     params = record["params"]
     kept = {k: v for k, v in params.get("fixed", {}).items() if isinstance(v, str | int | float)}
-    facts = [f"{key.replace('_', ' ')} {value}" for key, value in kept.items()]
+    facts = [key if value is True else f"{key} {value}" for key, value in kept.items()]
     return ", ".join([*filter(None, [params.get("op"), params.get("device")]), *facts])
 
 

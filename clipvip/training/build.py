@@ -1,6 +1,9 @@
 """From a configuration to what the training loop works on."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from clipvip.training import checkpoint, parallel, ranks
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.evaluate import Reading, with_texts_read
 from clipvip.training.optimization import freeze
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -135,11 +140,13 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
     """The model in fp32 and its processor: of the checkpoint, of model.name, or new."""
     source = config.model.name if resumed is None else str(resumed / "model")
     if source is not None:
-        model = CLIPViPModel.from_pretrained(
-            source, attention_backend=config.backend, dtype=torch.float32
-        )
+        with _given("model.name", source):
+            model = CLIPViPModel.from_pretrained(
+                source, attention_backend=config.backend, dtype=torch.float32
+            )
         tokenizer = config.model.tokenizer if resumed is None else None
-        processor = CLIPViPProcessor.from_pretrained(tokenizer or source)
+        with _given("model.tokenizer" if tokenizer else "model.name", tokenizer or source):
+            processor = CLIPViPProcessor.from_pretrained(tokenizer or source)
     else:
         model, processor = _new_model(config)
     longest = model.config.text_config.max_position_embeddings
@@ -162,13 +169,41 @@ def model_config(config: TrainConfig) -> CLIPViPConfig:
     name = config.model.name
     if name is None:
         return _new_config(config, _tokenizer(config))
-    if Path(name).suffix in AUTHORS_SUFFIXES:
-        return infer_config(read_authors_checkpoint(name), name)
-    return CLIPViPConfig.from_pretrained(name)
+    with _given("model.name", name):
+        if Path(name).suffix in AUTHORS_SUFFIXES:
+            return infer_config(read_authors_checkpoint(name), name)
+        return CLIPViPConfig.from_pretrained(name)
 
 
 def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(str(config.model.tokenizer))
+    with _given("model.tokenizer", str(config.model.tokenizer)):
+        return CLIPTokenizer.from_pretrained(str(config.model.tokenizer))
+
+
+@contextmanager
+def _given(key: str, value: str) -> Iterator[None]:
+    """Around a load of `value`: ConfigError, which names the key, where there is no such thing.
+    transformers takes what is no folder for a name on the hub, and speaks of that alone."""
+    kind = "model" if key == "model.name" else "tokenizer"
+    wanted = f"expected the folder of a {kind}" + ", an authors' .pt file" * (kind == "model")
+    wanted += " or a name on the Hugging Face hub such as openai/clip-vit-base-patch32"
+    path = Path(value)
+    if not value.strip():
+        raise ConfigError(f"{key} is empty; {wanted}")
+    named = _HUB_NAME.fullmatch(value) and path.suffix not in AUTHORS_SUFFIXES
+    if not path.exists() and not named:
+        raise ConfigError(f"{key} is {value!r}, which does not exist; {wanted}")
+    if path.is_dir() and kind == "model" and not (path / "config.json").is_file():
+        raise ConfigError(f"{key} is {value!r}, a folder without config.json; {wanted}")
+    try:
+        yield
+    except OSError as error:
+        if path.exists():
+            raise
+        raise ConfigError(
+            f"{key} is {value!r}, which does not exist here, nor could it be had from the hub "
+            f"(it is not there, or this machine is offline); {wanted}"
+        ) from error
 
 
 def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:

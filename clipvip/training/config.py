@@ -239,7 +239,13 @@ def check(config: TrainConfig) -> None:
     for source in config.data.sources:
         if not source.ratio > 0:
             raise ConfigError(f"data.sources: ratio is {source.ratio}; it must be above 0")
-    if (config.model.name is None) == (config.model.config is None):
+    if config.model.name is None and config.model.config is None:
+        raise ConfigError(
+            "model.name is empty; expected the folder of a model, an authors' .pt file or a name "
+            "on the Hugging Face hub such as openai/clip-vit-base-patch32; or give model.config, "
+            "the shapes of a new model"
+        )
+    if config.model.name is not None and config.model.config is not None:
         raise ConfigError("give either model.name (a checkpoint) or model.config (a new model)")
     if config.model.config is not None and config.model.tokenizer is None:
         raise ConfigError("model.config needs model.tokenizer, the folder of a CLIP tokenizer")

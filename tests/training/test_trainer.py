@@ -244,6 +244,36 @@ def test_errors_of_the_command_are_one_line(make_config, capsys, overrides, mess
     assert message in said and said.count("\n") == 1 and said.startswith("clipvip: error: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "model.name is empty; expected the folder of a model, "),
+        ("'  '", "model.name is empty; expected the folder of a model, "),
+        ("/absent/model", "model.name is '/absent/model', which does not exist; expected"),
+        ("absent/model", "model.name is 'absent/model', which does not exist here, nor could"),
+        ("absent.pt", "model.name is 'absent.pt', which does not exist; expected"),
+        (".", "model.name is '.', a folder without config.json; expected"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=["run", "dry"])
+def test_a_model_that_is_not_there_is_told_in_one_line(
+    make_config, capsys, monkeypatch, name, message, flags
+):
+    import huggingface_hub.constants
+
+    from clipvip.training.__main__ import main
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(make_config.path.parent)
+    given = [f"model.name={name}", "model.config=null", "model.tokenizer=null"]
+    with pytest.raises(SystemExit) as caught:
+        main([str(make_config.path), *given, *flags])
+    said = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert message in said and said.count("\n") == 1 and said.startswith("clipvip: error: ")
+    assert "such as openai/clip-vit-base-patch32" in said
+
+
 def environment():
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from clipvip.model import CLIPViPModel
@@ -30,6 +31,11 @@ def freeze(model: nn.Module, frozen: Sequence[str], unfrozen: Sequence[str] = ()
         parameter.requires_grad_(not matches[0] or matches[1])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("model.freeze leaves no parameter to train")
+
+
+def adamw(model: CLIPViPModel, optim: OptimizerConfig) -> torch.optim.AdamW:
+    """In one pass over memory, which is several times quicker than PyTorch's default on CPUs."""
+    return torch.optim.AdamW(parameter_groups(model, optim), optim.lr, optim.betas, fused=True)
 
 
 def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[str, Any]]:

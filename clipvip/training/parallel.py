@@ -139,9 +139,11 @@ def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
 def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Any]
 ) -> None:
-    """Of whole_moments, on every rank."""
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(model, optimizer, moments, options=options)
+    """Of whole_moments, on every rank. Groups and their settings stay the optimiser's own; a
+    parameter that was frozen when the moments were taken starts from none."""
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_optimizer_state_dict(model, optimizer, {**moments, "param_groups": groups}, options=options)
 
 
 class Average:

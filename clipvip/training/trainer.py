@@ -35,7 +35,7 @@ from clipvip.training.build import (
 )
 from clipvip.training.config import Preempted, TrainConfig, TrainingError, check
 from clipvip.training.evaluate import evaluate
-from clipvip.training.optimization import parameter_groups, run_steps, schedule
+from clipvip.training.optimization import adamw, run_steps, schedule
 from clipvip.training.plan import TERA, peak_tera, plan
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import Reporter
@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     towers = parallel.distribute(
         Towers(model, config, processor), model, config.parallel, accelerator
     )
-    optimizer = torch.optim.AdamW(parameter_groups(model, optim), optim.lr, optim.betas)
+    optimizer = adamw(model, optim)
     average = parallel.Average(model, config.ema) if config.ema else None
     set_seed(config.seed, device_specific=True)
     state = {"step": 0, "clips": 0}

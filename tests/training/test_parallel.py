@@ -12,6 +12,8 @@ import torch
 from clipvip.model import CLIPViPModel
 from clipvip.training import parallel
 from clipvip.training.build import build_model
+from clipvip.training.config import OptimizerConfig
+from clipvip.training.optimization import adamw
 from clipvip.training.trainer import train
 
 FORKS = Path(__file__).with_name("forks.py")
@@ -85,6 +87,29 @@ def test_the_average_follows_and_gives_its_place_back(make_config):
     with average.in_place():
         torch.testing.assert_close(model.visual_projection.weight.data, start + 0.1)
     assert model.visual_projection.weight.equal(after)
+
+
+def test_a_run_goes_on_with_its_moments_and_the_configurations_settings(make_config):
+    """Also with other groups, and with parameters that were frozen."""
+    before, _ = build_model(make_config("model.freeze=['text_model.*']"), None)
+    first = adamw(before, OptimizerConfig())
+    for p in before.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    first.step()
+    moments = parallel.whole_moments(before, first)
+
+    model, _ = build_model(make_config(), None)
+    settings = OptimizerConfig(weight_decay=0.03, layer_decay=0.5, betas=(0.8, 0.9))
+    optimizer = adamw(model, settings)
+    wanted = [(group["share"], group["weight_decay"]) for group in optimizer.param_groups]
+    parallel.load_moments(model, optimizer, moments)
+    groups = optimizer.param_groups
+    assert [(group["share"], group["weight_decay"]) for group in groups] == wanted
+    assert all(tuple(group["betas"]) == (0.8, 0.9) and group["fused"] for group in groups)
+    for old, new in zip(before.parameters(), model.parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            given = first.state[old][name] if old.requires_grad else torch.zeros_like(old)
+            assert optimizer.state[new][name].equal(given)
 
 
 def test_gradients_are_clipped_together(make_config):

@@ -278,7 +278,9 @@ def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterat
         before = then.get(key)
         if before == value:
             continue
-        if key != "processes":
+        if key in ("model.name", "model.config", "model.tokenizer"):
+            yield f"{key} is {value} now, and was {before}; the model stays the checkpoint's"
+        elif key != "processes":
             yield f"resuming with another {key}: was {before}, is {value}"
         elif config.data.train is None or is_shards(config.data.train):
             yield (

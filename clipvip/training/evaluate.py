@@ -17,6 +17,7 @@ from clipvip.data.loader import ClipLoader, LoaderError, build_loader, tokenize
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import METRICS, TABLES, both_directions
+from clipvip.training import ranks
 from clipvip.training.checkpoint import write_text
 
 READING = "reading.json"
@@ -89,8 +90,11 @@ def evaluate(
     row_of_clip = {clip: row for row, clip in enumerate(seen)}
     asked = [i for i, (clip, _) in enumerate(texts) if clip in row_of_clip]
     video_of_text = torch.tensor([row_of_clip[texts[i][0]] for i in asked])
-    tables = both_directions(
-        torch.stack([videos[clip] for clip in seen]), sentences[asked], video_of_text
+    # One computes them for all, as what is done next, such as saving the best, hangs on them.
+    tables = ranks.first_does(
+        lambda: both_directions(
+            torch.stack([videos[clip] for clip in seen]), sentences[asked], video_of_text
+        )
     )
     missing = [str(clip.video) for index, clip in enumerate(clips) if index not in row_of_clip]
     return {**tables, "clips": len(seen), "texts": len(asked), "missing": missing}

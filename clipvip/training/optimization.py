@@ -87,6 +87,7 @@ def schedule(done: int, total: int, warmup: float) -> float:
 
 
 def run_steps(config: TrainConfig, batches: int) -> tuple[int, int]:
-    """Optimiser steps of an epoch of so many batches, and of the whole run."""
+    """Optimiser steps of an epoch of so many batches, rounded down, and of the whole run."""
     epoch = max(1, batches // config.accumulation)
-    return epoch, config.max_steps or math.ceil((config.epochs or 0) * epoch)
+    passes = config.epochs or 0
+    return epoch, config.max_steps or math.ceil(passes * batches / config.accumulation)

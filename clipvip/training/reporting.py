@@ -69,14 +69,18 @@ class Reporter:
     ) -> None:
         self.bar.stop()
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as failed:  # must not hide how the run ended
+                logger.warning("%s: %s", tracker.name, failed)
         if self.active:
             self.file.close()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Log one row of numbers; it has reached the file when this returns (NaN as null).
 
-        A full disk does not stop a run: the file's rows follow once there is room.
+        A full disk does not stop a run, nor does a tracker's service that is not reached: the
+        file's rows follow once there is room.
         """
         if self.active:
             numbers = {key: value if math.isfinite(value) else None for key, value in row.items()}
@@ -85,7 +89,7 @@ class Reporter:
             while self.pending:
                 self.pending = self.pending[self.file.write(self.pending) :]
             self.accelerator.log(row, step=step)
-        except OSError as error:
+        except Exception as error:  # trackers raise errors of their own
             if not self.failing:
                 logger.warning("step %d: a row of metrics could not be written: %s", step, error)
             self.failing = True

@@ -132,3 +132,13 @@ def test_random_states_come_back_through_a_file_without_pickle(tmp_path):
     checkpoint.set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert (random.random(), np.random.rand()) == expected[:2]
     assert torch.rand(3).equal(expected[2])
+
+
+def test_a_changed_setting_is_told_and_whether_it_is_taken(make_config):
+    then = checkpoint.course(make_config(), 1)
+    now = make_config("optimizer.lr=2e-3", "model.tokenizer=other", "log_every=7")
+    assert list(checkpoint.changes(then, now, 1)) == [
+        f"model.tokenizer is other now, and was {then['model.tokenizer']}; the model stays the "
+        "checkpoint's",
+        "resuming with another optimizer.lr: was 0.001, is 0.002",
+    ]

@@ -4,7 +4,7 @@ import pytest
 
 from clipvip.training.build import build_model
 from clipvip.training.config import ConfigError, OptimizerConfig
-from clipvip.training.optimization import parameter_groups, schedule
+from clipvip.training.optimization import parameter_groups, run_steps, schedule
 
 
 def by_name(model, groups):
@@ -18,6 +18,21 @@ def test_rate_rises_then_follows_a_cosine_to_zero():
     assert factors[10] == 1 and factors[505] == pytest.approx(0.5)
     assert factors[10:] == sorted(factors[10:], reverse=True) and 0 < factors[-1] < 1e-5
     assert schedule(0, 1, 0.01) == 1 and schedule(0, 10, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (["epochs=10"], (5, 50)),
+        (["epochs=10", "accumulation=2"], (2, 25)),  # of 50 batches
+        (["epochs=0.5"], (5, 3)),
+        (["epochs=1", "accumulation=8"], (1, 1)),
+        (["epochs=null", "max_steps=7", "accumulation=2"], (2, 7)),
+    ],
+)
+def test_epochs_are_passes_over_the_batches(make_config, overrides, steps):
+    config = make_config("max_steps=null", *overrides)
+    assert run_steps(config, 5) == steps
 
 
 def test_only_biases_layer_norms_and_scale_are_free_of_decay(make_config):

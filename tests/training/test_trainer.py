@@ -222,6 +222,24 @@ def test_rows_of_metrics_wait_for_room_on_the_disk(make_config, tmp_path, caplog
     assert len(caplog.records) == 1
 
 
+def test_a_tracker_that_fails_does_not_end_the_run(make_config, monkeypatch, caplog):
+    from accelerate.tracking import TensorBoardTracker
+
+    class UnreachedError(Exception):
+        pass
+
+    def unreached(*given, **settings):
+        raise UnreachedError("no route to host")
+
+    monkeypatch.setattr(TensorBoardTracker, "log", unreached)
+    monkeypatch.setattr(TensorBoardTracker, "finish", unreached)
+    config = make_config("max_steps=3")
+    assert train(config)["step"] == 3
+    assert list(losses(config.out)) == [1, 2, 3]
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2 and all("no route to host" in line for line in warned)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -5,9 +5,11 @@ SIGTERM saves a checkpoint and ends with status 75.
 """
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 USAGE = """usage: python -m clipvip.training CONFIG [key=value …] [--dry-run [--processes N]]
 
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"clipvip: {end}", file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
+            _leave(status)
         if status:
             raise SystemExit(status)
     except KeyboardInterrupt:
@@ -72,6 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name = "clipvip" if rank == "0" else f"clipvip, rank {rank}"
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process without taking the interpreter down: a thread of gloo that is still to free
+    the last collective's tensors (PyTorch 2.13) would abort it, and a finished run fail."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _flags(arguments: list[str]) -> tuple[list[str], bool, int]:

@@ -63,6 +63,12 @@ def make_world(folder, codec, suffix):
 
 
 @pytest.fixture(autouse=True)
+def unflushed(monkeypatch):
+    """No test cuts the power, and a disk may take longer to flush than the rest of a step."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Tensors this small gain nothing from more, and lose much where cores are shared."""
     threads = torch.get_num_threads()

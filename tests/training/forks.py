@@ -34,6 +34,7 @@ from clipvip.training.config import load_config
 from clipvip.training.evaluate import evaluate_checkpoint
 
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # processes are killed here, but no power is cut
 
 
 def start(arguments, run=main, **environment):
@@ -119,14 +120,17 @@ def stop_and_go_on(arguments):
 
 def lose_a_rank(arguments):
     out, *given = arguments
+    began, runs = {}, {}
     for lost, sent in ((0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)):
         arguments = [*given, f"out={out}-{sent.name}-{lost}"]
-        processes = ranks(2, arguments)
+        runs[lost, sent] = arguments, ranks(2, arguments)
+    for (lost, sent), (arguments, processes) in runs.items():
         assert wait_for_rows(arguments, random.randint(1, 8), processes)
         os.kill(processes[lost], sent)
-        began = time.monotonic()
+        began[lost, sent] = time.monotonic()
+    for (lost, sent), (_, processes) in runs.items():
         ended = status(processes[1 - lost])
-        took = time.monotonic() - began
+        took = time.monotonic() - began[lost, sent]
         print(f"{processes[lost]} {sent.name}; the other ended with {ended} in {took:.1f} s")
         os.kill(processes[lost], signal.SIGKILL)
         status(processes[lost])

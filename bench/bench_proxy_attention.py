@@ -30,10 +30,14 @@ HEADS, HEAD_DIM, PROXIES = 12, 64, 4
 MASKED_TOKENS = 12 * 196  # beyond, attention among all patches takes minutes
 
 
-def split(qkv: Tensor, frames: int, patches: int, proxies: int) -> tuple[Tensor, Tensor]:
+def split(qkv: Tensor, frames: int, proxies: int) -> tuple[Tensor, Tensor]:
     """[B, M + N·L, 3, H, D] → proxies [3, B, H, M, D] and patches [3, B, H, N, L, D]."""
-    parts = qkv.permute(2, 0, 3, 1, 4)
-    return parts[..., :proxies, :], parts[..., proxies:, :].unflatten(3, (frames, patches))
+    return split_tokens(qkv.permute(2, 0, 3, 1, 4), proxies, frames)
+
+
+def split_tokens(x: Tensor, proxies: int, frames: int) -> tuple[Tensor, Tensor]:
+    """[…, M + N·L, D] → proxies […, M, D] and patches […, N, L, D]."""
+    return x[..., :proxies, :], x[..., proxies:, :].unflatten(-2, (frames, -1))
 
 
 def join(proxies: Tensor, patches: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ def eager(
     attend: Callable = softmax_attention,
 ) -> Tensor:
     """The authors' form: proxies' keys and values copied for each frame, two attentions."""
-    (proxy_q, proxy_k, proxy_v), (q, k, v) = split(qkv, frames, patches, proxies)
+    (proxy_q, proxy_k, proxy_v), (q, k, v) = split(qkv, frames, proxies)
     everything = [torch.cat([p, x.flatten(2, 3)], 2) for p, x in ((proxy_k, k), (proxy_v, v))]
     own = [with_proxies(proxy_k, k), with_proxies(proxy_v, v)]
     return join(attend(proxy_q, *everything), attend(q, *own))

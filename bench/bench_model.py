@@ -1,0 +1,237 @@
+"""The vision tower as a whole: `pytest bench/bench_model.py -s`.
+
+Videos of 12 frames to features, without gradients ("forward") or with those of all weights
+("both"); bf16 is autocast over fp32 weights. Writes bench/results/model-*.json.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_proxy_attention import join, softmax_attention, split_tokens, with_proxies
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.training import parallel
+
+CASES = {
+    "b16-fp32": dict(videos=2, patch=16, dtype="float32"),
+    "b16-bf16": dict(videos=2, patch=16, dtype="bfloat16"),
+    "b32-fp32": dict(videos=4, patch=32, dtype="float32"),
+    "b32-bf16": dict(videos=4, patch=32, dtype="bfloat16"),
+    "small-fp32": dict(videos=1, patch=32, dtype="float32", layers=2),
+}
+QUICK = ("small-fp32-both-default",)
+FRAMES, SIDE, PROXIES, LAYERS = 12, 224, 4, 12
+# Of the weights whose gradients every product, norm and attention of the backward goes into.
+CHECKED = (
+    "vision_model.embeddings.patch_embedding.weight",
+    "vision_model.embeddings.temporal_embedding",
+    "vision_model.embeddings.added_cls",
+    "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+    "vision_model.encoder.layers.0.mlp.fc1.weight",
+    "visual_projection.weight",
+)
+TOLERANCES = {"float32": 1e-4, "bfloat16": 6e-2}
+
+
+def clip_vip(patch: int, layers: int, text_layers: int = 1) -> CLIPViPModel:
+    """Of the published widths, with weights that leave no part of the tower idle."""
+    torch.manual_seed(0)
+    vision = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    vision |= dict(num_hidden_layers=layers, patch_size=patch, image_size=SIDE)
+    config = CLIPViPConfig(
+        vision_config=vision, text_config={"num_hidden_layers": text_layers}, num_proxies=PROXIES
+    )
+    model = CLIPViPModel(config)
+    with torch.no_grad():
+        model.vision_model.embeddings.temporal_embedding.normal_(std=0.02)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
+    return model
+
+
+# --- eager: the authors' form --------------------------------------------------------------------
+
+
+def wide_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """On a copy in fp32, as half precision needs it; the result has the dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
+    return F.layer_norm(wide, norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+
+
+def eager_attention(x: Tensor, attention: nn.Module, frames: int) -> Tensor:
+    """Proxies' keys and values copied for each frame; scores and weights materialised."""
+    query, key, value = (
+        projection(x).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    (proxy_query, query), (proxy_key, keys), (proxy_value, values) = (
+        split_tokens(each, PROXIES, frames) for each in (query, key, value)
+    )
+    of_proxies = softmax_attention(proxy_query, key, value)
+    of_patches = softmax_attention(
+        query, with_proxies(proxy_key, keys), with_proxies(proxy_value, values)
+    )
+    return attention.out_proj(join(of_proxies, of_patches).flatten(2))
+
+
+def eager_layer(x: Tensor, layer: nn.Module, frames: int) -> Tensor:
+    x = x + eager_attention(wide_norm(x, layer.layer_norm1), layer.self_attn, frames)
+    inner = layer.mlp.fc1(wide_norm(x, layer.layer_norm2))
+    return x + layer.mlp.fc2(inner * torch.sigmoid(1.702 * inner))
+
+
+def eager_features(
+    model: CLIPViPModel,
+    pixels: Tensor,
+    run_layer: Callable[[Tensor, nn.Module, int], Tensor] = eager_layer,
+) -> Tensor:
+    """pixels [B, N, 3, H, W] → [B, P], by the weights of our model."""
+    videos, frames = pixels.shape[:2]
+    tower = model.vision_model
+    parts = tower.embeddings
+    position = parts.position_embedding.weight
+    patches = parts.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
+    time = F.interpolate(parts.temporal_embedding.transpose(1, 2), frames, mode="linear")
+    patches = patches.unflatten(0, (videos, frames)) + position[1:] + time[0].T[:, None]
+    proxies = torch.cat([parts.class_embedding[None], parts.added_cls]) + position[0]
+    x = torch.cat([proxies.expand(videos, -1, -1), patches.flatten(1, 2)], 1)
+    x = wide_norm(x, tower.pre_layrnorm)
+    for layer in tower.encoder.layers:
+        x = run_layer(x, layer, frames)
+    return model.visual_projection(wide_norm(x[:, 0], tower.post_layernorm))
+
+
+compiled_layer = torch.compile(eager_layer, dynamic=False)
+
+
+def kept_little(x: Tensor, layer: nn.Module, frames: int) -> Tensor:
+    """A layer whose backward computes it again: what float64 would keep does not fit."""
+    return checkpoint(eager_layer, x, layer, frames, use_reentrant=False)
+
+
+# --- the others ----------------------------------------------------------------------------------
+
+
+def clip_vision(model: CLIPViPModel) -> CLIPVisionModelWithProjection:
+    """transformers' tower of the same sizes and, as far as they go, weights."""
+    of_ours = model.config.vision_config
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    sizes = {key: getattr(of_ours, key) for key in (*keys, "patch_size", "image_size")}
+    tower = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(**sizes, projection_dim=model.config.projection_dim)
+    )
+    weights = {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if not name.endswith(("added_cls", "temporal_embedding"))
+    }
+    absent, _ = tower.load_state_dict(weights, strict=False)
+    assert not [name for name in absent if "position_ids" not in name], absent
+    return tower
+
+
+def pooled_features(tower: CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:
+    """pixels [B, N, 3, H, W] → [B, P]: each frame by itself, then their mean."""
+    return tower(pixels.flatten(0, 1)).image_embeds.unflatten(0, pixels.shape[:2]).mean(1)
+
+
+Features = tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]
+
+
+def contestants(model: CLIPViPModel, compiled: bool) -> dict[str, Features]:
+    """name → a model, and a function of it and pixels [B, N, 3, H, W] that gives [B, P]."""
+    found: dict[str, Features] = {
+        "eager": (model, eager_features),
+        "mean pooling": (clip_vision(model), pooled_features),
+        "ours": (model, CLIPViPModel.get_video_features),
+    }
+    if compiled:
+        ours = copy.deepcopy(model)
+        parallel.compile_layers(ours)
+        run_layer = functools.partial(eager_features, run_layer=compiled_layer)
+        found["compiled eager"] = (model, run_layer)
+        found["ours compiled"] = (ours, CLIPViPModel.get_video_features)
+    return found
+
+
+def left_out(compiled: bool) -> dict[str, str]:
+    names = () if compiled else ("compiled eager", "ours compiled")
+    return dict.fromkeys(names, "minutes of compiling")
+
+
+def flop(videos: int, patch: int, layers: int) -> float:
+    """Operations of the forward's products: layers, attention, patch embedding."""
+    patches = (SIDE // patch) ** 2
+    tokens = videos * (PROXIES + FRAMES * patches)
+    pairs = PROXIES * tokens + videos * FRAMES * patches * (PROXIES + patches)
+    dense = 12 * 768**2 * layers * tokens + 3 * patch**2 * 768 * videos * FRAMES * patches
+    return 2.0 * dense + 4.0 * 768 * layers * pairs
+
+
+def measure(
+    videos: int,
+    patch: int,
+    dtype: str,
+    backward: bool,
+    layers: int = LAYERS,
+    device: str = "cpu",
+    compiled: bool = True,
+    budget: float = 8.0,
+) -> dict[str, Any]:
+    """Times every contestant on one size, in this process."""
+    model = clip_vip(patch, layers).to(device)
+    pixels = torch.randn(videos, FRAMES, 3, SIDE, SIDE, device=device)
+    grad = torch.randn(videos, model.config.projection_dim, device=device)
+
+    def step(model: nn.Module, features: Callable, narrow: bool = True) -> list[Tensor]:
+        kind, wanted = pixels.device.type, next(model.parameters()).dtype
+        with torch.autocast(kind, torch.bfloat16, enabled=narrow and dtype == "bfloat16"):
+            if not backward:
+                with torch.no_grad():
+                    return [features(model, pixels.to(wanted))]
+            out = features(model, pixels.to(wanted))
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(out, list(weights.values()), grad.to(out.dtype))
+        of = dict(zip(weights, grads, strict=True))
+        return [out.detach(), *(of[name] for name in CHECKED if name in of)]
+
+    for name, parameter in model.named_parameters():  # what no contestant computes with
+        tower = name.startswith(("vision_model", "visual_projection"))
+        parameter.requires_grad_(tower)
+    able = contestants(model, compiled)
+    kept = functools.partial(eager_features, run_layer=kept_little)
+    expected = step(copy.deepcopy(model).double(), kept, narrow=False)
+    pooled = copy.deepcopy(able["mean pooling"][0]).double()
+    compared = harness.compare(
+        {name: functools.partial(step, *each) for name, each in able.items()},
+        expected=expected,
+        expected_of={"mean pooling": step(pooled, pooled_features, narrow=False)},
+        tolerance=TOLERANCES[dtype],
+        seconds=budget,
+        min_rounds=3,
+        device=device,
+        left_out=left_out(compiled),
+    )
+    return {
+        "work": {"flop": flop(videos, patch, layers) * (3 if backward else 1)},
+        "machine": harness.machine(),
+        **compared,
+    }
+
+
+@pytest.mark.parametrize("malloc", ["default", "tuned"])
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("case", CASES)
+def test_model(case: str, direction: str, malloc: str, run_case, quick: bool) -> None:
+    run_case({**CASES[case], "backward": direction == "both", "compiled": not quick}, malloc)

@@ -410,13 +410,14 @@ def load_manifest(source: str) -> list[tuple[str, Shard]]:
         path = join(parent(url), MANIFEST)
         if path not in manifests:
             manifests[path] = _read_manifest(path)
-        name = url.rpartition("/")[2]
-        if name not in manifests[path]:
+        names = (url.rpartition("/")[2], _absolute(url))
+        shard = next((manifests[path][name] for name in names if name in manifests[path]), None)
+        if shard is None:
             raise ShardError(
                 f"{url} is not in {path}, which names {len(manifests[path])} shards; "
                 "is `clipvip shard` still at work, or the range too long?"
             )
-        found.append((url, manifests[path][name]))
+        found.append((url, shard))
     return found
 
 
@@ -453,6 +454,17 @@ def join(folder: str, name: str) -> str:
     if urlsplit(name).scheme or name.startswith("/"):
         return name
     return f"{folder.rstrip('/')}/{name}"
+
+
+def _absolute(url: str) -> str:
+    return url if urlsplit(url).scheme else os.path.abspath(url)
+
+
+def _name_in(manifest: Path, url: str) -> str:
+    """What a manifest calls a tar: its bare name where both lie in one folder, so that the folder
+    can be moved."""
+    folder, name = os.path.split(_absolute(url))
+    return name if folder == os.path.abspath(manifest.parent) else _absolute(url)
 
 
 # --- verifying ------------------------------------------------------------------------------
@@ -551,7 +563,8 @@ def verify_shards(
         write_annotations(clean, sorted(kept, key=lambda clip: clip.line))
     if manifest is not None:
         manifest.parent.mkdir(parents=True, exist_ok=True)
-        _replace(manifest, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+        named = [replace(record, shard=_name_in(manifest, record.shard)) for record in records]
+        _replace(manifest, "".join(json.dumps(asdict(record)) + "\n" for record in named))
     return Verified(clips, bad)
 
 

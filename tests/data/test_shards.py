@@ -271,16 +271,23 @@ def test_verify_finds_what_happened_to_shards(annotations: Path, tmp_path: Path)
     assert len(load_annotations(clean)) == 2
 
 
-def test_tars_made_elsewhere_get_a_manifest(make_video, tmp_path: Path) -> None:
-    video = make_video("gop10.mp4").read_bytes()
-    with tarfile.open(tmp_path / "cc-0.tar", "w") as tar:
-        for i in range(3):
-            members = {"mp4": video if i else b"broken", "txt": f"words {i}".encode()}
-            members["json"] = json.dumps({"url": "http://a", "width": 3, "caption": "own"}).encode()
+def write_tar(path: Path, samples: list[dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i, members in enumerate(samples):
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{i:05d}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, BytesIO(data))
+
+
+def test_tars_made_elsewhere_get_a_manifest(make_video, tmp_path: Path) -> None:
+    video = make_video("gop10.mp4").read_bytes()
+    facts = json.dumps({"url": "http://a", "width": 3, "caption": "own"}).encode()
+    samples = [
+        {"mp4": video if i else b"broken", "txt": f"words {i}".encode(), "json": facts}
+        for i in range(3)
+    ]
+    write_tar(tmp_path / "cc-0.tar", samples)
     manifest = tmp_path / "m" / "manifest.jsonl"
     clips, bad = verify_shards(f"{tmp_path}/cc-{{0..0}}.tar", manifest=manifest, num_workers=0)
     assert clips == 3 and [Path(file.path).name for file in bad] == ["00000.mp4"]
@@ -289,6 +296,38 @@ def test_tars_made_elsewhere_get_a_manifest(make_video, tmp_path: Path) -> None:
     with open(url, "rb") as file:
         clip = unpack(list(read_samples(file, url))[1], url).clip
     assert (clip.text, clip.caption) == (("words 1",), "own")
+
+
+@pytest.mark.parametrize("given", ["img/{0..1}.tar", "./img/{0..1}.tar", "{}/img/{0..1}.tar"])
+@pytest.mark.parametrize("manifest", ["img/manifest.jsonl", "{}/img/manifest.jsonl"])
+def test_tars_made_elsewhere_are_found_by_any_name(
+    given: str, manifest: str, make_video, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "img").mkdir()
+    for i in range(2):
+        video = make_video("gop10.mp4").read_bytes()
+        write_tar(tmp_path / "img" / f"{i}.tar", [{"mp4": video, "txt": b"words"}] * (i + 1))
+    path = Path(manifest.replace("{}", str(tmp_path)))
+    verify_shards(given.replace("{}", str(tmp_path)), manifest=path, num_workers=0)
+    tars = [f"img/{i}.tar" for i in range(2)]
+    for used in ["img/{0..1}.tar", f"{tmp_path}/img/{{0..1}}.tar", str(path), "img", "img/"]:
+        found = load_manifest(used)
+        assert [os.path.relpath(url) for url, _ in found] == tars
+        assert [shard.clips for _, shard in found] == [1, 2]
+    (tmp_path / "img").rename(tmp_path / "moved")
+    assert [url for url, _ in load_manifest("moved")] == ["moved/0.tar", "moved/1.tar"]
+
+
+def test_a_manifest_elsewhere_than_its_tars_names_them_in_full(
+    make_video, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "img").mkdir()
+    write_tar(tmp_path / "img" / "0.tar", [{"mp4": make_video("gop10.mp4").read_bytes()}])
+    verify_shards("img/0.tar", manifest=Path("all.jsonl"), num_workers=0)
+    ((url, _),) = load_manifest("all.jsonl")
+    assert url == f"{tmp_path}/img/0.tar"
 
 
 @pytest.mark.parametrize(

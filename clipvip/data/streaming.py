@@ -160,13 +160,21 @@ class _Plan:
         """Of an epoch."""
         return (self.batches - lane - 1) // self.lanes + 1
 
+    def before(self, lane: int) -> int:
+        """Clips of an epoch on lower ranks, and on lower lanes of this one."""
+        batches = self.batches // self.lanes * lane + min(self.batches % self.lanes, lane)
+        return (self.rank * self.batches + batches) * self.batch_size
+
     def quotas(self, lane: int) -> NDArray[np.int64]:
-        """Clips of each source in an epoch of a lane."""
-        exact = self.lane_batches(lane) * self.batch_size * self.shares
-        quotas = np.floor(exact).astype(np.int64)
-        most = np.argsort(quotas - exact, kind="stable")
-        quotas[most[: round(exact.sum()) - quotas.sum()]] += 1
-        return quotas
+        """Clips of each source in an epoch of a lane, the same in every epoch.
+
+        What was rounded off on the lanes before is made up for, so the ratios hold over all of
+        them, and a source of less than a clip a lane is drawn on some.
+        """
+        first = self.before(lane)
+        return _apportioned(first + self.lane_batches(lane) * self.batch_size, self.shares) - (
+            _apportioned(first, self.shares)
+        )
 
     def picks(self, epoch: int, lane: int) -> NDArray[np.int8]:
         """The source of each clip of an epoch of a lane."""
@@ -176,8 +184,7 @@ class _Plan:
     def span(self, number: int, lane: int) -> tuple[int, int]:
         """The lane's part of a source's clips in a pass's order."""
         if len(self.shards.sources) == 1:  # whole batches, so that an epoch is a pass
-            before = sum(self.lane_batches(other) for other in range(lane))
-            first = (self.rank * self.batches + before) * self.batch_size
+            first = self.before(lane)
             return first, first + self.lane_batches(lane) * self.batch_size
         count, parts = len(self.shards.sources[number]), self.world * self.lanes
         if self.is_small(number):
@@ -211,6 +218,17 @@ class _Plan:
             wanted -= end - begin
             at, first = (at + 1) % len(order), 0
         return pieces
+
+
+def _apportioned(count: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """`count` clips by shares that sum to 1, each within a clip or two of its share; more
+    clips take from no source (Webster: its clip a + 1 comes by share / (2 a + 1))."""
+    # A count of len(shares) / 2 less has no more than this; one more for rounding.
+    at_least = np.floor(np.maximum(count - len(shares) / 2 - 1, 0) * shares + 0.5)
+    given = at_least.astype(np.int64)
+    for _ in range(count - int(given.sum())):
+        given[np.argmax(shares / (2 * given + 1))] += 1
+    return given
 
 
 class _Order:

@@ -191,6 +191,27 @@ def test_sources_are_mixed_by_ratio_and_gone_through_evenly(
     assert {seen[place] for place in range(COUNT, COUNT + 12)} <= set(range(16, 33))
 
 
+@pytest.mark.parametrize("ratios", [[8, 2, 2], [1, 1, 1], [100, 1], [1, 7, 0.013, 3], [5]], ids=str)
+@pytest.mark.parametrize("world", [1, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_ratios_hold_over_all_ranks_whatever_they_are(
+    ratios: list[float], world: int, batch_size: int, folder: Path
+) -> None:
+    shards = Shards([Source(str(folder / "videos"), ratio) for ratio in ratios])
+    given, lanes = np.zeros(len(ratios), int), 0
+    for rank in range(world):
+        plan = streaming._Plan(shards, batch_size, 0, rank, world, 64)
+        for lane in range(plan.lanes):
+            quotas = plan.quotas(lane)
+            assert (quotas >= 0).all() and quotas.sum() == plan.lane_batches(lane) * batch_size
+            counts = np.bincount(plan.picks(4, lane), minlength=len(ratios))
+            assert counts.tolist() == quotas.tolist()
+            given, lanes = given + quotas, lanes + 1
+    exact = given.sum() * np.array(ratios) / sum(ratios)
+    assert np.abs(given - exact).max() < 2
+    assert given.sum() == plan.batches * batch_size * world
+
+
 def test_image_and_video_sources_share_a_batch(load: Load, folder: Path) -> None:
     sources = [Source(str(folder / "videos")), Source(str(folder / "images"))]
     batches = list(load(*sources, task="omnisource", batch_size=8))

@@ -3,7 +3,9 @@
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +44,7 @@ class BadFiles:
         self.bad = 0
         self._count = count
         self._max_share = max_share
-        self._path = path
+        self._list = None if path is None else _List(path)
         self._names: set[str] = set()
         self._state = np.zeros(count, np.uint8)  # 1 tried, 2 bad; a byte a place, whatever comes
 
@@ -63,8 +65,8 @@ class BadFiles:
                 self._names.add(file.path)
                 self.found.append(file)
                 logger.warning("left out %s: %s", file.path, file.reason)
-                if self._path is not None:
-                    append(self._path, file)
+                if self._list is not None:
+                    self._list.append(file)
         if final or self.tried >= min(COUNTED_FROM, self._count):
             self.check()
 
@@ -87,14 +89,27 @@ class BadFiles:
         )
 
 
-def append(path: Path, bad: BadFile) -> None:
-    """One line, unless the file names that path already, as another rank or an earlier run may."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        whole, _, cut = file.read().rpartition("\n")
-        if any(json.loads(line)["path"] == bad.path for line in whole.splitlines()):
-            return
-        # A run killed while writing leaves part of a line.
-        file.write(("\n" if cut else "") + json.dumps(bad._asdict(), ensure_ascii=False) + "\n")
+class _List:
+    """The file of bad files, to which other ranks may append too and earlier runs did."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: set[str] = set()
+        self.read_to = 0  # or the whole file would be read for each line that is added
+
+    def append(self, bad: BadFile) -> None:
+        """One line, unless one names that path already."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.seek(0, os.SEEK_END) < self.read_to:  # another file by now
+                self.read_to, self.names = 0, set()
+            file.seek(self.read_to)
+            whole, end, _ = file.read().rpartition(b"\n")
+            self.read_to += len(whole + end)
+            file.truncate(self.read_to)  # a run killed while writing leaves part of a line
+            for line in whole.splitlines():
+                with suppress(ValueError, TypeError, KeyError):  # damaged: at worst named twice
+                    self.names.add(json.loads(line)["path"])
+            if bad.path not in self.names:
+                file.write(json.dumps(bad._asdict(), ensure_ascii=False).encode() + b"\n")

@@ -21,10 +21,13 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterable
+from array import array
+from bisect import bisect_right
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 KEYS = ("video", "start", "end", "text", "subtitle", "caption", "image")
 MAX_REPORTED = 5
@@ -54,27 +57,73 @@ def load_annotations(path: str | Path) -> list[Clip]:
     Raises AnnotationError where the file is missing or holds no clip, or where lines are
     bad: then the first five are reported together.
     """
-    path = Path(path)
+    return [clip for _, clip in _scan(Path(path))]
+
+
+class Annotations:
+    """The same clips by their places, each parsed when it is asked for: eight bytes a clip, so
+    that a hundred million fit into memory. The file must stay as it is."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._offsets = array("q")
+        self._blanks = array("q")  # of each blank line, the place of the clip after it
+        line = 0
+        for offset, clip in _scan(self.path):
+            self._blanks.extend([len(self._offsets)] * (clip.line - line - 1))
+            self._offsets.append(offset)
+            line = clip.line
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, place: int) -> Clip:
+        offset = self._offsets[place]
+        number = place + 1 + bisect_right(self._blanks, place)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                return parse_line(file.readline().splitlines()[0], self.path.parent, number)
+        except (OSError, ValueError, IndexError) as error:
+            raise AnnotationError(
+                f"{self.path}:{number}: changed while in use ({error}); start again"
+            ) from error
+
+
+def _scan(path: Path) -> Iterator[tuple[int, Clip]]:
+    """Every clip and where its line starts, a line in memory at a time."""
+    problems: list[str] = []
+    number = clips = bad = 0
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        with path.open("rb") as file:
+            for number, (offset, line) in enumerate(_lines(file), 1):
+                if not line.strip():
+                    continue
+                try:
+                    clip = parse_line(line, path.parent, number)
+                except ValueError as error:
+                    bad += 1
+                    problems += [f"{path}:{number}: {error}"] * (bad <= MAX_REPORTED)
+                    continue
+                clips += 1
+                yield offset, clip
     except OSError as error:
         raise AnnotationError(f"{path}: {error.strerror}; expected a JSON Lines file") from error
-    clips: list[Clip] = []
-    problems: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            clips.append(parse_line(line, path.parent, number))
-        except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
     if problems:
-        more = len(problems) - MAX_REPORTED
-        tail = f"; and {more} more bad lines" if more > 0 else ""
-        raise AnnotationError("; ".join(problems[:MAX_REPORTED]) + tail)
+        tail = f"; and {bad - MAX_REPORTED} more bad lines" if bad > MAX_REPORTED else ""
+        raise AnnotationError("; ".join(problems) + tail)
     if not clips:
         raise AnnotationError(f"{path}: holds no clips; expected one JSON object a line")
-    return clips
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Each line and where it starts; ended by LF, CR or both, as bytes.splitlines has it."""
+    offset = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+    file.seek(offset)
+    for lines in file:
+        for line in lines.splitlines(keepends=True):
+            yield offset, line.rstrip(b"\r\n")
+            offset += len(line)
 
 
 def parse_line(line: str | bytes, folder: Path, number: int = 0) -> Clip:

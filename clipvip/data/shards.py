@@ -24,6 +24,8 @@ import fcntl
 import hashlib
 import json
 import os
+from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +36,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from clipvip.data import workers
-from clipvip.data.annotations import Clip, load_annotations, parse_record, write_annotations
+from clipvip.data.annotations import Annotations, Clip, parse_record, write_annotations
 from clipvip.data.bad_files import BadFile, BadFiles, Failure
 from clipvip.data.decode import (
     IMAGE_SUFFIXES,
@@ -98,10 +100,10 @@ def write_shards(
     for name, value in (("clips_per_shard", clips_per_shard), ("size", size)):
         if value is not None and value < 1:
             raise ShardError(f"{name} is {value}; expected at least 1")
-    clips = load_annotations(annotations)
+    clips = Annotations(annotations)
     settings = {
         "format": FORMAT,
-        "annotations": hashlib.sha256(Path(annotations).read_bytes()).hexdigest(),
+        "annotations": _sha256(annotations),
         "clips_per_shard": clips_per_shard,
         "cut": cut,
         "size": size,
@@ -136,6 +138,14 @@ def write_shards(
         shards = [finished[shard_name(number)] for number in range(len(plan))]
         _replace(out / MANIFEST, "".join(json.dumps(asdict(s)) + "\n" for s in shards))
     return shards
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        hashed = _Hashed(file)
+        while hashed.read(1 << 20):
+            pass
+    return hashed.digest.hexdigest()
 
 
 def shard_name(number: int) -> str:
@@ -244,7 +254,7 @@ class _Writer:
 
     def __init__(
         self,
-        clips: Sequence[Clip],
+        clips: Annotations,
         plan: Sequence[Any],
         out: Path,
         cut: bool,
@@ -480,8 +490,8 @@ def verify_files(
 ) -> Verified:
     """Decode the first, middle and last frame of every clip, and its image; write the
     annotations of those that can be to `clean`."""
-    clips = load_annotations(annotations)
-    kept: list[int] = []
+    clips = Annotations(annotations)
+    kept = np.ones(len(clips), np.bool_)
     bad: list[BadFile] = []
     with progress(f"verifying {len(clips)} clips", len(clips)) as done:
         crew: Workers[range, list[Failure]] = Workers(
@@ -491,19 +501,18 @@ def verify_files(
             done,
         )
         tasks = (range(i, min(i + 16, len(clips))) for i in range(0, len(clips), 16))
-        for places, failures in crew.run(tasks):
+        for _, failures in crew.run(tasks):
             bad += [failure.file for failure in failures]
-            failed = {failure.place for failure in failures}
-            kept += [place for place in places if place not in failed]
+            kept[[failure.place for failure in failures]] = False
     if clean is not None:
-        write_annotations(clean, [clips[place] for place in kept])
+        write_annotations(clean, (clips[int(place)] for place in np.flatnonzero(kept)))
     return Verified(len(clips), bad)
 
 
 class _FileVerifier:
     """Work: places to those that cannot be read."""
 
-    def __init__(self, clips: Sequence[Clip]) -> None:
+    def __init__(self, clips: Annotations) -> None:
         self.clips = clips
 
     def __call__(self, places: range, condemned: frozenset[int]) -> list[Failure]:
@@ -546,26 +555,46 @@ def verify_shards(
         number = int(np.searchsorted(firsts, place, side="right")) - 1
         return f"clip {place - firsts[number]} of {shards[number][0]}"
 
-    clips, bad, kept, records = 0, [], [], []
-    with progress(f"verifying {len(shards)} shards", len(shards)) as done:
-        crew: Workers[int, _Checked] = Workers(
-            _ShardVerifier(shards, firsts), min(_cores(num_workers), len(shards)), name
-        )
-        for _, checked in crew.run(range(len(shards)), ahead=1):
-            clips += checked.clips
-            bad += checked.bad
-            kept += checked.sources
-            records += [checked.shard] if checked.shard else []
-            done(1)
-    if clean is not None:
-        if not kept:
-            raise ShardError(f"{source}: no clip of it can be read and says what it was made from")
-        write_annotations(clean, sorted(kept, key=lambda clip: clip.line))
+    clips, bad, records, lines = 0, [], [], array("q")
+
+    def sources() -> Iterator[Clip]:
+        """Verifies; gives what the clips that can be read were made from, tar by tar."""
+        nonlocal clips, bad, records
+        with progress(f"verifying {len(shards)} shards", len(shards)) as done:
+            crew: Workers[int, _Checked] = Workers(
+                _ShardVerifier(shards, firsts), min(_cores(num_workers), len(shards)), name
+            )
+            for _, checked in crew.run(range(len(shards)), ahead=1):
+                clips += checked.clips
+                bad += checked.bad
+                records += [checked.shard] if checked.shard else []
+                lines.extend(clip.line for clip in checked.sources)
+                yield from checked.sources
+                done(1)
+
+    if clean is None:
+        deque(sources(), maxlen=0)
+    else:
+        _write_in_order(clean, sources(), lines, source)
     if manifest is not None:
         manifest.parent.mkdir(parents=True, exist_ok=True)
         named = [replace(record, shard=_name_in(manifest, record.shard)) for record in records]
         _replace(manifest, "".join(json.dumps(asdict(record)) + "\n" for record in named))
     return Verified(clips, bad)
+
+
+def _write_in_order(clean: Path, clips: Iterator[Clip], lines: Sequence[int], source: str) -> None:
+    """Annotations by their line numbers, which `lines` holds once the clips were gone through."""
+    unsorted = clean.with_name(clean.name + ".unsorted")
+    try:
+        write_annotations(unsorted, clips)
+        if not lines:
+            raise ShardError(f"{source}: no clip of it can be read and says what it was made from")
+        found = Annotations(unsorted)
+        order = np.argsort(np.array(lines), kind="stable")
+        write_annotations(clean, (found[int(place)] for place in order))
+    finally:
+        unsorted.unlink(missing_ok=True)
 
 
 class _Checked(NamedTuple):

@@ -1,11 +1,13 @@
 import json
+import pickle
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from clipvip.data import annotations
-from clipvip.data.annotations import AnnotationError, Clip, load_annotations
+from clipvip.data.annotations import AnnotationError, Annotations, Clip, load_annotations
 
 
 def write(folder: Path, *lines: str | bytes) -> Path:
@@ -79,3 +81,35 @@ def test_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
         load_annotations(tmp_path / "none.jsonl")
     with pytest.raises(AnnotationError, match="holds no clips"):
         load_annotations(write(tmp_path, ""))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n\n"])
+def test_clips_by_place_are_those_of_the_whole_file(end: str, start: bytes, tmp_path: Path) -> None:
+    lines = [json.dumps({"video": f"{i}.mp4", "text": "é\r\n" * i or "a"}) for i in range(9)]
+    for place, blank in ((9, " "), (4, ""), (4, "\t"), (0, "")):
+        lines.insert(place, blank)
+    path = tmp_path / "clips.jsonl"
+    path.write_bytes(start + end.join(lines).encode())
+    clips = load_annotations(path)
+    by_place = pickle.loads(pickle.dumps(Annotations(path)))
+    assert len(by_place) == len(clips) == 9
+    assert [by_place[place] for place in range(9)] == clips
+
+
+def test_clips_by_place_take_a_few_bytes_each(tmp_path: Path) -> None:
+    text = "a sentence of many words, as captions of the web have them " * 4
+    path = write(tmp_path, *(json.dumps({"video": f"{i}.mp4", "text": text}) for i in range(5000)))
+    tracemalloc.start()
+    clips = Annotations(path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 16 * len(clips) and peak < 100 * len(clips)
+
+
+def test_a_file_changed_while_in_use_is_an_error(tmp_path: Path) -> None:
+    lines = [json.dumps({"video": f"{i}.mp4"}) for i in range(3)]
+    clips = Annotations(write(tmp_path, *lines))
+    write(tmp_path, "{}", *lines)
+    with pytest.raises(AnnotationError, match=r"clips\.jsonl:2: changed .*start again"):
+        clips[1]

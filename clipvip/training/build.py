@@ -1,17 +1,14 @@
 """From a configuration to what the training loop works on."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
@@ -39,12 +36,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state()  # a second run in this process may use another precision
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
-    cpu = not torch.accelerator.is_available()  # without it, torchrun's ranks are strangers
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=config.timeout)
-        PartialState(cpu=cpu, timeout=timeout, **ranks.meet(config.timeout))
+    ranks.start(config.timeout)
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulation,
         log_with=known_trackers(config),

@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -135,6 +135,18 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def whole_or_none(folder: Path, step: int | None) -> int | None:
+    """The step, where its checkpoint is there as it was written; else None, and that is told."""
+    if step is None:
+        return None
+    path = checkpoint_path(folder, step)
+    problem = damage(path)
+    if problem is None:
+        return step
+    logger.warning("%s was the best, but %s; the next to be measured is the best", path, problem)
+    return None
+
+
 def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file in a folder, all of them on disk afterwards."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -177,10 +189,10 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int, protect: int | None = None) -> None:
-    """Delete all but the last `keep` checkpoints and the protected step's."""
+def prune(folder: Path, keep: int, protect: Collection[int | None] = ()) -> None:
+    """Delete all but the last `keep` checkpoints and the protected steps'."""
     for path in checkpoints(folder)[:-keep]:
-        if checkpoint_step(path) != protect:
+        if checkpoint_step(path) not in protect:
             # Under another name first: a kill halfway must not leave half a checkpoint.
             doomed = path.rename(path.with_name(_TEMPORARY + "old-" + path.name))
             shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again
@@ -231,6 +243,8 @@ def move_links(out: Path, step: int, best_step: int | None) -> None:
     for link, shown in (("last", step), ("best", best_step)):
         if shown is not None:
             point(out / link, checkpoint_path(out / "checkpoints", shown) / "model")
+        else:
+            (out / link).unlink(missing_ok=True)
 
 
 def random_state() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Text-video retrieval of a model over an annotation file."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import METRICS, TABLES, both_directions
 from clipvip.training import ranks
 from clipvip.training.checkpoint import write_text
+from clipvip.training.config import Preempted, TrainConfig
 
 READING = "reading.json"
 
@@ -53,6 +54,7 @@ def evaluate(
     max_bad_share: float = 0.05,
     decoder: str = "auto",
     dtype: torch.dtype | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Both directions of retrieval, with and without DSL, over all ranks' shares together.
 
@@ -64,11 +66,16 @@ def evaluate(
         clips: those without text are rivals in text→video only.
         decoder: see clipvip.data.loader.build_loader.
         dtype: autocast the towers to it; None for the weights' own.
+        asked_to_stop: asked before each batch.
 
     Returns:
         {"text_to_video", "video_to_text", "text_to_video_dsl", "video_to_text_dsl": {"R@1",
         "R@5", "R@10" in percent, "median_rank", "mean_rank"}, "clips": number of clips
         compared, "texts": of texts, "missing": paths}; the same on every rank.
+
+    Raises:
+        Preempted: on all ranks, where any was asked to stop.
+        LoaderError: too many clips cannot be decoded.
     """
     clips = with_texts_read(clips, reading)
     texts = [(index, text) for index, clip in enumerate(clips) for text in clip.text]
@@ -79,7 +86,8 @@ def evaluate(
     device = model.device.type
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
         videos = _embed_videos(
-            model, clips, processor, reading, batch_size, num_workers, max_bad_share, decoder
+            *(model, clips, processor, reading, batch_size, num_workers, max_bad_share, decoder),
+            asked_to_stop,
         )
         sentences = _embed_texts(model, [text for _, text in texts], processor, reading, batch_size)
     model.train(training)
@@ -127,25 +135,24 @@ def evaluate_checkpoint(
 
     Under torchrun the clips are shared out over the processes.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    clips = load_annotations(annotations)
-    reading = Reading.load(checkpoint)
-    reading.num_frames = num_frames or reading.num_frames
-    reading.text_length = text_length or reading.text_length
-    processor = CLIPViPProcessor.from_pretrained(checkpoint)
-    model = CLIPViPModel.from_pretrained(checkpoint, attention_backend=backend).to(state.device)
-    result = evaluate(
-        model,
-        clips,
-        processor,
-        reading,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        max_bad_share=max_bad_share,
-        decoder=decoder,
-    )
+    state = ranks.start(TrainConfig.timeout)
+    with ranks.Watch(TrainConfig.lost_after):
+        clips = load_annotations(annotations)
+        reading = Reading.load(checkpoint)
+        reading.num_frames = num_frames or reading.num_frames
+        reading.text_length = text_length or reading.text_length
+        processor = CLIPViPProcessor.from_pretrained(checkpoint)
+        model = CLIPViPModel.from_pretrained(checkpoint, attention_backend=backend)
+        result = evaluate(
+            model.to(state.device),
+            clips,
+            processor,
+            reading,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            max_bad_share=max_bad_share,
+            decoder=decoder,
+        )
     result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
     if state.is_main_process:
         if out is not None:
@@ -191,6 +198,7 @@ def _embed_videos(
     num_workers: int,
     max_bad_share: float,
     decoder: str,
+    asked_to_stop: Callable[[], bool],
 ) -> dict[int, Tensor]:
     """Index of each clip that could be read → its unit feature [P], fp32 on the CPU."""
     loader = build_loader(
@@ -211,8 +219,13 @@ def _embed_videos(
         decoder=decoder,
     )
     own: dict[int, Tensor] = {}
-    for part in embed_batches(model, processor, loader):
+    stopped = asked_to_stop()
+    for part in () if stopped else embed_batches(model, processor, loader):
         own.update(part)
+        if stopped := asked_to_stop():
+            break
+    if any(distributed.all_gather_objects(stopped)):
+        raise Preempted("SIGTERM: the evaluation ends before its last clip")
     videos: dict[int, Tensor] = {}
     bad: list[BadFile] = []
     features = torch.stack(list(own.values())) if own else torch.empty(0)  # else sent one by one

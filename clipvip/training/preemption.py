@@ -2,20 +2,25 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
+# Schedulers signal all of a job's processes, and torchrun, one of them, passes its own on.
+SAME_SIGNAL_SECONDS = 5.0
 
 
 class Preemption:
-    """Within it, SIGTERM only sets `asked`; a second one ends the process at once.
+    """Within it, SIGTERM only sets `asked`; one that comes after SAME_SIGNAL_SECONDS more ends the
+    process at once.
 
     Threads other than the main one cannot take signals; there it does nothing.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._since: float | None = None
         self._before: Any = None
 
     def __enter__(self) -> "Preemption":
@@ -33,5 +38,9 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._since is None:
+            self.asked, self._since = True, now
+        elif now - self._since > SAME_SIGNAL_SECONDS:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
 
 from clipvip import distributed
@@ -21,6 +23,15 @@ from clipvip import distributed
 Result = TypeVar("Result")
 
 _store: dist.Store | None = None  # where the ranks met
+
+
+def start(timeout: float) -> PartialState:
+    """Join the processes that a launcher started with this one; be alone where none did."""
+    cpu = not torch.accelerator.is_available()  # without it, torchrun's ranks are strangers
+    met = {}
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        met = {"timeout": timedelta(seconds=timeout), **meet(timeout)}
+    return PartialState(cpu=cpu, **met)
 
 
 def meet(timeout: float) -> dict[str, Any]:

@@ -59,10 +59,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ConfigError: the configuration cannot be run.
         TrainingError: the loss or its gradient is not finite; names the clips. Or the last
             checkpoint cannot be written, or none that is there is whole.
-        Preempted: SIGTERM came to any rank; the step it came in is saved.
+        Preempted: SIGTERM came to any rank; the step it came in is saved. A validation that it
+            came in is left, and made up for by the run that goes on.
     """
     check(config)
     accelerator = make_accelerator(config)
+    with Preemption() as preemption, ranks.Watch(config.lost_after):
+        return _train(config, accelerator, preemption)
+
+
+def _train(config: TrainConfig, accelerator: Accelerator, preemption: Preemption) -> dict[str, Any]:
     out, optim = Path(config.out), config.optimizer
     resumed = find_resumed(config)
     set_seed(config.seed)
@@ -78,7 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     optimizer = adamw(model, optim)
     average = parallel.Average(model, config.ema) if config.ema else None
     set_seed(config.seed, device_specific=True)
-    state = {"step": 0, "clips": 0}
+    state: dict[str, Any] = {"step": 0, "clips": 0}
     if resumed:
         state = load_state(resumed, config, model, optimizer, accelerator)
     start_trackers(accelerator, config, state["step"])
@@ -94,8 +100,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
 
     reporter = Reporter(accelerator, out, state["step"], total)
-    with Preemption() as preemption, ranks.Watch(config.lost_after), reporter:
+    measure = functools.partial(
+        validate, config, model, processor, average, validation, state, reporter, preemption
+    )
+    with reporter:
         reporter.say(describe(config, model, len(clips), accelerator, state["step"], total))
+        if validation and state.get("unmeasured"):  # SIGTERM came before that step's figures
+            measure()
+            best = state.get("best_step")
+            ranks.first_does(lambda: checkpoint.move_links(out, state["step"], best))
+        if ranks.on_any(torch.tensor([preemption.asked], device=accelerator.device))[0]:
+            raise preempted(state["step"], total)
         for step in range(state["step"] + 1, total + 1):
             started, waited, losses, seen = time.perf_counter(), 0.0, [], []
             rate = optim.lr * schedule(step - 1, total, optim.warmup)
@@ -113,6 +128,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             broken, stop = ranks.on_any(
                 torch.stack([~figures.isfinite().all(), norm.new_tensor(preemption.asked).bool()])
             )
+            preemption.asked |= stop  # of one rank, of all
             mean_loss, norm = figures.tolist()
             if broken:
                 skip_or_stop(config, step, mean_loss, norm, loader, seen, state, reporter)
@@ -146,14 +162,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             state.update(step=step, loss=mean_loss, clips=state["clips"] + config.batch_size)
             improved = False
             if validation and due(step, config.eval_every or epoch_steps, total):
-                with average.in_place() if average else nullcontext():
-                    improved = validate(config, model, processor, validation, state, reporter)
+                improved = measure()
+            stop = stop or state.get("unmeasured", False)
             if improved or stop or due(step, config.save_every or epoch_steps, total):
                 save_state(config, model, processor, optimizer, average, state, accelerator, total)
-            if stop and step < total:
-                raise Preempted(
-                    f"SIGTERM: ends after step {step} of {total}; resume=latest goes on"
-                )
+            if stop and (step < total or state.get("unmeasured")):
+                raise preempted(step, total)
         if set(loader.decoded) - {"PyAV"}:
             reporter.say(f"clips decoded by: {counted(loader.decoded)}")
         if loader.bad_files:
@@ -238,23 +252,33 @@ def validate(
     config: TrainConfig,
     model: CLIPViPModel,
     processor: CLIPViPProcessor,
+    average: parallel.Average | None,
     clips: list[Clip],
     state: dict[str, Any],
     reporter: Reporter,
+    preemption: Preemption,
 ) -> bool:
-    """Evaluate and log; True, and noted in state, where the model is the best so far."""
-    with torch.random.fork_rng(devices=[]), parallel.whole_on_each_rank(model):
-        result = evaluate(
-            model,
-            clips,
-            processor,
-            reading_of(config),
-            batch_size=config.eval_batch_size,
-            num_workers=config.data.num_workers,
-            max_bad_share=config.data.max_bad_share,
-            decoder=config.data.decoder,
-            dtype=torch.bfloat16 if config.mixed_precision == "bf16" else None,
-        )
+    """Evaluate and log; True, and noted in state, where the model is the best so far. Where a rank
+    is asked to stop meanwhile, that there are no figures is noted instead."""
+    averaged = average.in_place() if average else nullcontext()
+    try:
+        with averaged, torch.random.fork_rng(devices=[]), parallel.whole_on_each_rank(model):
+            result = evaluate(
+                model,
+                clips,
+                processor,
+                reading_of(config),
+                batch_size=config.eval_batch_size,
+                num_workers=config.data.num_workers,
+                max_bad_share=config.data.max_bad_share,
+                decoder=config.data.decoder,
+                dtype=torch.bfloat16 if config.mixed_precision == "bf16" else None,
+                asked_to_stop=lambda: preemption.asked,
+            )
+    except Preempted:
+        state["unmeasured"] = True
+        return False
+    state["unmeasured"] = False
     row = {f"{name}/{key}": value for name in TABLES for key, value in result[name].items()}
     reporter.write(state["step"], {f"validation/{key}": value for key, value in row.items()})
     value = row[config.best_metric]
@@ -310,10 +334,13 @@ def save_state(
 
     def save() -> str | None:
         out, best_step = Path(config.out), state.get("best_step")
+        protected = {best_step}
+        if best_step == state["step"]:  # the one before it stays, should this one be damaged
+            protected.add(state["best_before"]["best_step"])
         try:
             checkpoint.save(out / "checkpoints", state["step"], write)
             checkpoint.move_links(out, state["step"], best_step)
-            checkpoint.prune(out / "checkpoints", config.keep_checkpoints, protect=best_step)
+            checkpoint.prune(out / "checkpoints", config.keep_checkpoints, protected)
         except OSError as error:
             return " ".join(str(error).split())
         return None
@@ -346,11 +373,20 @@ def load_state(
     random_states, then = state.pop("random"), state.pop("course")
     if len(random_states) == accelerator.num_processes:
         checkpoint.set_random_state(random_states[accelerator.process_index])
+    best = ranks.first_does(
+        lambda: checkpoint.whole_or_none(Path(config.out) / "checkpoints", state.get("best_step"))
+    )
+    if best is None:
+        state.update(best_step=None, best_metric=None)
     if accelerator.is_main_process:
-        checkpoint.move_links(Path(config.out), state["step"], state.get("best_step"))
+        checkpoint.move_links(Path(config.out), state["step"], best)
         for change in checkpoint.changes(then, config, accelerator.num_processes):
             print(change, flush=True)
     return state
+
+
+def preempted(step: int, total: int) -> Preempted:
+    return Preempted(f"SIGTERM: ends after step {step} of {total}; resume=latest goes on")
 
 
 def due(step: int, every: int, total: int) -> bool:

@@ -7,7 +7,8 @@ python forks.py damage COUNTS CONFIG key=value …   besides, the newest of seve
 python forks.py two CONFIG key=value …    two processes of one training, as torchrun starts them
 python forks.py stop OUT CONFIG key=value …   sent SIGTERM and started again; alone
     in OUT-1, two processes in OUT-2
-python forks.py lose OUT CONFIG key=value …   two, of which either is killed, or stopped
+python forks.py lose OUT CONFIG key=value …   two, of which either is killed, or stopped; and of
+    which the second is while it builds its model
 python forks.py full CONFIG key=value …   the same, on a disk without room for a checkpoint
 python forks.py skip CONFIG key=value …   the same, with a NaN as the second rank's second loss
 python forks.py eval COUNT CHECKPOINT ANNOTATIONS OUT   as many processes of one evaluation
@@ -123,17 +124,35 @@ def lose_a_rank(arguments):
     began, runs = {}, {}
     for lost, sent in ((0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)):
         arguments = [*given, f"out={out}-{sent.name}-{lost}"]
-        runs[lost, sent] = arguments, ranks(2, arguments)
-    for (lost, sent), (arguments, processes) in runs.items():
+        runs[lost, sent, ""] = arguments, ranks(2, arguments)
+    for (lost, sent, _), (arguments, processes) in runs.items():
         assert wait_for_rows(arguments, random.randint(1, 8), processes)
         os.kill(processes[lost], sent)
-        began[lost, sent] = time.monotonic()
-    for (lost, sent), (_, processes) in runs.items():
+        began[lost, sent, ""] = time.monotonic()
+    for sent in (signal.SIGKILL, signal.SIGSTOP):
+        arguments = [*given, f"out={out}-{sent.name}-early"]
+        processes = ranks(2, arguments, functools.partial(the_second_is_lost_early, sent))
+        os.waitid(os.P_PID, processes[1], os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+        began[1, sent, " early"] = time.monotonic()
+        runs[1, sent, " early"] = arguments, processes
+    for (lost, sent, when), (_, processes) in runs.items():
         ended = status(processes[1 - lost])
-        took = time.monotonic() - began[lost, sent]
-        print(f"{processes[lost]} {sent.name}; the other ended with {ended} in {took:.1f} s")
+        took = time.monotonic() - began[lost, sent, when]
+        print(f"{processes[lost]} {sent.name}{when}; the other ended with {ended} in {took:.1f} s")
         os.kill(processes[lost], signal.SIGKILL)
         status(processes[lost])
+
+
+def the_second_is_lost_early(sent, arguments):
+    trainer, build_model = clipvip.training.trainer, clipvip.training.trainer.build_model
+
+    def lost(*given):
+        os.kill(os.getpid(), sent)
+        return build_model(*given)
+
+    if os.environ["RANK"] == "1":
+        trainer.build_model = lost
+    main(arguments)
 
 
 def evaluate(arguments):

@@ -99,7 +99,7 @@ def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
 def test_the_last_and_the_best_are_kept(tmp_path):
     for step in (1, 2, 3, 4, 100_000_000 - 1):
         checkpoint.save(tmp_path, step, write_one)
-        checkpoint.prune(tmp_path, keep=2, protect=1)
+        checkpoint.prune(tmp_path, keep=2, protect={1})
     steps = [checkpoint.checkpoint_step(path) for path in checkpoint.checkpoints(tmp_path)]
     assert steps == [1, 4, 99_999_999]
 

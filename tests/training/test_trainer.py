@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from clipvip.data.loader import LoaderError
-from clipvip.training.config import ConfigError, TrainingError
+from clipvip.training.config import ConfigError, Preempted, TrainingError
 from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import train
 
@@ -184,6 +184,41 @@ def test_a_full_disk_costs_only_the_checkpoints_that_found_it_full(
     monkeypatch.setattr(checkpoint, "save", save)
     train(make_config(*overrides, "resume=latest"))
     assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_was_best_is_there_or_is_best_no_more(make_config, world, monkeypatch, caplog):
+    """The newest checkpoint, the best, is damaged: alone, then with the best before it."""
+    from clipvip.retrieval import METRICS, TABLES
+    from clipvip.training import trainer
+
+    scores = iter([50.0, 10.0, 20.0, 60.0, 30.0, 30.0])
+
+    def scored(*given, **settings):
+        score = next(scores)
+        return {table: dict.fromkeys(METRICS, score) for table in TABLES}
+
+    monkeypatch.setattr(trainer, "evaluate", scored)
+    config = make_config(
+        *("max_steps=8", "eval_every=2", "save_every=2", "resume=latest"),
+        f"data.validation={world / 'annotations.jsonl'}",
+    )
+    out = Path(config.out)
+    newest = out / "checkpoints" / "step-00000008" / "state.pt"
+    assert train(config)["best_step"] == 8
+    os.truncate(newest, 1000)
+    assert train(config)["best_step"] == 2
+    assert (out / "best").resolve().parent.name == "step-00000002"
+    assert (out / "best" / "config.json").exists()
+
+    os.truncate(newest, 1000)
+    os.truncate(out / "checkpoints" / "step-00000002" / "state.pt", 1000)
+    assert train(config)["best_step"] == 8
+    assert (out / "best" / "config.json").exists() and (
+        out / "best"
+    ).resolve() == newest.parent / "model"
+    assert any(
+        "step-00000002 was the best, but" in record.getMessage() for record in caplog.records
+    )
 
 
 def test_what_one_rank_finds_they_all_do(make_config, tmp_path):
@@ -366,22 +401,75 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_unbroken(make_config, tmp_path)
     assert losses(f"{broken}-2") == pytest.approx(losses(unbroken), rel=1e-4)
 
 
-def test_a_second_sigterm_ends_at_once():
-    preemption = "from clipvip.training.preemption import Preemption"
-    kill = "os.kill(os.getpid(), signal.SIGTERM)"
-    code = (
-        f"import os, signal; {preemption}\nwith Preemption() as p: {kill}; assert p.asked; {kill}"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGTERM
+def test_sigterm_that_comes_twice_is_one_and_a_later_one_ends_at_once():
+    """A scheduler sends it to torchrun and to its processes, to which torchrun sends it again."""
+    code = """
+import os, signal
+from clipvip.training import preemption
+with preemption.Preemption() as run:
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert run.asked
+    preemption.SAME_SIGNAL_SECONDS = 0.0
+    print("lives", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert ended.stdout == b"lives\n" and ended.returncode == -signal.SIGTERM
+
+
+def test_sigterm_leaves_a_validation_which_the_next_start_makes_up_for(
+    make_config, tmp_path, world, monkeypatch
+):
+    """And where it comes before the first step, there is nothing to save."""
+    from clipvip.training import evaluate, trainer
+
+    overrides = ["max_steps=4", "eval_every=2", "save_every=4", "resume=latest", "ema=0.7"]
+    overrides += [f"data.validation={world / 'annotations.jsonl'}", "eval_batch_size=4"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    whole = train(make_config(*overrides, f"out={unbroken}"))
+
+    def sending(function, call):
+        """SIGTERM with that call of the function."""
+        calls = []
+
+        def sent(*given, **settings):
+            calls.append(1)
+            if len(calls) == call:
+                signal.raise_signal(signal.SIGTERM)
+            return function(*given, **settings)
+
+        return sent
+
+    given = make_config(*overrides, f"out={broken}")
+    for where, name, call, step in (
+        (trainer, "build_model", 1, 0),  # before the first step
+        (evaluate, "normalize_frames", 2, 2),  # in a validation
+        (evaluate, "normalize_frames", 7, 4),  # in the last, after that of step 2 was made up for
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, sending(getattr(where, name), call))
+            with pytest.raises(Preempted, match=f"SIGTERM: ends after step {step} of 4"):
+                train(given)
+        found = sorted(path.name for path in (broken / "checkpoints").glob("*"))
+        assert (found[-1:] == [f"step-0000000{step}"]) if step else not found
+    assert train(given) == whole
+    assert losses(broken) == losses(unbroken)
+    key = "validation/text_to_video/mean_rank"
+    assert [(row["step"], row[key]) for row in rows(broken, key)] == [
+        (row["step"], row[key]) for row in rows(unbroken, key)
+    ]
+    assert (broken / "best").resolve().parent.name == f"step-{whole['best_step']:08d}"
 
 
 def test_a_lost_rank_ends_the_others_and_is_named(make_config, tmp_path):
     given = [make_config.path, "max_steps=1000", "lost_after=2"]
     said = run_forks("lose", tmp_path / "run", *given)
-    lost = re.findall(r"^(\d+) (SIG\w+); the other ended with 1 in ([\d.]+) s", said, re.MULTILINE)
-    assert [how for _, how, _ in lost] == ["SIGKILL", "SIGSTOP", "SIGSTOP"]
+    lost = re.findall(r"^(\d+) (SIG.+); the other ended with 1 in ([\d.]+) s", said, re.MULTILINE)
+    hows = ["SIGKILL", "SIGSTOP", "SIGSTOP", "SIGKILL early", "SIGSTOP early"]
+    assert [how for _, how, _ in lost] == hows
     assert all(float(seconds) < 30 for *_, seconds in lost)
-    for rank, (process, *_) in zip((0, 0, 1), lost, strict=True):
+    for rank, (process, *_) in zip((0, 0, 1, 1, 1), lost, strict=True):
         name = rf"error: rank {rank} \({socket.gethostname()}, process {process}\) .*is lost; "
         assert len(re.findall(name, said)) == 1, said
 

@@ -57,7 +57,11 @@ def _check_gpu(index: int) -> None:
 
 @contextlib.contextmanager
 def launch_context(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Makes the tensor's GPU the current one: (its index, the handle of its current stream)."""
+    """Makes the tensor's GPU the current one: (its index, the handle of its current stream).
+
+    Raises RuntimeError where there are no kernels for it, which tracing does not ask.
+    """
+    _check_gpu(tensor.device.index)
     with torch.cuda.device(tensor.device):
         yield tensor.device.index, torch.cuda.current_stream().cuda_stream
 

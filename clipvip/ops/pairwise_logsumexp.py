@@ -40,7 +40,8 @@ def pairwise_logsumexp(
     On a GPU nothing waits for the device, and CUDA graphs can capture the call. Backward computes
     gradients of the logits in panels of a's dtype, at most 2^26 numbers at a time whatever n and
     m, and multiplies each with b and a by torch.mm, which in fp32 follows PyTorch's own setting
-    of TF32; everything else is exact fp32.
+    of TF32; everything else is exact fp32. Under torch.use_deterministic_algorithms that product
+    needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment from the start, or PyTorch raises.
 
     Raises:
         ValueError: shapes do not fit, or backend is unknown.
@@ -229,9 +230,9 @@ def _forward_cuda(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _forward_fake(a, b, scale, diagonal)
-    function = _native.module().pairwise_logsumexp_forward_cuda
     given = _aligned(a), _aligned(b), scale.to(torch.float32), diagonal, *outputs
     with _native.launch_context(a) as where:
+        function = _native.module().pairwise_logsumexp_forward_cuda
         workspace = a.new_empty(_native.call(function, *given, None, *where), dtype=torch.uint8)
         _native.call(function, *given, workspace.data_ptr(), *where)
     return outputs
@@ -259,10 +260,10 @@ def _backward_cuda(
 
     rows, columns = _panel_shape(len(a), len(b))
     panel = a.new_empty(rows, columns)
-    weigh = _native.module().pairwise_logsumexp_weigh_cuda
-    fill = _native.module().pairwise_logsumexp_panel_cuda
     weighed = row_weight, col_weight, unit
     with _native.launch_context(a) as where:
+        weigh = _native.module().pairwise_logsumexp_weigh_cuda
+        fill = _native.module().pairwise_logsumexp_panel_cuda
         exact = a.dtype == torch.float32
         _native.call(weigh, row_lse, col_lse, *grads, diagonal, exact, *weighed, *where)
         for i in range(0, len(a), rows):

@@ -197,6 +197,15 @@ def _workspace(
     return qkv.new_empty(floats, dtype=torch.float32), threads
 
 
+def _workspace_cuda(
+    qkv: Tensor, num_proxies: int, patches: int, frames: int, backward: bool
+) -> Tensor:
+    floats = _native.module().proxy_attention_workspace_cuda(
+        num_proxies, patches, *qkv.shape[2:], frames, backward
+    )
+    return qkv.new_empty(floats, dtype=torch.float32)
+
+
 @torch.library.custom_op("clipvip::proxy_attention_forward", mutates_args=(), device_types="cpu")
 def _forward(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
@@ -219,14 +228,11 @@ def _forward_cuda(
     frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
     out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
     qkv, frame_offsets = _aligned(qkv), frame_offsets.contiguous()
-    native = _native.module()
-    floats = native.proxy_attention_workspace_cuda(
-        num_proxies, patches_per_frame, *qkv.shape[2:], frames, False
-    )
-    workspace = qkv.new_empty(floats, dtype=torch.float32)
     given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
     with _native.launch_context(qkv) as where:
-        _native.call(native.proxy_attention_forward_cuda, *given, out, lse, workspace, *where)
+        workspace = _workspace_cuda(qkv, num_proxies, patches_per_frame, frames, False)
+        function = _native.module().proxy_attention_forward_cuda
+        _native.call(function, *given, out, lse, workspace, *where)
     return out, lse
 
 
@@ -279,14 +285,11 @@ def _backward_cuda(
     grad_out, qkv, out = _aligned(grad_out), _aligned(qkv), _aligned(out)
     frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    native = _native.module()
-    floats = native.proxy_attention_workspace_cuda(
-        num_proxies, patches_per_frame, *qkv.shape[2:], frames, True
-    )
-    workspace = qkv.new_empty(floats, dtype=torch.float32)
     given = grad_out, qkv, frame_offsets, num_proxies, patches_per_frame, scale, out, lse
     with _native.launch_context(qkv) as where:
-        _native.call(native.proxy_attention_backward_cuda, *given, grad_qkv, workspace, *where)
+        workspace = _workspace_cuda(qkv, num_proxies, patches_per_frame, frames, True)
+        function = _native.module().proxy_attention_backward_cuda
+        _native.call(function, *given, grad_qkv, workspace, *where)
     return grad_qkv
 
 

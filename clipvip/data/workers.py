@@ -13,16 +13,18 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
+from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -202,7 +204,8 @@ class _Worker:
         self.process: BaseProcess = multiprocessing.Process(
             target=_serve, args=(theirs, work, places, number), daemon=True
         )
-        self.process.start()
+        with _interrupts_held():
+            self.process.start()
         theirs.close()
 
     def give(self, key: _Key, task: Any, condemned: frozenset[int]) -> None:
@@ -211,6 +214,16 @@ class _Worker:
         self.tasks[key] = task
         with suppress(OSError):  # it died; that is noticed, and the task given again
             self.connection.send((key, task, condemned))
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """What runs around a fork (of logging, of torch) ignores exceptions, ctrl-C's too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _how_it_ended(code: int | None) -> str:
@@ -255,6 +268,7 @@ def _serve(connection: Connection, work: Any, places: Any, number: int) -> None:
     for code in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(code, signal.SIG_DFL)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    sys.excepthook = _report  # the thread that shares tensors has no other
     gc.freeze()  # or collecting would copy, page by page, what is shared with the parent
     torch.set_num_threads(1)  # a process a core; and OpenMP's threads do not survive a fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -270,7 +284,20 @@ def _serve(connection: Connection, work: Any, places: Any, number: int) -> None:
         except Exception as error:
             message = (key, None, (error, traceback.format_exc()))
         at(-1)
-        connection.send(message)
+        try:
+            connection.send(message)
+        except ConnectionError:
+            return
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a parent that was killed there is nothing to tell but that it is gone."""
+    parent = multiprocessing.parent_process()
+    if isinstance(error, EOFError | ConnectionError) and parent is not None:
+        parent.join(5)  # its connections close before it counts as ended
+        if not parent.is_alive():
+            os._exit(1)
+    sys.__excepthook__(kind, error, trace)
 
 
 def _leave_with_parent() -> None:

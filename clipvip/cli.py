@@ -236,6 +236,11 @@ def verify(
         line = f" (line {file.line})" if file.line else ""
         print(f"{file.path}{line}: {file.reason}")
     print(f"{source}: {clips} clips, {len(bad)} bad")
+    if any(file.path.endswith(".tar") for file in bad):
+        print(
+            "delete a bad tar and run `clipvip shard` again with the options it had, which writes "
+            "what is missing; fetch one made elsewhere again"
+        )
     for written in (clean, manifest):
         if written is not None:
             print(f"wrote {written}")

@@ -172,7 +172,10 @@ def _only_run(out: Path) -> Iterator[None]:
 def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     path = out / "settings.json"
     if path.exists():
-        old = json.loads(path.read_text())
+        try:
+            old = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ShardError(f"{path}: {error}; give another folder, or delete this one") from error
         for key, value in settings.items():
             if old.get(key) != value:
                 was = "other annotations" if key == "annotations" else f"{key}={old.get(key)}"
@@ -192,8 +195,11 @@ def _resume(out: Path) -> dict[str, Shard]:
     path = out / MANIFEST
     finished: dict[str, Shard] = {}
     if path.exists():
-        text, _, _ = path.read_text().rpartition("\n")
-        shards = [Shard(**json.loads(line)) for line in text.splitlines()]
+        text, _, _ = path.read_bytes().rpartition(b"\n")
+        try:
+            shards = _parse_manifest(text, str(path))
+        except ShardError as error:
+            raise ShardError(f"{error}; delete that line, and its shard is written again") from None
         finished = {s.shard: s for s in shards if _size(out / s.shard) == s.bytes}
         _replace(path, "".join(json.dumps(asdict(s)) + "\n" for s in finished.values()))
     return finished
@@ -440,19 +446,32 @@ def _read_manifest(path: str) -> dict[str, Shard]:
     import fsspec
 
     try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
-        shards = [Shard(**json.loads(line)) for line in lines if line.strip()]
+        with fsspec.open(path, "rb") as file:
+            shards = _parse_manifest(file.read(), path)
     except FileNotFoundError:
         raise ShardError(
             f"no manifest {path}; `clipvip shard` writes one, `clipvip verify --manifest` one of "
             "tars made elsewhere"
         ) from None
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except ShardError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
         raise ShardError(f"{path}: {error}; expected a manifest of shards") from error
     if not any(shard.clips for shard in shards):
         raise ShardError(f"{path}: names no clips")
     return {shard.shard: shard for shard in shards}
+
+
+def _parse_manifest(text: bytes, path: str) -> list[Shard]:
+    shards = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            shards += [Shard(**json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError) as error:
+            raise ShardError(
+                f"{path}:{number}: expected a shard, as `clipvip shard` notes it; {error}"
+            ) from error
+    return shards
 
 
 def parent(url: str) -> str:
@@ -640,7 +659,7 @@ class _ShardVerifier:
                 while hashed.read(1 << 20):
                     pass
         except Exception as error:  # tarfile, fsspec and what lies below them
-            reason = "no such file" if isinstance(error, FileNotFoundError) else _reason(error)
+            reason = "no such file" if isinstance(error, FileNotFoundError) else reason_of(error)
             return _Checked(counts["clips"], [*bad, BadFile(url, reason, 0)], [], None)
         shard = Shard(
             shard=url if expected is None else expected.shard,
@@ -655,5 +674,7 @@ class _ShardVerifier:
         return _Checked(counts["clips"], bad, sources, shard)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(part) for part in error.args[:1])}"
+def reason_of(error: Exception) -> str:
+    """What went wrong with a tar, without the object that webdataset names after an @."""
+    said = " ".join(str(part) for part in error.args[:1]).partition(" @ <")[0]
+    return f"{type(error).__name__}: {said}"

@@ -28,7 +28,7 @@ from clipvip.data.bad_files import BadFiles
 from clipvip.data.dali import choose_engine
 from clipvip.data.decode import DecodeError
 from clipvip.data.loader import ClipLoader, Collate, Reading, Sample, check_rank
-from clipvip.data.shards import ShardError, load_manifest, read_samples, unpack
+from clipvip.data.shards import ShardError, load_manifest, read_samples, reason_of, unpack
 
 LANES = 16
 RETRIES = (1.0, 4.0)  # seconds to wait before a tar is opened again
@@ -349,8 +349,7 @@ def _read(url: str, first: int, end: int) -> Iterator[tuple[int, dict[str, Any] 
         except FileNotFoundError:
             break
         except Exception as error:  # tarfile, fsspec and what lies below them
-            said = " ".join(str(part) for part in error.args[:1])
-            reason = f"{type(error).__name__}: {said}"
+            reason = reason_of(error)
     for index in range(first, end):
         yield index, DecodeError(url, reason)
 

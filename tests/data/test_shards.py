@@ -201,6 +201,23 @@ def test_a_line_half_written_is_not_a_finished_shard(annotations: Path, tmp_path
     assert (tmp_path / "manifest.jsonl").read_text() == lines
 
 
+@pytest.mark.parametrize("name", ["manifest.jsonl", "settings.json"])
+def test_what_is_damaged_is_named_and_what_to_do(name, annotations: Path, tmp_path: Path) -> None:
+    whole = write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
+    path = tmp_path / name
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], bytes(20) + b"\n", *lines[2:]]))
+    with pytest.raises(ShardError, match=rf"{name}:.*delete th"):
+        write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
+    if name == "manifest.jsonl":
+        with pytest.raises(ShardError, match=r"manifest\.jsonl:2: expected a shard"):
+            load_manifest(str(tmp_path))
+        path.write_bytes(b"".join([lines[0], *lines[2:]]))
+    else:
+        path.unlink()
+    assert write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0) == whole
+
+
 def test_two_runs_at_once_are_refused(annotations: Path, tmp_path: Path) -> None:
     from clipvip.data.shards import _only_run
 
@@ -268,6 +285,7 @@ def test_verify_finds_what_happened_to_shards(annotations: Path, tmp_path: Path)
     assert [Path(file.path).name for file in bad] == ["00000.tar", "00001.tar", "00002.tar"]
     reasons = [file.reason for file in bad]
     assert "sha256 is" in reasons[0] and reasons[2] == "no such file"
+    assert reasons[1] == "ReadError: unexpected end of data"
     assert len(load_annotations(clean)) == 2
 
 
@@ -360,3 +378,15 @@ def test_commands_say_what_they_did(spoiled: Path, tmp_path: Path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["clipvip", "shard", str(clean), str(out), "--cut"])
     cli.main()
     assert f"{out}: 1 shards, 18 clips" in capsys.readouterr().out
+    tar = out / "00000.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data[:-2000] + b"x" + data[-1999:])
+    monkeypatch.setattr(sys, "argv", ["clipvip", "verify", str(out)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"{tar}: sha256 is" in (said := capsys.readouterr().out)
+    assert "delete a bad tar and run `clipvip shard` again" in said
+    tar.unlink()
+    monkeypatch.setattr(sys, "argv", ["clipvip", "shard", str(clean), str(out), "--cut"])
+    cli.main()
+    assert tar.read_bytes() == data

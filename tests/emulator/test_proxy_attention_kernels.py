@@ -64,6 +64,7 @@ def assert_as_good_as_pytorch(qkv, offsets, grad, *sizes) -> None:
         assert error <= allowed + floor, f"{name}: {error:.2e}, plain PyTorch {allowed / 2:.2e}"
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize(("dtype", "dim", "patches", "proxies"), GRID)
 def test_error_against_float64(emulator, dtype, dim, patches, proxies):
     emulator.configure(seed=dim + patches)

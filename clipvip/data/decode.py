@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import av
 import numpy as np
 import torch
-from av.container import InputContainer
+from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.sidedata.sidedata import SideData
 from av.stream import Disposition
@@ -268,6 +268,14 @@ _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if _PYAV < 19 else {}
 
 # From 17 on PyAV starts a thread a core for every converter where it is not told how many.
 _ONE_THREAD: dict[str, Any] = {"threads": 1} if _PYAV >= 17 else {}
+
+# Or a stream for copies would need an encoder of the decoder's name; AV1's decoder is none.
+_AS_IT_IS: dict[str, Any] = {"opaque": True} if _PYAV >= 15 else {}
+
+
+def add_copy(out: OutputContainer, stream: VideoStream) -> VideoStream:
+    """A stream for the packets of another, unchanged."""
+    return out.add_stream_from_template(stream, **_AS_IT_IS)
 
 
 class _File(NamedTuple):

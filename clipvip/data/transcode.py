@@ -14,6 +14,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from clipvip.data.decode import (
     Blob,
     DecodeError,
+    add_copy,
     decode_clip,
     open_video,
     orientation,
@@ -76,7 +77,7 @@ def cut(path: Path, start: float | None, end: float | None) -> Cut:
         dts = np.sort(pts) - (np.sort(pts) - pts).max()
         buffer = io.BytesIO()
         with av.open(buffer, "w", format=kind, options=PLAIN) as out:
-            copy = out.add_stream_from_template(stream)
+            copy = add_copy(out, stream)
             copy.time_base = tick
             for packet, shown, decoded in zip(packets, pts - dts[0], dts - dts[0], strict=True):
                 packet.pts, packet.dts = int(shown), int(decoded)

@@ -11,6 +11,7 @@ CODINGS = {
     "open.mp4": {"options": {"g": "10", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}},
     "gop10.mkv": {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}},
     "gop10.ts": {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "10", "g": "10"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "10", "deadline": "realtime"}},
 }
 PARTS = [(None, None), (0.5, 1.2), (None, 0.4), (1.98, None), (1.0, 1.01), (0.0, 99.0)]

@@ -10,7 +10,8 @@ those on its device. What DALI cannot decode there, PyAV decodes in the worker.
 
 import ctypes
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,10 +24,18 @@ import numpy as np
 import torch
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipvip.data.decode import DecodeError, OpenClip, open_video, orientation, packets_from
+from clipvip.data.decode import (
+    DecodeError,
+    OpenClip,
+    add_copy,
+    open_video,
+    orientation,
+    packets_from,
+)
 
 DECODERS = ("auto", "dali", "pyav")
 
@@ -54,6 +63,11 @@ AV1_SINCE = (8, 6)  # compute capability
 # Red's and blue's share of brightness, by a frame's colour space. DALI takes all for BT.601.
 BT601 = (0.299, 0.114)
 SHARES = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
+
+CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # nothing refers to beyond a keyframe
+# Where the type of a NAL unit is in its first byte, types of IDR pictures, and where the size of
+# lengths is in the codec's head.
+IDR = {"h264": (0, 31, {5}, 4), "hevc": (1, 63, {19, 20}, 21)}
 
 TICKS = Fraction(1, 1000)  # of the copies
 STEP = 40  # ticks between frames
@@ -138,7 +152,8 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
     # Half a tick on, or rounding could lead to the keyframe before.
     first = clip.index.times[clip.chosen.min()] + float(clip.stream.time_base or 0) / 2
     with open_video(clip.source) as (container, stream):
-        packets = _needed(packets_from(container, stream, first), set(wanted.tolist()))
+        source = packets_from(container, stream, first)
+        packets = _needed(source, set(wanted.tolist()), _resets(stream))
         frame = _first_frame(packets)
         if frame is None:
             raise Refused(path, "frames out of order")
@@ -163,20 +178,58 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
     )
 
 
-def _needed(packets: Iterator[Packet], wanted: set[int]) -> list[Packet]:
-    """In decoding order, from the keyframe on which they start to the last wanted one; none where
-    they lack one."""
+def _needed(
+    packets: Iterator[Packet], wanted: set[int], resets: Callable[[Packet], bool]
+) -> list[Packet]:
+    """In decoding order, from the keyframe on which they start to the last wanted one, less the
+    stretches from one reset to the next in which none is wanted; none where they lack one."""
     needed: list[Packet] = []
+    stretch, used = 0, False  # where the packets since the last reset begin, if any is wanted
     for packet in packets:
         if not packet.size or packet.pts is None:
             continue
+        if resets(packet):
+            if not used:
+                del needed[stretch:]
+            stretch, used = len(needed), False
         # What refers to frames before the keyframe cannot be decoded without them.
         if not needed or packet.pts >= (needed[0].pts or 0):
             needed.append(packet)
+            used |= packet.pts in wanted
             wanted.discard(packet.pts)
         if not wanted:
             return needed
     return []
+
+
+def _resets(stream: VideoStream) -> Callable[[Packet], bool]:
+    """Whether nothing from a packet on, in decoding order, refers to what came before it.
+
+    Any keyframe of most codecs; of H.264 and HEVC an IDR picture, since of open groups of pictures
+    some refer to the group before. Of others nobody knows.
+    """
+    codec, head = stream.codec_context.codec.canonical_name, stream.codec_context.extradata or b""
+    if codec not in IDR:
+        return lambda packet: packet.is_keyframe and codec in CLOSED
+    shift, mask, types, at = IDR[codec]
+    # Of a file's NAL units (ISO/IEC 14496-15) come their lengths first, of a stream's a 0 0 1.
+    size = (head[at] & 3) + 1 if len(head) > at and head[0] == 1 else 0
+
+    def resets(packet: Packet) -> bool:
+        units = _nal_units(bytes(packet), size) if packet.is_keyframe else ()
+        return any(unit >> shift & mask in types for unit in units)
+
+    return resets
+
+
+def _nal_units(data: bytes, size: int) -> Iterator[int]:
+    """The first byte of each; size: bytes of their lengths, 0 for start codes."""
+    if not size:
+        yield from (found[0][3] for found in re.finditer(rb"\x00\x00\x01.", data, re.DOTALL))
+    at = 0
+    while size and at + size < len(data):
+        yield data[at + size]
+        at += size + int.from_bytes(data[at : at + size], "big")
 
 
 def _first_frame(packets: list[Packet]) -> VideoFrame | None:
@@ -195,7 +248,7 @@ def _matroska(stream: Any, packets: list[Packet], order: NDArray[np.int64]) -> m
     # None may be shown before it is decoded.
     delay = int((np.arange(len(packets)) - order).max())
     with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as out:
-        copy = out.add_stream_from_template(stream)
+        copy = add_copy(out, stream)
         copy.time_base = TICKS
         for decoded, (packet, shown) in enumerate(zip(packets, order.tolist(), strict=True)):
             packet.time_base = TICKS

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from clipvip.ops import pairwise_logsumexp
 from clipvip.ops._native import module
-from clipvip.ops.pairwise_logsumexp import pairwise_logsumexp_reference
+from clipvip.ops.pairwise_logsumexp import block_gradients, pairwise_logsumexp_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # n, m, D, diagonal: blocks that are whole and not, positives inside and off either end.
@@ -265,6 +265,37 @@ def test_a_cuda_graph_replays(dtype, cuda):
                 to.copy_(value)
         graph.replay()
         assert all(map(torch.equal, results, wanted))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_and_columns(dtype, device):
+    """Of several panels on a GPU, against fp32 in blocks of rows."""
+    n, block = (20000, 1000) if device == "cuda" else (700, 200)
+    tensors = inputs(n, n + 3, 64, dtype, device=device)
+    wide = [x.detach().float() for x in tensors]
+    ours = outputs_and_gradients(pairwise_logsumexp, *tensors, 5)
+    parts = [
+        pairwise_logsumexp_reference(wide[0][i : i + block], *wide[1:], 5 + i)
+        for i in range(0, n, block)
+    ]
+    rows, columns, positive = zip(*parts, strict=True)
+    exact = [torch.cat(rows), torch.stack(columns).logsumexp(0), torch.cat(positive)]
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(len(x), generator=generator).to(device) for x in exact]
+    grads = []
+    for i in range(0, n, block):
+        of_rows, of_columns, of_positive = upstream
+        rows = slice(i, i + block)
+        given = wide[0][rows], *wide[1:], 5 + i, exact[0][rows], exact[1]
+        own = of_rows[rows], of_columns, of_positive[rows]
+        grads.append(block_gradients(*given, *own, "reference"))
+    of_a, of_b, of_scale = zip(*grads, strict=True)
+    exact += [torch.cat(of_a), torch.stack(of_b).sum(0), torch.stack(of_scale).sum()]
+    for name, found, expected in zip(NAMES, ours, exact, strict=True):
+        finite = expected.isfinite()
+        assert torch.equal(found.float()[~finite], expected[~finite]), name
+        off = (found.float() - expected)[finite].norm() / expected[finite].norm()
+        assert off <= 4 * torch.finfo(dtype).eps + 1e-4, f"{name} is off by {off:.1e}"
 
 
 def test_runs_are_the_same(device):

@@ -305,6 +305,28 @@ class TestCuda:
             torch.cuda.current_stream().synchronize()
         assert torch.equal(got, want)
 
+    def test_the_last_of_more_numbers_than_32_bits_count(self):
+        """The last video of a batch of 2^31 numbers and more equals what it gives alone."""
+        patches, proxies, frames, heads, dim = 196, 4, 12, 12, 64
+        tokens = proxies + frames * patches
+        videos = 2**31 // (tokens * 3 * heads * dim) + 1
+        size = videos * tokens * heads * dim * torch.bfloat16.itemsize
+        if torch.cuda.mem_get_info()[0] < 10 * size:  # qkv and its gradient, output and its
+            pytest.skip(f"{10 * size / 2**30:.0f} GiB of GPU memory are not free")
+        qkv = torch.randn(videos * tokens, 3, heads, dim, dtype=torch.bfloat16, device="cuda")
+        grad = torch.randn(videos * tokens, heads, dim, dtype=torch.bfloat16, device="cuda")
+        assert qkv.numel() > 2**31
+
+        def both(qkv: Tensor, grad: Tensor, videos: int) -> tuple[Tensor, Tensor]:
+            leaf = qkv.detach().requires_grad_()
+            offsets = torch.arange(videos + 1, dtype=torch.int32, device="cuda") * frames
+            out = proxy_attention(leaf, offsets, proxies, patches)
+            return out.detach()[-tokens:], torch.autograd.grad(out, leaf, grad)[0][-tokens:]
+
+        got = both(qkv, grad, videos)
+        want = both(qkv[-tokens:].clone(), grad[-tokens:].clone(), 1)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
     def test_runs_are_equal_to_the_bit(self):
         qkv, offsets = make(RAGGED, 196, 4, heads=12, dtype=torch.bfloat16, device="cuda")
         first, second = (run(proxy_attention, qkv, offsets, 4, 196) for _ in range(2))

@@ -27,6 +27,8 @@ from torch.distributed.tensor import DTensor
 from clipvip.distributed import world_size
 from clipvip.model import CLIPViPModel
 
+COMPILED_GRAPHS = 32
+
 
 def layers(model: CLIPViPModel) -> list[nn.Module]:
     """The blocks of both towers."""
@@ -34,7 +36,12 @@ def layers(model: CLIPViPModel) -> list[nn.Module]:
 
 
 def compile_layers(model: CLIPViPModel) -> None:
-    """Compiles each block for any number of tokens. All blocks of a tower share one graph."""
+    """Compiles each block for any number of tokens. All blocks of a tower share their graphs."""
+    # Dynamo counts graphs by code, which both towers share, and runs what is beyond its limit of 8
+    # uncompiled. A tower has one each for training, for caching's first pass and for evaluation,
+    # texts with and without padding, and batches of one clip are other ones still.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_GRAPHS)
     for layer in layers(model):
         layer.compile(dynamic=True)
 

@@ -122,25 +122,34 @@ def test_gradients_are_clipped_together(make_config):
     torch.testing.assert_close(clipped, torch.tensor(0.5))
 
 
-def test_compiled_towers_are_compiled_once_for_all_lengths(make_config, tmp_path, monkeypatch):
+def test_compiled_towers_are_compiled_once_for_all_lengths(
+    make_config, tmp_path, monkeypatch, world
+):
+    """Also with all that calls them: caching's two passes, and evaluation."""
     from torch._dynamo.utils import counters
 
     # What is compiled, and how often, does not depend on what is made of it; that takes a minute.
     quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(parallel.nn.Module, "compile", quick)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    # Frames a clip differ, and so do tokens a batch; texts are padded to a batch's longest.
-    common = ("batch_size=2", "data.sampling=fps:4", "data.num_frames=4", "max_steps=5")
+    # Frames a clip differ, and so do tokens a batch; texts are padded to a batch's longest. Each
+    # step has a part of one clip, which is compiled for itself, as is a text without padding.
+    common = ("batch_size=7", "data.sampling=fps:4", "data.num_frames=4", "max_steps=6")
+    common += ("micro_batch=3", "eval_batch_size=5", "backend=native")
+    common += (f"data.validation={world / 'annotations.jsonl'}",)
     train(make_config(*common, f"out={eager}"))
     torch._dynamo.reset()
     counters.clear()
-    compute_loss, graphs = trainer.compute_loss, []
+    validate, graphs = trainer.validate, []
 
     def counting(*given):
+        better = validate(*given)
         graphs.append(counters["stats"]["unique_graphs"])
-        return compute_loss(*given)
+        return better
 
-    monkeypatch.setattr(trainer, "compute_loss", counting)
+    monkeypatch.setattr(trainer, "validate", counting)
     train(make_config(*common, "compile=true", f"out={compiled}"))
-    assert len(graphs) == 5 and 0 < graphs[1] == graphs[4]
+    assert len(graphs) == 3 and 0 < graphs[0] == graphs[2]
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)

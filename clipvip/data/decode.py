@@ -50,6 +50,7 @@ VIDEO_SUFFIXES = frozenset(
 MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
 SEEKABLE = frozenset({MP4, MATROSKA})
 KEYFRAME = 1  # the flag of an entry of libav's index
+MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 10,000 of ten seconds
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
 
 
@@ -159,7 +160,7 @@ class OpenClip:
         except _TablesWrong:
             with _open(file) as container:
                 stream = _video_stream(container, file.path)
-                index = _index(container, stream, file.path)
+                index = _known_index(container, stream, file)
                 return _decode(container, stream, index, self.choose(index), size, file, threads)
 
 
@@ -195,7 +196,7 @@ def open_clip(
         if start is None and end is None:  # of a part only that part's packets are read
             index = _index_of_tables(container, stream, file)
         if index is None:
-            index = _index(container, stream, file.path, start, end)
+            index = _known_index(container, stream, file, start, end)
         yield OpenClip(source, container, stream, index, choose(index), choose)
 
 
@@ -359,6 +360,11 @@ class _Index:
     by_count: bool
     by_tables: bool = False
 
+    @property
+    def bytes(self) -> int:
+        arrays = (self.pts, self.dts, self.keyframe, self.shown, self.times)
+        return 1024 + sum(array.nbytes for array in arrays)  # and the objects themselves
+
     def keyframe_for(self, pts: int) -> int:
         """Position of the last-shown keyframe from which the frame shown at pts decodes."""
         candidates = np.flatnonzero(self.keyframe & (self.pts <= pts))
@@ -390,6 +396,34 @@ def _index(
     index = _in_order(container, stream, packets, path)
     if whole:
         _check_whole(container, stream, index.duration, path)
+    return index
+
+
+_known: dict[tuple[Any, ...], _Index] = {}  # this process's, the one used last at the end
+
+
+def _known_index(
+    container: InputContainer,
+    stream: VideoStream,
+    file: _File,
+    start: float | None = None,
+    end: float | None = None,
+) -> _Index:
+    """As _index; of a file that stays as it is, its packets are not read in every epoch."""
+    # To seek well, other formats have to have been read through.
+    if file.data is not None or container.format.name not in SEEKABLE:
+        return _index(container, stream, file.path, start, end)
+    status = os.stat(file.path)
+    key = (str(file.path), status.st_size, status.st_mtime_ns, start, end)
+    index = _known.pop(key, None)
+    if index is None:
+        index = _index(container, stream, file.path, start, end)
+        left = MOST_KNOWN - index.bytes
+        for other, kept in reversed(list(_known.items())):
+            left -= kept.bytes
+            if left < 0:
+                _known.pop(other, None)
+    _known[key] = index
     return index
 
 

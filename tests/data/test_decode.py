@@ -185,6 +185,60 @@ def test_wrong_tables_are_found_out(make_video, numbers, monkeypatch: pytest.Mon
     assert right == right[:1] * 4
 
 
+@pytest.fixture
+def indexed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Of which files the packets were read, from now on."""
+    found: list[Path] = []
+    index = decode._index
+    monkeypatch.setattr(decode, "_known", {})
+    monkeypatch.setattr(decode, "_index", lambda *given: found.append(given[2]) or index(*given))
+    return found
+
+
+@pytest.mark.parametrize("clip", [{}, {"start": 0.7, "end": 1.4}], ids=str)
+@pytest.mark.parametrize("name", CODINGS)
+def test_frames_are_the_same_when_a_file_is_known(name: str, clip, make_video, indexed) -> None:
+    path = make_video(name, **CODINGS[name])
+    first, second = (read_frames(path, 6, size=16, **clip) for _ in range(2))
+    assert torch.equal(first, second)
+    if Path(name).suffix in (".mkv", ".webm"):
+        assert len(indexed) == 1
+
+
+def test_packets_are_read_once_while_a_file_stays_as_it_is(
+    make_video, numbers: Numbers, tmp_path: Path, indexed
+) -> None:
+    path = tmp_path / "a.mkv"
+    path.write_bytes(make_video("gop10.mkv", **CODINGS["gop10.mkv"]).read_bytes())
+    for start in (None, 0.5, None, 0.5):
+        read_frames(path, 4, size=16, start=start)
+    assert len(indexed) == 2
+    short = make_video("short.mkv", count=20, **CODINGS["gop10.mkv"])
+    path.write_bytes(short.read_bytes())
+    assert numbers(read_frames(path, 3, size=16)) == [0, 10, 19]
+    data = path.read_bytes()
+    os.utime(path, ns=(1, 1))  # as another of the same length would have it
+    assert path.read_bytes() == data and numbers(read_frames(path, 3, size=16)) == [0, 10, 19]
+    assert len(indexed) == 4
+
+
+def test_what_is_known_is_bounded_and_the_last_used_stays(
+    make_video, tmp_path: Path, monkeypatch, indexed
+) -> None:
+    data = make_video("gop10.mkv", **CODINGS["gop10.mkv"]).read_bytes()
+    paths = [tmp_path / f"{i}.mkv" for i in range(8)]
+    for path in paths:
+        path.write_bytes(data)
+    read_frames(paths[0], 2, size=16)
+    (index,) = decode._known.values()
+    monkeypatch.setattr(decode, "MOST_KNOWN", 3 * index.bytes)
+    for path in paths[1:]:
+        read_frames(path, 2, size=16)
+        read_frames(paths[0], 2, size=16)
+        assert sum(kept.bytes for kept in decode._known.values()) <= decode.MOST_KNOWN
+    assert indexed == paths
+
+
 def test_threads_change_nothing(real_clips: dict[str, Path]) -> None:
     one, many = (read_frames(real_clips["bikes"], 5, size=32, threads=n) for n in (1, 0))
     assert torch.equal(one, many)

@@ -1,6 +1,7 @@
-"""What the compiler made of the CUDA kernels: registers, spills and instructions of every instance.
+"""What the compiler made of the CUDA kernels: registers, spills and instructions of every instance;
+and how many blocks of attention a multiprocessor then holds at the models' shapes.
 
-    python bench/kernel_table.py [MODULE] writes bench/results/cuda_kernels.json and prints a table
+    python bench/kernel_table.py [MODULE] writes bench/results/cuda_kernels.json and prints tables
 
 Reads the machine code inside clipvip/_C*.so; no GPU is needed, but NVIDIA's cuobjdump and nvdisasm
 are (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
@@ -13,8 +14,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 REGISTERS = 65536  # of a multiprocessor
+# Bytes of shared memory of a multiprocessor; a block may have all but the 1 KiB that every block
+# costs the system.
+SHARED = {"80": 164 * 1024, "90a": 228 * 1024, "100": 228 * 1024, "120": 100 * 1024}
+SYSTEM = 1024
+PATCHES = {"B/32": 49, "B/16": 196, "L/14": 256, "L/14@336": 576}
 INSTRUCTIONS = {
     "mma": r"HMMA\.",
     "ldmatrix": r"LDSM\.",
@@ -56,15 +63,84 @@ def read(module: Path) -> list[dict]:
         row = rows.get((arch, kernel))
         if row is not None:
             row["threads"] = threads
-            warps = threads // 32
-            each = warps * 32 * -(-row["registers"] // 8) * 8
-            most = 48 if arch[:2] in ("86", "87", "89", "12") else 64  # warps of a multiprocessor
-            row["blocks"] = min(REGISTERS // each, most // warps) if warps else 0
+            row["blocks"] = _blocks(row["registers"], threads // 32, arch)
     names = _demangled({kernel for _, kernel in rows})
     return [
         {"kernel": names[kernel], "arch": arch, **row}
         for (arch, kernel), row in sorted(rows.items(), key=lambda x: (names[x[0][1]], x[0][0]))
     ]
+
+
+def _blocks(registers: int, warps: int, arch: str) -> int:
+    """How many blocks of so many warps a multiprocessor has registers and places for."""
+    each = warps * 32 * -(-registers // 8) * 8
+    most = 48 if arch[:2] in ("86", "87", "89", "12") else 64  # warps of a multiprocessor
+    return min(REGISTERS // each, most // warps) if warps else 0
+
+
+class Plan(NamedTuple):
+    """How a block is launched: its warps, whether its rows stay in shared memory, bytes of that."""
+
+    warps: int
+    resident: bool
+    shared: int
+
+
+def plan(direction: str, patches: int, most: int, dim: int = 64, proxies: int = 4) -> Plan:
+    """What make_plan of csrc/proxy_attention chooses for 16-bit numbers and heads of 64.
+
+    most: bytes of shared memory that a block may have. tests/emulator compares with the launches.
+    """
+    chunks, most_warps = -(-(proxies + patches) // 16), 7 if direction == "forward" else 4
+    warps = -(-chunks // -(-chunks // most_warps))
+
+    def shared(resident: bool) -> int:
+        rows = 16 * chunks if resident else 2 * 64  # or a ring of two tiles
+        if direction == "forward":  # keys and values, every warp's queries
+            return (2 * rows + 16 * warps) * dim * 2
+        own = rows if resident else 16 * warps  # besides, queries and gradients of outputs
+        return (2 * rows + 2 * own) * dim * 2
+
+    resident = shared(True) <= most
+    return Plan(warps, resident, shared(resident))
+
+
+def occupancy(rows: list[dict]) -> list[dict]:
+    """A dict for each model, direction and architecture: its plan, and blocks a multiprocessor."""
+    found = []
+    for row in rows:
+        kernel = re.search(r"(forward|backward)<bfloat16, 64>", row["kernel"])
+        memory = SHARED.get(row["arch"])
+        if not kernel or not memory:
+            continue
+        for model, patches in PATCHES.items():
+            chosen = plan(kernel[1], patches, memory - SYSTEM)
+            blocks = min(
+                _blocks(row["registers"], chosen.warps, row["arch"]),
+                memory // (chosen.shared + SYSTEM),
+            )
+            case = {"model": model, "direction": kernel[1], "arch": row["arch"]}
+            found.append(case | chosen._asdict() | {"blocks": blocks})
+    return found
+
+
+def occupancy_table(cases: list[dict]) -> str:
+    """Markdown, a line a model and direction, a column an architecture."""
+    archs = list(dict.fromkeys(case["arch"] for case in cases))
+    lines = [
+        "Blocks of attention (bf16, heads of 64) that a multiprocessor holds, and what each has.",
+        "",
+        f"| kernel | {' | '.join(f'sm_{arch}' for arch in archs)} |",
+        "|---" * (len(archs) + 1) + "|",
+    ]
+    kernels = collections.defaultdict(list)
+    for case in cases:
+        where = "resident" if case["resident"] else "ring"
+        kernels[case["model"], case["direction"]].append(
+            f"{case['blocks']} of {case['warps']} warps, {case['shared'] / 1024:.0f} KiB {where}"
+        )
+    lines += [f"| {' '.join(kernel)} | {' | '.join(each)} |" for kernel, each in kernels.items()]
+    return "\n".join(lines)
 
 
 def _sections(module: Path, option: str, heading: str):
@@ -133,9 +209,10 @@ def main() -> None:
         sys.exit(f"kernel_table: {module} holds no CUDA kernels; build it where nvcc is found")
     from harness import BENCH, write  # beside this file
 
-    print(table(rows))
+    blocks = occupancy(rows)
+    print(f"{table(rows)}\n\n{occupancy_table(blocks)}")
     path = BENCH / "results" / "cuda_kernels.json"
-    print(f"\n{write(path, {'nvcc': _nvcc(), 'kernels': rows})}")
+    print(f"\n{write(path, {'nvcc': _nvcc(), 'kernels': rows, 'occupancy': blocks})}")
 
 
 def _nvcc() -> str:

@@ -57,6 +57,13 @@ struct Settings {
 };
 inline Settings settings;
 
+// What was launched since the last settings.
+struct Launch {
+  int threads;
+  size_t shared_bytes;
+};
+inline std::vector<Launch> launches;
+
 struct Copy {
   char* shared;
   const void* global;  // nullptr: zeros
@@ -465,6 +472,7 @@ void launch(void (*kernel)(Params), Grid grid, int threads, size_t shared_bytes,
       shared_bytes > static_cast<size_t>(settings.max_shared_bytes)) {
     throw std::runtime_error(describe() + ": no GPU takes such a launch");
   }
+  emulator::launches.push_back({threads, shared_bytes});
   machine.random.seed(settings.seed);
   machine.shared_bytes = shared_bytes;
   machine.shared_capacity = shared_bytes + emulator::kMaxArrays * emulator::kRedZone;

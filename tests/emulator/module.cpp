@@ -16,8 +16,17 @@ PYBIND11_MODULE(_emulator, m) {
       "configure",
       [](uint64_t seed, int max_shared_bytes, int multiprocessors) {
         clipvip::device::emulator::settings = {seed, max_shared_bytes, multiprocessors};
+        clipvip::device::emulator::launches.clear();
       },
       py::arg("seed") = 0, py::arg("max_shared_bytes") = 232448, py::arg("multiprocessors") = 4);
+  // (threads of a block, bytes of its shared memory) of every launch since `configure`.
+  m.def("launches", [] {
+    py::list found;
+    for (const auto& launch : clipvip::device::emulator::launches) {
+      found.append(py::make_tuple(launch.threads, launch.shared_bytes));
+    }
+    return found;
+  });
   m.def("product", &clipvip::faults::run);
   py::enum_<Fault>(m, "Fault", py::module_local())
       .value("none", Fault::none)

@@ -1,5 +1,6 @@
 """The CUDA kernels of proxy_attention, on the emulator, against float64."""
 
+import kernel_table
 import pytest
 import torch
 from torch import Tensor
@@ -170,6 +171,19 @@ def test_sizes_that_do_not_fit_are_refused(emulator):
     out, lse = _forward_cuda(qkv, offsets, 4, 9, 1.0)
     with pytest.raises(ValueError, match=r"grad_out is torch.float32 \[39, 2, 32\], expected"):
         _backward_cuda(grad.float(), qkv, offsets, 4, 9, 1.0, out, lse)
+
+
+@pytest.mark.parametrize("arch", kernel_table.SHARED)
+@pytest.mark.parametrize("model", kernel_table.PATCHES)
+def test_launches_are_those_that_the_kernels_table_counts_with(emulator, model, arch):
+    most, patches = kernel_table.SHARED[arch] - 1024, kernel_table.PATCHES[model]
+    emulator.configure(max_shared_bytes=most)
+    qkv, offsets, grad = make(torch.bfloat16, 64, patches, 4, [0, 1], heads=1)
+    kernels(qkv, offsets, grad, 4, patches)
+    forward, _, backward, _ = emulator.launches()
+    for direction, launch in (("forward", forward), ("backward", backward)):
+        plan = kernel_table.plan(direction, patches, most)
+        assert launch == (plan.warps * 32, plan.shared)
 
 
 def test_a_gpu_without_enough_shared_memory_says_so(emulator):

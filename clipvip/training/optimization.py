@@ -60,7 +60,7 @@ def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[s
         if not parameter.requires_grad:
             continue
         decay = 0.0 if id(parameter) in exempt else optim.weight_decay
-        share = optim.layer_decay ** _height(name, depths)
+        share = optim.layer_decay ** height(name, depths)
         # logit_scale apart: it is never a shard, and a group holds one kind.
         key = (name == "logit_scale", decay, share)
         group = groups.setdefault(key, {"params": [], "weight_decay": decay, "share": share})
@@ -68,7 +68,7 @@ def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[s
     return list(groups.values())
 
 
-def _height(name: str, depths: dict[str, int]) -> int:
+def height(name: str, depths: dict[str, int]) -> int:
     """How many layers a parameter lies below the projections."""
     if layer := _LAYER.match(name):
         return depths[layer["tower"]] - int(layer["number"])

@@ -4,6 +4,8 @@
 #   build      compiles the kernels for the GPU at hand and installs the package in place
 #   test       the ops' tests on the GPU
 #   video      the video decoder's tests on the GPU; only if named: needs av and nvidia-dali too
+#   decode     clips a second by DALI, torchcodec and PyAV; only if named: needs as video does, the
+#              peers (pip install .[peers]), and in .cache/test-clips the films that make test fetches
 #   sanitize   memcheck and racecheck of compute-sanitizer on our kernels alone, at small sizes
 #   attention  timings, see bench/gpu.py; they go to bench/results/gpu.json
 #   loss       timings
@@ -50,6 +52,10 @@ for part in "$@"; do
     sanitize) sanitize || failed+=" $part" ;;
     test) "$PYTHON" -m pytest -q -rs tests/ops -k cuda || failed+=" $part" ;;
     video) "$PYTHON" -m pytest -q -rs tests/data/test_dali.py -k gpu || failed+=" $part" ;;
+    decode)
+      "$PYTHON" -m pytest -q -rs bench/bench_decode.py -k gpu && "$PYTHON" bench/bench_decode.py ||
+        failed+=" $part"
+      ;;
     attention | loss | table) "$PYTHON" bench/gpu.py "$part" || failed+=" $part" ;;
     *) echo "bench/gpu.sh: no part '$part'; see its first lines" >&2; exit 2 ;;
   esac

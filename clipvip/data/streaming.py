@@ -11,7 +11,7 @@ followed:
   b modulo LANES. A worker serves the lanes that fall to it, and opens each where it has to.
 - Of several sources, each batch's clips come in the ratio asked for, on average over an epoch,
   which is as many clips as all sources hold. Each source is gone through at its own pace, in a
-  new order every time (a very small one by each lane for itself).
+  new order every time (one very small, or rarely drawn, by each lane for itself).
 """
 
 import time
@@ -194,9 +194,12 @@ class _Plan:
         return first, count * (part + 1) // parts
 
     def is_small(self, number: int) -> bool:
-        """Whether a source, mixed with others, is too small to cut into even parts."""
+        """Whether a source, mixed with others, is too small to cut into even parts, or drawn so
+        rarely that some parts never would be."""
         parts = self.world * self.lanes
-        return len(self.shards.sources) > 1 and len(self.shards.sources[number]) < SMALL * parts
+        drawn = self.shares[number] * self.batches * self.batch_size * self.world
+        count = min(len(self.shards.sources[number]), drawn)
+        return len(self.shards.sources) > 1 and count < SMALL * parts
 
     def pieces(self, number: int, turn: int, lane: int) -> list[tuple[int, int, int]]:
         """The lane's part of one pass over a source: (shard, first clip, end), in order."""

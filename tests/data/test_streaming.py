@@ -212,6 +212,18 @@ def test_ratios_hold_over_all_ranks_whatever_they_are(
     assert given.sum() == plan.batches * batch_size * world
 
 
+@pytest.mark.parametrize("ratio", [2.0, 0.1, 0.02])
+def test_no_part_of_a_source_is_left_to_lanes_that_never_draw_it(ratio: float, folder: Path) -> None:
+    shards = Shards([Source(str(folder / "videos"), each) for each in (1.0, ratio)])
+    drawn = np.zeros(COUNT, bool)
+    for rank in range(2):
+        plan = streaming._Plan(shards, 1, 0, rank, 2, 64)
+        for lane in range(plan.lanes):
+            low, high = plan.span(1, lane)
+            drawn[low:high] |= plan.quotas(lane)[1] > 0
+    assert drawn.all()
+
+
 def test_image_and_video_sources_share_a_batch(load: Load, folder: Path) -> None:
     sources = [Source(str(folder / "videos")), Source(str(folder / "images"))]
     batches = list(load(*sources, task="omnisource", batch_size=8))

@@ -20,7 +20,7 @@ Several processes: torchrun --nproc-per-node 8 -m clipvip.training CONFIG key=va
 parts on made-up clips, with a model of the same layers that is hardly any wide.
 
 On SIGTERM all processes finish the step, save and end with status 75: started again, with
-resume=latest, the run goes on. A second SIGTERM ends at once."""
+resume=latest, the run goes on. One more SIGTERM, over 5 seconds later, ends at once."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -104,6 +104,27 @@ def test_a_run_leaves_what_it_promises(make_config, world):
         assert written[name].keys() == {"R@1", "R@5", "R@10", "median_rank", "mean_rank"}
 
 
+def test_utilisation_is_that_of_the_plans_operations(make_config, monkeypatch):
+    from clipvip.training import trainer
+    from clipvip.training.plan import plan
+
+    planned = []
+
+    def noting(*given):
+        planned.append(plan(*given))
+        return planned[-1]
+
+    monkeypatch.setattr(trainer, "plan", noting)
+    monkeypatch.setattr(trainer, "peak_tera", lambda device: 0.5)
+    config = make_config("max_steps=2", "accumulation=2")
+    train(config)
+    for row in rows(config.out):
+        seconds = config.batch_size / row["clips_per_second"]
+        tera = planned[0].step_flops / 1e12 / seconds
+        assert row["tera_flops"] == pytest.approx(tera)
+        assert row["mfu"] == pytest.approx(tera / 0.5)
+
+
 def test_a_folder_with_a_run_is_not_written_over(make_config):
     train(make_config("max_steps=1"))
     with pytest.raises(ConfigError, match=r"already holds a run .* resume=latest"):
@@ -504,6 +525,48 @@ def test_torchrun_starts_lost_ranks_again_from_the_last_checkpoint(make_config, 
     assert re.search(r"steps ([47]|10|13|16|19) to 20", said)
     assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "unbroken"), rel=1e-4)
     assert [row["step"] for row in rows(tmp_path / "broken")] == list(range(1, 21))
+
+
+def test_under_slurm_as_documented_a_job_that_is_told_to_end_is_requeued_once_it_has_saved(
+    tmp_path,
+):
+    """The script of docs/training.md, among stand-ins of Slurm's commands and of torchrun."""
+    told = tmp_path / "told"
+    stand_ins = {
+        "srun": 'exec "$@"',
+        "torchrun": 'trap "sleep 0.3; echo saved >> $TOLD; exit 1" TERM; echo $$ > $TOLD.pid\n'
+        "while true; do sleep 0.05; done",
+        "scancel": 'echo "$@" >> $TOLD; kill -TERM $(cat $TOLD.pid)',
+        "scontrol": '[ $1 = show ] || echo "$@" >> $TOLD',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (script,) = re.findall(r"^```bash\n(.*?)^```", docs, re.MULTILINE | re.DOTALL)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "TOLD": str(told), "PATH": path}
+    with subprocess.Popen(["bash", "-c", script], env=os.environ | slurm) as shell:
+        until = time.monotonic() + 30
+        while not told.with_suffix(".pid").exists() or not told.with_suffix(".pid").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        shell.terminate()
+    assert told.read_text().splitlines() == ["--signal=TERM 7", "saved", "requeue 7"]
+
+
+def test_accelerate_launches_the_same_run(make_config, tmp_path):
+    train(make_config("max_steps=2", f"out={tmp_path / 'one'}"))
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+        *("-m", "clipvip.training", str(make_config.path), "max_steps=2"),
+        f"out={tmp_path / 'two'}",
+    ]
+    given = environment() | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "clips on 2 × " in ended.stdout
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_two_processes_train_as_one(make_config, tmp_path, world):

@@ -213,7 +213,7 @@ def test_ratios_hold_over_all_ranks_whatever_they_are(
 
 
 @pytest.mark.parametrize("ratio", [2.0, 0.1, 0.02])
-def test_no_part_of_a_source_is_left_to_lanes_that_never_draw_it(ratio: float, folder: Path) -> None:
+def test_no_part_of_a_source_is_left_to_lanes_that_never_draw_it(ratio, folder: Path) -> None:
     shards = Shards([Source(str(folder / "videos"), each) for each in (1.0, ratio)])
     drawn = np.zeros(COUNT, bool)
     for rank in range(2):

@@ -26,10 +26,10 @@ def module() -> ModuleType:
 
 def check_device(*tensors: Tensor) -> None:
     """Raises RuntimeError unless there are kernels for where the tensors lie."""
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"tensors lie on {', '.join(sorted(map(str, devices)))}, expected one")
-    (device,) = devices
+    device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors):
+        devices = {str(tensor.device) for tensor in tensors}
+        raise ValueError(f"tensors lie on {', '.join(sorted(devices))}, expected one")
     if device.type not in ("cpu", "cuda", "meta"):
         raise RuntimeError(
             f"tensors are on {device}, but there are no kernels for {device.type}; "
@@ -77,11 +77,14 @@ def check_dtype(name: str, tensor: Tensor) -> None:
 
 def handle(tensor: Tensor) -> Any:
     """What the compiled module knows of a tensor; keep the tensor alive while it is in use."""
-    return module().Tensor(
-        tensor.data_ptr(), _DTYPES[tensor.dtype], list(tensor.shape), list(tensor.stride())
-    )
+    return module().Tensor(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride())
+
+
+def handles(*arguments: Any) -> list[Any]:
+    """Handles for tensors, which must be kept alive, and everything else as it is."""
+    return [handle(x) if isinstance(x, Tensor) else x for x in arguments]
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a compiled function with handles for tensors and everything else as it is."""
-    return function(*[handle(x) if isinstance(x, Tensor) else x for x in arguments])
+    return function(*handles(*arguments))

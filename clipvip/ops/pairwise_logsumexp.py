@@ -158,9 +158,9 @@ def _prepared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tens
 
 def _call(function, a: Tensor, *arguments) -> None:
     """Asks the compiled function how much workspace it needs, then calls it with as much."""
-    arguments = (a, *arguments, torch.get_num_threads())
-    workspace = a.new_empty(_native.call(function, *arguments, None), dtype=torch.uint8)
-    _native.call(function, *arguments, workspace.data_ptr())
+    given = _native.handles(a, *arguments, torch.get_num_threads())
+    workspace = a.new_empty(function(*given, None), dtype=torch.uint8)
+    function(*given, workspace.data_ptr())
 
 
 @torch.library.custom_op("clipvip::pairwise_logsumexp", mutates_args=(), device_types="cpu")
@@ -233,8 +233,9 @@ def _forward_cuda(
     given = _aligned(a), _aligned(b), scale.to(torch.float32), diagonal, *outputs
     with _native.launch_context(a) as where:
         function = _native.module().pairwise_logsumexp_forward_cuda
-        workspace = a.new_empty(_native.call(function, *given, None, *where), dtype=torch.uint8)
-        _native.call(function, *given, workspace.data_ptr(), *where)
+        handles = _native.handles(*given)
+        workspace = a.new_empty(function(*handles, None, *where), dtype=torch.uint8)
+        function(*handles, workspace.data_ptr(), *where)
     return outputs
 
 

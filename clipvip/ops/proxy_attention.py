@@ -126,8 +126,8 @@ def _check(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_fra
 
 def _check_offsets(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
-) -> None:
-    """The values of frame_offsets; called where they exist, which is not while tracing."""
+) -> int:
+    """How many frames there are; for where frame_offsets has values, which is not while tracing."""
     offsets = frame_offsets.tolist()
     if offsets[0] != 0:
         raise ValueError(f"frame_offsets[0] is {offsets[0]}, expected 0")
@@ -146,6 +146,7 @@ def _check_offsets(
             f"frame_offsets[-1] is {offsets[-1]} but qkv holds {held} "
             f"(T={tokens}, B={videos}, M={num_proxies}, L={patches_per_frame})"
         )
+    return offsets[-1]
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -186,13 +187,13 @@ def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches:
 
 
 def _workspace(
-    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int, backward: bool
+    qkv: Tensor, num_proxies: int, patches: int, frames: int, backward: bool
 ) -> tuple[Tensor, int]:
     """What the kernel writes its intermediate results to, and the number of threads."""
     _, _, heads, head_dim = qkv.shape
     threads = torch.get_num_threads()
     floats = _native.module().proxy_attention_workspace(
-        num_proxies, patches, heads, head_dim, int(frame_offsets[-1]), threads, backward
+        num_proxies, patches, heads, head_dim, frames, threads, backward
     )
     return qkv.new_empty(floats, dtype=torch.float32), threads
 
@@ -211,10 +212,10 @@ def _forward(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T] (fp32), base 2: log2 of the sum of 2^(scaled logit · log2 e)."""
-    _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
+    frames = _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
     qkv, frame_offsets = _rows(qkv), frame_offsets.contiguous()
     out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
-    workspace, threads = _workspace(qkv, frame_offsets, num_proxies, patches_per_frame, False)
+    workspace, threads = _workspace(qkv, num_proxies, patches_per_frame, frames, False)
     function = _native.module().proxy_attention_forward
     given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
     _native.call(function, *given, out, lse, workspace, threads)
@@ -257,12 +258,12 @@ def _backward(
     lse: Tensor,
 ) -> Tensor:
     """The gradient of qkv, [T, 3, H, D], from that of out and what forward gave."""
-    _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
+    frames = _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
     _check_saved(qkv, grad_out, out, lse)
     grad_out, qkv, out = _rows(grad_out), _rows(qkv), _rows(out)
     frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    workspace, threads = _workspace(qkv, frame_offsets, num_proxies, patches_per_frame, True)
+    workspace, threads = _workspace(qkv, num_proxies, patches_per_frame, frames, True)
     function = _native.module().proxy_attention_backward
     given = grad_out, qkv, frame_offsets, num_proxies, patches_per_frame, scale, out, lse
     _native.call(function, *given, grad_qkv, workspace, threads)

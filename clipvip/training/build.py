@@ -1,6 +1,8 @@
 """From a configuration to what the training loop works on."""
 
+import json
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,24 +82,35 @@ def find_resumed(config: TrainConfig) -> Path | None:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """The trackers, TensorBoard without the events of steps after `step`; and config.yaml."""
-    name = Path(config.out).name
-    options = {
-        "tensorboard": {"purge_step": step + 1},
-        "wandb": {"name": name, "group": name, "dir": config.out},
-        "mlflow": {"run_name": name},
-    }
+    """The trackers, TensorBoard without the events of steps after `step`, and wandb and MLflow with
+    the runs that they had before it; and config.yaml."""
+    out = Path(config.out)
+    remembered = out / "trackers.json"
 
     def start() -> None:
+        ids = json.loads(remembered.read_text()) if step and remembered.exists() else {}
+        wandb_id = ids.get("wandb", uuid.uuid4().hex)
+        named = {"name": out.name, "group": out.name, "dir": config.out}
+        options = {
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {**named, "id": wandb_id, "resume": "allow"},
+            "mlflow": {"run_name": out.name, "run_id": ids.get("mlflow")},
+        }
         try:
             accelerator.init_trackers("clipvip", init_kwargs=options)
+            for tracker in accelerator.trackers:
+                # TensorBoard makes another run of a configuration; MLflow takes it once.
+                if tracker.name != "tensorboard" and tracker.name not in ids:
+                    tracker.store_init_configuration(checkpoint.flat(config))
+                    mlflow = tracker.name == "mlflow"
+                    ids[tracker.name] = tracker.tracker.info.run_id if mlflow else wandb_id
         except Exception as error:  # of services not logged in to, or not reached
             raise ConfigError(f"trackers: {' '.join(str(error).split())}") from error
+        if ids:
+            checkpoint.write_text(remembered, json.dumps(ids) + "\n")
+        checkpoint.write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     ranks.first_does(start)
-    if accelerator.is_main_process:
-        text = OmegaConf.to_yaml(OmegaConf.structured(config))
-        checkpoint.write_text(Path(config.out) / "config.yaml", text)
 
 
 def reading_of(config: TrainConfig) -> Reading:

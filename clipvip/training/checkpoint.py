@@ -275,15 +275,21 @@ _NOT_THE_COURSE = (
 )  # fmt: skip
 
 
-def course(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """What decides a run's losses: gone on with under other values, it is another run."""
-    flat: dict[str, Any] = {"processes": processes}
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Its settings by dotted keys."""
+    settings: dict[str, Any] = {}
     for key, value in asdict(config).items():
         if isinstance(value, dict):
-            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+            settings.update({f"{key}.{name}": inner for name, inner in value.items()})
         else:
-            flat[key] = value
-    return {key: value for key, value in flat.items() if key not in _NOT_THE_COURSE}
+            settings[key] = value
+    return settings
+
+
+def course(config: TrainConfig, processes: int) -> dict[str, Any]:
+    """What decides a run's losses: gone on with under other values, it is another run."""
+    settings = {"processes": processes, **flat(config)}
+    return {key: value for key, value in settings.items() if key not in _NOT_THE_COURSE}
 
 
 def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -294,6 +295,53 @@ def test_a_tracker_that_fails_does_not_end_the_run(make_config, monkeypatch, cap
     assert list(losses(config.out)) == [1, 2, 3]
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 2 and all("no route to host" in line for line in warned)
+
+
+def test_a_run_that_goes_on_is_one_run_of_its_trackers(make_config, monkeypatch):
+    from types import ModuleType, SimpleNamespace
+
+    import accelerate.tracking
+
+    from clipvip.training import build
+
+    said = {"wandb": [], "mlflow": [], "configurations": [], "steps": []}
+
+    def wandb_init(**given):
+        said["wandb"].append(given)
+        log = lambda values, step: said["steps"].append(step)  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+    def mlflow_run(**given):
+        said["mlflow"].append(given)
+        return SimpleNamespace(info=SimpleNamespace(run_id=given["run_id"] or "made by mlflow"))
+
+    wandb, mlflow = ModuleType("wandb"), ModuleType("mlflow")
+    store = lambda values, **given: said["configurations"].append(values)  # noqa: E731
+    wandb.init, wandb.config = wandb_init, SimpleNamespace(update=store)
+    mlflow.start_run, mlflow.search_experiments = mlflow_run, lambda **given: []
+    mlflow.create_experiment = mlflow.log_metrics = mlflow.end_run = lambda *_, **given: None
+    mlflow.log_params = lambda values: said["configurations"].append(dict(values))
+    limits = SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=1000)
+    mlflow.utils = SimpleNamespace(validation=limits)
+    for module in (wandb, mlflow):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    known = [accelerate.tracking.LoggerType(name) for name in ("wandb", "mlflow")]
+    for place in (build, accelerate.tracking):
+        monkeypatch.setattr(place, "get_available_trackers", lambda: known)
+
+    config = make_config("trackers=[wandb,mlflow]", "save_every=2", "resume=latest")
+    train(config)
+    shutil.rmtree(Path(config.out) / "checkpoints" / "step-00000006")
+    train(config)
+    assert said["steps"] == [1, 2, 3, 4, 5, 6, 5, 6]
+    first, second = (given["id"] for given in said["wandb"])
+    assert first == second and said["wandb"][1]["resume"] == "allow"
+    assert [given["run_id"] for given in said["mlflow"]] == [None, "made by mlflow"]
+    assert len(said["configurations"]) == 2
+    assert {str(settings["optimizer.lr"]) for settings in said["configurations"]} == {"0.001"}
+
+    train(make_config("trackers=[wandb]", f"out={config.out}-other", "max_steps=1"))
+    assert said["wandb"][2]["id"] != first
 
 
 @pytest.mark.parametrize(

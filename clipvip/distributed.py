@@ -62,12 +62,19 @@ def sharded_logsumexp(
 
     A rank computes its rows against every rank's columns: n·M·D products of the N·M·D, each
     done once; M is the columns of all ranks. What other ranks' rows say about its columns comes
-    back as sums. A rank's memory is O((n + m)·D + M), and GATHERED_BYTES at most.
+    back as sums.
 
-    Bytes that a rank receives: forward M·D·itemsize, the features, and 8·M, the columns'
-    statistics; backward the features again, 4·M, and M·D·4, the gradients of features, which
-    are added on their way (in fp32). Features travel while the rank's own tile is computed, in
-    a ring also while each next one is.
+    Bytes that a rank receives, of W ranks in rings, each times (W - 1)/W: forward M·D·itemsize, the
+    features, and 16·M, two all-reduces of the columns' statistics; backward the features again,
+    4·M, and M·D·4, the gradients of features, which are added on their way (in fp32; whole, not
+    times (W - 1)/W, where features travel a ring). Besides, 8·W of everyone's numbers. Features
+    travel while the rank's own tile is computed, in a ring also while each next one is.
+
+    Memory of a rank is O((n + m)·D + M) and what it holds of others. Features of all up to
+    GATHERED_BYTES: these, and in backward their gradients in fp32, once whole and once of the
+    tile that is added; so up to 3 · GATHERED_BYTES for fp32 and 5 for bf16 features, and a copy
+    more where ranks give unequal numbers. Beyond, in a ring: two other ranks' features, and in
+    backward three ranks' gradients.
 
     Raises what pairwise_logsumexp does; a rank that is lost is a RuntimeError on the others.
     """

@@ -7,6 +7,8 @@ write what they found to FOLDER.
 import os
 import sys
 import traceback
+from contextlib import ExitStack
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from clipvip.losses import VARIANTS, contrastive_loss, omnisource_loss
 CLIPS = 13
 WORLDS = {2: [6, 7], 3: [5, 0, 8], 4: [1, 4, 2, 6]}  # clips of each rank: uneven, and none
 WAYS = ("gathered", "ring")
+EVEN = 6, 24  # features of each rank where bytes are counted
 NAMES = "video", "subtitle", "frame", "caption"
 CASES = ["contrastive", *VARIANTS, *(f"{variant} masked" for variant in VARIANTS)]
 BACKENDS = {"reference": torch.float64, "native": torch.float32}
@@ -63,6 +66,34 @@ def run(towers, inputs, present, case, backend, sharded):
     return loss.detach(), [p.grad.clone() for p in towers.parameters()]
 
 
+def bytes_received(a, b, scale):
+    """Of a rank, forward and backward, by what its collectives are given; as rings do them."""
+    world, received = dist.get_world_size(), [0, 0]
+    stage = 0
+
+    def counting(function, size_of):
+        def counted(*given, **settings):
+            received[stage] += size_of(*given)
+            return function(*given, **settings)
+
+        return counted
+
+    sizes = {
+        (dist, "all_gather"): lambda parts, own: (world - 1) * own.nbytes,
+        (dist, "all_reduce"): lambda tensor, *_: 2 * (world - 1) / world * tensor.nbytes,
+        (distributed, "_reduce_scatter"): lambda own, whole: (world - 1) * own.nbytes,
+        (dist, "batch_isend_irecv"): lambda ops: ops[1].tensor.nbytes,
+    }
+    with ExitStack() as stack:
+        for (module, name), size_of in sizes.items():
+            counted = counting(getattr(module, name), size_of)
+            stack.enter_context(mock.patch.object(module, name, counted))
+        outputs = distributed.sharded_logsumexp(a, b, scale)
+        stage = 1
+        sum(output.sum() for output in outputs).backward()
+    return received
+
+
 def main(folder, world, rank):
     store = f"file://{folder}/store-{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
@@ -79,6 +110,10 @@ def main(folder, world, rank):
                 found[case, backend, way] = run(
                     towers, inputs[share], present[:, share], case, backend, sharded=True
                 )
+    for way in WAYS:
+        distributed.GATHERED_BYTES = 2**29 if way == "gathered" else 0
+        a, b = (torch.randn(*EVEN, requires_grad=True) for _ in range(2))
+        found["bytes", way] = bytes_received(a, b, torch.tensor(1.0))
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 

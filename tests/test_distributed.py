@@ -41,3 +41,17 @@ def test_what_else_ranks_exchange(found):
         for result in results:
             assert result["objects"] == [{"rank": rank} for rank in range(world)]
             assert result["sum"].tolist() == [world * (world + 1) / 2]
+
+
+@pytest.mark.parametrize("way", worker["WAYS"])
+def test_bytes_on_the_wire_are_those_that_are_documented(found, way):
+    """In clipvip.distributed.sharded_logsumexp."""
+    for world, results in found.items():
+        clips, dimension = worker["EVEN"]
+        columns, share = world * clips, (world - 1) / world
+        features = columns * dimension * 4
+        home = features if way == "ring" else share * features
+        for result in results:
+            forward, backward = result["bytes", way]
+            assert forward == pytest.approx(share * (features + 16 * columns + 8 * world))
+            assert backward == pytest.approx(share * (features + 4 * columns) + home)

@@ -2,7 +2,8 @@
 
 A step's time is that of its products at a share of the GPU's peak, of the loss, and of what
 ranks exchange beyond what backward hides. The same model, given one process's measured time and
-the measured rate of gloo, is held against two processes on this machine.
+the measured rates of gloo and of copies, is held against two processes on this machine, where
+gradients are most of what they exchange, and where features are: an error beyond TOLERANCE.
 Writes bench/results/scaling.json.
 """
 
@@ -12,13 +13,15 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import harness
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from clipvip.distributed import _reduce_scatter
 from clipvip.losses import contrastive_loss
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.training.config import DataConfig, ModelConfig, TrainConfig
@@ -27,29 +30,33 @@ from clipvip.training.plan import PEAKS, TERA, Plan, plan
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CLIPS = 32  # on each GPU, as in the paper
 FLOAT = 4  # bytes
+TOLERANCE = 0.25  # of a predicted step of two processes, relative to the measured one
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates a second. wire: bytes that a rank sends in a collective of so many ranks."""
+    """Rates a second: of operations, and of bytes that a rank sends in a collective, near it and
+    beyond, or reads and writes in its memory."""
 
     flops: float
     loss_flops: float
     near: float
     far: float
+    memory: float
     near_ranks: int
     latency: float
     hidden: float
     """Share of backward behind which gradients travel."""
 
     def wire(self, ranks: int) -> float:
+        """Of a collective of so many ranks."""
         return self.near if ranks <= self.near_ranks else self.far
 
 
 # Assumed, not measured: half of the dense bf16 peak; the loss in fp32 outside the tensor cores; a
 # collective's bytes a second over NVLink in a node of 8, and beyond over a 400 Gb/s card for each
-# GPU, where a node's bytes leave it once, by all of its cards.
-H100 = Machine(0.5 * PEAKS["H100"] * TERA, 30 * TERA, 360e9, 300e9, 8, 20e-6, 0.9)
+# GPU, where a node's bytes leave it once, by all of its cards; three quarters of its memory's rate.
+H100 = Machine(0.5 * PEAKS["H100"] * TERA, 30 * TERA, 360e9, 300e9, 2.5e12, 8, 20e-6, 0.9)
 
 
 def step_seconds(
@@ -57,25 +64,21 @@ def step_seconds(
 ) -> dict[str, float]:
     """Where a step of `cost.clips // ranks` clips a rank goes."""
     clips = cost.clips // ranks
-    towers = 3 * clips * cost.tower_flops / machine.flops
+    forward, backward = clips * cost.tower_flops, clips * cost.backward_flops
+    towers = (forward + backward) / machine.flops
     loss = 4 * cost.loss_flops / ranks / machine.loss_flops  # 8·n·N·D: with one recomputation
     if ranks == 1:
         return {"towers": towers, "loss": loss, "gradients": 0.0, "features": 0.0}
-    rate = machine.wire(ranks)
-    sent = 2 * (ranks - 1) / ranks * FLOAT * cost.trained
-    gradients = sent / rate + machine.latency * 2 * (ranks - 1).bit_length()
-    gradients = max(gradients - machine.hidden * towers * 2 / 3, 0.0)
-    # Features there, forward and backward, and their gradients back; two collectives each way, of
-    # columns' statistics, beside them: see clipvip.distributed.sharded_logsumexp. Only one's own
-    # tile is computed meanwhile.
-    moved = pairs * 3 * (ranks - 1) * clips * dimension * FLOAT / rate
-    moved += pairs * 8 * (ranks - 1).bit_length() * machine.latency
-    return {
-        "towers": towers,
-        "loss": loss,
-        "gradients": gradients,
-        "features": moved,
-    }
+    rate, hops = machine.wire(ranks), (ranks - 1).bit_length()
+    size = FLOAT * cost.trained
+    gradients = 2 * (ranks - 1) / ranks * size / rate + machine.latency * 2 * hops
+    gradients = max(gradients - machine.hidden * backward / machine.flops, 0.0)
+    gradients += 4 * size / machine.memory  # into buckets and back, each read and written
+    # Features there, forward and backward, and their gradients back; eight collectives: see
+    # clipvip.distributed.sharded_logsumexp. Only one's own tile is computed meanwhile.
+    features = pairs * 3 * (ranks - 1) * clips * dimension * FLOAT / rate
+    features += pairs * 8 * hops * machine.latency
+    return {"towers": towers, "loss": loss, "gradients": gradients, "features": features}
 
 
 def predictions() -> dict[str, list[dict[str, float]]]:
@@ -105,8 +108,9 @@ def predictions() -> dict[str, list[dict[str, float]]]:
 
 # --- held against two processes here ---------------------------------------------------------
 
-LOCAL = 8  # clips on each process
-DIMENSION = 256
+ROUNDS = 10
+# Clips of each process, and features of a clip.
+LOCAL, WIDE = {"gradients": 8, "features": 64}, {"gradients": 256, "features": 16384}
 
 
 def small() -> CLIPViPModel:
@@ -117,14 +121,28 @@ def small() -> CLIPViPModel:
     text = {**tower, "vocab_size": 1000, "bos_token_id": 998, "eos_token_id": 999}
     vision = {**tower, "image_size": 64, "patch_size": 16}
     return CLIPViPModel(
-        CLIPViPConfig(text_config=text, vision_config=vision, projection_dim=DIMENSION)
+        CLIPViPConfig(text_config=text, vision_config=vision, projection_dim=WIDE["gradients"])
     )
 
 
-class Features(torch.nn.Module):
-    def __init__(self, model: CLIPViPModel) -> None:
+def cost_of(case: str) -> Plan:
+    """Of a step of two processes."""
+    with torch.device("meta"):
+        model = CLIPViPModel(small().config)
+    clips = 2 * LOCAL[case]
+    config = TrainConfig(out="", batch_size=clips, mixed_precision="no", model=ModelConfig())
+    config.data = DataConfig(num_frames=4, text_length=16)
+    cost = plan(model, config, 2)
+    if case == "features":  # which are given: there are no towers
+        loss = cost.loss_flops * WIDE[case] / model.config.projection_dim
+        cost = replace(cost, tower_flops=0.0, backward_flops=0.0, trained=0, loss_flops=loss)
+    return cost
+
+
+class Towers(torch.nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.model = model
+        self.model = small()
 
     def forward(self, pixels, ids):
         unit = torch.nn.functional.normalize
@@ -132,83 +150,118 @@ class Features(torch.nn.Module):
         return unit(video, dim=-1), unit(text, dim=-1), self.model.logit_scale.exp()
 
 
-def rank_main(rank: int, world: int, folder: str) -> None:
-    """Steps of one of `world` processes of one thread; the first writes what it measured."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{world}", rank=rank,
-                            world_size=world)  # fmt: skip
-    model = small()
-    towers = Features(model)
-    if world > 1:
-        towers = DistributedDataParallel(towers)
-    pixels, ids = torch.randn(LOCAL, 4, 3, 64, 64), torch.randint(1, 990, (LOCAL, 16))
+def step_of(case: str, sharded: bool) -> Callable[[], object]:
+    """Of this process: together with the other, or alone."""
+    clips = LOCAL[case]
+    if case == "features":
+        given = [torch.randn(clips, WIDE[case]) / WIDE[case] ** 0.5 for _ in range(2)]
+        given.append(torch.tensor(20.0))
+        for tensor in given:
+            tensor.requires_grad_()
+        return lambda: contrastive_loss(*given, sharded=sharded).backward()
+    towers = DistributedDataParallel(Towers()) if sharded else Towers()
+    pixels, ids = torch.randn(clips, 4, 3, 64, 64), torch.randint(1, 990, (clips, 16))
     ids[:, -1] = 999
-    times, gathered = [], []
-    for _ in range(12):
-        dist.barrier()
-        started = time.perf_counter()
-        model.zero_grad()
-        contrastive_loss(*towers(pixels, ids), sharded=True).backward()
-        times.append(time.perf_counter() - started)
-    weights = torch.zeros(sum(p.numel() for p in model.parameters()))
-    for _ in range(8):
-        dist.barrier()
-        started = time.perf_counter()
-        dist.all_reduce(weights)
-        gathered.append(time.perf_counter() - started)
+
+    def step() -> None:
+        towers.zero_grad()
+        contrastive_loss(*towers(pixels, ids), sharded=sharded).backward()
+
+    return step
+
+
+def rank_main(rank: int, folder: str) -> None:
+    """Seconds of steps, alone and of both processes, and of what these do; all taken in turn, so
+    that whatever else the machine does falls on all. One thread; the first writes the medians."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    weights = torch.zeros(cost_of("gradients").trained)
+    other = torch.zeros_like(weights)
+    whole = torch.zeros(2, LOCAL["features"] * WIDE["features"])
+
+    def exchange_features() -> None:
+        for _ in range(2):
+            dist.all_gather(list(whole.unbind()), whole[rank].clone())
+        _reduce_scatter(whole[rank].clone(), whole.flatten())
+
+    actions = {f"{case} alone": step_of(case, sharded=False) for case in LOCAL}
+    actions |= {f"{case} together": step_of(case, sharded=True) for case in LOCAL}
+    actions["copy"] = lambda: weights.copy_(other)
+    actions["all-reduce"] = lambda: dist.all_reduce(weights)
+    actions["exchange"] = exchange_features
+    actions["latency"] = lambda: dist.all_reduce(whole[0, :1])
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(ROUNDS):
+        for name, action in actions.items():
+            dist.barrier()
+            started = time.perf_counter()
+            action()
+            times[name].append(time.perf_counter() - started)
     if rank == 0:
-        measured = {
-            "step": statistics.median(times[2:]),
-            "reduce": statistics.median(gathered[2:]),
-            "bytes": FLOAT * len(weights),
-        }
-        with open(f"{folder}/{world}.json", "w") as file:
-            json.dump(measured, file)
+        medians = {name: statistics.median(found[2:]) for name, found in times.items()}
+        with open(f"{folder}/medians.json", "w") as file:
+            json.dump(medians, file)
     dist.destroy_process_group()
 
 
-def measured(world: int, folder: str) -> dict[str, float]:
-    """Two processes' steps: together, or (world 1) each for itself, on as busy a machine."""
-    children = []
-    for number in range(2):
-        if not (child := os.fork()):
-            own = folder if world == 2 else f"{folder}/{number}"
-            os.makedirs(own, exist_ok=True)
-            rank_main(number if world == 2 else 0, world, own)
-            os._exit(0)
-        children.append(child)
-    if any([os.waitpid(child, 0)[1] for child in children]):
-        sys.exit("a rank failed; its error is above")
-    with open(f"{folder}/{world}.json" if world == 2 else f"{folder}/0/{world}.json") as file:
-        return json.load(file)
-
-
-def held_against_two_processes() -> dict[str, float]:
-    """Predicted from a lone process's step and the rate at which gloo reduces; and measured."""
+def measured() -> dict[str, float]:
+    """Medians of two processes' actions."""
     with tempfile.TemporaryDirectory() as folder:
-        one, two = (measured(world, folder) for world in (1, 2))
-    with torch.device("meta"):
-        model = CLIPViPModel(small().config)
-    config = TrainConfig(out="", batch_size=2 * LOCAL, mixed_precision="no", model=ModelConfig())
-    config.data = DataConfig(num_frames=4, text_length=16)
-    cost = plan(model, config, 2)
-    flops = 3 * LOCAL * cost.tower_flops / one["step"]
-    rate = two["bytes"] / two["reduce"]
-    # gloo's threads work on the cores that backward works on: nothing is hidden behind it.
-    here = Machine(flops, flops, rate, rate, 2, 0.0, hidden=0.0)
-    predicted = sum(step_seconds(cost, here, 2, DIMENSION, 1).values())
-    return {
-        "alone_ms": 1e3 * one["step"],
-        "all_reduce_ms": 1e3 * two["reduce"],
-        "two_processes_predicted_ms": 1e3 * predicted,
-        "two_processes_measured_ms": 1e3 * two["step"],
+        children = []
+        for rank in range(2):
+            if not (child := os.fork()):
+                rank_main(rank, folder)
+                os._exit(0)
+            children.append(child)
+        if any([os.waitpid(child, 0)[1] for child in children]):
+            sys.exit("a rank failed; its error is above")
+        with open(f"{folder}/medians.json") as file:
+            return json.load(file)
+
+
+def held_against_two_processes() -> dict[str, dict[str, float]]:
+    """Of each case: predicted from a lone process's step and the rates of gloo and of copies; and
+    measured."""
+    seconds, found = measured(), {}
+    copies = 2 * FLOAT * cost_of("gradients").trained / seconds["copy"]
+    rates = {
+        "gradients": FLOAT * cost_of("gradients").trained / seconds["all-reduce"],
+        "features": 3 * FLOAT * LOCAL["features"] * WIDE["features"] / seconds["exchange"],
     }
+    for case, clips in LOCAL.items():
+        cost, wire = cost_of(case), rates[case]
+        alone = clips * (cost.tower_flops + cost.backward_flops) or cost.loss_flops
+        flops = alone / seconds[f"{case} alone"]
+        # gloo's threads work on the cores that backward works on: nothing is hidden behind it.
+        here = Machine(flops, flops, wire, wire, copies, 2, seconds["latency"], hidden=0.0)
+        parts = step_seconds(cost, here, 2, WIDE[case], 1)
+        found[case] = {
+            "alone_ms": 1e3 * seconds[f"{case} alone"],
+            **{f"{part}_ms": 1e3 * value for part, value in parts.items()},
+            "predicted_ms": 1e3 * sum(parts.values()),
+            "measured_ms": 1e3 * seconds[f"{case} together"],
+        }
+    return found
+
+
+def misses(check: dict[str, dict[str, float]]) -> list[str]:
+    """What was predicted worse than TOLERANCE allows, a line each."""
+    return [
+        f"{case}: {row['predicted_ms']:.1f} ms predicted, {row['measured_ms']:.1f} ms measured, "
+        f"over {TOLERANCE:.0%} apart"
+        for case, row in check.items()
+        if abs(row["predicted_ms"] - row["measured_ms"]) > TOLERANCE * row["measured_ms"]
+    ]
 
 
 def main() -> None:
     """Prints both tables and keeps them."""
     check = held_against_two_processes()
-    print("two processes here: " + ", ".join(f"{k} {v:.1f}" for k, v in check.items()))
+    for case, row in check.items():
+        print(f"two processes here, {case}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items()))
+    if found := misses(check):
+        sys.exit("; ".join(found) + "; nothing was written: run it on a machine that is idle")
     table = predictions()
     for name, rows in table.items():
         print(f"\n{name}, {CLIPS} clips a GPU, predicted for H100\n")

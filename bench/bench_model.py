@@ -39,7 +39,7 @@ CHECKED = (
     "vision_model.encoder.layers.0.mlp.fc1.weight",
     "visual_projection.weight",
 )
-TOLERANCES = {"float32": 1e-4, "bfloat16": 6e-2}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.15}
 
 
 def clip_vip(patch: int, layers: int, text_layers: int = 1) -> CLIPViPModel:

@@ -1,8 +1,8 @@
 """A whole post-pretraining step: `pytest bench/bench_train.py -s`.
 
 From frames of bytes to new weights: videos of 12 frames with subtitles, middle frames with
-captions, both towers, the vsc_fc loss, its gradients, clipping and AdamW; bf16 is autocast over fp32
-weights. Ours is what the trainer runs. Writes bench/results/train-*.json.
+captions, both towers, the vsc_fc loss, its gradients, clipping and AdamW; bf16 is autocast over
+fp32 weights. Ours is what the trainer runs. Writes bench/results/train-*.json.
 """
 
 import copy

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/cpu_features.h"
+#include "linear/op.h"
 #include "module.h"
 #include "pairwise_logsumexp/op.h"
 #include "proxy_attention/op.h"
@@ -44,6 +45,10 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("pairwise_logsumexp_forward", &clipvip::pairwise_logsumexp_forward_op, release_gil());
   m.def("pairwise_logsumexp_backward", &clipvip::pairwise_logsumexp_backward_op, release_gil());
+
+  m.def("linear_forward", &clipvip::linear_forward_op, release_gil());
+  m.def("linear_grad_input", &clipvip::linear_grad_input_op, release_gil());
+  m.def("linear_grad_weight", &clipvip::linear_grad_weight_op, release_gil());
 
 #ifdef CLIPVIP_CUDA_ARCHITECTURES
   clipvip::register_cuda(m);

@@ -1,32 +1,54 @@
-"""The two halves of a CLIP layer that keep only what backward cannot cheaply make again.
+"""The parts of a CLIP layer around attention, keeping only what backward cannot cheaply make again.
 
 Backward of LayerNorm → linear → QuickGELU → linear, as PyTorch composes it, keeps the input and the
 output of each. Outputs of LayerNorm and QuickGELU, and weights cast by autocast, are elementwise
 work next to the matrix products that read them, so here backward makes them again: a layer of
 width C keeps 10·C values a token, not 16·C. The result is that of the plain composition up to
-rounding.
+rounding. Products are our own where those are quicker (clipvip.ops.linear), else PyTorch's.
 
-Under torch.compile the plain composition is taken: the compiler chooses by itself what to keep.
+The plain composition is taken under torch.compile, which chooses by itself what to keep, and for
+modules that are not plain nn.Linear or carry hooks, such as adapters.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from clipvip.ops import linear
+from clipvip.ops.linear import Norm, Statistics
+
 # QuickGELU(x) = x·σ(1.702·x) = silu(1.702·x) / 1.702: both factors ride on the products around it.
 SLOPE = 1.702
 
 
-def norm_linear(hidden_states: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear(norm(hidden_states), weight, bias).
+def norm_linear(hidden_states: Tensor, norm: nn.LayerNorm, *layers: nn.Linear) -> Tensor:
+    """All layers' outputs of norm(hidden_states), side by side, by one product.
 
-    hidden_states: [T, C], fp32, bf16 or fp16; norm over C; weight: [K, C]; bias: [K].
-    Returns [T, K] in autocast's dtype where autocast is on, else in that of hidden_states.
+    hidden_states: [T, C], fp32, bf16 or fp16; norm over C; layers: of weights [Kᵢ, C].
+    Returns [T, ΣKᵢ] in autocast's dtype where autocast is on, else in that of hidden_states.
     """
-    if torch.compiler.is_compiling():
+    if not _weights_say_all(*layers):
+        normed = norm(hidden_states)
+        return torch.cat([layer(normed) for layer in layers], -1)
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    if _composed(hidden_states) or not _weights_say_all(norm):
         return F.linear(norm(hidden_states), weight, bias)
     return _NormLinear.apply(hidden_states, norm.weight, norm.bias, norm.eps, weight, bias)
+
+
+def residual_linear(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
+    """residual + layer(x).
+
+    residual: [T, K], x: [T, C], fp32, bf16 or fp16. Returns [T, K] in the wider of the residual's
+    dtype and the layer's.
+    """
+    if _composed(x) or not _weights_say_all(layer):
+        return residual + layer(x)
+    return _ResidualLinear.apply(residual, x, layer.weight, layer.bias)
 
 
 def residual_mlp(
@@ -36,7 +58,7 @@ def residual_mlp(
 
     hidden_states: [T, C], fp32, bf16 or fp16. Returns [T, C] in its dtype.
     """
-    if torch.compiler.is_compiling():
+    if _composed(hidden_states) or not _weights_say_all(norm, fc1, fc2):
         inner = F.silu(fc1(norm(hidden_states)) * SLOPE) * (1 / SLOPE)
         return hidden_states + fc2(inner)
     return _ResidualMLP.apply(
@@ -44,77 +66,120 @@ def residual_mlp(
     )
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def _composed(x: Tensor) -> bool:
+    """Whether to leave it to PyTorch what to keep: under its compiler, or without data."""
+    return torch.compiler.is_compiling() or x.device.type == "meta"
 
 
-def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
-
-
-def _scaled_product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """alpha·a @ b, the factor at no cost."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-
-
-def _norm_gradients(ctx, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats):
-    """Gradients of LayerNorm's input, weight and bias, as far as they are asked for."""
-    return torch.ops.aten.native_layer_norm_backward(
-        grad.to(x.dtype), x, [x.shape[-1]], *stats, weight, bias, ctx.needs_input_grad[:3]
+def _weights_say_all(*modules: nn.Module) -> bool:
+    """Whether modules do what their weights and biases say, and no more."""
+    return all(
+        type(module) in (nn.Linear, nn.LayerNorm)
+        and module.weight is not None
+        and module.bias is not None
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        for module in modules
     )
+
+
+class _Products:
+    """Forward, gradient of the input and of the weight, by our kernels or by PyTorch."""
+
+    def __init__(self, x: Tensor, *weights: Tensor) -> None:
+        kind = x.device.type
+        enabled = torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if enabled else x.dtype
+        self.ours = linear.quicker_here(x, *weights, operands=self.dtype)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, **options: Any):
+        function = linear.linear_forward if self.ours else linear.linear_forward_reference
+        return function(x, weight, bias, self.dtype, **options)
+
+    def grad_input(self, grad: Tensor, weight: Tensor, dtype: torch.dtype, **options: Any):
+        function = linear.linear_grad_input if self.ours else linear.linear_grad_input_reference
+        return function(grad, weight, self.dtype, dtype, **options)
+
+    def grad_weights(
+        self, need: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, **options: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias, in their dtypes, as far as they are needed."""
+        if not any(need):
+            return None, None
+        if not need[0]:
+            return None, grad.sum(0, dtype=bias.dtype)
+        if not self.ours:
+            options.pop("statistics", None)
+        function = linear.linear_grad_weight if self.ours else linear.linear_grad_weight_reference
+        of_weight, of_bias = function(grad, x, self.dtype, **options)
+        return of_weight.to(weight.dtype), of_bias.to(bias.dtype) if need[1] else None
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias):
-        ctx.eps, ctx.dtype = eps, _dtype_of_products(x)
+        ctx.products, ctx.eps = _Products(x, weight), eps
         with torch.autocast(x.device.type, enabled=False):
-            normed, mean, rstd = _normed(x, norm_weight, norm_bias, eps)
-            out = F.linear(normed.to(ctx.dtype), weight.to(ctx.dtype), bias.to(ctx.dtype))
-        ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, weight, bias)
+            out, statistics = ctx.products.forward(
+                x, weight, bias, norm=Norm(norm_weight, norm_bias, eps)
+            )
+        ctx.save_for_backward(x, norm_weight, norm_bias, *statistics, weight, bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, norm_weight, norm_bias, mean, rstd, weight, bias = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        grad_x = grad_norm_weight = grad_norm_bias = grad_weight = grad_bias = None
+        need, norm = ctx.needs_input_grad, Norm(norm_weight, norm_bias, ctx.eps)
+        of_norm = None, None, None
         with torch.autocast(x.device.type, enabled=False):
-            if need[5]:
-                grad_bias = grad.sum(0, dtype=bias.dtype)
-            if need[4]:
-                normed = _normed(x, norm_weight, norm_bias, ctx.eps)[0].to(ctx.dtype)
-                grad_weight = (grad.t() @ normed).to(weight.dtype)
-                del normed
+            of_weights = ctx.products.grad_weights(
+                need[4:6], grad, x, weight, bias, norm=norm, statistics=(mean, rstd)
+            )
             if any(need[:3]):
-                grad_x, grad_norm_weight, grad_norm_bias = _norm_gradients(
-                    ctx, grad @ weight.to(ctx.dtype), x, norm_weight, norm_bias, (mean, rstd)
-                )
-        return grad_x, grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias
+                inner = ctx.products.grad_input(grad, weight, x.dtype)
+                of_norm = _norm_gradients(inner, x, norm, (mean, rstd), need[:3])
+        return *of_norm, None, *of_weights
+
+
+class _ResidualLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, x, weight, bias):
+        ctx.products = _Products(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            out, _ = ctx.products.forward(x, weight, bias, residual=residual)
+        ctx.save_for_backward(x, weight, bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            of_x = ctx.products.grad_input(grad, weight, x.dtype) if need[1] else None
+            of_weights = ctx.products.grad_weights(need[2:], grad, x, weight, bias)
+        return grad if need[0] else None, of_x, *of_weights
 
 
 class _ResidualMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2):
-        ctx.eps, ctx.dtype = eps, _dtype_of_products(x)
+        ctx.products, ctx.eps = _Products(x, weight1, weight2), eps
         with torch.autocast(x.device.type, enabled=False):
-            normed, mean, rstd = _normed(x, norm_weight, norm_bias, eps)
-            before = torch.addmm(
-                bias1.to(ctx.dtype),
-                normed.to(ctx.dtype),
-                weight1.to(ctx.dtype).t(),
-                beta=SLOPE,
+            before, statistics = ctx.products.forward(
+                x,
+                weight1,
+                bias1,
+                norm=Norm(norm_weight, norm_bias, eps),
                 alpha=SLOPE,
+                beta=SLOPE,
             )
-            del normed
-            out = torch.addmm(
-                bias2.to(ctx.dtype), F.silu(before), weight2.to(ctx.dtype).t(), alpha=1 / SLOPE
+            out, _ = ctx.products.forward(
+                before, weight2, bias2, silu=True, alpha=1 / SLOPE, residual=x
             )
-            out = out.add_(x) if out.dtype == x.dtype else x + out
         ctx.save_for_backward(
-            x, norm_weight, norm_bias, mean, rstd, before, weight1, bias1, weight2, bias2
+            x, norm_weight, norm_bias, *statistics, before, weight1, bias1, weight2, bias2
         )
         return out
 
@@ -124,27 +189,33 @@ class _ResidualMLP(torch.autograd.Function):
         x, norm_weight, norm_bias, mean, rstd, before, weight1, bias1, weight2, bias2 = (
             ctx.saved_tensors
         )
-        need = ctx.needs_input_grad
-        grads: list[Tensor | None] = [None] * 8
+        need, norm = ctx.needs_input_grad, Norm(norm_weight, norm_bias, ctx.eps)
+        of_norm, first = (None, None, None), (None, None)
+        products = ctx.products
         with torch.autocast(x.device.type, enabled=False):
-            last = grad.to(ctx.dtype)
-            if need[7]:
-                grads[7] = grad.sum(0, dtype=bias2.dtype)
-            if need[6]:
-                product = _scaled_product(last.t(), F.silu(before), 1 / SLOPE)
-                grads[6] = product.to(weight2.dtype)
-            inner = last @ weight2.to(ctx.dtype)  # the factors 1/SLOPE and SLOPE cancel below
-            del last
-            inner = torch.ops.aten.silu_backward(inner, before)
-            if need[5]:
-                grads[5] = inner.sum(0, dtype=bias1.dtype)
-            if need[4]:
-                normed = _normed(x, norm_weight, norm_bias, ctx.eps)[0].to(ctx.dtype)
-                grads[4] = (inner.t() @ normed).to(weight1.dtype)
-                del normed
+            second = products.grad_weights(
+                need[6:8], grad, before, weight2, bias2, silu=True, alpha=1 / SLOPE
+            )
+            if any(need[:6]):
+                # Of what fc1 gives: the factors 1/SLOPE and SLOPE cancel.
+                inner = products.grad_input(grad, weight2, products.dtype, before=before)
+                first = products.grad_weights(
+                    need[4:6], inner, x, weight1, bias1, norm=norm, statistics=(mean, rstd)
+                )
             if any(need[:3]):
-                inner = inner @ weight1.to(ctx.dtype)
-                grads[:3] = _norm_gradients(ctx, inner, x, norm_weight, norm_bias, (mean, rstd))
-                if grads[0] is not None:
-                    grads[0] = grads[0].add_(grad)
-        return tuple(grads)
+                inner = products.grad_input(inner, weight1, x.dtype)
+                of_norm = _norm_gradients(inner, x, norm, (mean, rstd), need[:3])
+                if of_norm[0] is not None:
+                    of_norm = of_norm[0].add_(grad), *of_norm[1:]
+        return *of_norm, None, *first, *second
+
+
+def _norm_gradients(grad: Tensor, x: Tensor, norm: Norm, statistics: Statistics, need):
+    """Gradients of LayerNorm's input, weight and bias, as far as they are needed."""
+    weight, bias = norm.weight, norm.bias
+    if x.device.type == "cpu":  # where PyTorch wants them in the statistics' dtype
+        weight, bias = weight.to(statistics[0].dtype), bias.to(statistics[0].dtype)
+    of_x, *others = torch.ops.aten.native_layer_norm_backward(
+        grad, x, [x.shape[-1]], *statistics, weight, bias, list(need)
+    )
+    return of_x, *(each if each is None else each.to(norm.weight.dtype) for each in others)

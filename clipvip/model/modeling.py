@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput, logging
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
-from clipvip.model.lean import norm_linear, residual_mlp
+from clipvip.model.lean import norm_linear, residual_linear, residual_mlp
 from clipvip.ops import proxy_attention
 
 logger = logging.get_logger(__name__)
@@ -220,14 +220,9 @@ class CLIPViPAttention(CLIPAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, norm: nn.LayerNorm, frame_offsets: Tensor
     ) -> Tensor:
-        """tokens [T, C], LayerNorm before the projections, frame_offsets int32 [B+1] → [T, C]."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        qkv = norm_linear(
-            hidden_states,
-            norm,
-            torch.cat([projection.weight for projection in projections]),
-            torch.cat([projection.bias for projection in projections]),
-        )
+        """tokens [T, C], LayerNorm before the projections, frame_offsets int32 [B+1] → [T, C],
+        the tokens and what attention adds to them."""
+        qkv = norm_linear(hidden_states, norm, self.q_proj, self.k_proj, self.v_proj)
         attended = proxy_attention(
             qkv.unflatten(1, (3, self.num_heads, self.head_dim)),
             frame_offsets,
@@ -236,7 +231,7 @@ class CLIPViPAttention(CLIPAttention):
             self.scale,
             backend=self.config.attention_backend,
         )
-        return self.out_proj(attended.flatten(1))
+        return residual_linear(hidden_states, attended.flatten(1), self.out_proj)
 
 
 class CLIPViPEncoderLayer(CLIPEncoderLayer):
@@ -248,9 +243,7 @@ class CLIPViPEncoderLayer(CLIPEncoderLayer):
 
     def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
         """tokens [T, C], frame_offsets int32 [B+1] → [T, C]."""
-        hidden_states = hidden_states + self.self_attn(
-            hidden_states, self.layer_norm1, frame_offsets
-        )
+        hidden_states = self.self_attn(hidden_states, self.layer_norm1, frame_offsets)
         if self.mlp.config.hidden_act != "quick_gelu":
             return hidden_states + self.mlp(self.layer_norm2(hidden_states))
         return residual_mlp(hidden_states, self.layer_norm2, self.mlp.fc1, self.mlp.fc2)

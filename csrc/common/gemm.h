@@ -187,7 +187,8 @@ CLIPVIP_INLINE void gemm_into(int64_t rows, int64_t vectors, int64_t k_words, Op
   }
 }
 
-// Words of a row of elements of type T: floats converted from any T, or pairs of bf16 as they are.
+// Words of a row of elements of type T: floats converted from any T; or pairs of bf16, as they are or
+// rounded from floats.
 template <typename Dot>
 struct Words;
 
@@ -214,11 +215,23 @@ struct Words<Bf16Dot> {
   static CLIPVIP_INLINE Vec load_first(const bfloat16* row, int64_t word, int64_t n) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(first_lanes(n), row + word * 2));
   }
+  static CLIPVIP_INLINE Vec load_first(const float* row, int64_t word, int64_t n) {
+    const int64_t second = 2 * n < kLanes ? 0 : 2 * n - kLanes;
+    const Vec low = CLIPVIP_ISA::load_first(row + word * 2, 2 * n);
+    const Vec high = CLIPVIP_ISA::load_first(row + word * 2 + kLanes, second);
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
   // Source rows 2k and 2k + 1 (the second may be missing), interleaved.
   static CLIPVIP_INLINE Vec load_rows(const bfloat16* const (&rows)[2], int64_t n) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[0] + n)));
     if (!rows[1]) return _mm512_castsi512_ps(low);
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[1] + n)));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  static CLIPVIP_INLINE Vec load_rows(const float* const (&rows)[2], int64_t n) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrow(load(rows[0] + n)));
+    if (!rows[1]) return _mm512_castsi512_ps(low);
+    const __m512i high = _mm512_cvtepu16_epi32(narrow(load(rows[1] + n)));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
   static CLIPVIP_INLINE void store_first(uint32_t* to, Vec words, int64_t n) {

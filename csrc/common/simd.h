@@ -105,6 +105,7 @@ CLIPVIP_INLINE Vec broadcast(float x) { return _mm512_set1_ps(x); }
 CLIPVIP_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 CLIPVIP_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 CLIPVIP_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+CLIPVIP_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 CLIPVIP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 CLIPVIP_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 CLIPVIP_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
@@ -217,6 +218,7 @@ CLIPVIP_INLINE Vec broadcast(float x) { return _mm256_set1_ps(x); }
 CLIPVIP_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 CLIPVIP_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 CLIPVIP_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+CLIPVIP_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 CLIPVIP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 CLIPVIP_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 CLIPVIP_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -331,6 +333,7 @@ CLIPVIP_INLINE Vec zero() { return broadcast(0); }
 CLIPVIP_INLINE Vec add(Vec a, Vec b) { return a + b; }
 CLIPVIP_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 CLIPVIP_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+CLIPVIP_INLINE Vec div(Vec a, Vec b) { return a / b; }
 CLIPVIP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 CLIPVIP_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
 CLIPVIP_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }

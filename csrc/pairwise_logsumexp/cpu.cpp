@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 
+#include "common/arena.h"
 #include "common/gemm.h"
 #include "common/parallel.h"
 #include "pairwise_logsumexp/params.h"
@@ -48,23 +49,6 @@ struct Blocks {
   int64_t rows(int64_t block) const {
     return length - begin(block) < size ? length - begin(block) : size;
   }
-};
-
-// Hands out consecutive cache-aligned pieces; with no memory behind it, it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += round_up(count * int64_t(sizeof(T)), 64);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
 };
 
 // Runs body(row_block, column_block, worker) on every tile, in the order described above.

@@ -1,12 +1,19 @@
-"""The lean halves of a layer against the plain composition, in each dtype."""
+"""The lean parts of a layer against the plain composition, in each dtype, by either products."""
 
 import pytest
 import torch
 from torch import nn
 
-from clipvip.model.lean import norm_linear, residual_mlp
+from clipvip.model.lean import norm_linear, residual_linear, residual_mlp
+from clipvip.ops import linear
 
-WIDTH, INNER, TOKENS = 48, 112, 37
+WIDTH, INNER, TOKENS = 64, 128, 37
+
+
+@pytest.fixture(params=["our products", "pytorch's products"], autouse=True)
+def products(request, monkeypatch):
+    monkeypatch.setattr(linear, "_measured_processor", lambda: request.param.startswith("our"))
+    monkeypatch.setattr(linear, "MIN_ROWS", 1)
 
 
 def parts(dtype):
@@ -32,16 +39,26 @@ def plain_mlp(x, modules):
     return x + modules["fc2"](inner * torch.sigmoid(1.702 * inner))
 
 
+def plain_residual(x, modules):
+    return x + modules["fc2"](modules["fc1"](x))
+
+
+def lean_residual(x, modules):
+    return residual_linear(x, modules["fc1"](x), modules["fc2"])
+
+
 def lean_linear(x, modules):
-    return norm_linear(x, modules["norm"], modules["fc1"].weight, modules["fc1"].bias)
+    return norm_linear(x, modules["norm"], modules["fc1"])
 
 
 def lean_mlp(x, modules):
     return residual_mlp(x, modules["norm"], modules["fc1"], modules["fc2"])
 
 
-HALVES = pytest.mark.parametrize(
-    ("lean", "plain"), [(lean_linear, plain_linear), (lean_mlp, plain_mlp)], ids=["linear", "mlp"]
+PARTS = pytest.mark.parametrize(
+    ("lean", "plain"),
+    [(lean_linear, plain_linear), (lean_residual, plain_residual), (lean_mlp, plain_mlp)],
+    ids=["linear", "residual", "mlp"],
 )
 
 
@@ -64,7 +81,7 @@ def error(got, want):
     return float((got.double() - want.double()).abs().max() / want.double().abs().max())
 
 
-@HALVES
+@PARTS
 def test_gradients_are_those_of_finite_differences(lean, plain):
     modules, x = parts(torch.float64)
     names, leaves = zip(*modules.named_parameters(), strict=True)
@@ -76,7 +93,7 @@ def test_gradients_are_those_of_finite_differences(lean, plain):
     assert torch.autograd.gradcheck(run, (x[:3].detach().requires_grad_(), *leaves), fast_mode=True)
 
 
-@HALVES
+@PARTS
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
     [
@@ -101,7 +118,7 @@ def test_no_less_exact_than_the_plain_composition(lean, plain, dtype, autocast):
         assert error(value, want[name]) <= 2 * error(of_plain[name], want[name]) + floor, name
 
 
-@HALVES
+@PARTS
 def test_a_frozen_parameter_costs_the_others_nothing(lean, plain):
     for frozen in ("x", "norm.weight", "norm.bias", "fc1.weight", "fc1.bias", "fc2.weight"):
         modules, x = parts(torch.float32)
@@ -112,7 +129,7 @@ def test_a_frozen_parameter_costs_the_others_nothing(lean, plain):
             torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
 
 
-@HALVES
+@PARTS
 def test_compiles_without_a_break(lean, plain):
     modules, x = parts(torch.float32)
     got = gradients(torch.compile(lean, fullgraph=True, backend="aot_eager"), x, modules)
@@ -133,3 +150,33 @@ def test_keeps_inputs_and_what_precedes_the_activation():
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         lean_mlp(x, modules)
     assert kept == WIDTH + INNER + 2  # x, what fc1 gives, mean and deviation
+
+
+class Doubled(nn.Linear):
+    """As adapters do: more than the weights say."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("changed", ["fc1", "fc2"])
+def test_what_takes_a_layers_place_or_listens_to_it_is_called(changed):
+    modules, x = parts(torch.float32)
+    heard = []
+    modules[changed].register_forward_hook(lambda *_: heard.append(changed))
+    lean_mlp(x, modules)
+    assert heard
+    other = Doubled(*reversed(modules[changed].weight.shape))
+    other.load_state_dict(modules[changed].state_dict())
+    modules[changed] = other
+    for lean, plain in ((lean_linear, plain_linear), (lean_mlp, plain_mlp)):
+        torch.testing.assert_close(lean(x, modules), plain(x, modules))
+
+
+def test_layers_side_by_side_are_one_product():
+    modules, x = parts(torch.float32)
+    layers = [nn.Linear(WIDTH, size) for size in (64, 128, 64)]
+    want = torch.cat([layer(modules["norm"](x)) for layer in layers], 1)
+    torch.testing.assert_close(norm_linear(x, modules["norm"], *layers), want)
+    layers[1].register_forward_hook(lambda module, given, out: 0 * out)
+    assert norm_linear(x, modules["norm"], *layers)[:, 64:192].eq(0).all()

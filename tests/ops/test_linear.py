@@ -1,0 +1,131 @@
+"""The products of a layer against float64, on every instruction set, and where they are chosen."""
+
+import pytest
+import torch
+
+from clipvip.ops import linear
+from clipvip.ops._native import module
+from clipvip.ops.linear import Norm
+
+SHAPES = [(1, 64, 64), (97, 192, 64), (515, 64, 320), (2, 768, 128)]  # T, K, N
+FORMS = {
+    "plain": {},
+    "normed": {"norm": True},
+    "silu": {"silu": True, "alpha": 0.7},
+}
+
+
+@pytest.fixture(params=module().cpu_capabilities(), autouse=True)
+def capability(request):
+    before = module().cpu_capability()
+    module().set_cpu_capability(request.param)
+    yield request.param
+    module().set_cpu_capability(before)
+
+
+def inputs(tokens, width, outer, dtype):
+    torch.manual_seed(0)
+    sizes = {"x": (tokens, width), "weight": (outer, width), "bias": (outer,)}
+    sizes |= {"grad": (tokens, outer), "residual": (tokens, outer), "before": (tokens, width)}
+    sizes |= {"norm_weight": (width,), "norm_bias": (width,)}
+    return {name: torch.randn(size).to(dtype) for name, size in sizes.items()}
+
+
+def results(given, form, operands, dtype, ours):
+    """Everything that the three functions give."""
+    suffix = "" if ours else "_reference"
+    forward, grad_input, grad_weight = (
+        getattr(linear, f"linear_{name}{suffix}")
+        for name in ("forward", "grad_input", "grad_weight")
+    )
+    options = dict(FORMS[form])
+    if options.get("norm"):
+        options["norm"] = Norm(given["norm_weight"], given["norm_bias"], 1e-5)
+    x, weight, bias, grad = (given[name] for name in ("x", "weight", "bias", "grad"))
+    out, statistics = forward(x, weight, bias, operands, **options)
+    added, _ = forward(x, weight, bias, operands, beta=2.0, residual=given["residual"], **options)
+    kept = {"statistics": statistics} if ours else {}
+    of_weight, of_bias = grad_weight(grad, x, operands, **options, **kept)
+    return {
+        "out": out,
+        "with residual": added,
+        "grad_input": grad_input(grad, weight, operands, dtype),
+        "before": grad_input(grad, weight, operands, dtype, before=given["before"]),
+        "grad_weight": of_weight,
+        "grad_bias": of_bias,
+    }
+
+
+def error(got, want):
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_less_exact_than_plain_pytorch(dtype, shape, form):
+    given = inputs(*shape, dtype)
+    wide = {name: each.double() for name, each in given.items()}
+    want = results(wide, form, torch.float64, torch.float64, ours=False)
+    plain, ours = (results(given, form, dtype, dtype, ours=each) for each in (False, True))
+    for name, value in ours.items():
+        assert value.shape == want[name].shape, name
+        floor = torch.finfo(dtype).eps
+        assert error(value, want[name]) <= 2 * error(plain[name], want[name]) + floor, name
+
+
+def test_operands_are_rounded_and_rows_may_lie_apart(capability):
+    """As under autocast: fp32 activations and weights, bf16 operands."""
+    given = inputs(130, 128, 64, torch.float32)
+    apart = {
+        name: torch.stack([each, torch.full_like(each, torch.nan)], -2).flatten(0, -2)[::2]
+        if each.ndim == 2
+        else each
+        for name, each in given.items()
+    }
+    for operands in (torch.float32, torch.bfloat16):
+        got = results(given, "normed", operands, torch.float32, ours=True)
+        again = results(apart, "normed", operands, torch.float32, ours=True)
+        for name, value in got.items():
+            assert torch.equal(value, again[name]), name
+    assert got["out"].dtype == torch.bfloat16 and got["with residual"].dtype == torch.float32
+    assert got["grad_weight"].dtype == torch.float32
+
+
+def test_results_depend_on_no_number_of_threads():
+    given = inputs(700, 192, 128, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(results(given, "normed", torch.float32, torch.float32, ours=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], value) for name, value in found[0].items())
+
+
+def test_what_is_not_finite_stays_so():
+    given = inputs(70, 64, 64, torch.float32)
+    given["x"][3, 5] = torch.nan
+    out, _ = linear.linear_forward(given["x"], given["weight"], given["bias"], torch.float32)
+    assert out[3].isnan().all() and out[:3].isfinite().all() and out[4:].isfinite().all()
+    extreme = torch.tensor([[-1e30, 1e30]]).repeat(1, 32)
+    silu, _ = linear.linear_forward(
+        extreme, torch.eye(64), torch.zeros(64), torch.float32, silu=True
+    )
+    assert torch.equal(silu, extreme.clamp(min=0))
+
+
+def test_chosen_only_for_what_the_kernels_can_do(monkeypatch):
+    monkeypatch.setattr(linear, "_measured_processor", lambda: True)
+    x, weight = torch.empty(512, 64), torch.empty(128, 64)
+    assert linear.quicker_here(x, weight, operands=torch.bfloat16)
+    assert not linear.quicker_here(x, weight, operands=torch.float16)
+    assert not linear.quicker_here(x[:511], weight, operands=torch.float32)
+    assert not linear.quicker_here(x.double(), weight, operands=torch.float32)
+    assert not linear.quicker_here(x, weight[:100], operands=torch.float32)
+    assert not linear.quicker_here(x.to("meta"), weight, operands=torch.float32)
+    monkeypatch.setattr(linear, "_measured_processor", lambda: False)
+    assert not linear.quicker_here(x, weight, operands=torch.bfloat16)

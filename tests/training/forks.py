@@ -104,16 +104,17 @@ def group_is_gone(group):
 
 
 def stop_and_go_on(arguments):
-    """SIGTERM to the whole group of a lone process, workers included; else to one rank."""
+    """SIGTERM to the whole group of a lone process, workers included; else to one rank. Twice, as
+    by a scheduler and by torchrun."""
     out, *given = arguments
     for count in (1, 2):
         arguments = [*given, f"out={out}-{count}"]
         processes = ranks(count, arguments)
         assert wait_for_rows(arguments, random.randint(1, 8), processes)
-        if count == 1:
-            os.killpg(processes[0], signal.SIGTERM)
-        else:
-            os.kill(random.choice(processes), signal.SIGTERM)
+        chosen = random.choice(processes)
+        for _ in range(2):
+            (os.killpg if count == 1 else os.kill)(chosen, signal.SIGTERM)
+            time.sleep(0.01)
         print("ended with", [status(process) for process in processes])
         assert all(map(group_is_gone, processes))
         assert max(map(status, ranks(count, arguments))) == 0

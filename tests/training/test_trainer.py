@@ -624,10 +624,14 @@ def test_two_processes_train_as_one(make_config, tmp_path, world):
         "task=omnisource",
         f"data.validation={world / 'annotations.jsonl'}",
     ]
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
     train(make_config(*overrides, f"out={one}"))
-    run_forks("two", make_config.path, *overrides, f"out={two}")
-    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    given = ["two", make_config.path, *overrides]
+    run_forks(*given, f"out={two}", "+", *given, "micro_batch=1", f"out={parts}")
+    for out in (two, parts):
+        for key in ("loss", "grad_norm"):
+            found, wanted = ([row[key] for row in rows(run)] for run in (out, one))
+            assert found == pytest.approx(wanted, rel=1e-4)
     key = "validation/text_to_video/R@5"
     assert [row["step"] for row in rows(two, key)] == [row["step"] for row in rows(one, key)]
 

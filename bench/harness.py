@@ -27,7 +27,7 @@ import torch
 
 BENCH = Path(__file__).resolve().parent
 SUITES = {
-    "ops": ("bench_proxy_attention", "bench_pairwise_logsumexp"),
+    "ops": ("bench_proxy_attention", "bench_pairwise_logsumexp", "bench_linear"),
     "model": ("bench_model",),
     "train": ("bench_train",),
     "decode": ("bench_decode",),
@@ -58,11 +58,10 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Checks every contestant against `expected`, then times all that pass round by round.
 
-    A contestant is a function without arguments that returns what `expected` holds, in order
-    (fewer tensors if it computes only the first ones, as a forward does). Its error is
-    max|x − expected| / max|expected| for each tensor and must not exceed `tolerance`. One that
-    raises or is wrong is left out and listed with the reason; "ours" raises instead. The first
-    contestant is the baseline, which ratios refer to.
+    A contestant is a function without arguments that returns what `expected` holds, in order. Its
+    error is max|x − expected| / max|expected| for each tensor and must not exceed `tolerance`. One
+    that raises or is wrong is left out and listed with the reason; "ours" raises instead. The
+    first contestant is the baseline, which ratios refer to.
 
     Args:
         expected: of float64, or the next wider dtype.
@@ -106,8 +105,10 @@ def compare(
 
 
 def _error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    if len(got) != len(expected):
+        raise AssertionError(f"{len(got)} results, expected {len(expected)}")
     errors = []
-    for x, want in zip(got, expected, strict=False):
+    for x, want in zip(got, expected, strict=True):
         if x.shape != want.shape:
             raise AssertionError(f"a shape is {tuple(x.shape)}, expected {tuple(want.shape)}")
         off = float((x.double() - want.double()).abs().max() / want.double().abs().max())

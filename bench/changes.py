@@ -5,8 +5,13 @@ A median is taken to lie within its quartiles, and where there were few rounds w
 moved beyond noise is what two such intervals, one of each run, have no number in common of.
 
 Contestants of one run took turns, so a ratio to the baseline is fair even if the machine was slower
-that day; times are so on one machine only. There, ours has regressed if both moved past what is
-allowed; on different machines the ratio alone says so.
+that day. So the time of ours, and of its variants ("ours compiled"), is judged by that ratio; where
+both runs have none to the same baseline, by milliseconds, on one machine only, as is peak memory.
+
+What was lost has regressed too: ours that is absent or not finite, and a case in which ours was
+measured before, if the later run measured that suite (that op) as the earlier one did: some case
+with the same parameters. A run with --quick has others, and is not held to what it leaves out; nor
+is a machine without a GPU to a GPU's cases. A file, rather than a folder, is held to its own case.
 """
 
 import dataclasses
@@ -23,6 +28,8 @@ TOLD = (*SAME, "torch", "commit")
 MEMORY_NOISE_MIB = 4.0  # pages that the allocator happens to hold
 
 Record = dict[str, Any]
+Key = tuple[str, str]  # suite and case
+Run = dict[Key, Record]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,10 @@ class Quantity:
     low: float
     high: float
 
+    @property
+    def measured(self) -> bool:
+        return all(map(math.isfinite, (self.value, self.low, self.high)))
+
     def moved_to(self, after: "Quantity", share: float = 0.0) -> bool:
         """Whether `after` differs beyond noise, and by more than a share of this value."""
         apart = after.low > self.high or after.high < self.low
@@ -40,6 +51,9 @@ class Quantity:
 
     def change(self, after: "Quantity") -> float:
         return after.value / self.value - 1 if self.value else math.inf * after.value
+
+
+LOST = Quantity(math.nan, math.nan, math.nan)
 
 
 def interval(median: float, low: float, high: float, rounds: int) -> Quantity:
@@ -56,22 +70,30 @@ class Move:
     what: str  # "ms", "ratio" or "MiB"
     before: Quantity
     after: Quantity
+    why: str = "not finite"  # if it was lost
+
+    @property
+    def lost(self) -> bool:
+        return not self.after.measured
 
     @property
     def moved(self) -> bool:
-        return self.before.moved_to(self.after)
+        return self.lost or self.before.moved_to(self.after)
 
     def worse(self, share: float) -> bool:
-        return self.before.moved_to(self.after, share) and self.before.value < self.after.value
+        more = self.before.value < self.after.value
+        return self.lost or (more and self.before.moved_to(self.after, share))
 
     def __str__(self) -> str:
         digits = 3 if self.what == "ratio" else 2
-        change = self.before.change(self.after)
-        return f"{self.before.value:.{digits}f} → {self.after.value:.{digits}f} ({change:+.0%})"
+        then = f"{self.before.value:.{digits}f} → "
+        if self.lost:
+            return f"{then}lost ({self.why})"
+        return f"{then}{self.after.value:.{digits}f} ({self.before.change(self.after):+.0%})"
 
 
-def load(path: Path) -> dict[tuple[str, str], Record]:
-    """(suite, case) → record, of a record's file or of a folder of them.
+def load(path: Path) -> Run:
+    """The cases of a record's file or of a folder of them.
 
     ValueError: there is no record, or it lacks what is compared.
     """
@@ -93,7 +115,7 @@ def load(path: Path) -> dict[tuple[str, str], Record]:
             for case, each in _cases(record):
                 moves(each, each)
                 found[record["suite"], case] = each
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{file} is no whole record: {error!r}") from None
     if not found:
         raise ValueError(f"{path} holds no record; `clipvip bench --out` writes them")
@@ -102,33 +124,42 @@ def load(path: Path) -> dict[tuple[str, str], Record]:
 
 def _cases(record: Record) -> Iterator[tuple[str, Record]]:
     """A record's name and itself, or those of each point of a sweep."""
-    facts = {"machine": dict(record["machine"])}
-    if not report.is_sweep(record):
-        yield record["case"], facts | {"results": record["results"]}
-        return
-    for point in record["points"]:
-        yield f"{record['case']} {point['value']}", facts | {"results": point["results"]}
+    facts = {key: record[key] for key in ("suite", "case", "machine")}
+    facts["params"] = record.get("params", {})
+    for point in record["points"] if report.is_sweep(record) else [record]:
+        name = f"{record['case']} {point['value']}" if report.is_sweep(record) else record["case"]
+        left_out = dict(point.get("left_out", {}))
+        yield name, facts | {"results": dict(point["results"]), "left_out": left_out}
 
 
 def moves(before: Record, after: Record) -> list[Move]:
-    """Figures of the contestants that both runs timed: ms, ratio where there is one, MiB."""
+    """Figures of the contestants that were timed before: ms, MiB, and the ratio where both runs
+    have one to the same baseline. Of one that is absent after, but for a contestant that a run with
+    other parameters leaves out on purpose, the ms are lost."""
     found = []
+    comparable = _baseline(before) == _baseline(after)
     for name in before["results"]:
+        then = {what: x for what, x in _quantities(before, name) if x.measured}
         if name in after["results"]:
-            pair = [dict(_quantities(record, name)) for record in (before, after)]
-            found += [
-                Move(name, what, pair[0][what], pair[1][what])
-                for what in pair[0]
-                if what in pair[1]
-            ]
+            now = dict(_quantities(after, name))
+            shared = [what for what in then if what in now and (comparable or what != "ratio")]
+            found += [Move(name, what, then[what], now[what]) for what in shared]
+        elif "ms" in then:
+            why = after["left_out"].get(name)
+            if why is None or before["params"] == after["params"]:
+                found.append(Move(name, "ms", then["ms"], LOST, why or "absent"))
     return found
 
 
+def _baseline(record: Record) -> str | None:
+    """What ratios refer to: another where the usual one would not fit into memory."""
+    return next((name for name, r in record["results"].items() if r.get("ratio") == 1), None)
+
+
 def _quantities(record: Record, name: str) -> Iterator[tuple[str, Quantity]]:
-    results = record["results"]
-    r = results[name]
+    r = record["results"][name]
     yield "ms", interval(r["median_ms"], r["low_ms"], r["high_ms"], r["rounds"])
-    if r.get("ratio") is not None and name != report.baseline(results):
+    if r.get("ratio") is not None and name != _baseline(record):
         # Records from before ratios had quartiles: as if the baseline's times had no spread.
         scale = r["ratio"] / r["median_ms"]
         low, high = (
@@ -147,18 +178,43 @@ def differences(before: Record, after: Record, facts: tuple[str, ...]) -> dict[s
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def regressions(before: Record, after: Record, allow: float) -> list[Move]:
-    """What of ours got worse by more than `allow`, beyond noise.
+def regressions(found: list[Move], other: bool, allow: float) -> list[Move]:
+    """Which moves of a case are of ours, and for the worse beyond noise and `allow`.
 
-    Time on one machine if the ratio to the baseline did too (or there is no baseline); the ratio on
-    different ones; memory on one machine.
+    other: the runs are of different machines, which ratios alone are judged on.
     """
-    worse = {m.what: m for m in moves(before, after) if m.contestant == "ours" and m.worse(allow)}
-    judged = {m.what for m in moves(before, after) if m.contestant == "ours"}
-    if differences(before, after, SAME):
-        return [worse["ratio"]] if "ratio" in worse else []
-    time = ["ms"] if "ms" in worse and ("ratio" in worse or "ratio" not in judged) else []
-    return [worse[what] for what in (*time, "MiB") if what in worse]
+    by_ratio = {move.contestant for move in found if move.what == "ratio"}
+
+    def judged(move: Move) -> bool:
+        if move.lost or move.what == "ratio":
+            return True
+        return not other and (move.what != "ms" or move.contestant not in by_ratio)
+
+    ours = [move for move in found if report.is_ours(move.contestant)]
+    return [move for move in ours if judged(move) and move.worse(allow)]
+
+
+def gone(before: Run, after: Run, whole: bool) -> list[Key]:
+    """Cases in which ours was measured before, and which are absent though their suite was run.
+
+    whole: `after` is of whole suites, each of which it ran as `before` did if some case has the
+    same parameters in both; otherwise that is said of a record (a sweep has several cases).
+    """
+
+    def part(record: Record) -> Any:
+        return report.group(record) if whole else (record["suite"], record["case"])
+
+    both = [key for key in before if key in after]
+    ran = {part(before[key]) for key in both if before[key]["params"] == after[key]["params"]}
+    able = any("gpu" in record["machine"] for record in after.values())
+    return [
+        key
+        for key, record in before.items()
+        if key not in after
+        and part(record) in ran
+        and (able or not {"cuda", "gpu"} & {str(value) for value in record["params"].values()})
+        and any(report.is_ours(move.contestant) for move in moves(record, record))
+    ]
 
 
 def compare(before: Path, after: Path, allow: float) -> tuple[str, int]:
@@ -169,28 +225,42 @@ def compare(before: Path, after: Path, allow: float) -> tuple[str, int]:
     if not allow >= 0:
         raise ValueError(f"--allow is {allow:g}, expected a share that is not negative (0.1: 10%)")
     runs = load(before), load(after)
-    both = [key for key in runs[0] if key in runs[1]]
-    if not both:
+    pairs = {key: (runs[0][key], runs[1][key]) for key in runs[0] if key in runs[1]}
+    if not pairs:
         raise ValueError(f"{before} and {after} have no case in common")
-    lines, bad, still = _heading([(runs[0][key], runs[1][key]) for key in both]), 0, 0
-    for key in both:
-        pair = runs[0][key], runs[1][key]
-        past = {move.what for move in regressions(*pair, allow)}
-        other = bool(differences(*pair, SAME))
-        shown = [m for m in moves(*pair) if m.moved and not (other and m.what != "ratio")]
-        bad, still = bad + bool(past), still + (not shown)
-        lines += [f"{key[0]} {key[1]}"] * bool(shown)
-        for move in shown:
-            regressed = move.contestant == "ours" and move.what in past
-            note = f"  REGRESSION past {allow:.0%}" if regressed else ""
-            lines.append(f"  {move.contestant:24}{move.what:6}{move}{note}")
+    lines, bad, still = _heading(list(pairs.values())), 0, 0
+    for key, pair in pairs.items():
+        shown, regressed = _case(*pair, allow)
+        lines += [" ".join(key), *shown] if shown else []
+        bad, still = bad + regressed, still + (not shown)
+    absent = gone(*runs, whole=after.is_dir())
+    lines += [f"{' '.join(key)}: absent in {after}  REGRESSION" for key in absent]
     for name, run, rest in ((before, *runs), (after, *reversed(runs))):
-        alone = [" ".join(key) for key in run if key not in rest]
+        alone = [" ".join(key) for key in run if key not in rest and key not in absent]
         lines += [f"only in {name}: {', '.join(alone)}"] * bool(alone)
+    bad += len(absent)
     lines.append(
-        f"{len(both)} cases compared, {still} within noise, {bad} regressed past {allow:.0%}"
+        f"{len(pairs)} cases compared, {still} within noise, "
+        f"{bad} lost or regressed past {allow:.0%}"
     )
     return "\n".join(lines), bad
+
+
+def _case(before: Record, after: Record, allow: float) -> tuple[list[str], bool]:
+    """A line for each figure that moved, and whether one of ours has regressed."""
+    other, found = bool(differences(before, after, SAME)), moves(before, after)
+    past = regressions(found, other, allow)
+    shown = [m for m in found if m.moved and (m.lost or m.what == "ratio" or not other)]
+    width = max((len(move.contestant) for move in shown), default=0)
+    note = {True: "  REGRESSION", False: f"  REGRESSION past {allow:.0%}"}
+    lines = [
+        f"  {move.contestant:{width}}  {move.what:5}  {move}" + note[move.lost] * (move in past)
+        for move in shown
+    ]
+    judged = {move.what for move in found if report.is_ours(move.contestant)}
+    if other and judged and "ratio" not in judged:
+        lines.append("  ours is not judged: there is no ratio to the same baseline in both")
+    return lines, bool(past)
 
 
 def _heading(pairs: list[tuple[Record, Record]]) -> list[str]:

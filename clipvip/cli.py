@@ -271,8 +271,11 @@ def bench(
             ./clipvip-bench.
         profile: Also keep a torch.profiler trace of every contestant, in traces/.
         compare: Measure nothing; say what moved beyond noise between two runs, each a record or a
-            folder of records. Ends with status 1 if ours got worse, 2 if they cannot be compared.
-        allow: By what share of time or peak memory ours may get worse in a comparison.
+            folder of records. Ends with status 1 if ours got worse or was lost, 2 if they cannot be
+            compared. A case that is absent counts as lost if its suite was run as before (so not
+            by --quick where it was run in full).
+        allow: By what share ours may get worse in a comparison: its time as a ratio to the
+            baseline's (itself where there is none), or its peak memory.
     """
     from clipvip import benchmark
 

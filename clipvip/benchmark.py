@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +20,8 @@ def run(suite: str, *, quick: bool, out: Path | None, profile: bool) -> bool:
     """Measures a suite, or "all", prints tables, and writes the report beside the records.
 
     out: by default bench/results in a checkout, else ./clipvip-bench.
-    Returns whether all cases passed. ValueError: pytest or a plugin is missing.
+    Returns whether all cases passed. ValueError: pytest or a plugin is missing, or nothing can be
+    written to `out`.
     """
     missing = [
         name
@@ -30,6 +32,14 @@ def run(suite: str, *, quick: bool, out: Path | None, profile: bool) -> bool:
         raise ValueError(f'{", ".join(missing)} missing: pip install "clipvip[bench]"')
     suites = load("harness").SUITES
     out = out or (BENCH / "results" if CHECKOUT else Path("clipvip-bench"))
+    try:  # now, rather than after minutes of measuring
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.NamedTemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(
+            f"--out is {out}, where nothing can be written ({error.strerror}); give a folder that "
+            "can be made or written to"
+        ) from None
     chosen = suites if suite == "all" else (suite,)
     files = [BENCH / f"{module}.py" for name in chosen for module in suites[name]]
     files = [file for file in files if file.exists()]
@@ -44,9 +54,15 @@ def run(suite: str, *, quick: bool, out: Path | None, profile: bool) -> bool:
         [sys.executable, "-m", "pytest", *settings, *output, *options, *map(str, files)],
         env=os.environ | {"PYTHONPATH": search},
     )
-    for path in load("report").write(out):
-        print(path)
-    return done.returncode == 0
+    passed = done.returncode == 0
+    try:
+        for path in load("report").write(out):
+            print(path)
+    except ValueError as error:
+        if passed:
+            raise
+        print(f"no report: {error}", file=sys.stderr)  # as where no case passed
+    return passed
 
 
 def compare(before: Path, after: Path, allow: float) -> bool:

@@ -1,13 +1,14 @@
 """Memory and time of a batch at once and in parts: `pytest bench/bench_gradient_caching.py -s`.
 
 A small model (4 frames of 64², two layers of 128 channels), so that batches are what grows.
-Writes bench/results/gradient_caching.json.
+Writes gradient_caching.json to --bench-out, by default bench/results.
 """
 
 import time
 from contextlib import nullcontext
 
 import harness
+import pytest
 import torch
 from transformers import CLIPTextConfig
 
@@ -92,7 +93,7 @@ def rows(clips: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def test_gradient_caching() -> None:
+def test_gradient_caching(request: pytest.FixtureRequest) -> None:
     """Each batch in a process of its own, so that no freed memory hides what the next takes."""
     results = {
         n: harness.in_process("default", "bench_gradient_caching", "rows", clips=n) for n in BATCHES
@@ -103,4 +104,4 @@ def test_gradient_caching() -> None:
         )
         print(f"\n{n:5} clips   {cells}", end="")
     record = {"micro_batch": MICRO_BATCH, "results": results, "machine": harness.machine()}
-    harness.write(harness.BENCH / "results" / "gradient_caching.json", record)
+    harness.write(request.config.getoption("--bench-out") / "gradient_caching.json", record)

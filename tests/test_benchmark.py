@@ -1,0 +1,466 @@
+"""Only what is right is timed, and fairly; what got worse or was lost between runs is found."""
+
+import copy
+import functools
+import json
+import math
+from types import SimpleNamespace
+
+import bench_decode
+import bench_gradient_caching
+import bench_growth
+import bench_linear
+import bench_model
+import bench_pairwise_logsumexp
+import bench_proxy_attention
+import bench_train
+import changes
+import harness
+import pytest
+import report
+import torch
+
+from clipvip import benchmark, cli
+
+RIGHT = torch.arange(1.0, 5.0)
+
+
+def dead():
+    raise MemoryError("too large,\nby far")
+
+
+# name → a contestant, and what is said of it
+FAULTY = {
+    "wrong": (lambda: [RIGHT * 1.1, RIGHT], "is off by 1.00e-01, allowed 1.00e-03"),
+    "late wrong": (lambda: [RIGHT, RIGHT + 1], "is off by 2.50e-01"),
+    "nan": (lambda: [RIGHT, RIGHT * torch.nan], "is off by inf"),
+    "shape": (lambda: [RIGHT, RIGHT[None]], "a shape is (1, 4), expected (4,)"),
+    "few": (lambda: [RIGHT], "1 results, expected 2"),
+    "none": (lambda: [], "0 results, expected 2"),
+    "dead": (dead, "MemoryError: too large,"),
+}
+
+
+def right():
+    return [RIGHT, RIGHT]
+
+
+def contest(contestants, **options):
+    options = {"seconds": 0.0, "min_rounds": 2, "tolerance": 1e-3} | options
+    return harness.compare(contestants, expected=[x.double() for x in right()], **options)
+
+
+def test_faulty_contestants_are_left_out_in_a_line_and_the_others_timed():
+    faulty = {name: run for name, (run, _) in FAULTY.items()}
+    found = contest({"eager": right, **faulty, "ours": right}, left_out={"absent": "no such"})
+    assert list(found["results"]) == ["eager", "ours"]
+    assert found["left_out"].keys() == {*FAULTY, "absent"}
+    for name, (_, reason) in FAULTY.items():
+        assert reason in found["left_out"][name] and "\n" not in found["left_out"][name]
+    for result in found["results"].values():
+        assert result["error"] == 0 and result["rounds"] == 2 and result["ratio"] > 0
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_faulty_ours_raises(fault):
+    with pytest.raises((AssertionError, MemoryError)):
+        contest({"eager": right, "ours": FAULTY[fault][0]})
+
+
+def test_a_contestant_of_another_function_is_held_to_that():
+    other = {"pooled": lambda: [RIGHT * 2, RIGHT]}
+    contestants = {"eager": right, **other, "ours": right}
+    assert "pooled" in contest(contestants)["left_out"]
+    expected_of = {"pooled": [RIGHT.double() * 2, RIGHT.double()]}
+    assert "pooled" in contest(contestants, expected_of=expected_of)["results"]
+
+
+def take_turns(monkeypatch, times, **options):
+    """With a clock that says what is given, by contestant."""
+    clocks, order = {name: iter(each) for name, each in times.items()}, []
+
+    def elapsed(run, device):
+        order.append(run())
+        return next(clocks[order[-1]])
+
+    monkeypatch.setattr(harness, "elapsed", elapsed)
+    contestants = {name: functools.partial(str, name) for name in times}
+    rounds = len(next(iter(times.values())))
+    options = {"min_rounds": rounds, "max_rounds": rounds} | options
+    return harness.take_turns(contestants, **options), order
+
+
+def test_ratios_are_of_one_rounds_times(monkeypatch):
+    slower = [1, 10, 2, 1000, 30]  # what else the machine does, in each round
+    found, order = take_turns(
+        monkeypatch, {"eager": [2 * x for x in slower], "ours": slower, "peer": [1] * 5}
+    )
+    ratios = [found["ours"][key] for key in ("ratio_low", "ratio", "ratio_high")]
+    assert ratios == [0.5] * 3 and found["eager"]["ratio"] == 1
+    assert found["ours"]["median_ms"] == 10e3 and found["ours"]["min_ms"] == 1e3
+    assert order == ["eager", "ours", "peer"] * 5
+    found, _ = take_turns(monkeypatch, {"eager": [1, 10, 100], "ours": [2, 5, 300]})
+    assert found["ours"]["ratio"] == 2  # where that of the medians is 1/2
+
+
+def test_times_are_of_a_unit_and_ratios_of_the_baseline_alone(monkeypatch):
+    times = {"peer": [4, 4], "ours": [2, 2]}
+    assert take_turns(monkeypatch, times, units=4)[0]["ours"]["median_ms"] == 500
+    found = take_turns(monkeypatch, times, baseline="eager")[0]
+    assert all(result["ratio"] is None for result in found.values())
+
+
+def test_peak_memory_is_that_of_a_call():
+    def run(mib):
+        torch.ones(mib, 2**20, dtype=torch.uint8)
+
+    for mib in (0, 64, 256):
+        run(mib)
+        peak = harness.peak_memory(functools.partial(run, mib)) / 2**20
+        assert 0.95 * mib - 1 <= peak <= 1.05 * mib + changes.MEMORY_NOISE_MIB
+
+
+# --- what moved between two runs -----------------------------------------------------------------
+
+
+def result(ms, ratio, mib):
+    spread = {"low_ms": 0.98 * ms, "high_ms": 1.02 * ms}
+    if ratio is not None:
+        spread |= {"ratio_low": 0.98 * ratio, "ratio_high": 1.02 * ratio}
+    return {"median_ms": ms, "ratio": ratio, "rounds": 100, "peak_mib": mib, **spread}
+
+
+RESULTS = {
+    "eager": result(20.0, 1.0, 300.0),
+    "chunked linear_cross_entropy": result(16.0, 0.8, 200.0),
+    "ours": result(8.0, 0.4, 100.0),
+    "ours by DALI": result(4.0, 0.2, 100.0),
+}
+MACHINE = {"cpu": "this", "cores": 2, "torch": "2.13", "commit": "abc"}
+
+
+def record(case="attention-b16", results=RESULTS, suite="ops", machine=MACHINE, **more):
+    parts = {"suite": suite, "case": case, "machine": machine, "results": results}
+    return copy.deepcopy({"params": {"compiled": True}, "left_out": {}, **parts, **more})
+
+
+def scaled(results, name, *figures, by=1.3):
+    """A copy in which figures of a contestant, their quartiles too, are so many times as high."""
+    changed = copy.deepcopy(results)
+    kinds = {"ms": ("median_ms", "low_ms", "high_ms"), "MiB": ("peak_mib",)}
+    kinds["ratio"] = ("ratio", "ratio_low", "ratio_high")
+    for key in (key for figure in figures for key in kinds[figure]):
+        changed[name][key] *= by
+    return changed
+
+
+def without(results, *names):
+    return {name: each for name, each in results.items() if name not in names}
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """What is said of two lists of records, and how many cases regressed past a tenth."""
+
+    def run(before, after, allow=0.1):
+        for folder, records in (("before", before), ("after", after)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            for i, each in enumerate(records):
+                (tmp_path / folder / f"{i}.json").write_text(json.dumps(each))
+        return changes.compare(tmp_path / "before", tmp_path / "after", allow)
+
+    return run
+
+
+PLANTED = {
+    "time": scaled(RESULTS, "ours", "ms", "ratio"),
+    "ratio": scaled(RESULTS, "ours", "ratio"),
+    "memory": scaled(RESULTS, "ours", "MiB"),
+    "a variant": scaled(RESULTS, "ours by DALI", "ms", "ratio", by=3),
+    "absent": without(RESULTS, "ours"),
+    "a variant absent": without(RESULTS, "ours by DALI"),
+    "NaN time": scaled(RESULTS, "ours", "ms", by=math.nan),
+    "NaN ratio": scaled(RESULTS, "ours", "ratio", by=math.nan),
+    "infinite memory": scaled(RESULTS, "ours", "MiB", by=math.inf),
+}
+HARMLESS = {
+    "nothing": RESULTS,
+    "within the share": scaled(RESULTS, "ours", "ms", "ratio", "MiB", by=1.08),
+    "better": scaled(RESULTS, "ours", "ms", "ratio", "MiB", by=0.5),
+    "a slower machine": scaled(scaled(RESULTS, "ours", "ms"), "eager", "ms"),
+    "a slower peer": scaled(RESULTS, "chunked linear_cross_entropy", "ms", "ratio", by=3),
+    "no peer": without(RESULTS, "chunked linear_cross_entropy"),
+    "wide quartiles": RESULTS
+    | {"ours": scaled(RESULTS, "ours", "ms", "ratio")["ours"] | {"low_ms": 7, "ratio_low": 0.35}},
+    "a MiB more of little": scaled(RESULTS, "ours", "MiB", by=1.02),
+}
+ELSEWHERE = MACHINE | {"cpu": "another"}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_planted_regressions_are_found_and_named(planted, compared):
+    text, bad = compared([record()], [record(results=PLANTED[planted])])
+    name = "ours by DALI" if planted.startswith("a variant") else "ours"
+    (line,) = (line for line in text.splitlines() if "REGRESSION" in line)
+    assert bad == 1 and line.startswith(f"  {name}  ")
+    lost = planted.startswith(("a variant absent", "absent", "NaN", "infinite"))
+    assert ("→ lost (" in line) == lost and ("past 10%" in line) != lost
+
+
+@pytest.mark.parametrize("harmless", HARMLESS)
+def test_nothing_else_regresses(harmless, compared):
+    text, bad = compared([record()], [record(results=HARMLESS[harmless])])
+    assert bad == 0 and "REGRESSION" not in text
+
+
+def test_why_ours_was_left_out_is_said(compared):
+    results = without(RESULTS, "ours by DALI")
+    text, bad = compared([record()], [record(results=results, left_out={"ours by DALI": "no GPU"})])
+    assert bad == 1 and "4.00 → lost (no GPU)" in text
+
+
+def test_without_a_common_ratio_times_are_judged(compared):
+    alone = without(RESULTS, "eager")
+    for name in alone:
+        alone[name] = alone[name] | {"ratio": None}
+    for before, after in ((alone, alone), (RESULTS, alone)):
+        slower = scaled(after, "ours", "ms")
+        assert compared([record(results=before)], [record(results=after)])[1] == 0
+        assert compared([record(results=before)], [record(results=slower)])[1] == 1
+    # to another baseline, as where eager's logits no longer fit into memory
+    other = without(RESULTS, "eager")
+    other["chunked linear_cross_entropy"] = result(16.0, 1.0, 200.0)
+    other["ours"], other["ours by DALI"] = result(8.0, 0.5, 100.0), result(4.0, 0.25, 100.0)
+    assert compared([record()], [record(results=other)])[1] == 0
+
+
+@pytest.mark.parametrize(
+    ["results", "expected"],
+    [
+        (RESULTS, 0),
+        (scaled(RESULTS, "ours", "ms", by=10), 0),
+        (scaled(RESULTS, "ours", "MiB", by=10), 0),
+        (scaled(RESULTS, "ours", "ratio"), 1),
+        (scaled(RESULTS, "ours", "ms", by=math.nan), 1),
+        (without(RESULTS, "ours"), 1),
+    ],
+    ids=["same", "time", "memory", "ratio", "NaN", "absent"],
+)
+def test_of_different_machines_ratios_alone_are_compared(results, expected, compared):
+    text, bad = compared([record()], [record(results=results, machine=ELSEWHERE)])
+    assert bad == expected and "only ratios to the baseline are compared" in text
+
+
+def test_what_cannot_be_judged_is_said(compared):
+    alone = {"ours": result(8.0, None, 100.0)}
+    text, bad = compared([record()], [record(results=alone, machine=ELSEWHERE)], 0.1)
+    assert "ours is not judged" in text and "0 within noise" in text
+    assert bad == 1  # for "ours by DALI" is absent
+
+
+def test_a_case_that_is_absent_is_lost_if_its_suite_was_run_as_before(compared):
+    peers = {"eager": RESULTS["eager"]}
+    before = [record(), record("attention-b32"), record("attention-peers", peers)]
+    before += [record("loss-1024"), record("b16", suite="model")]
+    text, bad = compared(before, [record()])
+    assert bad == 1 and "ops attention-b32: absent in " in text
+    (named,) = (line for line in text.splitlines() if line.startswith("only in "))
+    assert named.endswith("ops attention-peers, ops loss-1024, model b16")
+
+
+def test_a_quick_run_is_not_held_to_what_it_leaves_out(compared):
+    quick = record(
+        results=without(RESULTS, "ours by DALI"),
+        params={"compiled": False},
+        left_out={"ours by DALI": "minutes of compiling"},
+    )
+    text, bad = compared([record(), record("attention-b32")], [quick])
+    assert bad == 0 and "only in " in text
+    slower = quick | {"results": scaled(quick["results"], "ours", "ratio")}
+    assert compared([record(), record("attention-b32")], [slower])[1] == 1
+
+
+def test_a_gpus_cases_are_expected_of_a_gpu_alone(compared, tmp_path):
+    on_gpu = record("attention-gpu", params={"device": "cuda"})
+    assert compared([record(), on_gpu], [record()])[1] == 0
+    with_gpu = MACHINE | {"gpu": "H100"}
+    assert compared([record(), on_gpu], [record(machine=with_gpu)])[1] == 1
+    # a file is held to its own case alone
+    after = tmp_path / "after/0.json"
+    assert changes.compare(tmp_path / "before", after, 0.1)[1] == 0
+
+
+def test_points_of_a_sweep_are_cases(compared):
+    points = [{"value": n, "results": RESULTS, "left_out": {}} for n in (1, 2, 4)]
+    sweep = functools.partial(record, "frames", suite="growth", sweep={"over": "frames"})
+    slower = [*points[:2], points[2] | {"results": scaled(RESULTS, "ours", "ratio")}]
+    text, bad = compared([sweep(points=points)], [sweep(points=slower)])
+    assert bad == 1 and "growth frames 4\n" in text and "3 cases compared" in text
+    text, bad = compared([sweep(points=points)], [sweep(points=points[:2])])
+    assert bad == 1 and "growth frames 4: absent" in text
+    quick = sweep(points=points[:2], params={"values": [1, 2]})
+    assert compared([sweep(points=points)], [quick])[1] == 0
+
+
+def test_columns_stay_apart(compared):
+    slower = {name: result(10 * r["median_ms"], 3 * r["ratio"], 900) for name, r in RESULTS.items()}
+    text, _ = compared([record()], [record(results=slower | {"eager": RESULTS["eager"]})])
+    lines = [line for line in text.splitlines() if " → " in line and line.startswith("  ")]
+    columns = {max(line.find(f"  {what} ") for what in ("ms", "ratio", "MiB")) for line in lines}
+    assert len(lines) == 9 and columns == {len("  chunked linear_cross_entropy")}
+
+
+def test_two_runs_of_one_function_agree_within_the_noise(compared):
+    x = torch.randn(2 * 2**20)
+
+    def run():
+        return [x.sin() + 1]
+
+    def once():
+        found = harness.compare(
+            {"eager": run, "ours": run}, expected=run(), tolerance=0, seconds=0.5, max_rounds=20
+        )
+        return record(**found)
+
+    text, bad = compared([once()], [once()], allow=0.5)  # a share that no load makes of the same
+    assert bad == 0, text
+
+
+def test_the_command_ends_with_what_was_found(compared, tmp_path, capsys):
+    compared([record()], [record(results=PLANTED["ratio"])])
+    before, after = tmp_path / "before", tmp_path / "after"
+    cli.bench(compare=(before, before))
+    assert "1 cases compared, 1 within noise, 0 lost or regressed" in capsys.readouterr().out
+    cli.bench(compare=(before, after), allow=0.5)
+    for given, allow, status in (
+        ((before, after), 0.1, 1),
+        ((before, tmp_path / "none"), 0.1, 2),
+        ((before, after), -1, 2),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.bench(compare=given, allow=allow)
+        assert ended.value.code == status
+    (after / "0.json").write_text(json.dumps(record() | {"results": {"ours": {}}}))
+    with pytest.raises(ValueError, match=r"0\.json is no whole record"):
+        changes.compare(before, after, 0.1)
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+TINY = """
+import harness
+import pytest
+import torch
+
+CASES = {"right": 1.0, "wrong": 2.0}
+QUICK = ("right",)
+
+
+def measure(factor, budget):
+    x = torch.ones(8)
+    forms = {"eager": lambda: [x], "ours": lambda: [x * factor]}
+    found = harness.compare(forms, expected=[x], tolerance=1e-3, seconds=0, min_rounds=2)
+    return {"machine": harness.machine(), **found}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tiny(case, run_case):
+    run_case({"factor": CASES[case]})
+"""
+TINY_CONFTEST = """
+import sys
+
+sys.path.insert(0, {bench!r})
+import harness
+
+harness.SUITES["tiny"] = ("bench_tiny",)
+harness.ceilings = lambda device: {{"copy_gib_s": 1.0}}
+harness.in_process = lambda malloc, module, function, trace, **arguments: getattr(
+    harness.importlib.import_module(module), function
+)(**arguments)
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A suite of a case that passes, also with --quick, and one whose ours is wrong."""
+    folder, bench = tmp_path / "suites", harness.BENCH
+    folder.mkdir()
+    (folder / "bench_tiny.py").write_text(TINY)
+    conftest = TINY_CONFTEST.format(bench=str(bench)) + (bench / "conftest.py").read_text()
+    (folder / "conftest.py").write_text(conftest)
+    monkeypatch.setitem(harness.SUITES, "tiny", ("bench_tiny",))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(benchmark, "BENCH", folder)
+    return functools.partial(benchmark.run, "tiny", out=tmp_path / "new/out", profile=False)
+
+
+def test_a_run_writes_records_and_a_report_and_says_whether_all_passed(tiny, tmp_path, capfd):
+    out = tmp_path / "new/out"
+    assert tiny(quick=True)
+    assert {path.name for path in out.iterdir()} == {"tiny-right.json", "report.html", "report.md"}
+    assert changes.load(out)["tiny", "right"]["results"].keys() == {"eager", "ours"}
+    assert "tiny right" in capfd.readouterr().out
+    assert not tiny(quick=False)
+    printed = capfd.readouterr()
+    assert "ours is off by 1.00e+00, allowed 1.00e-03" in printed.out + printed.err
+    assert "tiny" in (out / "report.md").read_text()
+    assert not (out / "tiny-wrong.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured(tiny, tmp_path):
+    (tmp_path / "new").write_text("a file")
+    with pytest.raises(ValueError, match=r"--out is .*, where nothing can be written \(.*\); give"):
+        tiny(quick=True)
+
+
+# --- the suites ----------------------------------------------------------------------------------
+
+ATTENTION = dict(videos=1, frames=2, patches=9)
+VISION = dict(patch=32, layers=1)
+FP32, BF16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
+MEASURES = {
+    "proxy_attention": (bench_proxy_attention, ATTENTION | FP32 | {"backward": True}),
+    "proxy_attention forward": (bench_proxy_attention, ATTENTION | BF16 | {"backward": False}),
+    "symmetric": (bench_pairwise_logsumexp, dict(loss="symmetric", n=70) | FP32),
+    "symmetric bf16": (bench_pairwise_logsumexp, dict(loss="symmetric", n=70) | BF16),
+    "vsc_fc": (bench_pairwise_logsumexp, dict(loss="vsc_fc", n=70) | FP32),
+    "linear": (bench_linear, dict(tokens=70) | FP32),
+    "model": (bench_model, VISION | FP32 | {"videos": 1, "backward": True}),
+    "model forward": (bench_model, VISION | BF16 | {"videos": 1, "backward": False}),
+    "train": (bench_train, VISION | FP32 | {"videos": 2}),  # the loss of one is zero
+}
+
+
+@pytest.mark.parametrize("suite", MEASURES)
+def test_every_contestant_of_a_suite_is_right(suite):
+    module, size = MEASURES[suite]
+    found = module.measure(**size, compiled=False, budget=0.0)
+    assert report.baseline(found["results"]) and "ours" in found["results"]
+    assert all("of compiling" in reason for reason in found["left_out"].values())
+    assert found["machine"]["cores"] and found["work"]["flop"] > 0
+
+
+def test_a_sweep_measures_every_value():
+    fixed = bench_growth.ATTENTION | {"videos": 1, "patches": 9}
+    found = bench_growth.measure("proxy_attention", "frames", [1, 2], fixed, "cpu", budget=0.0)
+    assert [point["value"] for point in found["points"]] == [1, 2]
+    assert all("ours" in point["results"] for point in found["points"])
+
+
+def test_decoders_give_the_expected_frames():
+    if not bench_decode.FILMS.exists():
+        pytest.skip(f"no films in {bench_decode.FILMS}; `make test` fetches them")
+    size = dict(codec="h264", width=320, height=240, seconds=10, on="one")
+    # in a process of its own, for it takes all threads and cores but one from it
+    found = harness.in_process("default", "bench_decode", "measure", **size, budget=0.0)
+    assert {"naive", "ours", "PyAV seeking"} <= found["results"].keys()
+
+
+def test_gradient_caching_gives_the_same_and_goes_where_records_go(tmp_path, monkeypatch):
+    rows = bench_gradient_caching.rows(clips=2 * bench_gradient_caching.MICRO_BATCH)
+    assert rows.keys() == {"at once", "in parts"}  # which it holds equal
+    monkeypatch.setattr(bench_gradient_caching, "BATCHES", ())
+    config = SimpleNamespace(getoption={"--bench-out": tmp_path}.get)
+    bench_gradient_caching.test_gradient_caching(SimpleNamespace(config=config))
+    assert "micro_batch" in json.loads((tmp_path / "gradient_caching.json").read_text())

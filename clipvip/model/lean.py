@@ -46,7 +46,7 @@ def residual_linear(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
     residual: [T, K], x: [T, C], fp32, bf16 or fp16. Returns [T, K] in the wider of the residual's
     dtype and the layer's.
     """
-    if _composed(x) or not _weights_say_all(layer):
+    if _composed(x) or not _weights_say_all(layer) or residual.shape[:-1] != x.shape[:-1]:
         return residual + layer(x)
     return _ResidualLinear.apply(residual, x, layer.weight, layer.bias)
 
@@ -71,14 +71,24 @@ def _composed(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.device.type == "meta"
 
 
+def bare(module: nn.Module) -> bool:
+    """Whether nothing listens to a module, and its class says what it does."""
+    return "forward" not in vars(module) and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
 def _weights_say_all(*modules: nn.Module) -> bool:
     """Whether modules do what their weights and biases say, and no more."""
     return all(
         type(module) in (nn.Linear, nn.LayerNorm)
         and module.weight is not None
         and module.bias is not None
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
+        and bare(module)
         for module in modules
     )
 
@@ -86,11 +96,11 @@ def _weights_say_all(*modules: nn.Module) -> bool:
 class _Products:
     """Forward, gradient of the input and of the weight, by our kernels or by PyTorch."""
 
-    def __init__(self, x: Tensor, *weights: Tensor) -> None:
+    def __init__(self, x: Tensor, *others: Tensor) -> None:
         kind = x.device.type
         enabled = torch.is_autocast_enabled(kind)
         self.dtype = torch.get_autocast_dtype(kind) if enabled else x.dtype
-        self.ours = linear.quicker_here(x, *weights, operands=self.dtype)
+        self.ours = linear.quicker_here(self.dtype, x, *others)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor, **options: Any):
         function = linear.linear_forward if self.ours else linear.linear_forward_reference
@@ -108,8 +118,6 @@ class _Products:
             return None, None
         if not need[0]:
             return None, grad.sum(0, dtype=bias.dtype)
-        if not self.ours:
-            options.pop("statistics", None)
         function = linear.linear_grad_weight if self.ours else linear.linear_grad_weight_reference
         of_weight, of_bias = function(grad, x, self.dtype, **options)
         return of_weight.to(weight.dtype), of_bias.to(bias.dtype) if need[1] else None
@@ -118,7 +126,7 @@ class _Products:
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias):
-        ctx.products, ctx.eps = _Products(x, weight), eps
+        ctx.products, ctx.eps = _Products(x, weight, bias, norm_weight, norm_bias), eps
         with torch.autocast(x.device.type, enabled=False):
             out, statistics = ctx.products.forward(
                 x, weight, bias, norm=Norm(norm_weight, norm_bias, eps)
@@ -145,7 +153,7 @@ class _NormLinear(torch.autograd.Function):
 class _ResidualLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, x, weight, bias):
-        ctx.products = _Products(x, weight)
+        ctx.products = _Products(x, weight, bias, residual)
         with torch.autocast(x.device.type, enabled=False):
             out, _ = ctx.products.forward(x, weight, bias, residual=residual)
         ctx.save_for_backward(x, weight, bias)
@@ -165,7 +173,8 @@ class _ResidualLinear(torch.autograd.Function):
 class _ResidualMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2):
-        ctx.products, ctx.eps = _Products(x, weight1, weight2), eps
+        ctx.eps = eps
+        ctx.products = _Products(x, weight1, weight2, bias1, bias2, norm_weight, norm_bias)
         with torch.autocast(x.device.type, enabled=False):
             before, statistics = ctx.products.forward(
                 x,

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, PretrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import (
+    CLIPMLP,
     CLIPAttention,
     CLIPEncoderLayer,
     CLIPPreTrainedModel,
@@ -32,7 +33,7 @@ from transformers.utils import ModelOutput, logging
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
-from clipvip.model.lean import norm_linear, residual_linear, residual_mlp
+from clipvip.model.lean import bare, norm_linear, residual_linear, residual_mlp
 from clipvip.ops import proxy_attention
 
 logger = logging.get_logger(__name__)
@@ -244,9 +245,10 @@ class CLIPViPEncoderLayer(CLIPEncoderLayer):
     def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
         """tokens [T, C], frame_offsets int32 [B+1] → [T, C]."""
         hidden_states = self.self_attn(hidden_states, self.layer_norm1, frame_offsets)
-        if self.mlp.config.hidden_act != "quick_gelu":
-            return hidden_states + self.mlp(self.layer_norm2(hidden_states))
-        return residual_mlp(hidden_states, self.layer_norm2, self.mlp.fc1, self.mlp.fc2)
+        mlp = self.mlp
+        if type(mlp) is CLIPMLP and mlp.config.hidden_act == "quick_gelu" and bare(mlp):
+            return residual_mlp(hidden_states, self.layer_norm2, mlp.fc1, mlp.fc2)
+        return hidden_states + mlp(self.layer_norm2(hidden_states))
 
 
 class CLIPViPEncoder(nn.Module):

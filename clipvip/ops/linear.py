@@ -12,15 +12,17 @@ where they were measured to be quicker than PyTorch's own products (`quicker_her
 """
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipvip.ops import _native
 
+DTYPES = (torch.float32, torch.bfloat16)
 UNIT = 64  # csrc: kLinearUnit
 MIN_ROWS = 512  # for fewer, arranging the weights takes longer than it saves
 _PLAIN, _NORMED, _SILU = range(3)  # csrc: LinearInput
@@ -83,10 +85,11 @@ def linear_grad_weight_reference(
     operands: torch.dtype,
     *,
     norm: Norm | None = None,
+    statistics: Statistics | None = None,
     silu: bool = False,
     alpha: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_grad_weight`; LayerNorm's statistics are computed again."""
+    """As `linear_grad_weight`; LayerNorm computes its statistics again."""
     inputs, _ = _inputs(x, norm, silu)
     grad = grad.to(operands)
     product = torch.addmm(grad.new_empty(()), grad.t(), inputs.to(operands), beta=0, alpha=alpha)
@@ -105,28 +108,40 @@ def _inputs(x: Tensor, norm: Norm | None, silu: bool) -> tuple[Tensor, Statistic
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def quicker_here(x: Tensor, *weights: Tensor, operands: torch.dtype) -> bool:
+def quicker_here(operands: torch.dtype, x: Tensor, *others: Tensor) -> bool:
     """Whether the kernels can compute with these, and are known to be quicker than PyTorch.
 
     They were measured on AMD's processors with AVX512-BF16; on others PyTorch's libraries use what
     the kernels do not, such as Intel's AMX.
+
+    operands: as in `linear_forward`. x: [T, K]. others: weights [N, K] and vectors, in any order.
     """
     return (
-        x.device.type == "cpu"
-        and operands in (torch.float32, torch.bfloat16)
+        operands in DTYPES
         and x.ndim == 2
         and x.shape[0] >= MIN_ROWS
-        and all(each.dtype in (torch.float32, torch.bfloat16) for each in (x, *weights))
-        and all(size % UNIT == 0 for weight in weights for size in weight.shape)
+        and all(
+            # Of no subclass: one may keep its numbers elsewhere, or none.
+            type(each) in (Tensor, nn.Parameter)
+            and each.device.type == "cpu"
+            and each.dtype in DTYPES
+            for each in (x, *others)
+        )
+        and all(_fits(size) for each in others if each.ndim == 2 for size in each.shape)
         and _measured_processor()
+        and _native.module().cpu_capability() == "avx512bf16"
     )
+
+
+def _fits(size: int) -> bool:
+    return size > 0 and size % UNIT == 0
 
 
 @functools.cache
 def _measured_processor() -> bool:
     try:
-        able = _native.module().cpu_capabilities()
-        return "avx512bf16" in able and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        _native.module()
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except (RuntimeError, OSError):
         return False
 
@@ -145,14 +160,20 @@ def linear_forward(
 ) -> tuple[Tensor, Statistics | None]:
     """alpha·f(x)·Wᵀ + beta·bias + residual.
 
-    x: [T, K], fp32 or bf16; weight: [N, K], bias: [N], of any dtype; K and N multiples of UNIT.
-    operands: fp32 or bf16, to which f(x) and W are rounded; sums are fp32.
-    norm, silu: f, one of them at most. residual: [T, N].
-    Returns [T, N] in the residual's dtype, or in `operands` without one; and the statistics of
-    norm, None without one.
+    x: [T, K], weight: [N, K], fp32 or bf16 on the CPU; bias: [N]; K and N multiples of UNIT.
+    operands: fp32 or bf16, to which f(x) and W are rounded (where the processor has AVX512-BF16,
+        else they stay as they are); sums are fp32.
+    norm, silu: f, one of them at most. residual: [T, N], fp32 or bf16.
+    Returns [T, N] in `operands`, or in the wider of that and the residual's dtype; and the
+    statistics of norm, None without one. Raises ValueError or TypeError for anything else.
     """
-    kind = _NORMED if norm else _SILU if silu else _PLAIN
-    dtype = operands if residual is None else residual.dtype
+    kind = _kind(norm, silu)
+    tokens, width, outer = *_size("x", x), _size("weight", weight)[0]
+    _check(operands, (width, outer), weight=(weight, (outer, width)), bias=(bias, (outer,)))
+    _check_norm(norm, width)
+    if residual is not None:
+        _check(operands, (), residual=(residual, (tokens, outer)))
+    dtype = operands if residual is None else torch.promote_types(operands, residual.dtype)
     x, weight = _rows(x), _rows(weight)
     out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     statistics: Statistics | None = None
@@ -188,7 +209,12 @@ def linear_grad_input(
     """grad·W, times SiLU'(before) where given.
 
     grad: [T, N]; weight: [N, K]; before: [T, K]. Returns [T, K] in `dtype`, fp32 or bf16.
+    Raises ValueError or TypeError for anything else.
     """
+    (tokens, outer), width = _size("grad", grad), _size("weight", weight)[1]
+    _check(operands, (width, outer), weight=(weight, (outer, width)))
+    if before is not None:
+        _check(dtype, (), before=(before, (tokens, width)))
     grad, weight = _rows(grad), _rows(weight)
     out = grad.new_empty(grad.shape[0], weight.shape[1], dtype=dtype)
     before = None if before is None else _rows(before)
@@ -209,9 +235,18 @@ def linear_grad_weight(
     """alpha·gradᵀ·f(x), and the sum of grad's rows.
 
     grad: [T, N]; x: [T, K]; statistics: of norm, as `linear_forward` returned them.
-    Returns fp32 [N, K] and [N].
+    Returns fp32 [N, K] and [N]. Raises ValueError or TypeError for anything else.
     """
-    kind = _NORMED if norm else _SILU if silu else _PLAIN
+    kind = _kind(norm, silu)
+    (tokens, outer), width = _size("grad", grad), _size("x", x)[1]
+    _check(operands, (width, outer), x=(x, (tokens, width)))
+    _check_norm(norm, width)
+    if (norm is None) != (statistics is None):
+        raise ValueError("norm and statistics belong together: give both or neither")
+    for name, each in zip(("mean", "rstd"), statistics or (), strict=False):
+        _check(operands, (), **{name: (each, (tokens,))})
+    if tokens == 0:
+        return grad.new_zeros(outer, width).float(), grad.new_zeros(outer).float()
     grad, x = _rows(grad), _rows(x)
     product = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
     total = grad.new_empty(grad.shape[1], dtype=torch.float32)
@@ -230,6 +265,43 @@ def linear_grad_weight(
     return product, total
 
 
+def _kind(norm: Norm | None, silu: bool) -> int:
+    if norm is not None and silu:
+        raise ValueError("norm and silu are both given, expected one at most")
+    return _NORMED if norm is not None else _SILU if silu else _PLAIN
+
+
+def _size(name: str, x: Tensor) -> tuple[int, int]:
+    if x.ndim != 2 or x.dtype not in DTYPES or x.device.type != "cpu":
+        raise TypeError(
+            f"{name} is {x.dtype} {list(x.shape)} on {x.device}, expected a matrix of float32 or "
+            "bfloat16 on the CPU; the reference takes others"
+        )
+    return x.shape[0], x.shape[1]
+
+
+def _check(
+    operands: torch.dtype, widths: tuple[int, ...], **given: tuple[Tensor, tuple[int, ...]]
+) -> None:
+    """Shapes are those expected; widths and dtypes such as the kernels take."""
+    if operands not in DTYPES:
+        raise TypeError(f"operands is {operands}, expected torch.float32 or torch.bfloat16")
+    for width in widths:
+        if not _fits(width):
+            raise ValueError(f"a width is {width}, expected a positive multiple of {UNIT}")
+    for name, (x, shape) in given.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} is {list(x.shape)}, expected {list(shape)}")
+        if x.ndim == 2:
+            _size(name, x)
+
+
+def _check_norm(norm: Norm | None, width: int) -> None:
+    if norm is not None:
+        shapes = {"norm.weight": norm.weight, "norm.bias": norm.bias}
+        _check(torch.float32, (), **{name: (x, (width,)) for name, x in shapes.items()})
+
+
 def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
     if norm is None:
         return None, None
@@ -237,12 +309,26 @@ def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With the elements of a row side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """With its numbers in memory, and those of a row side by side."""
+    x = x.resolve_neg()
+    return (
+        x if x.stride(-1) == 1 and x.data_ptr() else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
+_kept = threading.local()
 
 
 def _call(name: str, *arguments: Any) -> None:
+    """Calls a compiled function with as much workspace as it asks for.
+
+    Each thread keeps its largest, some 10 MB: pages mapped anew in every call would cost a tenth
+    of the time.
+    """
     function = getattr(_native.module(), name)
-    given = (*arguments, torch.get_num_threads())
-    workspace = torch.empty(_native.call(function, *given, None), dtype=torch.uint8)
-    _native.call(function, *given, workspace.data_ptr())
+    given = [_native.handle(x) if isinstance(x, Tensor) else x for x in arguments]
+    given.append(torch.get_num_threads())
+    needed = function(*given, None)
+    if getattr(_kept, "workspace", None) is None or _kept.workspace.numel() < needed:
+        _kept.workspace = torch.empty(needed, dtype=torch.uint8, device="cpu")
+    function(*given, _kept.workspace.data_ptr())

@@ -17,9 +17,9 @@ namespace clipvip {
 namespace CLIPVIP_ISA {
 namespace {
 
-// Of a block of A; of the inner dimension that a sum runs over; and of the part of the tokens that
-// is packed at a time where they are the inner dimension.
-constexpr int64_t kMaxRows = 96, kMaxSlice = 256, kMaxWords = 768;
+// Of a block of A; and of the part of the tokens that is packed at a time where they are the inner
+// dimension.
+constexpr int64_t kMaxRows = 96, kMaxWords = 768;
 constexpr int64_t kSummed = 32;  // words of tokens that a column's sum runs over
 constexpr int64_t kPanel = kMaxPanelVectors * kLanes;
 static_assert(kLinearUnit % kPanel == 0 && kLinearUnit % (2 * kLanes) == 0, "whole panels and words");
@@ -84,15 +84,24 @@ CLIPVIP_INLINE void statistics(const float* row, int64_t n, float eps, float& me
   rstd = 1.f / std::sqrt(reduce_add(squares) / float(n) + eps);
 }
 
-// Row i of f(x). `measure`: compute its statistics and keep them, else take them as they are.
-CLIPVIP_INLINE const float* input_row(const LinearParams& p, int64_t i, float* line, bool measure) {
+// What becomes of a row's statistics.
+enum class Statistics { computed, computed_and_kept, given };
+
+// Row i of f(x).
+CLIPVIP_INLINE const float* input_row(const LinearParams& p, int64_t i, float* line,
+                                      Statistics what) {
   const float* row = float_row(p.x, i, line);
   const int64_t width = p.x.size[1];
   if (p.input == LinearInput::normed) {
-    if (measure) statistics(row, width, p.eps, p.mean[i], p.rstd[i]);
-    const Vec mean = broadcast(p.mean[i]), rstd = broadcast(p.rstd[i]);
+    float mean, rstd;
+    if (what == Statistics::given) {
+      mean = p.mean[i], rstd = p.rstd[i];
+    } else {
+      statistics(row, width, p.eps, mean, rstd);
+    }
+    if (what == Statistics::computed_and_kept) p.mean[i] = mean, p.rstd[i] = rstd;
     for (int64_t k = 0; k < width; k += kLanes) {
-      const Vec normed = mul(sub(load(row + k), mean), rstd);
+      const Vec normed = mul(sub(load(row + k), broadcast(mean)), broadcast(rstd));
       store(line + k, fma(normed, load(p.norm_weight + k), load(p.norm_bias + k)));
     }
     return line;
@@ -122,6 +131,8 @@ class Linear {
  public:
   using Word = typename Dot::Word;
   static constexpr int kElements = Dot::kElements;
+  // Words of the inner dimension that a sum runs over; rounding of operands outweighs that of sums.
+  static constexpr int64_t kMaxSlice = kElements == 1 ? 256 : 384;
 
   // rows × columns of C, and the elements of the inner dimension. `whole`: all of B is packed, and
   // A is staged by rows; else a part of the inner dimension at a time, and A by columns.
@@ -154,7 +165,10 @@ class Linear {
         pack_weight<bfloat16>(panel * kPanel);
       }
     });
-    multiply([&](int64_t i, float* line) { return input_row(p_, i, line, true); },
+    multiply([&](int64_t i, float* line, bool first_group) {
+               return input_row(p_, i, line, first_group ? Statistics::computed_and_kept
+                                                         : Statistics::computed);
+             },
              [&](int64_t i, int64_t n, Vec value) {
                value = mul(value, broadcast(p_.alpha));
                if (p_.bias) value = fma(load(p_.bias + n), broadcast(p_.beta), value);
@@ -173,7 +187,7 @@ class Linear {
       }
       pack_word<Dot>(b_, words_, k, columns_, rows);
     });
-    multiply([&](int64_t i, float* line) { return float_row(p_.grad, i, line); },
+    multiply([&](int64_t i, float* line, bool) { return float_row(p_.grad, i, line); },
              [&](int64_t i, int64_t k, Vec value) {
                if (p_.before.data) value = mul(value, silu_derivative(load_at(p_.before, i, k)));
                store_at(p_.out, i, k, value);
@@ -190,7 +204,7 @@ class Linear {
         const float* rows[kElements] = {};
         for (int e = 0; e < kElements; ++e) {
           const int64_t i = (first + k) * kElements + e;
-          if (i < tokens) rows[e] = input_row(p_, i, s.line[e], false);
+          if (i < tokens) rows[e] = input_row(p_, i, s.line[e], Statistics::given);
         }
         pack_word<Dot>(b_, words, k, columns_, rows);
       });
@@ -286,12 +300,13 @@ class Linear {
     });
   }
 
-  // emit(row, column, C there) for all of C; row(i, line) gives the floats of A's row.
+  // emit(row, column, C there) for all of C; row(i, line, whether this is the first group of panels
+  // to ask for it) gives the floats of A's row.
   template <typename Row, typename Emit>
   CLIPVIP_INLINE void multiply(const Row& row, const Emit& emit) const {
     each_task([&](int64_t first, int64_t rows, int64_t group, const Scratch& s) {
       for (int64_t i = 0; i < rows; ++i) {
-        const float* line = row(first + i, s.line[0]);
+        const float* line = row(first + i, s.line[0], group == 0);
         copy_rows<Dot>(s.a + i * a_step_, a_step_, [&](int64_t) { return line; }, 1, 1, words_);
       }
       walk(Operand<Dot>{s.a, a_step_, 1}, words_, rows, group, s,

@@ -22,7 +22,7 @@ struct LinearParams {
   // Rows may lie apart, elements of a row not. float32 or bfloat16, each as it likes.
   Tensor x;         // [T, K]; forward, grad_weight
   Tensor weight;    // [N, K]; forward, grad_input
-  Tensor residual;  // [T, N] of the dtype of out, or no data; forward
+  Tensor residual;  // [T, N], or no data; forward
   Tensor grad;      // [T, N]; grad_input, grad_weight
   Tensor before;    // [T, K], or no data: no derivative; grad_input
   Tensor out;       // [T, N] in forward, [T, K] in grad_input

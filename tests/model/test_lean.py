@@ -171,6 +171,17 @@ def test_what_takes_a_layers_place_or_listens_to_it_is_called(changed):
     modules[changed] = other
     for lean, plain in ((lean_linear, plain_linear), (lean_mlp, plain_mlp)):
         torch.testing.assert_close(lean(x, modules), plain(x, modules))
+    modules[changed].forward = lambda x: torch.full((len(x), other.out_features), 0.5)
+    torch.testing.assert_close(lean_mlp(x, modules), plain_mlp(x, modules))
+
+
+def test_a_residual_may_be_wider_or_broadcast():
+    _, x = parts(torch.float32)
+    layer = nn.Linear(WIDTH, WIDTH)
+    for residual in (torch.randn(WIDTH), torch.randn(TOKENS, WIDTH).half().double()):
+        got, want = residual_linear(residual, x, layer), residual + layer(x)
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want)
 
 
 def test_layers_side_by_side_are_one_product():

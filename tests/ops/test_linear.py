@@ -118,14 +118,87 @@ def test_what_is_not_finite_stays_so():
     assert torch.equal(silu, extreme.clamp(min=0))
 
 
-def test_chosen_only_for_what_the_kernels_can_do(monkeypatch):
+def test_a_residual_of_another_dtype_widens_the_result():
+    given = inputs(70, 64, 64, torch.bfloat16)
+    x, weight, bias = (given[name] for name in ("x", "weight", "bias"))
+    for residual, operands in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        added = given["residual"].to(residual)
+        got, want = (
+            form(x, weight, bias, operands, residual=added)[0]
+            for form in (linear.linear_forward, linear.linear_forward_reference)
+        )
+        assert got.dtype == want.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_may_be_expanded_negated_or_of_no_rows():
+    given = inputs(70, 64, 128, torch.float32)
+    x, weight = given["x"], given["weight"]
+    grad = torch.ones(1, 1).expand(70, 128)
+    for each in (grad, -grad, torch._neg_view(grad), torch._efficientzerotensor((70, 128))):
+        of_x = linear.linear_grad_input(each, weight, torch.float32, torch.float32)
+        of_weight, of_bias = linear.linear_grad_weight(each, x, torch.float32)
+        torch.testing.assert_close(of_x, each @ weight, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(of_weight, each.T @ x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(of_bias, each.sum(0))
+    nothing = linear.linear_grad_weight(grad[:0], x[:0], torch.float32)
+    assert all(each.eq(0).all() for each in nothing)
+
+
+def test_workspace_lies_on_the_cpu_whatever_the_default_device():
+    given = inputs(70, 64, 64, torch.float32)
+    want, _ = linear.linear_forward(given["x"], given["weight"], given["bias"], torch.float32)
+    linear._kept.workspace = None
+    with torch.device("meta"):
+        got, _ = linear.linear_forward(given["x"], given["weight"], given["bias"], torch.float32)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.zeros(70, 128)}, r"weight is \[64, 64\], expected \[64, 128\]"),
+        ({"x": torch.zeros(70, 64).half()}, "x is torch.float16 .* expected a matrix of float32"),
+        ({"x": torch.zeros(2, 35, 64)}, r"x is torch.float32 \[2, 35, 64\]"),
+        ({"weight": torch.zeros(100, 64)}, "a width is 100, expected a positive multiple of 64"),
+        ({"bias": torch.zeros(63)}, r"bias is \[63\], expected \[64\]"),
+        ({"residual": torch.zeros(1, 64)}, r"residual is \[1, 64\], expected \[70, 64\]"),
+        ({"operands": torch.float16}, "operands is torch.float16, expected torch.float32 or"),
+        ({"norm": Norm(torch.ones(3), torch.ones(64), 1e-5)}, r"norm.weight is \[3\]"),
+        ({"norm": Norm(torch.ones(64), torch.ones(64), 1e-5), "silu": True}, "one at most"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_said_in_a_line(changed, message):
+    given = inputs(70, 64, 64, torch.float32)
+    arguments = {name: given[name] for name in ("x", "weight", "bias")}
+    arguments |= {"operands": torch.float32} | changed
+    with pytest.raises((TypeError, ValueError), match=message):
+        linear.linear_forward(**arguments)
+
+
+def test_norm_and_statistics_belong_together():
+    given = inputs(70, 64, 64, torch.float32)
+    norm = Norm(given["norm_weight"], given["norm_bias"], 1e-5)
+    with pytest.raises(ValueError, match="belong together"):
+        linear.linear_grad_weight(given["grad"], given["x"], torch.float32, norm=norm)
+
+
+def test_chosen_only_for_what_the_kernels_can_do(monkeypatch, capability):
     monkeypatch.setattr(linear, "_measured_processor", lambda: True)
-    x, weight = torch.empty(512, 64), torch.empty(128, 64)
-    assert linear.quicker_here(x, weight, operands=torch.bfloat16)
-    assert not linear.quicker_here(x, weight, operands=torch.float16)
-    assert not linear.quicker_here(x[:511], weight, operands=torch.float32)
-    assert not linear.quicker_here(x.double(), weight, operands=torch.float32)
-    assert not linear.quicker_here(x, weight[:100], operands=torch.float32)
-    assert not linear.quicker_here(x.to("meta"), weight, operands=torch.float32)
+    x, weight, bias = torch.empty(512, 64), torch.empty(128, 64), torch.empty(128)
+    here = capability == "avx512bf16"
+    assert linear.quicker_here(torch.bfloat16, x, weight, bias) == here
+    assert not linear.quicker_here(torch.float16, x, weight)
+    assert not linear.quicker_here(torch.float32, x[:511], weight)
+    assert not linear.quicker_here(torch.float32, x.double(), weight)
+    assert not linear.quicker_here(torch.float32, x, weight, bias.half())
+    assert not linear.quicker_here(torch.float32, x, weight[:100])
+    assert not linear.quicker_here(torch.float32, x, weight.to("meta"))
+    assert not linear.quicker_here(torch.float32, x, weight.as_subclass(Elsewhere))
     monkeypatch.setattr(linear, "_measured_processor", lambda: False)
-    assert not linear.quicker_here(x, weight, operands=torch.bfloat16)
+    assert not linear.quicker_here(torch.bfloat16, x, weight)
+
+
+class Elsewhere(torch.Tensor):
+    """Stands for tensors that are spread over ranks or quantised."""

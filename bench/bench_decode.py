@@ -52,6 +52,7 @@ CASES = {
     )
     for seconds in (10, 60)
 }
+QUICK = ("h264-320x240-10s-one",)
 ENCODERS = {
     "h264": ("mp4", "libx264", {"preset": "medium"}),
     "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),

@@ -212,7 +212,7 @@ def measure(
     config, batch = settings(videos, dtype), made_up(videos, device)
     without = left_out(compiled)
     gib = STATES * 4 * sum(p.numel() for p in model.parameters()) / 2**30
-    if compiled and device == "cpu" and gib > psutil.virtual_memory().available / 2**30 / 2:
+    if compiled and device == "cpu" and gib > psutil.virtual_memory().available / 2**30 * 0.6:
         compiled, without = False, dict.fromkeys(left_out(False), f"{gib:.0f} GiB for all states")
     able = contestants(model, config, compiled)
 

@@ -82,6 +82,7 @@ def run_case(
         if params.get("device") == "cuda" and not torch.cuda.is_available():
             pytest.skip(f"{case}: no CUDA GPU")
         print(f"\n{position}/{len(request.session.items)} {suite} {case}", flush=True)
+        harness.record_path(options.bench_out, suite, case).unlink(missing_ok=True)
         measured = benchmark.pedantic(
             harness.in_process,
             args=(malloc, module, "measure"),

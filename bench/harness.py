@@ -359,8 +359,12 @@ def save(out: Path, record: dict[str, Any]) -> dict[str, Any]:
     record = record | {"machine": record["machine"] | {"ceilings": ceilings(device)}}
     order = ("suite", "case", "params", "work", "machine", "left_out", "results")
     record = {key: record[key] for key in order if key in record} | record
-    write(out / f"{record['suite']}-{record['case']}.json", record)
+    write(record_path(out, record["suite"], record["case"]), record)
     return record
+
+
+def record_path(out: Path, suite: str, case: str) -> Path:
+    return out / f"{suite}-{case}.json"
 
 
 def write(path: Path, value: Any) -> Path:

@@ -96,11 +96,12 @@ def _weights_say_all(*modules: nn.Module) -> bool:
 class _Products:
     """Forward, gradient of the input and of the weight, by our kernels or by PyTorch."""
 
-    def __init__(self, x: Tensor, *others: Tensor) -> None:
+    def __init__(self, x: Tensor, *parameters: Tensor, residual: Tensor | None = None) -> None:
         kind = x.device.type
         enabled = torch.is_autocast_enabled(kind)
         self.dtype = torch.get_autocast_dtype(kind) if enabled else x.dtype
-        self.ours = linear.quicker_here(self.dtype, x, *others)
+        rows = (x,) if residual is None else (x, residual)
+        self.ours = linear.quicker_here(self.dtype, rows, parameters)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor, **options: Any):
         function = linear.linear_forward if self.ours else linear.linear_forward_reference
@@ -153,7 +154,7 @@ class _NormLinear(torch.autograd.Function):
 class _ResidualLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, x, weight, bias):
-        ctx.products = _Products(x, weight, bias, residual)
+        ctx.products = _Products(x, weight, bias, residual=residual)
         with torch.autocast(x.device.type, enabled=False):
             out, _ = ctx.products.forward(x, weight, bias, residual=residual)
         ctx.save_for_backward(x, weight, bias)

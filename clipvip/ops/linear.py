@@ -13,6 +13,7 @@ where they were measured to be quicker than PyTorch's own products (`quicker_her
 
 import functools
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,26 +109,28 @@ def _inputs(x: Tensor, norm: Norm | None, silu: bool) -> tuple[Tensor, Statistic
 # --- kernels -------------------------------------------------------------------------------------
 
 
-def quicker_here(operands: torch.dtype, x: Tensor, *others: Tensor) -> bool:
+def quicker_here(
+    operands: torch.dtype, rows: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> bool:
     """Whether the kernels can compute with these, and are known to be quicker than PyTorch.
 
     They were measured on AMD's processors with AVX512-BF16; on others PyTorch's libraries use what
     the kernels do not, such as Intel's AMX.
 
-    operands: as in `linear_forward`. x: [T, K]. others: weights [N, K] and vectors, in any order.
+    operands: as in `linear_forward`. rows: x [T, K] and what else has a row a token. parameters:
+    weights [N, K] and vectors.
     """
     return (
         operands in DTYPES
-        and x.ndim == 2
-        and x.shape[0] >= MIN_ROWS
+        and all(x.ndim == 2 and x.shape[0] == rows[0].shape[0] >= MIN_ROWS for x in rows)
         and all(
             # Of no subclass: one may keep its numbers elsewhere, or none.
             type(each) in (Tensor, nn.Parameter)
             and each.device.type == "cpu"
             and each.dtype in DTYPES
-            for each in (x, *others)
+            for each in (*rows, *parameters)
         )
-        and all(_fits(size) for each in others if each.ndim == 2 for size in each.shape)
+        and all(_fits(size) for each in parameters if each.ndim == 2 for size in each.shape)
         and _measured_processor()
         and _native.module().cpu_capability() == "avx512bf16"
     )

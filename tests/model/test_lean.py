@@ -5,15 +5,18 @@ import torch
 from torch import nn
 
 from clipvip.model.lean import norm_linear, residual_linear, residual_mlp
-from clipvip.ops import linear
+from clipvip.ops import _native, linear
 
 WIDTH, INNER, TOKENS = 64, 128, 37
 
 
 @pytest.fixture(params=["our products", "pytorch's products"], autouse=True)
 def products(request, monkeypatch):
-    monkeypatch.setattr(linear, "_measured_processor", lambda: request.param.startswith("our"))
+    """Which are taken where they can be; returns whether those are ours."""
+    ours = request.param == "our products"
+    monkeypatch.setattr(linear, "_measured_processor", lambda: ours)
     monkeypatch.setattr(linear, "MIN_ROWS", 1)
+    return ours and _native.module().cpu_capability() == "avx512bf16"
 
 
 def parts(dtype):
@@ -116,6 +119,20 @@ def test_no_less_exact_than_the_plain_composition(lean, plain, dtype, autocast):
         assert value.dtype == of_plain[name].dtype, name
         floor = torch.finfo(dtype).eps
         assert error(value, want[name]) <= 2 * error(of_plain[name], want[name]) + floor, name
+
+
+@PARTS
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_products_are_those_that_were_chosen(lean, plain, autocast, products, monkeypatch):
+    called = set()
+    for name in ("linear_forward", "linear_grad_input", "linear_grad_weight"):
+        run = getattr(linear, name)
+        monkeypatch.setattr(
+            linear, name, lambda *x, name=name, run=run, **y: called.add(name) or run(*x, **y)
+        )
+    modules, x = parts(torch.float32)
+    gradients(lean, x, modules, autocast)
+    assert len(called) == (3 if products else 0)
 
 
 @PARTS

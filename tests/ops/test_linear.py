@@ -186,18 +186,19 @@ def test_norm_and_statistics_belong_together():
 
 def test_chosen_only_for_what_the_kernels_can_do(monkeypatch, capability):
     monkeypatch.setattr(linear, "_measured_processor", lambda: True)
-    x, weight, bias = torch.empty(512, 64), torch.empty(128, 64), torch.empty(128)
+    x, weight, bias = torch.empty(513, 64), torch.empty(128, 64), torch.empty(128)
     here = capability == "avx512bf16"
-    assert linear.quicker_here(torch.bfloat16, x, weight, bias) == here
-    assert not linear.quicker_here(torch.float16, x, weight)
-    assert not linear.quicker_here(torch.float32, x[:511], weight)
-    assert not linear.quicker_here(torch.float32, x.double(), weight)
-    assert not linear.quicker_here(torch.float32, x, weight, bias.half())
-    assert not linear.quicker_here(torch.float32, x, weight[:100])
-    assert not linear.quicker_here(torch.float32, x, weight.to("meta"))
-    assert not linear.quicker_here(torch.float32, x, weight.as_subclass(Elsewhere))
+    assert linear.quicker_here(torch.bfloat16, [x, x], [weight, bias]) == here
+    assert not linear.quicker_here(torch.float16, [x], [weight])
+    assert not linear.quicker_here(torch.float32, [x[:511]], [weight])
+    assert not linear.quicker_here(torch.float32, [x, x[:1]], [weight])
+    assert not linear.quicker_here(torch.float32, [x.double()], [weight])
+    assert not linear.quicker_here(torch.float32, [x], [weight, bias.half()])
+    assert not linear.quicker_here(torch.float32, [x], [weight[:100]])
+    assert not linear.quicker_here(torch.float32, [x], [weight.to("meta")])
+    assert not linear.quicker_here(torch.float32, [x], [weight.as_subclass(Elsewhere)])
     monkeypatch.setattr(linear, "_measured_processor", lambda: False)
-    assert not linear.quicker_here(torch.bfloat16, x, weight)
+    assert not linear.quicker_here(torch.bfloat16, [x], [weight])
 
 
 class Elsewhere(torch.Tensor):

@@ -6,7 +6,6 @@
 // LayerNorm and SiLU happen on the way into A or B, bias, residual and derivative on the way
 // out of the registers.
 #include <cmath>
-#include <type_traits>
 
 #include "common/arena.h"
 #include "common/gemm.h"

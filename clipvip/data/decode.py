@@ -160,7 +160,7 @@ class OpenClip:
         except _TablesWrong:
             with _open(file) as container:
                 stream = _video_stream(container, file.path)
-                index = _known_index(container, stream, file)
+                index = _known_index(container, stream, file, trust_tables=False)
                 return _decode(container, stream, index, self.choose(index), size, file, threads)
 
 
@@ -192,11 +192,7 @@ def open_clip(
 
     with _as_decode_errors(file), _open(file) as container:
         stream = _video_stream(container, file.path)
-        index = None
-        if start is None and end is None:  # of a part only that part's packets are read
-            index = _index_of_tables(container, stream, file)
-        if index is None:
-            index = _known_index(container, stream, file, start, end)
+        index = _known_index(container, stream, file, start, end)
         yield OpenClip(source, container, stream, index, choose(index), choose)
 
 
@@ -365,10 +361,12 @@ class _Index:
         arrays = (self.pts, self.dts, self.keyframe, self.shown, self.times)
         return 1024 + sum(array.nbytes for array in arrays)  # and the objects themselves
 
-    def keyframe_for(self, pts: int) -> int:
-        """Position of the last-shown keyframe from which the frame shown at pts decodes."""
-        candidates = np.flatnonzero(self.keyframe & (self.pts <= pts))
-        return int(candidates[np.argmax(self.pts[candidates])]) if len(candidates) else 0
+    def keyframes_for(self, wanted: list[int]) -> list[int]:
+        """For each pts, the position of the last-shown keyframe from which its frame decodes."""
+        keys = np.flatnonzero(self.keyframe)
+        keys = keys[np.argsort(self.pts[keys])]
+        found = np.searchsorted(self.pts[keys], wanted, side="right") - 1
+        return [int(keys[position]) if position >= 0 else 0 for position in found]
 
 
 def _video_stream(container: InputContainer, path: Path) -> VideoStream:
@@ -408,16 +406,27 @@ def _known_index(
     file: _File,
     start: float | None = None,
     end: float | None = None,
+    *,
+    trust_tables: bool = True,
 ) -> _Index:
-    """As _index; of a file that stays as it is, its packets are not read in every epoch."""
+    """What is shown in [start, end): by an MP4's tables, or else as _index finds it. Neither is
+    read in every epoch of a file that stays as it is."""
+
+    def read() -> _Index:
+        if trust_tables and start is None and end is None:  # of a part, that part is read
+            index = _index_of_tables(container, stream, file)
+            if index is not None:
+                return index
+        return _index(container, stream, file.path, start, end)
+
     # To seek well, other formats have to have been read through.
     if file.data is not None or container.format.name not in SEEKABLE:
-        return _index(container, stream, file.path, start, end)
+        return read()
     status = os.stat(file.path)
     key = (str(file.path), status.st_size, status.st_mtime_ns, start, end)
     index = _known.pop(key, None)
-    if index is None:
-        index = _index(container, stream, file.path, start, end)
+    if index is None or (index.by_tables and not trust_tables):
+        index = read()
         left = MOST_KNOWN - index.bytes
         for other, kept in reversed(list(_known.items())):
             left -= kept.bytes
@@ -598,6 +607,7 @@ def _decode(
     """The chosen frames (positions in index.shown), converted: uint8 [len(chosen), 3, s, s]."""
     wanted, places = np.unique(index.shown[chosen], return_inverse=True)
     frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
+    pixels = frames.numpy()
     converter = _Converter(size)
     try:
         if index.by_count:
@@ -605,7 +615,7 @@ def _decode(
         _set_threads(stream, threads)
         found = _seek_and_decode(container, stream, index, wanted.tolist())
         for position, frame in found:
-            converter.convert(frame, frames[position].numpy())
+            converter.convert(frame, pixels[position])
     except (_SeekFailed, av.FFmpegError):
         if index.by_tables:
             raise _TablesWrong from None
@@ -614,7 +624,7 @@ def _decode(
             _set_threads(stream, threads)
             frames_shown = _decode_all(again, stream, index, wanted.tolist(), file.path)
             for position, frame in frames_shown:
-                converter.convert(frame, frames[position].numpy())
+                converter.convert(frame, pixels[position])
     if np.array_equal(places, np.arange(len(wanted))):
         return frames
     return frames[torch.from_numpy(places)]
@@ -633,23 +643,27 @@ def _seek_and_decode(
     wanted: pts, increasing. Raises _SeekFailed where the file cannot be sought in, or where a
     frame does not come out or is damaged.
     """
-    unfed = {pts: position for position, pts in enumerate(wanted)}
-    inside: dict[int, int] = {}
+    unfed: dict[int | None, int] = {pts: position for position, pts in enumerate(wanted)}
+    inside: dict[int | None, int] = {}
     context = stream.codec_context
+    keys = index.keyframes_for(wanted)
+    known = index.pts.tolist() if index.by_tables else []
     while unfed:
-        key = index.keyframe_for(next(iter(unfed)))
+        key = keys[next(iter(unfed.values()))]
         # A seek may land before its keyframe; only a later keyframe is worth another.
         fed, packets = _seek(container, stream, index, key)
         ahead = max(fed, key)
+        context.skip_frame, skipping = "NONREF", True
         for packet in packets:
-            if index.by_tables and not (fed < len(index.pts) and packet.pts == index.pts[fed]):
+            pts = packet.pts
+            if index.by_tables and not (fed < len(known) and pts == known[fed]):
                 raise _SeekFailed
-            if packet.pts in unfed:
-                context.skip_frame = "DEFAULT"
-                inside[packet.pts] = unfed.pop(packet.pts)
-                key = index.keyframe_for(next(iter(unfed))) if unfed else 0
-            else:
-                context.skip_frame = "NONREF"
+            skip = pts not in unfed
+            if not skip:
+                inside[pts] = unfed.pop(pts)
+                key = keys[next(iter(unfed.values()))] if unfed else 0
+            if skip != skipping:  # setting it costs more than passing over a packet does
+                context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
             fed += 1
             ahead = max(fed, ahead)
             leave = not unfed or key > ahead

@@ -27,7 +27,12 @@ import torch
 
 BENCH = Path(__file__).resolve().parent
 SUITES = {
-    "ops": ("bench_proxy_attention", "bench_pairwise_logsumexp", "bench_linear"),
+    "ops": (
+        "bench_proxy_attention",
+        "bench_pairwise_logsumexp",
+        "bench_linear",
+        "bench_resize_crop",
+    ),
     "model": ("bench_model",),
     "train": ("bench_train",),
     "decode": ("bench_decode",),

@@ -9,6 +9,7 @@
 #include "module.h"
 #include "pairwise_logsumexp/op.h"
 #include "proxy_attention/op.h"
+#include "resize_crop/op.h"
 
 namespace py = pybind11;
 using clipvip::release_gil;
@@ -49,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_forward", &clipvip::linear_forward_op, release_gil());
   m.def("linear_grad_input", &clipvip::linear_grad_input_op, release_gil());
   m.def("linear_grad_weight", &clipvip::linear_grad_weight_op, release_gil());
+
+  m.def("resize_crop", &clipvip::resize_crop_op, release_gil());
 
 #ifdef CLIPVIP_CUDA_ARCHITECTURES
   clipvip::register_cuda(m);

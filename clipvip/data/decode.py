@@ -5,13 +5,14 @@ without decoding them: in the order of showing, they say which frames a sampling
 whatever the frame rate does. The second pass decodes only what those frames need: it jumps
 forward where a keyframe lies between the decoder and the next wanted frame, feeds nothing after
 the last frame wanted before the jump, and lets the decoder drop frames that no other frame
-refers to. Only wanted frames are converted: one swscale call (bicubic, antialiased) goes from
-the decoder's format to planar RGB at the target size. Sizes are those of stored pixels (the
-pixel aspect ratio is not applied); rotation and mirroring flags are.
+refers to. Only wanted frames are converted, in one pass from the decoder's planes to RGB at the
+target size (clipvip.ops.resize_crop); swscale takes formats that are no planar YUV. Sizes are
+those of stored pixels (the pixel aspect ratio is not applied); rotation and mirroring flags are.
 
 Times are seconds from the video's first frame.
 """
 
+import functools
 import io
 import itertools
 import math
@@ -31,13 +32,15 @@ from av.packet import Packet
 from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.plane import VideoPlane
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data.mp4 import composition_offsets
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
+from clipvip.ops.resize_crop import Colours, resize_crop, resized
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
@@ -49,6 +52,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
 SEEKABLE = frozenset({MP4, MATROSKA})
+CENTRED_CHROMA = frozenset({"mjpeg", "mpeg1video", "theora", "vp3"})  # codecs
 KEYFRAME = 1  # the flag of an entry of libav's index
 MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 10,000 of ten seconds
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
@@ -608,7 +612,7 @@ def _decode(
     wanted, places = np.unique(index.shown[chosen], return_inverse=True)
     frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
     pixels = frames.numpy()
-    converter = _Converter(size)
+    converter = _Converter(size, stream.codec_context.name)
     try:
         if index.by_count:
             raise _SeekFailed
@@ -731,41 +735,65 @@ def _decode_all(
 class _Converter:
     """Frames of one video to RGB squares; keeps swscale's tables between frames."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, codec: str) -> None:
         self.size = size
+        self.chroma_left = codec not in CENTRED_CHROMA
         self.reformatter = VideoReformatter()
 
     def convert(self, frame: VideoFrame, out: NDArray[np.uint8]) -> None:
         """Writes the frame as it is to be shown into out [3, size, size]."""
-        size = self.size
-        scale = size / min(frame.width, frame.height)
-        width = max(size, round(frame.width * scale))
-        height = max(size, round(frame.height * scale))
-        # Where nothing is to be resized, swscale leaves last columns of planar RGB unwritten.
-        same = (width, height) == (frame.width, frame.height)
-        resized = self.reformatter.reformat(
-            frame,
-            width,
-            height,
-            "rgb24" if same else "gbrp",
-            interpolation=Interpolation.BICUBIC,
-            **_ONE_THREAD,
-        )
-        top, left = (height - size) // 2, (width - size) // 2
         swapped, mirrored_x, mirrored_y = orientation(frame)
-        for channel in range(3):
-            plane = resized.planes[0 if same else (2, 0, 1)[channel]]  # stored as G, B, R
-            pixels = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
-            if same:
-                pixels = pixels[:, channel : 3 * width : 3]
-            square = pixels[top : top + size, left : left + size]
-            if swapped:
-                square = square.T
-            if mirrored_x:
-                square = square[:, ::-1]
-            if mirrored_y:
-                square = square[::-1]
-            out[channel] = square
+        turned = swapped or mirrored_x or mirrored_y
+        found = _yuv(frame, self.chroma_left)
+        if found is None:
+            square = self._by_swscale(frame)
+        else:
+            square = resize_crop(found[0], self.size, found[1], None if turned else out)
+            if not turned:
+                return
+        if swapped:
+            square = square.transpose(0, 2, 1)
+        out[:] = square[:, :: -1 if mirrored_y else 1, :: -1 if mirrored_x else 1]
+
+    def _by_swscale(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        height, width = resized(frame.height, frame.width, self.size)
+        whole = self.reformatter.reformat(
+            frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC, **_ONE_THREAD
+        )
+        rows = _rows(whole.planes[0], np.uint8)[:, : 3 * width]
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        pixels = rows.reshape(height, width, 3)[top : top + self.size, left : left + self.size]
+        return pixels.transpose(2, 0, 1)
+
+
+_PLANAR_YUV = re.compile(r"yuv(j?)4(?:20|22|44)p(?:(9|10|12|14|16)le)?")
+_MATRICES = dict(enumerate(("bt601", "bt709", "bt601", "bt601", "fcc", "bt601", "bt601")))
+_MATRICES |= {7: "smpte240m", 9: "bt2020"}  # H.273, table 4; where a file does not say, BT.601
+
+
+@functools.lru_cache(maxsize=64)
+def _colours(name: str, matrix: int, full_range: bool, chroma_left: bool) -> Colours | None:
+    form = _PLANAR_YUV.fullmatch(name)
+    if form is None or matrix not in _MATRICES:
+        return None
+    full_range = full_range or form[1] == "j"
+    return Colours(_MATRICES[matrix], full_range, int(form[2] or 8), chroma_left)
+
+
+def _yuv(frame: VideoFrame, chroma_left: bool) -> tuple[list[NDArray[Any]], Colours] | None:
+    """The frame's planes and what they mean; None where resize_crop does not take its format."""
+    full_range = frame.color_range == ColorRange.JPEG
+    colours = _colours(frame.format.name, int(frame.colorspace), full_range, chroma_left)
+    planes = frame.planes
+    if colours is None or any(plane.line_size < 0 for plane in planes):  # rows from the last on
+        return None
+    dtype = np.uint8 if colours.bits == 8 else np.uint16
+    return [_rows(plane, dtype)[:, : plane.width] for plane in planes], colours
+
+
+def _rows(plane: VideoPlane, dtype: type) -> NDArray[Any]:
+    """With what pads them."""
+    return np.frombuffer(memoryview(plane), dtype).reshape(plane.height, -1)
 
 
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
@@ -786,7 +814,8 @@ def _read_image(file: _File, size: int) -> Tensor:
 
     with Image.open(file.readable()) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
-    out = torch.empty(1, 3, size, size, dtype=torch.uint8)
-    frame = VideoFrame.from_ndarray(np.asarray(upright), format="rgb24")
-    _Converter(size).convert(frame, out[0].numpy())
-    return out
+    height, width = resized(upright.height, upright.width, size)
+    top, left = (height - size) // 2, (width - size) // 2
+    whole = upright.resize((width, height), Image.Resampling.BICUBIC)
+    square = np.asarray(whole.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(square.transpose(2, 0, 1).copy())[None]

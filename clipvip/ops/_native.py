@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,20 @@ def check_dtype(name: str, tensor: Tensor) -> None:
             f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16; "
             "backend='reference' takes others"
         )
+
+
+_kept = threading.local()
+
+
+def workspace(needed: int) -> int:
+    """Address of as many bytes, good until this thread asks again.
+
+    Each thread keeps its largest, some 10 MB: pages mapped anew in every call would cost a tenth
+    of the time.
+    """
+    if getattr(_kept, "workspace", None) is None or _kept.workspace.numel() < needed:
+        _kept.workspace = torch.empty(needed, dtype=torch.uint8, device="cpu")
+    return int(_kept.workspace.data_ptr())
 
 
 def handle(tensor: Tensor) -> Any:

@@ -12,7 +12,6 @@ where they were measured to be quicker than PyTorch's own products (`quicker_her
 """
 
 import functools
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -319,19 +318,8 @@ def _rows(x: Tensor) -> Tensor:
     )
 
 
-_kept = threading.local()
-
-
 def _call(name: str, *arguments: Any) -> None:
-    """Calls a compiled function with as much workspace as it asks for.
-
-    Each thread keeps its largest, some 10 MB: pages mapped anew in every call would cost a tenth
-    of the time.
-    """
+    """Calls a compiled function with as much workspace as it asks for."""
     function = getattr(_native.module(), name)
-    given = [_native.handle(x) if isinstance(x, Tensor) else x for x in arguments]
-    given.append(torch.get_num_threads())
-    needed = function(*given, None)
-    if getattr(_kept, "workspace", None) is None or _kept.workspace.numel() < needed:
-        _kept.workspace = torch.empty(needed, dtype=torch.uint8, device="cpu")
-    function(*given, _kept.workspace.data_ptr())
+    given = [*_native.handles(*arguments), torch.get_num_threads()]
+    function(*given, _native.workspace(function(*given, None)))

@@ -6,6 +6,7 @@
 //
 //   Vec                        kLanes floats
 //   bfloat16, float16          storage types; load and store convert (to nearest even)
+//   uint8_t, uint16_t          the same, to be loaded; store clips to what uint8_t holds
 //   load, load_first           load_first(p, n) reads lanes [0, n) only, the others are zero
 //   store, store_first         store_first(p, v, n) writes lanes [0, n) only
 //   stream_two(p, a, b)        stores a, then b, past the caches; p is aligned to 64 bytes.
@@ -72,6 +73,12 @@ CLIPVIP_INLINE float to_float(float16 x) {
   // Shifted into place the exponent is 112 too small; the product also normalises subnormals.
   return from_bits(sign | bits_of(from_bits(magnitude << 13) * from_bits(0x77800000)));
 }
+CLIPVIP_INLINE float to_float(uint8_t x) { return x; }
+CLIPVIP_INLINE float to_float(uint16_t x) { return x; }
+CLIPVIP_INLINE void from_float(float x, uint8_t& to) {
+  x = x < 255.f ? x : 255.f;
+  to = uint8_t((x > 0.f ? x : 0.f) + 12582912.f - 12582912.f);  // rounded to nearest even
+}
 CLIPVIP_INLINE void from_float(float x, float& to) { to = x; }
 CLIPVIP_INLINE void from_float(float x, bfloat16& to) {
   const uint32_t bits = bits_of(x);
@@ -136,8 +143,20 @@ CLIPVIP_INLINE Vec load(const bfloat16* p) { return widen(_mm256_loadu_si256((co
 CLIPVIP_INLINE Vec load(const float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
+CLIPVIP_INLINE Vec load(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+CLIPVIP_INLINE Vec load(const uint16_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+}
 CLIPVIP_INLINE Vec load_first(const float* p, int64_t n) {
   return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+CLIPVIP_INLINE Vec load_first(const uint8_t* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
+CLIPVIP_INLINE Vec load_first(const uint16_t* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)));
 }
 CLIPVIP_INLINE Vec load_first(const bfloat16* p, int64_t n) {
   return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p));
@@ -150,8 +169,15 @@ CLIPVIP_INLINE void store(bfloat16* p, Vec a) { _mm256_storeu_si256((__m256i*)p,
 CLIPVIP_INLINE void store(float16* p, Vec a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
+CLIPVIP_INLINE __m128i to_bytes(Vec a) {
+  return _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(a), _mm512_setzero_si512()));
+}
+CLIPVIP_INLINE void store(uint8_t* p, Vec a) { _mm_storeu_si128((__m128i*)p, to_bytes(a)); }
 CLIPVIP_INLINE void store_first(float* p, Vec a, int64_t n) {
   _mm512_mask_storeu_ps(p, first_lanes(n), a);
+}
+CLIPVIP_INLINE void store_first(uint8_t* p, Vec a, int64_t n) {
+  _mm_mask_storeu_epi8(p, first_lanes(n), to_bytes(a));
 }
 CLIPVIP_INLINE void store_first(bfloat16* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a));
@@ -254,6 +280,12 @@ CLIPVIP_INLINE Vec load(const bfloat16* p) {
 CLIPVIP_INLINE Vec load(const float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
+CLIPVIP_INLINE Vec load(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+CLIPVIP_INLINE Vec load(const uint16_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 CLIPVIP_INLINE Vec load_first(const float* p, int64_t n) {
   return _mm256_maskload_ps(p, first_lanes(n));
 }
@@ -267,6 +299,12 @@ CLIPVIP_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 CLIPVIP_INLINE void store(bfloat16* p, Vec a) { _mm_storeu_si128((__m128i*)p, narrow(a)); }
 CLIPVIP_INLINE void store(float16* p, Vec a) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+CLIPVIP_INLINE void store(uint8_t* p, Vec a) {
+  const __m256i wide = _mm256_cvtps_epi32(a);
+  const __m128i half =
+      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half));
 }
 CLIPVIP_INLINE void store_first(float* p, Vec a, int64_t n) {
   _mm256_maskstore_ps(p, first_lanes(n), a);
@@ -348,6 +386,16 @@ CLIPVIP_INLINE float reduce_max(Vec a) {
 }
 template <typename T>
 CLIPVIP_INLINE Vec load(const T* p) { CLIPVIP_EACH_LANE(to_float(p[i])) }
+// Conversions of a whole vector are one or two instructions; lane by lane they would be many.
+template <typename T>
+CLIPVIP_INLINE Vec load_integers(const T* p) {
+  typedef T Integers __attribute__((vector_size(sizeof(T) * kLanes)));
+  Integers integers;
+  std::memcpy(&integers, p, sizeof integers);
+  return __builtin_convertvector(integers, Vec);
+}
+CLIPVIP_INLINE Vec load(const uint8_t* p) { return load_integers(p); }
+CLIPVIP_INLINE Vec load(const uint16_t* p) { return load_integers(p); }
 template <typename T>
 CLIPVIP_INLINE Vec load_first(const T* p, int64_t n) {
   CLIPVIP_EACH_LANE(i < n ? to_float(p[i]) : 0)
@@ -355,6 +403,13 @@ CLIPVIP_INLINE Vec load_first(const T* p, int64_t n) {
 template <typename T>
 CLIPVIP_INLINE void store(T* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) from_float(a[i], p[i]);
+}
+CLIPVIP_INLINE void store(uint8_t* p, Vec a) {
+  typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  const Vec rounded = min(max(a, zero()), broadcast(255.f)) + 12582912.f;  // in the lowest bits
+  const Bytes bytes = __builtin_convertvector((Integers)rounded & 255, Bytes);
+  std::memcpy(p, &bytes, kLanes);
 }
 template <typename T>
 CLIPVIP_INLINE void store_first(T* p, Vec a, int64_t n) {

@@ -5,7 +5,7 @@
 
 namespace clipvip {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3 };
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3, uint8 = 4, uint16 = 5 };
 
 struct Tensor {
   static constexpr int kMaxDims = 4;

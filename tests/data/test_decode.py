@@ -86,7 +86,7 @@ def test_part_of_a_video_is_what_is_shown_from_start_to_end(
 
 def test_real_clips_give_the_frames_of_a_full_decode(real_clips: dict[str, Path]) -> None:
     for path in real_clips.values():
-        converter = decode._Converter(32)
+        converter = decode._Converter(32, "h264")
         with av.open(str(path)) as container:
             full = torch.empty(container.streams.video[0].frames, 3, 32, 32, dtype=torch.uint8)
             for frame, out in zip(container.decode(video=0), full, strict=True):
@@ -469,3 +469,54 @@ def test_no_file_stays_open(make_video, tmp_path: Path) -> None:
             read_frames(bad, 4, size=16)
         probe(good)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- pixels --------------------------------------------------------------------------------------
+
+FORMATS = [  # what a decoder gives, as which codec writes it
+    *(("libx264", f"yuv{form}p{bits}") for form in (420, 422, 444) for bits in ("", "10le")),
+    *(("mjpeg", f"yuvj{form}p") for form in (420, 422, 444)),
+    *(("libx264", "yuvj420p"), ("libx264rgb", "rgb24")),
+]
+
+
+@pytest.mark.parametrize(("codec", "pixel_format"), FORMATS)
+def test_colours_of_every_format_are_right(
+    codec: str, pixel_format: str, write_video, tmp_path: Path
+) -> None:
+    y, x = np.mgrid[:64, :96] / 96
+    waves = (np.sin(9 * x + 5 * y), np.cos(7 * x - 3 * y), np.sin(11 * y - x))
+    shown = np.stack([128 + 70 * wave for wave in waves], 2).round().astype(np.uint8)
+    path = tmp_path / "x.mkv"
+    write_video(
+        path,
+        [shown] * 2,
+        codec=codec,
+        pixel_format=pixel_format,
+        options={"x264-params": "qp=2"} if "264" in codec else {"qmin": "1", "qmax": "1"},
+    )
+    found = read_frames(path, 1, size=32)[0].permute(1, 2, 0)
+    expected = Image.fromarray(shown[:, 16:80]).resize((32, 32), Image.Resampling.BICUBIC)
+    off = np.abs(found.numpy().astype(int) - np.asarray(expected, int))
+    assert off.mean() < 1.5 and off.max() < 9
+
+
+def test_a_matrix_that_nobody_knows_is_read_as_the_usual_one() -> None:
+    frame = av.VideoFrame(32, 32, "yuv420p")
+    for plane, value in zip(frame.planes, (81, 90, 240), strict=True):
+        plane.update(bytes([value]) * plane.buffer_size)
+    out = np.empty((3, 8, 8), np.uint8)
+    for reserved in (0, 2, 3):
+        frame.colorspace = reserved
+        decode._Converter(8, "h264").convert(frame, out)
+        assert (
+            np.abs(out[:, 0, 0] - np.array([254, 0, 0])).max() <= 1 and (out.std((1, 2)) == 0).all()
+        )
+
+
+def test_a_frame_stored_from_its_last_row_on_is_upright(write_video, tmp_path: Path) -> None:
+    pixels = np.repeat(np.arange(0, 240, 5, dtype=np.uint8), 64 * 3).reshape(48, 64, 3)
+    path = tmp_path / "x.avi"
+    write_video(path, [pixels] * 2, codec="rawvideo", pixel_format="bgr24")
+    rows = read_frames(path, 1, size=16)[0].float().mean((0, 2))
+    assert (rows.diff() > 10).all()

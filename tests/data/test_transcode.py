@@ -68,4 +68,8 @@ def test_what_is_turned_by_a_flag_is_stored_upright(matrix, turned_video) -> Non
     whole = read_frames(path, 1, size=32).float()
     copied = cut(path, 0.0, 0.1).blob
     assert (read_frames(copied, 1, size=32).float() - whole).abs().mean() < 1
-    assert (read_frames(reencode(path, 32).blob, 1, size=32).float() - whole).abs().mean() < 4
+    # Stored with half the chroma, whose edges are then smooth; turned otherwise it is far off.
+    again = read_frames(reencode(path, 32).blob, 1, size=32).float()
+    turned = [again, *(again.rot90(n, (2, 3)) for n in (1, 2, 3)), again.flip(2), again.flip(3)]
+    right, *wrong = ((each - whole).abs().mean() for each in turned)
+    assert right < 6 and min(wrong) > 30

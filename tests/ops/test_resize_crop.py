@@ -1,0 +1,142 @@
+"""Frames to RGB squares against float64 and PIL, on every instruction set."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipvip.ops._native import module
+from clipvip.ops.resize_crop import MATRICES, Colours, resize_crop, resize_crop_reference, resized
+
+SHAPES = [  # height, width, size: shrinking, growing, odd, thin, and as they are
+    *((240, 320, 224), (97, 61, 32), (720, 1280, 224), (45, 33, 70), (5, 3, 17), (2, 90, 7)),
+    *((1, 1, 5), (64, 64, 64), (16, 400, 1)),
+]
+ROUNDED = 0.5 + 1e-3  # float32 may round a tie the other way
+
+
+@pytest.fixture(params=module().cpu_capabilities(), autouse=True)
+def capability(request):
+    before = module().cpu_capability()
+    module().set_cpu_capability(request.param)
+    yield request.param
+    module().set_cpu_capability(before)
+
+
+def frame(height, width, chroma=(2, 2), bits=8, seed=0, padding=5):
+    """Y, U and V of noise, rows of them further apart than they are long."""
+    generator = np.random.default_rng(seed)
+    planes = []
+    for down, across in ((1, 1), chroma, chroma):
+        shape = -(-height // down), -(-width // across) + padding
+        dtype = np.uint8 if bits == 8 else np.uint16
+        planes.append(generator.integers(0, 2**bits, shape, dtype)[:, : shape[1] - padding])
+    return planes
+
+
+def off(planes, size, colours):
+    expected = resize_crop_reference(planes, size, colours)
+    return np.abs(resize_crop(planes, size, colours) - expected).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_size_is_right(shape):
+    *sides, size = shape
+    assert off(frame(*sides), size, Colours()) <= ROUNDED
+
+
+@pytest.mark.parametrize("chroma", [(1, 1), (1, 2), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("bits", [8, 10, 16])
+def test_every_format_is_right(chroma, bits):
+    for full_range in (False, True):
+        for matrix in MATRICES:
+            colours = Colours(matrix, full_range, bits)
+            assert off(frame(50, 75, chroma, bits), 40, colours) <= ROUNDED, colours
+
+
+def test_rows_and_out_may_be_parts_of_something_larger():
+    planes = frame(50, 75)
+    whole = np.full((3, 3, 40, 40), 7, np.uint8)
+    assert resize_crop(planes, 40, Colours(), whole[1]).base is whole
+    assert (whole[::2] == 7).all()
+    apart = [plane.copy() for plane in planes]
+    assert np.array_equal(whole[1], resize_crop(apart, 40, Colours()))
+
+
+@pytest.mark.parametrize(
+    ("colours", "yuv", "rgb"),
+    [  # the primary colours at 100 %, of ITU-R BT.601-7, BT.709-6 and BT.2020-2
+        (Colours("bt601"), (81, 90, 240), (255, 0, 0)),
+        (Colours("bt709"), (63, 102, 240), (255, 0, 0)),
+        (Colours("bt709"), (173, 42, 26), (0, 255, 0)),
+        (Colours("bt2020", bits=10), (293, 387, 960), (255, 0, 0)),
+        (Colours("bt601", full_range=True), (76, 85, 255), (254, 0, 0)),
+        (Colours(), (235, 128, 128), (255, 255, 255)),
+        (Colours(full_range=True), (0, 128, 128), (0, 0, 0)),
+        (Colours("bt601", True, 10), (1023, 512, 512), (255, 255, 255)),
+    ],
+)
+def test_known_colours_stay(colours, yuv, rgb):
+    dtype = np.uint8 if colours.bits == 8 else np.uint16
+    planes = [np.full((9, 16), value, dtype) for value in yuv]
+    square = resize_crop(planes, 6, colours)
+    assert np.abs(square - np.array(rgb, int)[:, None, None]).max() <= 1
+    assert (square == square[:, :1, :1]).all()
+
+
+@pytest.mark.parametrize("chroma_left", [True, False])
+def test_chroma_lies_where_it_is_said_to(chroma_left):
+    luma, grey = np.full((24, 48), 100, np.uint8), np.full((12, 24), 128, np.uint8)
+    ramp = np.broadcast_to(np.arange(24, dtype=np.uint8) * 4 + 80, (12, 24))
+    colours = Colours("bt601", True, 8, chroma_left)
+    blue = resize_crop_reference([luma, ramp, grey], 24, colours)[2, 0]
+    # the k-th of them on luma column 2k, or half a column further
+    columns = np.arange(12, 36) - (0 if chroma_left else 0.5)
+    expected = 100 + 1.772 * (columns / 2 * 4 + 80 - 128)
+    assert np.abs(blue - expected).max() < 1e-9
+    assert off([luma, ramp, grey], 24, colours) <= ROUNDED
+
+
+@pytest.mark.parametrize("shape", [(240, 320, 224), (97, 61, 32), (45, 33, 70)], ids=str)
+def test_grey_is_resized_as_pil_does(shape):
+    height, width, size = shape
+    luma = frame(height, width)[0] // 2 + 64  # PIL rounds and clips after either pass
+    grey = np.full((-(-height // 2), -(-width // 2)), 128, np.uint8)
+    square = resize_crop([luma, grey, grey], size, Colours(full_range=True))
+    rows, columns = resized(height, width, size)
+    image = Image.fromarray(luma).resize((columns, rows), Image.Resampling.BICUBIC)
+    top, left = (rows - size) // 2, (columns - size) // 2
+    expected = np.asarray(image, int)[top : top + size, left : left + size]
+    assert np.abs(square - expected).max() <= 1
+
+
+def test_threads_do_not_disturb_each_other():
+    given = [(frame(60 + 9 * i, 80, seed=i), 32 + i, Colours()) for i in range(8)]
+    alone = [resize_crop(*each) for each in given]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            together = list(pool.map(lambda each: resize_crop(*each), given))
+            assert all(map(np.array_equal, alone, together))
+
+
+def test_what_does_not_fit_is_said():
+    y, u, v = frame(8, 8)
+    for planes, size, colours, error in [
+        ([y, u], 4, Colours(), "expected three matrices"),
+        ([y, u, v[:3]], 4, Colours(), r"a plane is \[3, 4\] of a frame of \[8, 8\]"),
+        ([y[:0], u[:0], v[:0]], 4, Colours(), r"a plane is \[0, 8\]"),
+        ([y, u, v], 0, Colours(), "size is 0"),
+        ([y, u, v], 4, Colours("bt602"), "of .*'bt601'"),
+        ([y, u, v], 4, Colours(bits=10), "uint8, expected uint16"),
+        ([y, u, v.T], 4, Colours(), "rows contiguous"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=error):
+            resize_crop(planes, size, colours)
+    for out in (
+        np.empty((3, 5, 4), np.uint8),
+        np.empty((3, 4, 4)),
+        np.empty((3, 4, 8), "B")[..., ::2],
+    ):
+        with pytest.raises(ValueError, match=r"expected contiguous uint8 \[3, 4, 4\]"):
+            resize_crop([y, u, v], 4, Colours(), out)

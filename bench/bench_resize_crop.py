@@ -20,7 +20,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 
-from clipvip.data.decode import _Converter, _yuv
+from clipvip.data.decode import ONE_THREAD, _Converter, _yuv
 from clipvip.ops.resize_crop import resize_crop_reference, resized
 
 SIZE = 224
@@ -49,14 +49,14 @@ def cut(pixels: Tensor) -> Tensor:
 
 
 def naive(frame: av.VideoFrame) -> Tensor:
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", **ONE_THREAD)).permute(2, 0, 1)[None]
     sides = resized(frame.height, frame.width, SIZE)
     return cut(F.interpolate(pixels, sides, mode="bicubic", antialias=True)[0])
 
 
 def pil(frame: av.VideoFrame) -> Tensor:
     height, width = resized(frame.height, frame.width, SIZE)
-    image = frame.to_image(threads=1).resize((width, height), Image.Resampling.BICUBIC)
+    image = frame.to_image(**ONE_THREAD).resize((width, height), Image.Resampling.BICUBIC)
     return cut(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
@@ -66,7 +66,7 @@ def swscale(pixels: str) -> Callable[[av.VideoFrame], Tensor]:
     def convert(frame: av.VideoFrame) -> Tensor:
         height, width = resized(frame.height, frame.width, SIZE)
         whole = reformatter.reformat(
-            frame, width, height, pixels, interpolation="BICUBIC", threads=1
+            frame, width, height, pixels, interpolation="BICUBIC", **ONE_THREAD
         )
         array = torch.from_numpy(whole.to_ndarray())  # [H, W, 3]
         return cut(array.permute(2, 0, 1))

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data.decode import (
+    MATRIX_NAMES,
     DecodeError,
     OpenClip,
     add_copy,
@@ -36,6 +37,7 @@ from clipvip.data.decode import (
     orientation,
     packets_from,
 )
+from clipvip.ops.resize_crop import resized, to_rgb
 
 DECODERS = ("auto", "dali", "pyav")
 
@@ -59,10 +61,6 @@ GPU = Engine(
     frozenset({"yuv420p", "yuvj420p"}),
 )
 AV1_SINCE = (8, 6)  # compute capability
-
-# Red's and blue's share of brightness, by a frame's colour space. DALI takes all for BT.601.
-BT601 = (0.299, 0.114)
-SHARES = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
 
 CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # nothing refers to beyond a keyframe
 # Where the type of a NAL unit is in its first byte, types of IDR pictures, and where the size of
@@ -385,8 +383,7 @@ def _portions(clips: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
 def _part(width: int, height: int, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The part of a frame, (top, left) to (bottom, right), that becomes the square: the centre of
     what the whole would be resized to, at the same pixels as decode's."""
-    scale = size / min(width, height)
-    across, down = max(size, round(width * scale)), max(size, round(height * scale))
+    down, across = resized(height, width, size)
     begin = np.array([(down - size) // 2, (across - size) // 2])
     unit = np.array([height / down, width / across])
     return (begin * unit).astype(np.float32), ((begin + size) * unit).astype(np.float32)
@@ -394,25 +391,12 @@ def _part(width: int, height: int, size: int) -> tuple[NDArray[np.float32], NDAr
 
 def _recoloured(frames: Tensor, colour_space: int) -> Tensor:
     """RGB [N, 3, S, S] as DALI makes it, to what the frames' own colour space makes."""
-    if colour_space not in SHARES:
+    name = MATRIX_NAMES.get(colour_space, "bt601")  # for which DALI takes all
+    if name == "bt601":
         return frames
-    matrix = torch.tensor(
-        _to_rgb(*SHARES[colour_space]) @ np.linalg.inv(_to_rgb(*BT601)), dtype=torch.float32
-    )
+    matrix = torch.from_numpy(to_rgb(name) @ np.linalg.inv(to_rgb("bt601"))).float()
     pixels = torch.einsum("ij,njhw->nihw", matrix.to(frames.device), frames.float())
     return pixels.round_().clamp_(0, 255).to(torch.uint8)
-
-
-def _to_rgb(red: float, blue: float) -> NDArray[np.float64]:
-    """(brightness, blue difference, red difference) to RGB."""
-    green = 1 - red - blue
-    return np.array(
-        [
-            [1, 0, 2 - 2 * red],
-            [1, (2 * blue - 2) * blue / green, (2 * red - 2) * red / green],
-            [1, 2 - 2 * blue, 0],
-        ]
-    )
 
 
 def _turned(frames: Tensor, turn: tuple[bool, bool, bool]) -> Tensor:

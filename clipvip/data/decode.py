@@ -18,6 +18,8 @@ import itertools
 import math
 import os
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,7 +42,7 @@ from torch import Tensor
 
 from clipvip.data.mp4 import composition_offsets
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
-from clipvip.ops.resize_crop import Colours, resize_crop, resized
+from clipvip.ops.resize_crop import Colours, check_compiled, resize_crop, resized
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEO_SUFFIXES = frozenset(
@@ -52,9 +54,11 @@ VIDEO_SUFFIXES = frozenset(
 )
 MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
 SEEKABLE = frozenset({MP4, MATROSKA})
-CENTRED_CHROMA = frozenset({"mjpeg", "mpeg1video", "theora", "vp3"})  # codecs
+CENTRED_CHROMA = frozenset(  # codecs that put chroma between the columns that share it
+    {"flv", "h261", "h263", "h263p", "mjpeg", "mpeg1video", "theora", "vp3", "vp4"}
+)
 KEYFRAME = 1  # the flag of an entry of libav's index
-MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 10,000 of ten seconds
+MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 7,000 of ten seconds
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
 
 
@@ -182,6 +186,7 @@ def open_clip(
     """The frames of a video that read_frames would decode; what goes wrong within is a
     DecodeError."""
     file = _file(source)
+    check_compiled()  # or every file would seem to be bad
     state = {} if generator is None else generator.bit_generator.state
 
     def choose(index: _Index) -> NDArray[np.int64]:
@@ -268,7 +273,7 @@ _PYAV = int(av.__version__.split(".")[0])
 _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if _PYAV < 19 else {}
 
 # From 17 on PyAV starts a thread a core for every converter where it is not told how many.
-_ONE_THREAD: dict[str, Any] = {"threads": 1} if _PYAV >= 17 else {}
+ONE_THREAD: dict[str, Any] = {"threads": 1} if _PYAV >= 17 else {}
 
 # Or a stream for copies would need an encoder of the decoder's name; AV1's decoder is none.
 _AS_IT_IS: dict[str, Any] = {"opaque": True} if _PYAV >= 15 else {}
@@ -401,7 +406,33 @@ def _index(
     return index
 
 
-_known: dict[tuple[Any, ...], _Index] = {}  # this process's, the one used last at the end
+class _Known:
+    """This process's indices of files: MOST_KNOWN bytes of them, the last used at the end."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[tuple[Any, ...], _Index] = OrderedDict()
+        self.bytes = 0
+        self.lock = threading.Lock()
+
+    def get(self, key: tuple[Any, ...]) -> "_Index | None":
+        with self.lock:
+            if key in self.kept:
+                self.kept.move_to_end(key)
+            return self.kept.get(key)
+
+    def keep(self, key: tuple[Any, ...], index: "_Index") -> None:
+        with self.lock:
+            if key in self.kept:
+                self.bytes -= self.kept.pop(key).bytes
+            self.kept[key] = index
+            self.bytes += index.bytes
+            while self.bytes > MOST_KNOWN:
+                self.bytes -= self.kept.popitem(last=False)[1].bytes
+
+
+_known = _Known()
+# A forked worker is alone in its copy, which another thread may have been holding.
+os.register_at_fork(after_in_child=lambda: setattr(_known, "lock", threading.Lock()))
 
 
 def _known_index(
@@ -427,16 +458,12 @@ def _known_index(
     if file.data is not None or container.format.name not in SEEKABLE:
         return read()
     status = os.stat(file.path)
-    key = (str(file.path), status.st_size, status.st_mtime_ns, start, end)
-    index = _known.pop(key, None)
+    identity = (str(file.path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    key = (*identity, start, end)
+    index = _known.get(key)
     if index is None or (index.by_tables and not trust_tables):
         index = read()
-        left = MOST_KNOWN - index.bytes
-        for other, kept in reversed(list(_known.items())):
-            left -= kept.bytes
-            if left < 0:
-                _known.pop(other, None)
-    _known[key] = index
+        _known.keep(key, index)
     return index
 
 
@@ -744,11 +771,12 @@ class _Converter:
         """Writes the frame as it is to be shown into out [3, size, size]."""
         swapped, mirrored_x, mirrored_y = orientation(frame)
         turned = swapped or mirrored_x or mirrored_y
-        found = _yuv(frame, self.chroma_left)
-        if found is None:
+        yuv = _yuv(frame, self.chroma_left)
+        if yuv is None:
             square = self._by_swscale(frame)
         else:
-            square = resize_crop(found[0], self.size, found[1], None if turned else out)
+            planes, colours = yuv
+            square = resize_crop(planes, self.size, colours, None if turned else out)
             if not turned:
                 return
         if swapped:
@@ -757,27 +785,39 @@ class _Converter:
 
     def _by_swscale(self, frame: VideoFrame) -> NDArray[np.uint8]:
         height, width = resized(frame.height, frame.width, self.size)
-        whole = self.reformatter.reformat(
-            frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC, **_ONE_THREAD
-        )
-        rows = _rows(whole.planes[0], np.uint8)[:, : 3 * width]
         top, left = (height - self.size) // 2, (width - self.size) // 2
-        pixels = rows.reshape(height, width, 3)[top : top + self.size, left : left + self.size]
-        return pixels.transpose(2, 0, 1)
+        # To packed RGB swscale gives two columns one chroma; but where nothing is to be resized, it
+        # leaves last columns of planar RGB unwritten.
+        packed = (height, width) == (frame.height, frame.width)
+        whole = self.reformatter.reformat(
+            frame,
+            width,
+            height,
+            "rgb24" if packed else "gbrp",
+            interpolation=Interpolation.BICUBIC,
+            **ONE_THREAD,
+        )
+        rows = [_rows(plane, np.uint8)[top : top + self.size] for plane in whole.planes]
+        if packed:
+            return np.stack([rows[0][:, 3 * left + c :: 3][:, : self.size] for c in range(3)])
+        green, blue, red = (plane[:, left : left + self.size] for plane in rows)
+        return np.stack([red, green, blue])
 
 
 _PLANAR_YUV = re.compile(r"yuv(j?)4(?:20|22|44)p(?:(9|10|12|14|16)le)?")
-_MATRICES = dict(enumerate(("bt601", "bt709", "bt601", "bt601", "fcc", "bt601", "bt601")))
-_MATRICES |= {7: "smpte240m", 9: "bt2020"}  # H.273, table 4; where a file does not say, BT.601
+# By their numbers in H.273, table 4. BT.601 where a file does not say; of BT.2020's two forms the
+# one of constant luminance is treated as the other.
+MATRIX_NAMES = dict.fromkeys((0, 2, 3, 5, 6), "bt601")
+MATRIX_NAMES |= {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 
 
 @functools.lru_cache(maxsize=64)
 def _colours(name: str, matrix: int, full_range: bool, chroma_left: bool) -> Colours | None:
     form = _PLANAR_YUV.fullmatch(name)
-    if form is None or matrix not in _MATRICES:
+    if form is None or matrix not in MATRIX_NAMES:
         return None
     full_range = full_range or form[1] == "j"
-    return Colours(_MATRICES[matrix], full_range, int(form[2] or 8), chroma_left)
+    return Colours(MATRIX_NAMES[matrix], full_range, int(form[2] or 8), chroma_left)
 
 
 def _yuv(frame: VideoFrame, chroma_left: bool) -> tuple[list[NDArray[Any]], Colours] | None:

@@ -20,7 +20,7 @@ def module() -> ModuleType:
     except ImportError as error:
         raise RuntimeError(
             f"the compiled module clipvip._C cannot be loaded ({error}); build it with "
-            "`pip install .` in the source folder, or pass backend='reference'"
+            "`pip install .` in the source folder; ops that take backend='reference' run without"
         ) from error
     return _C
 

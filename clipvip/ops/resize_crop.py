@@ -49,6 +49,11 @@ def resized(height: int, width: int, size: int) -> tuple[int, int]:
     return max(size, round(height * scale)), max(size, round(width * scale))
 
 
+def check_compiled() -> None:
+    """Raises RuntimeError or ValueError, with what to do, where the kernel cannot run."""
+    _native.module().cpu_capability()
+
+
 def resize_crop(
     planes: Sequence[Pixels], size: int, colours: Colours, out: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
@@ -62,9 +67,10 @@ def resize_crop(
     _check(planes, size, colours)
     if out is None:
         out = np.empty((3, size, size), np.uint8)
-    elif out.shape != (3, size, size) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+    elif out.shape != (3, size, size) or out.dtype != np.uint8 or not out.flags.carray:
         raise ValueError(
-            f"out is {out.dtype} {list(out.shape)}, expected contiguous uint8 [3, {size}, {size}]"
+            f"out is {out.dtype} {list(out.shape)}, expected uint8 [3, {size}, {size}], contiguous "
+            "and writeable"
         )
     filters = _filters(tuple(plane.shape for plane in planes), size, colours)
     function = _native.module().resize_crop
@@ -138,21 +144,24 @@ def _dense(
     return dense
 
 
+def to_rgb(matrix: str) -> NDArray[np.float64]:
+    """[3, 3]: from luma of 0 to 1 and chroma (blue, red) of -½ to ½ to (R, G, B) of 0 to 1."""
+    red, blue = MATRICES[matrix]
+    green = 1 - red - blue
+    of_blue, of_red = 2 * (1 - blue), 2 * (1 - red)
+    greens = [1, -of_blue * blue / green, -of_red * red / green]
+    return np.array([[1, 0, of_red], greens, [1, of_blue, 0]])
+
+
 def _matrix(colours: Colours) -> NDArray[np.float64]:
     """[3, 4]: (R, G, B) of 0 to 255 from (Y, U, V, 1)."""
-    red, blue = MATRICES[colours.matrix]
-    green = 1 - red - blue
-    unit = 2 ** (colours.bits - 8)
+    unit = 2.0 ** (colours.bits - 8)
     if colours.full_range:
-        black, luma = 0, 255 / (2**colours.bits - 1)
-        chroma = luma
+        black, luma, chroma = 0.0, 2.0**colours.bits - 1, 2.0**colours.bits - 1
     else:
-        black, luma, chroma = 16 * unit, 255 / (219 * unit), 255 / (224 * unit)
-    middle = 128 * unit
-    v_red, u_blue = 2 * (1 - red) * chroma, 2 * (1 - blue) * chroma
-    u_green, v_green = -blue / green * u_blue, -red / green * v_red
-    rows = [(0.0, v_red), (u_green, v_green), (u_blue, 0.0)]
-    return np.array([(luma, u, v, -luma * black - middle * (u + v)) for u, v in rows])
+        black, luma, chroma = 16 * unit, 219 * unit, 224 * unit
+    linear = to_rgb(colours.matrix) * (255 / np.array([luma, chroma, chroma]))
+    return np.column_stack([linear, -linear @ [black, 128 * unit, 128 * unit]])
 
 
 # --- handing over --------------------------------------------------------------------------------
@@ -174,7 +183,8 @@ def _check(planes: Sequence[Pixels], size: int, colours: Colours) -> tuple[int, 
     dtype = np.uint8 if colours.bits == 8 else np.uint16
     height, width = planes[0].shape
     for plane in planes:
-        if plane.dtype != dtype or plane.strides[1] != plane.itemsize:
+        whole = plane.strides[1] == plane.itemsize and plane.strides[0] % plane.itemsize == 0
+        if plane.dtype != dtype or not whole:
             raise TypeError(f"a plane is {plane.dtype}, expected {dtype.__name__}, rows contiguous")
         fits = plane.shape[0] in (height, -(-height // 2)) and (
             plane.shape[1] in (width, -(-width // 2))

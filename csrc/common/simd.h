@@ -389,10 +389,8 @@ CLIPVIP_INLINE Vec load(const T* p) { CLIPVIP_EACH_LANE(to_float(p[i])) }
 // Conversions of a whole vector are one or two instructions; lane by lane they would be many.
 template <typename T>
 CLIPVIP_INLINE Vec load_integers(const T* p) {
-  typedef T Integers __attribute__((vector_size(sizeof(T) * kLanes)));
-  Integers integers;
-  std::memcpy(&integers, p, sizeof integers);
-  return __builtin_convertvector(integers, Vec);
+  typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+  return __builtin_convertvector(Integers{p[0], p[1], p[2], p[3]}, Vec);
 }
 CLIPVIP_INLINE Vec load(const uint8_t* p) { return load_integers(p); }
 CLIPVIP_INLINE Vec load(const uint16_t* p) { return load_integers(p); }
@@ -428,13 +426,9 @@ CLIPVIP_INLINE Vec times_exp2(Vec p, Vec n) {
   CLIPVIP_EACH_LANE(p[i] * from_bits((bits_of(n[i] + 12582912.f) + 127) << 23))
 }
 CLIPVIP_INLINE void transpose(Vec (&r)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const float x = r[i][j];
-      r[i][j] = r[j][i];
-      r[j][i] = x;
-    }
-  }
+  const Vec a = r[0], b = r[1], c = r[2], d = r[3];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; ++i) r[i] = Vec{a[i], b[i], c[i], d[i]};
 }
 #undef CLIPVIP_EACH_LANE
 

@@ -1,8 +1,10 @@
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.filter
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from clipvip.data import decode
 from clipvip.data.decode import DecodeError, probe, read_frames
 from clipvip.data.sampling import choose_frames
+from clipvip.ops import _native
 
 Numbers = Callable[[Tensor], list[int]]
 
@@ -185,7 +188,7 @@ def test_wrong_tables_are_found_out(
     assert indexed == []
     offsets, found_out = decode.composition_offsets, 0
     for wrong in (np.flip, lambda table: table * 2, lambda table: table[:0]):
-        decode._known.clear()
+        monkeypatch.setattr(decode, "_known", decode._Known())
         monkeypatch.setattr(
             decode, "composition_offsets", lambda *given, wrong=wrong: wrong(offsets(*given))
         )
@@ -201,53 +204,69 @@ def indexed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Of which files the packets were read, from now on."""
     found: list[Path] = []
     index = decode._index
-    monkeypatch.setattr(decode, "_known", {})
+    monkeypatch.setattr(decode, "_known", decode._Known())
     monkeypatch.setattr(decode, "_index", lambda *given: found.append(given[2]) or index(*given))
     return found
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, indexed) -> list[Path]:
+    """Of which files the packets or the tables were read, from now on."""
+    of_tables = decode._index_of_tables
+
+    def watched(container, stream, file):
+        if (index := of_tables(container, stream, file)) is not None:
+            indexed.append(file.path)
+        return index
+
+    monkeypatch.setattr(decode, "_index_of_tables", watched)
+    return indexed
+
+
 @pytest.mark.parametrize("clip", [{}, {"start": 0.7, "end": 1.4}], ids=str)
 @pytest.mark.parametrize("name", CODINGS)
-def test_frames_are_the_same_when_a_file_is_known(name: str, clip, make_video, indexed) -> None:
+def test_frames_are_the_same_when_a_file_is_known(name: str, clip, make_video, read) -> None:
     path = make_video(name, **CODINGS[name])
     first, second = (read_frames(path, 6, size=16, **clip) for _ in range(2))
     assert torch.equal(first, second)
-    if Path(name).suffix in (".mkv", ".webm"):
-        assert len(indexed) == 1
+    assert len(read) == (1 if Path(name).suffix in (".mkv", ".webm", ".mp4") else 2)
 
 
-def test_packets_are_read_once_while_a_file_stays_as_it_is(
-    make_video, numbers: Numbers, tmp_path: Path, indexed
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_an_index_is_read_once_while_a_file_stays_as_it_is(
+    suffix: str, make_video, numbers: Numbers, tmp_path: Path, read
 ) -> None:
-    path = tmp_path / "a.mkv"
-    path.write_bytes(make_video("gop10.mkv", **CODINGS["gop10.mkv"]).read_bytes())
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(make_video(f"gop10{suffix}", **CODINGS["gop10.mkv"]).read_bytes())
     for start in (None, 0.5, None, 0.5):
         read_frames(path, 4, size=16, start=start)
-    assert len(indexed) == 2
-    short = make_video("short.mkv", count=20, **CODINGS["gop10.mkv"])
+    assert len(read) == 2
+    short = make_video(f"twenty{suffix}", count=20, **CODINGS["gop10.mkv"])
     path.write_bytes(short.read_bytes())
     assert numbers(read_frames(path, 3, size=16)) == [0, 10, 19]
     data = path.read_bytes()
     os.utime(path, ns=(1, 1))  # as another of the same length would have it
     assert path.read_bytes() == data and numbers(read_frames(path, 3, size=16)) == [0, 10, 19]
-    assert len(indexed) == 4
+    assert len(read) == 4
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_what_is_known_is_bounded_and_the_last_used_stays(
-    make_video, tmp_path: Path, monkeypatch, indexed
+    suffix: str, make_video, tmp_path: Path, monkeypatch, read
 ) -> None:
-    data = make_video("gop10.mkv", **CODINGS["gop10.mkv"]).read_bytes()
-    paths = [tmp_path / f"{i}.mkv" for i in range(8)]
+    data = make_video(f"gop10{suffix}", **CODINGS["gop10.mkv"]).read_bytes()
+    paths = [tmp_path / f"{i}{suffix}" for i in range(8)]
     for path in paths:
         path.write_bytes(data)
     read_frames(paths[0], 2, size=16)
-    (index,) = decode._known.values()
+    (index,) = decode._known.kept.values()
     monkeypatch.setattr(decode, "MOST_KNOWN", 3 * index.bytes)
     for path in paths[1:]:
         read_frames(path, 2, size=16)
         read_frames(paths[0], 2, size=16)
-        assert sum(kept.bytes for kept in decode._known.values()) <= decode.MOST_KNOWN
-    assert indexed == paths
+        held = sum(kept.bytes for kept in decode._known.kept.values())
+        assert decode._known.bytes == held <= decode.MOST_KNOWN
+    assert read == paths
 
 
 def test_threads_change_nothing(real_clips: dict[str, Path]) -> None:
@@ -512,6 +531,42 @@ def test_a_matrix_that_nobody_knows_is_read_as_the_usual_one() -> None:
         assert (
             np.abs(out[:, 0, 0] - np.array([254, 0, 0])).max() <= 1 and (out.std((1, 2)) == 0).all()
         )
+
+
+def test_formats_that_swscale_takes_keep_their_colours() -> None:
+    y, x = np.mgrid[:180, :320] / 320
+    shown = np.stack([128 + 100 * np.sin(40 * (x + k * y)) for k in (0, 1, 2)], 2)
+    frame = av.VideoFrame.from_ndarray(shown.round().astype(np.uint8), format="rgb24")
+    planar, other = frame.reformat(format="yuv420p"), frame.reformat(format="nv12")
+    assert decode._yuv(other, False) is None
+    converter = decode._Converter(112, "mjpeg")  # to an even width
+    found, expected = np.empty((2, 3, 112, 112), np.uint8)
+    converter.convert(other, found)
+    converter.convert(planar, expected)
+    assert np.abs(found.astype(int) - expected).mean() < 2
+
+
+def test_planes_stored_from_their_last_row_on_are_upright() -> None:
+    pixels = np.repeat(np.arange(0, 240, 5, dtype=np.uint8), 64 * 3).reshape(48, 64, 3)
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=64, height=48, format="yuv420p", time_base=Fraction(1, 25))
+    graph.link_nodes(source, graph.add("vflip"), graph.add("buffersink")).configure()
+    given = av.VideoFrame.from_ndarray(pixels[::-1].copy(), format="rgb24")
+    graph.push(given.reformat(format="yuv420p"))
+    frame = graph.pull()
+    assert all(plane.line_size < 0 for plane in frame.planes)
+    out = np.empty((3, 16, 16), np.uint8)
+    decode._Converter(16, "h264").convert(frame, out)
+    assert (np.diff(out.astype(int).mean((0, 2))) > 10).all()
+
+
+def test_a_core_that_cannot_run_is_no_bad_file(make_video, monkeypatch) -> None:
+    def missing() -> None:
+        raise ImportError("not built")
+
+    monkeypatch.setattr(_native, "module", missing)
+    with pytest.raises(ImportError, match="not built"):
+        read_frames(make_video("gop10.mp4", **CODINGS["gop10.mp4"]), 2, size=16)
 
 
 def test_a_frame_stored_from_its_last_row_on_is_upright(write_video, tmp_path: Path) -> None:

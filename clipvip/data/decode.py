@@ -257,7 +257,7 @@ def probe(path: Source) -> VideoInfo:
             index = _index(container, stream, path)
         with _open(file) as container:
             stream = _video_stream(container, path)
-            frame = next(container.decode(stream), None)
+            frame = next(_frames(container, stream), None)
             if frame is None:
                 raise DecodeError(path, "no frame could be decoded")
             width, height = frame.width, frame.height
@@ -570,7 +570,7 @@ def packets_from(
 ) -> Iterator[Packet]:
     """Packets from the keyframe at or before `start` seconds where the format is good at
     seeking, else from the first."""
-    source: Iterator[Packet] = container.demux(stream)
+    source = _demux(container, stream)
     known = stream.start_time is not None and stream.time_base
     if not (start and known and container.format.name in SEEKABLE):
         return source
@@ -578,12 +578,23 @@ def packets_from(
     first = stream.start_time + int(start / float(stream.time_base))
     for offset in (first, stream.start_time):
         container.seek(offset, stream=stream)
-        source = container.demux(stream)
+        source = _demux(container, stream)
         head = next(source)
         source = itertools.chain([head], source)
         if head.is_keyframe and head.pts is not None and head.pts <= first:
             break
     return source
+
+
+def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    # PyAV's own generator leaks a packet where it is left early and not closed. This one closes it
+    # when nobody holds it any more.
+    yield from container.demux(stream)
+
+
+def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    for packet in _demux(container, stream):
+        yield from packet.decode()  # type: ignore[misc]
 
 
 def _check_whole(
@@ -719,7 +730,7 @@ def _seek(
     """Moves to keyframe `key` or before it: the position reached, and the packets from there."""
     for offset in (index.pts[key], index.dts[key]):
         container.seek(int(offset), stream=stream)
-        packets = container.demux(stream)
+        packets = _demux(container, stream)
         first = next(packets, None)
         if first is None or first.pts is None:
             continue
@@ -738,7 +749,7 @@ def _decode_all(
     """
     position = 0
     previous: VideoFrame | None = None
-    for count, frame in enumerate(container.decode(stream)):
+    for count, frame in enumerate(_frames(container, stream)):
         now = count if index.by_count else frame.pts
         if now is None:
             continue

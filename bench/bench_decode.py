@@ -1,4 +1,4 @@
-"""12 frames of a clip against other decoders: `pytest bench/bench_decode.py -s`.
+"""12 frames of a clip against other decoders: `clipvip bench decode`.
 
 Uniform frames, the shortest side resized to 224, the centre cut out, from H.264 at three sizes, 10
 and 60 s long: x264's own settings (250 frames between keyframes at most, B-frames) on real film
@@ -6,7 +6,7 @@ with its cuts. "one" is one process with one thread; "all" is a process a core, 
 thread, as a loader's workers are; "gpu" is GPU_CLIPS clips at once in GPU_THREADS threads, on what
 decodes there. DALI's CPU pipeline decodes no H.264, so it is timed on VP9. Times are a clip's, over
 a round's clips; ratios are to "naive", plain PyAV that decodes from the start.
-Writes bench/results/decode-*.json; `python bench/bench_decode.py` prints their table.
+Records: decode-*; `python bench/bench_decode.py` prints the table of those in bench/results.
 
 Peers come with `pip install .[peers]`, torchcodec also needs the system's FFmpeg libraries; one
 that does not load is named as left out.
@@ -53,7 +53,7 @@ CASES = {
     )
     for seconds in (10, 60)
 }
-QUICK = ("h264-320x240-10s-one",)
+QUICK: dict[str, dict] = {"h264-320x240-10s-one": {}, "h264-320x240-10s-gpu": {}}
 ENCODERS = {
     "h264": ("mp4", "libx264", {"preset": "medium"}),
     "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
@@ -269,7 +269,8 @@ def loaded(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         try:
             reader(name)
         except Exception as error:  # whatever a library that is missing or does not fit does
-            left_out[name] = harness.why(error)
+            install = ': pip install "clipvip[peers]"' * isinstance(error, ImportError)
+            left_out[name] = harness.why(error) + install
     return [name for name in names if name not in left_out], left_out
 
 

@@ -7,8 +7,10 @@ Writes gradient_caching.json to --bench-out, by default bench/results.
 import time
 from contextlib import nullcontext
 
+import cases
 import harness
 import pytest
+import records
 import torch
 from transformers import CLIPTextConfig
 
@@ -95,13 +97,13 @@ def rows(clips: int) -> dict[str, dict[str, float]]:
 
 def test_gradient_caching(request: pytest.FixtureRequest) -> None:
     """Each batch in a process of its own, so that no freed memory hides what the next takes."""
-    results = {
-        n: harness.in_process("default", "bench_gradient_caching", "rows", clips=n) for n in BATCHES
-    }
-    for n, row in results.items():
+    results = {}
+    for n in BATCHES:
+        results[n] = row = cases.run("bench_gradient_caching", "rows", {"clips": n})
+        assert "left_out" not in row, row["left_out"]
         cells = "   ".join(
             f"{name} {r['seconds']:6.2f} s {r['peak_mib']:7.0f} MiB" for name, r in row.items()
         )
         print(f"\n{n:5} clips   {cells}", end="")
     record = {"micro_batch": MICRO_BATCH, "results": results, "machine": harness.machine()}
-    harness.write(request.config.getoption("--bench-out") / "gradient_caching.json", record)
+    records.write(request.config.getoption("--bench-out") / "gradient_caching.json", record)

@@ -1,20 +1,21 @@
-"""How time and memory grow: `pytest bench/bench_growth.py -s`.
+"""How time and memory grow: `clipvip bench growth`.
 
 Attention around the sizes of ViT-B/32 over frames, patches, proxies and batch; the symmetric loss
-over rows; forward and backward, and with a GPU there too. Writes growth-*.json: records with
+over rows; forward and backward, on a CPU or a GPU. Records growth-*, which hold besides
 `sweep` (over what, and the values), `points` (what was measured at each value) and `exponents` (of
-time and memory, see report.fit); their `results` are those of the largest value.
+time and memory, see records.fit); their `results` are those of the largest value.
 """
 
 import importlib
 import sys
 from typing import Any
 
+import cases
 import harness
 import pytest
-import report
+import records
 
-ATTENTION = dict(videos=4, frames=12, patches=49, proxies=4, dtype="float32", backward=True)
+ATTENTION = dict(videos=4, frames=12, patches=49, proxies=4, dtype="float32", way="both")
 LOSS = dict(
     loss="symmetric",
     dtype="float32",
@@ -33,45 +34,60 @@ def powers(most: int, least: int = 1) -> list[int]:
 
 
 # name → op, its parameter, values, and what stays
-CASES: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
+SWEEPS: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
     "frames": ("proxy_attention", "frames", powers(64), ATTENTION),
     "patches": ("proxy_attention", "patches", [49, 100, 196, 289, 400, 576], ATTENTION),
     "proxies": ("proxy_attention", "proxies", powers(16), ATTENTION),
     "batch": ("proxy_attention", "videos", powers(64), ATTENTION),
     "rows": ("pairwise_logsumexp", "n", powers(32768, 1024), LOSS),
-    "frames-gpu": ("proxy_attention", "frames", powers(64), ATTENTION | GPU | {"videos": 32}),
-    "batch-gpu": ("proxy_attention", "videos", powers(256), ATTENTION | GPU),
-    "rows-gpu": ("pairwise_logsumexp", "n", powers(524288, 1024), LOSS | GPU),
+    "frames-cuda": ("proxy_attention", "frames", powers(64), ATTENTION | GPU | {"videos": 32}),
+    "batch-cuda": ("proxy_attention", "videos", powers(256), ATTENTION | GPU),
+    "rows-cuda": ("pairwise_logsumexp", "n", powers(131072, 1024), LOSS | GPU),
 }
-QUICK = {"frames": [1, 2, 4], "rows": [256, 512, 1024]}
+CASES: dict[str, dict[str, Any]] = {
+    name: {
+        "op": op,
+        "over": over,
+        "values": values,
+        "fixed": {key: value for key, value in fixed.items() if key not in (over, "device")},
+        "device": fixed.get("device", "cpu"),
+    }
+    for name, (op, over, values, fixed) in SWEEPS.items()
+}
+QUICK = {
+    "frames": {"values": [1, 2, 4]},
+    "rows": {"values": [256, 512, 1024]},
+    "frames-cuda": {"values": [1, 2, 4]},
+    "rows-cuda": {"values": [256, 512, 1024]},
+}
 
 
 def measure(
     op: str, over: str, values: list[int], fixed: dict[str, Any], device: str, budget: float = 8.0
 ) -> dict[str, Any]:
-    """Times every contestant at each value of a parameter, in this process."""
-    contest = importlib.import_module(f"bench_{op}").measure
-    points = []
+    """Times every contestant at each value of a parameter: in this process, or on a GPU, where one
+    value must not take the others along, in a process per value."""
+    module, points = f"bench_{op}", []
     for value in values:
-        arguments = fixed | {over: value, "device": device, "compiled": False}
-        point = contest(**arguments, budget=budget / 4)
-        points.append({"value": value} | {k: point[k] for k in ("work", "left_out", "results")})
+        arguments = fixed | {over: value, "device": device, "compiled": False, "budget": budget / 4}
+        if device == "cpu":
+            point = importlib.import_module(module).measure(**arguments)
+        else:
+            point = cases.run(module, "measure", arguments, limit=cases.LIMITS[device])
+        points.append({"value": value, "work": point.get("work", {})})
+        points[-1] |= {key: point[key] for key in ("left_out", "results")}
         times = (f"{name} {r['median_ms']:.1f} ms" for name, r in point["results"].items())
         print(f"{over} {value}: {', '.join(times)}", file=sys.stderr, flush=True)
     return {
         "machine": harness.machine(),
         "sweep": {"over": {"videos": "batch", "n": "rows"}.get(over, over), "values": values},
         "points": points,
-        "exponents": report.exponents({"points": points}),
+        "exponents": records.exponents({"points": points}),
         "left_out": points[-1]["left_out"],
         "results": points[-1]["results"],
     }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_growth(case: str, run_case, quick: bool) -> None:
-    op, over, values, fixed = CASES[case]
-    fixed = {key: value for key, value in fixed.items() if key not in (over, "device")}
-    device = CASES[case][3].get("device", "cpu")
-    values = QUICK[case] if quick else values
-    run_case({"op": op, "over": over, "values": values, "fixed": fixed, "device": device})
+def test_growth(case: str, run_case) -> None:
+    run_case(CASES[case], limits=len(CASES[case]["values"]))

@@ -1,9 +1,9 @@
-"""Products with weights and what stands next to them: `pytest bench/bench_linear.py -s`.
+"""Products with weights and what stands next to them: `clipvip bench ops --only linear`.
 
 LayerNorm, two products with QuickGELU between them, and the residual: the larger half of a layer of
 width 768, forward and backward, over the tokens of 2 videos of ViT-B/16 or 4 of ViT-B/32; bf16 is
 autocast over fp32 weights. "lean PyTorch" keeps as little as ours does, with PyTorch's products.
-Writes bench/results/ops-linear-*.json.
+Records: ops-linear-*.
 """
 
 import functools
@@ -20,13 +20,16 @@ from clipvip.model.lean import residual_mlp
 from clipvip.ops import linear
 
 WIDTH, INNER = 768, 3072
-CASES = {
+SIZES = {
     "b16-fp32": dict(tokens=2 * (4 + 12 * 196), dtype="float32"),
     "b16-bf16": dict(tokens=2 * (4 + 12 * 196), dtype="bfloat16"),
     "b32-fp32": dict(tokens=4 * (4 + 12 * 49), dtype="float32"),
     "b32-bf16": dict(tokens=4 * (4 + 12 * 49), dtype="bfloat16"),
 }
-QUICK = ("b32-fp32-default",)
+CASES = {
+    f"{name}-{malloc}": size for name, size in SIZES.items() for malloc in ("default", "tuned")
+}
+QUICK = {"b32-fp32-default": {"compiled": False}}
 
 Layer = nn.ModuleList  # norm, fc1, fc2
 
@@ -69,7 +72,7 @@ def measure(tokens: int, dtype: str, compiled: bool = True, budget: float = 8.0)
 
     exact = step(eager, nn.ModuleList(layer).double(), x.double(), grad.double())
     layer = layer.float()
-    compared = harness.compare(
+    return harness.compare(
         {
             name: functools.partial(step, form, layer, x, grad)
             for name, form in FORMS.items()
@@ -77,14 +80,12 @@ def measure(tokens: int, dtype: str, compiled: bool = True, budget: float = 8.0)
         },
         expected=exact,
         tolerance=1e-5 if dtype == "float32" else 5e-2,
+        work={"flop": 12.0 * tokens * WIDTH * INNER},  # two products forward, four backward
         seconds=budget,
         left_out={} if compiled else {"compiled eager": "a minute of compiling"},
     )
-    # two products forward, four backward
-    return {"work": {"flop": 12 * tokens * WIDTH * INNER}, "machine": harness.machine(), **compared}
 
 
-@pytest.mark.parametrize("malloc", ["default", "tuned"])
 @pytest.mark.parametrize("case", CASES)
-def test_linear(case: str, malloc: str, run_case, quick: bool) -> None:
-    run_case({**CASES[case], "compiled": not quick}, malloc)
+def test_linear(case: str, run_case) -> None:
+    run_case(CASES[case])

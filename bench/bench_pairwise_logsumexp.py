@@ -1,7 +1,7 @@
-"""Contrastive losses against what PyTorch offers: `pytest bench/bench_pairwise_logsumexp.py -s`.
+"""Contrastive losses against what people would use instead: `clipvip bench ops --only logsumexp`.
 
 Forward and backward of the symmetric loss and of vsc_fc as a whole, D = 512, scale 100.
-Writes bench/results/ops-pairwise_logsumexp-*.json.
+Records: ops-pairwise_logsumexp-*.
 """
 
 import functools
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
+import peers
 import psutil
 import pytest
 import torch
@@ -19,11 +20,24 @@ from torch.utils.checkpoint import checkpoint
 from clipvip.losses import contrastive_loss, omnisource_loss
 
 DEPTH, CHUNK = 512, 1024
-CASES = {
+SIZES: dict[str, dict[str, Any]] = {
     **{f"symmetric-fp32-{n}": dict(n=n, dtype="float32") for n in (1024, 2048, 4096, 8192, 16384)},
     **{f"symmetric-bf16-{n}": dict(n=n, dtype="bfloat16") for n in (1024, 4096, 16384)},
     **{f"vsc_fc-fp32-{n}": dict(n=n, dtype="float32") for n in (1024, 2048, 4096, 8192)},
 }
+CASES = {
+    f"{name}-{malloc}": {"loss": name.split("-")[0], **size}
+    for name, size in SIZES.items()
+    for malloc in ("default", "tuned")
+} | {
+    f"{loss}-bf16-{n}-cuda": dict(loss=loss, n=n, dtype="bfloat16", device="cuda")
+    for loss in ("symmetric", "vsc_fc")
+    for n in (1024 * 2**i for i in range(8))
+}
+QUICK = {
+    case: {"compiled": False}
+    for case in ("symmetric-fp32-1024-default", "vsc_fc-fp32-1024-default")
+} | {f"{loss}-bf16-1024-cuda": {"compiled": False} for loss in ("symmetric", "vsc_fc")}
 
 
 def naive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -115,7 +129,6 @@ def chunked_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) ->
     return (total + columns[0].sum() + columns[1].sum()) / len(v) + chunked(f, c, scale)
 
 
-QUICK = ("symmetric-fp32-1024-default", "vsc_fc-fp32-1024-default")
 FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "symmetric": {
         "naive": naive,
@@ -140,8 +153,8 @@ ALIVE = {
 }
 
 
-def left_out(loss: str, n: int, compiled: bool, free: int) -> dict[str, str]:
-    """Contestants that are not timed on a size, and why. free: bytes of memory."""
+def left_out(loss: str, n: int, device: str, compiled: bool) -> dict[str, str]:
+    """Contestants that are not tried on a size, and why."""
     found = {}
     if loss == "symmetric" and not hasattr(F, "linear_cross_entropy"):
         found["linear_cross_entropy"] = f"torch {torch.__version__} has none"
@@ -149,10 +162,12 @@ def left_out(loss: str, n: int, compiled: bool, free: int) -> dict[str, str]:
         found["chunked linear_cross_entropy"] = f"torch {torch.__version__} has none"
     if not compiled:
         found["compiled naive"] = "a minute of compiling for every size"
-    for name, matrices in ALIVE[loss].items():
-        gib = matrices * n * n * 4 / 2**30
-        if gib * 2**30 > 0.9 * free:
-            found[name] = f"would need {gib:.0f} of the {free / 2**30:.0f} GiB that are free"
+    # On a GPU what needs too much memory says so itself; a CPU's system would kill the process.
+    free = psutil.virtual_memory().available / harness.GIB
+    for name, matrices in ALIVE[loss].items() if device == "cpu" else ():
+        gib = matrices * n * n * 4 / harness.GIB
+        if gib > 0.9 * free:
+            found[name] = f"would need {gib:.0f} of the {free:.0f} GiB that are free"
     return found
 
 
@@ -166,49 +181,49 @@ def measure(
     min_rounds: int = 3,
     budget: float = 8.0,
 ) -> dict[str, Any]:
-    """Times every contestant on one size, in this process, but for those `skipped` for a reason."""
+    """Times every contestant on one size, in this process, except those `skipped` for a reason."""
     torch.manual_seed(0)
     torch.compiler.reset()
     sources = 4 if loss == "vsc_fc" else 2
     features = [F.normalize(torch.randn(n, DEPTH), dim=-1) for _ in range(sources)]
     features = [x.to(device, getattr(torch, dtype)) for x in features]
     scale = torch.tensor(100.0, device=device)
-
-    def step(function: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_() for x in given]
-        value = function(*leaves)
-        return value.detach(), *torch.autograd.grad(value, leaves)
-
-    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
-    without = left_out(loss, n, compiled, free) | (skipped or {})
+    without = left_out(loss, n, device, compiled) | (skipped or {})
     # In chunks, for float64 logits of the largest sizes would not fit; few GPUs are quick in it.
     wide = torch.float64 if device == "cpu" or n <= 16384 else torch.float32
-    exact = step(FORMS[loss]["chunked"], *[x.to(wide) for x in (*features, scale)])
-    compared = harness.compare(
+    widely = [x.to(wide) for x in (*features, scale)]
+    forms, others = FORMS[loss], {}
+    if loss == "symmetric" and device == "cuda":
+        others = {name: step(exact, *widely) for name, (_, exact) in peers.OTHER_LOSSES.items()}
+        forms = forms | peers.LOSSES | {name: f for name, (f, _) in peers.OTHER_LOSSES.items()}
+    products = 3 if loss == "vsc_fc" else 1
+    size = getattr(torch, dtype).itemsize
+    return harness.compare(
         {
             name: functools.partial(step, form, *features, scale)
-            for name, form in FORMS[loss].items()
+            for name, form in forms.items()
             if name not in without
         },
-        expected=exact,
+        expected=step(FORMS[loss]["chunked"], *widely),
+        expected_of=others,
         # bf16 logits near 100 are a quarter apart, which is what the eager forms compute with.
         tolerance=1e-4 if dtype == "float32" else 0.5,
+        # a product forward, three backward; features are read, and their gradients written
+        work={"flop": 8.0 * products * n * n * DEPTH, "bytes": 3 * sources * n * DEPTH * size},
         seconds=budget,
         min_rounds=min_rounds,
         device=device,
         left_out=without,
     )
-    products = 3 if loss == "vsc_fc" else 1
-    size = getattr(torch, dtype).itemsize
-    return {
-        # a product forward, three backward; features are read, and their gradients written
-        "work": {"flop": 8 * products * n * n * DEPTH, "bytes": 3 * sources * n * DEPTH * size},
-        "machine": harness.machine(),
-        **compared,
-    }
 
 
-@pytest.mark.parametrize("malloc", ["default", "tuned"])
+def step(function: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of all that is given."""
+    leaves = [x.detach().requires_grad_() for x in given]
+    value = function(*leaves)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_pairwise_logsumexp(case: str, malloc: str, run_case, quick: bool) -> None:
-    run_case({"loss": case.split("-")[0], **CASES[case], "compiled": not quick}, malloc)
+def test_pairwise_logsumexp(case: str, run_case) -> None:
+    run_case(CASES[case])

@@ -1,22 +1,25 @@
-"""proxy_attention against what PyTorch offers: `pytest bench/bench_proxy_attention.py -s`.
+"""proxy_attention against what people would use instead: `clipvip bench ops --only attention`.
 
-Forward and backward of one layer's attention, 12 heads of 64, as ViT-B/16 and ViT-B/32 have it.
-Writes bench/results/ops-proxy_attention-*.json.
+One layer's attention as ViT-B/16, B/32 and L/14 have it, heads of 64: forward, backward alone, or
+both. Videos lie in one packed batch, as the op takes them; "ragged" ones have 4 to 20 frames, 12 on
+average. Records: ops-proxy_attention-*.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipvip.ops.proxy_attention import proxy_attention, proxy_attention_reference
+from clipvip.ops.proxy_attention import proxy_attention
 
-CASES = {
+SIZES: dict[str, dict[str, Any]] = {
     "b16-fp32": dict(videos=2, frames=12, patches=196, dtype="float32"),
     "b16-bf16": dict(videos=2, frames=12, patches=196, dtype="bfloat16"),
     "b32-fp32": dict(videos=4, frames=12, patches=49, dtype="float32"),
@@ -25,9 +28,35 @@ CASES = {
     "b16-fp32-frames4": dict(videos=2, frames=4, patches=196, dtype="float32"),
     "b16-fp32-frames32": dict(videos=2, frames=32, patches=196, dtype="float32"),
 }
-QUICK = ("b32-fp32-both-default", "b32-bf16-both-default")
+ON_GPU = dict(frames=12, dtype="bfloat16", device="cuda")
+GPU_SIZES: dict[str, dict[str, Any]] = {
+    **{f"b32-bf16-batch{n}": dict(videos=n, patches=49, **ON_GPU) for n in (1, 32, 128)},
+    **{f"b16-bf16-batch{n}": dict(videos=n, patches=196, **ON_GPU) for n in (1, 8, 32, 128)},
+    "b16-bf16-ragged32": dict(videos=32, patches=196, ragged=True, **ON_GPU),
+    "l14-bf16-batch32": dict(videos=32, patches=256, heads=16, **ON_GPU),
+    "l14_336-bf16-batch16": dict(videos=16, patches=576, heads=16, **ON_GPU),
+}
+CASES = {
+    f"{name}-{way}-{malloc}": {**size, "way": way}
+    for name, size in SIZES.items()
+    for way in ("forward", "both")
+    for malloc in ("default", "tuned")
+} | {
+    f"{name}-{way}-cuda": {**size, "way": way}
+    for name, size in GPU_SIZES.items()
+    for way in ("forward", "backward", "both")
+}
+QUICK = {
+    case: {"compiled": False}
+    for case in ("b32-fp32-both-default", "b32-bf16-both-default", "b32-bf16-batch1-both-cuda")
+}
 HEADS, HEAD_DIM, PROXIES = 12, 64, 4
-MASKED_TOKENS = 12 * 196  # beyond, attention among all patches takes minutes
+MASKED_TOKENS = 12 * 196  # beyond, attention among all patches takes minutes on a CPU
+# Products of all pairs of tokens, and tensors [T, H, D] that are read or written at least.
+WAYS = {"forward": (2, 4), "backward": (5, 8), "both": (7, 12)}
+
+
+# --- forms of one video or several of one length: qkv [B, M + N·L, 3, H, D] → [B, M + N·L, H, D] --
 
 
 def split(qkv: Tensor, frames: int, proxies: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +88,7 @@ def eager(
     qkv: Tensor,
     frames: int,
     patches: int,
-    proxies: int = PROXIES,
+    proxies: int,
     attend: Callable = softmax_attention,
 ) -> Tensor:
     """The authors' form: proxies' keys and values copied for each frame, two attentions."""
@@ -69,7 +98,7 @@ def eager(
     return join(attend(proxy_q, *everything), attend(q, *own))
 
 
-def two_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) -> Tensor:
+def two_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape = query.shape
         if len(shape) == 5:  # frames join the batch
@@ -89,7 +118,7 @@ def seen(frames: int, patches: int, proxies: int, device: torch.device) -> Tenso
     return (frame[:, None] == frame) | (frame == -1) | (frame[:, None] == -1)
 
 
-def masked_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) -> Tensor:
+def masked_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int) -> Tensor:
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     mask = seen(frames, patches, proxies, qkv.device)
     return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
@@ -97,87 +126,155 @@ def masked_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) 
 
 @functools.cache
 def flex(
-    frames: int, patches: int, device: str = "cpu", proxies: int = PROXIES
+    frames: tuple[int, ...], patches: int, proxies: int, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
+    """FlexAttention over videos of one length side by side, or over others as one sequence."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (q - proxies) // patches == (k - proxies) // patches
-        return (q < proxies) | (k < proxies) | same
-
-    tokens = proxies + frames * patches
-    mask = create_block_mask(visible, None, None, tokens, tokens, device=device)
+    if len(set(frames)) == 1:
+        tokens, visible = proxies + frames[0] * patches, same_frame(patches, proxies)
+    else:
+        lengths = proxies + torch.tensor(frames, device=device) * patches
+        tokens, visible = int(lengths.sum()), same_frame_of_a_video(lengths, patches, proxies)
+    mask = create_block_mask(
+        visible, None, None, tokens, tokens, device=device, _compile=device.type == "cuda"
+    )
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(qkv: Tensor) -> Tensor:
-        query, key, value = (x.contiguous() for x in qkv.permute(2, 0, 3, 1, 4))
-        return compiled(query, key, value, block_mask=mask).transpose(1, 2)
+        parts = qkv.unflatten(0, (-1, tokens)).permute(2, 0, 3, 1, 4)
+        query, key, value = (x.contiguous() for x in parts)
+        return compiled(query, key, value, block_mask=mask).transpose(1, 2).flatten(0, 1)
 
     return attend
 
 
-def flex_attention(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) -> Tensor:
-    return flex(frames, patches, str(qkv.device), proxies)(qkv)
+def same_frame(patches: int, proxies: int) -> Callable[..., Tensor]:
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (q - proxies) // patches == (k - proxies) // patches
+        return (q < proxies) | (k < proxies) | same
+
+    return visible
 
 
-def ours(qkv: Tensor, frames: int, patches: int, proxies: int = PROXIES) -> Tensor:
-    offsets = torch.arange(qkv.shape[0] + 1, dtype=torch.int32, device=qkv.device) * frames
-    return proxy_attention(qkv.flatten(0, 1), offsets, proxies, patches).view_as(qkv[:, :, 0])
+def same_frame_of_a_video(lengths: Tensor, patches: int, proxies: int) -> Callable[..., Tensor]:
+    """lengths: tokens of each video."""
+    tokens = int(lengths.sum())
+    video = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    within = torch.arange(tokens, device=lengths.device) - (lengths.cumsum(0) - lengths)[video]
+    frame = torch.where(within < proxies, -1, (within - proxies) // patches)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (frame[q] == frame[k]) | (frame[q] < 0) | (frame[k] < 0)
+        return (video[q] == video[k]) & same
+
+    return visible
 
 
-FORMS: dict[str, Callable[..., Tensor]] = {
-    "eager": eager,
-    "two SDPA": two_sdpa,
-    "masked SDPA": masked_sdpa,
+# --- contestants: packed qkv [T, 3, H, D], frames of each video, L, M → [T, H, D] -----------------
+
+Form = Callable[[Tensor, tuple[int, ...], int, int], Tensor]
+
+
+def per_video(attend: Callable[[Tensor, int, int, int], Tensor]) -> Form:
+    """All videos at once where they are of one length, else one after another."""
+
+    def run(qkv: Tensor, frames: tuple[int, ...], patches: int, proxies: int) -> Tensor:
+        if len(set(frames)) == 1:
+            return attend(qkv.unflatten(0, (len(frames), -1)), frames[0], patches, proxies).flatten(
+                0, 1
+            )
+        videos = qkv.split([proxies + n * patches for n in frames])
+        return torch.cat(
+            [attend(v[None], n, patches, proxies)[0] for v, n in zip(videos, frames, strict=True)]
+        )
+
+    return run
+
+
+def flex_attention(qkv: Tensor, frames: tuple[int, ...], patches: int, proxies: int) -> Tensor:
+    return flex(frames, patches, proxies, qkv.device)(qkv)
+
+
+@functools.cache
+def offsets(frames: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *frames]).cumsum(0).int().to(device)
+
+
+def ours(qkv: Tensor, frames: tuple[int, ...], patches: int, proxies: int) -> Tensor:
+    return proxy_attention(qkv, offsets(frames, qkv.device), proxies, patches)
+
+
+FORMS: dict[str, Form] = {
+    "eager": per_video(eager),
+    "two SDPA": per_video(two_sdpa),
+    "masked SDPA": per_video(masked_sdpa),
     "FlexAttention": flex_attention,
-    "compiled eager": torch.compile(eager, dynamic=False),
-    "ours": ours,
+    "compiled eager": per_video(torch.compile(eager, dynamic=False)),
 }
 
 
-def left_out(frames: int, patches: int, cpu_backward: bool, compiled: bool) -> dict[str, str]:
-    """Contestants that are not timed on a size, and why."""
+def forms(device: str) -> dict[str, Form]:
+    return FORMS | (peers.ATTENTION if device == "cuda" else {}) | {"ours": ours}
+
+
+def left_out(
+    frames: Sequence[int], patches: int, way: str, device: str, compiled: bool
+) -> dict[str, str]:
+    """Contestants that are not tried on a size, and why."""
     found = {}
-    if frames * patches > MASKED_TOKENS:
-        found["masked SDPA"] = f"quadratic in frames: minutes at {frames * patches} patches"
+    if device == "cpu":
+        if max(frames) * patches > MASKED_TOKENS:
+            found["masked SDPA"] = (
+                f"quadratic in frames: minutes at {max(frames) * patches} patches"
+            )
+        if way != "forward":
+            found["FlexAttention"] = "torch has its backward on a GPU only"
     if not compiled:
         found["FlexAttention"] = found["compiled eager"] = "a minute of compiling for every size"
-    elif cpu_backward:
-        found["FlexAttention"] = "torch has its backward on a GPU only"
+    elif len(set(frames)) > 1:
+        found["compiled eager"] = "a minute of compiling for every length"
     return found
 
 
 def work(
-    videos: int, frames: int, patches: int, proxies: int, dtype: str, backward: bool
+    frames: Sequence[int], patches: int, proxies: int, heads: int, dtype: str, way: str
 ) -> dict[str, float]:
     """Operations of the products, and bytes of what must be read and written once."""
-    tokens = proxies + frames * patches
-    pairs = proxies * tokens + frames * patches * (proxies + patches)
+    products, tensors = WAYS[way]
+    tokens = [proxies + n * patches for n in frames]
+    pairs = sum(
+        proxies * t + n * patches * (proxies + patches) for n, t in zip(frames, tokens, strict=True)
+    )
     size = getattr(torch, dtype).itemsize
     return {
-        # two products forward, five backward
-        "flop": 4 * videos * HEADS * HEAD_DIM * pairs * (3.5 if backward else 1),
-        # forward qkv and out; backward qkv, out and both their gradients
-        "bytes": videos * tokens * HEADS * HEAD_DIM * size * (12 if backward else 4),
+        "flop": 2.0 * products * heads * HEAD_DIM * pairs,
+        "bytes": tensors * sum(tokens) * heads * HEAD_DIM * size,
     }
 
 
+def lengths(videos: int, frames: int, ragged: bool) -> tuple[int, ...]:
+    """Frames of each video: all alike, or a third to five thirds of that, the sum unchanged."""
+    if not ragged:
+        return (frames,) * videos
+    spread = torch.linspace(-frames * 2 // 3, frames * 2 // 3, videos).round().int()
+    order = torch.randperm(videos, generator=torch.Generator().manual_seed(0))
+    return tuple(frames + int(n) for n in spread[order])
+
+
 def exact(
-    qkv: Tensor, grad: Tensor, frames: int, patches: int, proxies: int
+    qkv: Tensor, grad: Tensor, frames: tuple[int, ...], patches: int, proxies: int
 ) -> tuple[Tensor, Tensor]:
-    """Output and gradient by the reference in float64, a head of a video at a time: it holds the
-    scores of all pairs of tokens."""
-    offsets = torch.tensor([0, frames], dtype=torch.int32, device=qkv.device)
-    output = torch.empty_like(grad, dtype=torch.float64)
-    gradient = torch.empty_like(qkv, dtype=torch.float64)
-    for video in range(len(qkv)):
-        for head in range(HEADS):
-            leaf = qkv[video, :, :, head, None].double().requires_grad_()
-            out = proxy_attention_reference(leaf, offsets, proxies, patches)
-            output[video, :, head] = out.detach()[:, 0]
-            (of_leaf,) = torch.autograd.grad(out, leaf, grad[video, :, head, None].double())
-            gradient[video, :, :, head] = of_leaf[:, :, 0]
-    return output, gradient
+    """Output [T, H, D] and gradient of qkv in float64, a video at a time."""
+    tokens = [proxies + n * patches for n in frames]
+    found = []
+    for video, of_video, n in zip(qkv.split(tokens), grad.split(tokens), frames, strict=True):
+        leaf = video.double()[None].requires_grad_()
+        out = eager(leaf, n, patches, proxies)
+        (gradient,) = torch.autograd.grad(out, leaf, of_video.double()[None])
+        found.append((out.detach()[0], gradient[0]))
+    output, gradient = zip(*found, strict=True)
+    return torch.cat(output), torch.cat(gradient)
 
 
 def measure(
@@ -185,8 +282,10 @@ def measure(
     frames: int,
     patches: int,
     dtype: str,
-    backward: bool,
+    way: str,
     proxies: int = PROXIES,
+    heads: int = HEADS,
+    ragged: bool = False,
     device: str = "cpu",
     compiled: bool = True,
     budget: float = 8.0,
@@ -194,36 +293,43 @@ def measure(
     """Times every contestant on one size, in this process."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    qkv = torch.randn(videos, proxies + frames * patches, 3, HEADS, HEAD_DIM)
-    grad = torch.randn_like(qkv[:, :, 0])
+    each = lengths(videos, frames, ragged)
+    tokens = sum(proxies + n * patches for n in each)
+    qkv = torch.randn(tokens, 3, heads, HEAD_DIM)
+    grad = torch.randn_like(qkv[:, 0])
     qkv, grad = (x.to(device, getattr(torch, dtype)) for x in (qkv, grad))
 
-    def step(attend: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        if not backward:
-            with torch.no_grad():
-                return (attend(qkv, frames, patches, proxies),)
+    def contestant(form: Form) -> Callable[[], tuple[Tensor, ...]]:
         leaf = qkv.detach().requires_grad_()
-        out = attend(leaf, frames, patches, proxies)
-        return out.detach(), *torch.autograd.grad(out, leaf, grad)
+        held = functools.cache(lambda: form(leaf, each, patches, proxies))  # for backward alone
 
-    without = left_out(frames, patches, backward and device == "cpu", compiled)
-    compared = harness.compare(
-        {name: functools.partial(step, f) for name, f in FORMS.items() if name not in without},
-        expected=exact(qkv, grad, frames, patches, proxies)[: 2 if backward else 1],
-        tolerance=1e-5 if dtype == "float32" else 2e-2,
-        seconds=budget,
-        device=device,
-        left_out=without,
-    )
-    return {
-        "work": work(videos, frames, patches, proxies, dtype, backward),
-        "machine": harness.machine(),
-        **compared,
-    }
+        def run() -> tuple[Tensor, ...]:
+            if way == "forward":
+                with torch.no_grad():
+                    return (form(leaf, each, patches, proxies),)
+            if way == "backward":
+                return torch.autograd.grad(held(), leaf, grad, retain_graph=True)
+            out = form(leaf, each, patches, proxies)
+            return out.detach(), *torch.autograd.grad(out, leaf, grad)
+
+        return run
+
+    without = left_out(each, patches, way, device, compiled)
+    output, gradient = exact(qkv, grad, each, patches, proxies)
+    # What is compiled gives its buffers away in backward, unless told that there will be another.
+    keep = torch._functorch.config.patch(donated_buffer=False)
+    with keep if way == "backward" else contextlib.nullcontext():
+        return harness.compare(
+            {name: contestant(form) for name, form in forms(device).items() if name not in without},
+            expected={"forward": [output], "backward": [gradient]}.get(way, [output, gradient]),
+            tolerance=1e-5 if dtype == "float32" else 2e-2,
+            work=work(each, patches, proxies, heads, dtype, way),
+            seconds=budget,
+            device=device,
+            left_out=without,
+        )
 
 
-@pytest.mark.parametrize("malloc", ["default", "tuned"])
-@pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("case", CASES)
-def test_proxy_attention(case: str, direction: str, malloc: str, run_case, quick: bool) -> None:
-    run_case({**CASES[case], "backward": direction == "both", "compiled": not quick}, malloc)
+def test_proxy_attention(case: str, run_case) -> None:
+    run_case(CASES[case])

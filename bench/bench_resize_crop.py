@@ -1,10 +1,10 @@
-"""A decoded frame to an RGB square of 224: `pytest bench/bench_resize_crop.py -s`.
+"""A decoded frame to an RGB square of 224: `clipvip bench ops --only resize_crop`.
 
 8-bit 4:2:0 of the sizes that training meets, among them one that needs no resizing; one thread, as
 loaders' workers have. "naive" is what most code does: RGB of the whole frame, then an antialiased
 resize of a uint8 tensor. swscale is asked for the whole resized frame, packed or planar, as PyAV
 cannot ask for a part. The content is smooth, so that kernels of other sharpness agree.
-Writes bench/results/ops-resize_crop-*.json.
+Records: ops-resize_crop-*.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ from clipvip.ops.resize_crop import resize_crop_reference, resized
 
 SIZE = 224
 CASES = {
-    f"{width}x{height}": dict(width=width, height=height)
+    f"{width}x{height}-default": dict(width=width, height=height)
     for width, height in ((298, 224), (320, 240), (640, 360), (1280, 720), (1920, 1080))
 }
-QUICK = ("320x240-default",)
+QUICK: dict[str, dict] = {"320x240-default": {}}
 
 
 def made(width: int, height: int) -> av.VideoFrame:
@@ -99,17 +99,15 @@ def measure(width: int, height: int, budget: float = 8.0) -> dict[str, Any]:
         "swscale planar": swscale("gbrp"),
         "ours": ours(),
     }
-    compared = harness.compare(
+    return harness.compare(
         {name: lambda form=form: [form(frame)] for name, form in forms.items()},
         expected=[torch.from_numpy(resize_crop_reference(planes, SIZE, colours))],
         tolerance=0.03,
+        work={"bytes": sum(plane.size for plane in planes) + 3 * SIZE * SIZE},
         seconds=budget,
     )
-    moved = sum(plane.size for plane in planes) + 3 * SIZE * SIZE
-    return {"work": {"bytes": moved}, "machine": harness.machine(), **compared}
 
 
-@pytest.mark.parametrize("malloc", ["default"])
 @pytest.mark.parametrize("case", CASES)
-def test_resize_crop(case: str, malloc: str, run_case) -> None:
-    run_case(CASES[case], malloc)
+def test_resize_crop(case: str, run_case) -> None:
+    run_case(CASES[case])

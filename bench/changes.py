@@ -11,17 +11,16 @@ both runs have none to the same baseline, by milliseconds, on one machine only, 
 What was lost has regressed too: ours that is absent or not finite, and a case in which ours was
 measured before, if the later run measured that suite (that op) as the earlier one did: some case
 with the same parameters. A run with --quick has others, and is not held to what it leaves out; nor
-is a machine without a GPU to a GPU's cases. A file, rather than a folder, is held to its own case.
+is one on a CPU to a GPU's cases. A file, rather than a folder, is held to its own cases.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import report
+import records
 
 SAME = ("cpu", "cores", "threads", "capability", "malloc", "gpu")  # what makes times comparable
 TOLD = (*SAME, "torch", "commit")
@@ -93,22 +92,12 @@ class Move:
 
 
 def load(path: Path) -> Run:
-    """The cases of a record's file or of a folder of them.
+    """The cases of a store of records, or of one of its files.
 
     ValueError: there is no record, or it lacks what is compared.
     """
-    if path.is_dir():
-        files = sorted(path.glob("*.json"))
-    elif path.is_file():
-        files = [path]
-    else:
-        raise ValueError(f"{path} is neither a record nor a folder of records")
     found = {}
-    for file in files:
-        try:
-            record = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from None
+    for place, record in records.stored(path):
         if not isinstance(record, dict) or "suite" not in record:
             continue  # what other programs keep beside the records
         try:
@@ -116,7 +105,7 @@ def load(path: Path) -> Run:
                 moves(each, each)
                 found[record["suite"], case] = each
         except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{file} is no whole record: {error!r}") from None
+            raise ValueError(f"{place} is no whole record: {error!r}") from None
     if not found:
         raise ValueError(f"{path} holds no record; `clipvip bench --out` writes them")
     return found
@@ -126,8 +115,8 @@ def _cases(record: Record) -> Iterator[tuple[str, Record]]:
     """A record's name and itself, or those of each point of a sweep."""
     facts = {key: record[key] for key in ("suite", "case", "machine")}
     facts["params"] = record.get("params", {})
-    for point in record["points"] if report.is_sweep(record) else [record]:
-        name = f"{record['case']} {point['value']}" if report.is_sweep(record) else record["case"]
+    for point in record["points"] if records.is_sweep(record) else [record]:
+        name = f"{record['case']} {point['value']}" if records.is_sweep(record) else record["case"]
         left_out = dict(point.get("left_out", {}))
         yield name, facts | {"results": dict(point["results"]), "left_out": left_out}
 
@@ -190,7 +179,7 @@ def regressions(found: list[Move], other: bool, allow: float) -> list[Move]:
             return True
         return not other and (move.what != "ms" or move.contestant not in by_ratio)
 
-    ours = [move for move in found if report.is_ours(move.contestant)]
+    ours = [move for move in found if records.is_ours(move.contestant)]
     return [move for move in ours if judged(move) and move.worse(allow)]
 
 
@@ -202,18 +191,16 @@ def gone(before: Run, after: Run, whole: bool) -> list[Key]:
     """
 
     def part(record: Record) -> Any:
-        return report.group(record) if whole else (record["suite"], record["case"])
+        return records.group(record) if whole else (record["suite"], record["case"])
 
     both = [key for key in before if key in after]
     ran = {part(before[key]) for key in both if before[key]["params"] == after[key]["params"]}
-    able = any("gpu" in record["machine"] for record in after.values())
     return [
         key
         for key, record in before.items()
         if key not in after
         and part(record) in ran
-        and (able or not {"cuda", "gpu"} & {str(value) for value in record["params"].values()})
-        and any(report.is_ours(move.contestant) for move in moves(record, record))
+        and any(records.is_ours(move.contestant) for move in moves(record, record))
     ]
 
 
@@ -257,7 +244,7 @@ def _case(before: Record, after: Record, allow: float) -> tuple[list[str], bool]
         f"  {move.contestant:{width}}  {move.what:5}  {move}" + note[move.lost] * (move in past)
         for move in shown
     ]
-    judged = {move.what for move in found if report.is_ours(move.contestant)}
+    judged = {move.what for move in found if records.is_ours(move.contestant)}
     if other and judged and "ratio" not in judged:
         lines.append("  ours is not judged: there is no ratio to the same baseline in both")
     return lines, bool(past)

@@ -1,9 +1,18 @@
-"""What the suites share: options, and a case that is measured in a process of its own and saved.
+"""What the suites share: options, which cases run in which order, and a case that is measured in a
+process of its own and saved.
 
-`clipvip bench` drives them; `pytest bench/` runs the same.
+`clipvip bench` drives them; `pytest bench/` runs the same. A module of a suite has
+
+    CASES     case → the arguments of `measure`; device "cuda" is for a GPU
+    QUICK     case → what --bench-quick changes of them; it leaves out all others
+    measure   measures one case, in this process; also given `budget`, the seconds to time for
+
+A case's name in CASES, after that of the op in the suite of the ops, is that of its record.
 """
 
+import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,91 +21,217 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import cases
 import harness
+import records
+import tables
 
 SUITE_OF = {module: suite for suite, modules in harness.SUITES.items() for module in modules}
-RECORDS = pytest.StashKey[list[dict[str, Any]]]()  # of this session
+LEAST_SECONDS = 15.0  # a case is not begun with less left; the report takes a few of them
+BUDGETS = {"cpu": 8.0, "cuda": 1.5}  # seconds to time for
+# What comes first, on a GPU or elsewhere; all others follow in the order of their modules.
+IMPORTANT = (
+    "ops proxy_attention-b16-bf16-batch32-both-cuda",
+    "ops proxy_attention-b32-bf16-batch32-both-cuda",
+    "ops pairwise_logsumexp-symmetric-bf16-16384-cuda",
+    "ops pairwise_logsumexp-symmetric-bf16-65536-cuda",
+    "ops proxy_attention-b16-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b16-bf16-batch32-backward-cuda",
+    "ops proxy_attention-b32-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b32-bf16-batch32-backward-cuda",
+    "train b16-bf16-batch32-cuda",
+    "ops pairwise_logsumexp-vsc_fc-bf16-16384-cuda",
+    "train b32-bf16-batch32-cuda",
+    "ops proxy_attention-b16-fp32-both-default",
+    "ops proxy_attention-b16-bf16-both-default",
+    "ops proxy_attention-b32-fp32-both-default",
+    "ops pairwise_logsumexp-symmetric-fp32-16384-default",
+    "ops pairwise_logsumexp-vsc_fc-fp32-8192-default",
+)
+
+Record = dict[str, Any]
+
+
+class Run:
+    """One call of the suites: what was asked for, and what has become of it so far."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        option = config.option
+        self.out: Path = option.bench_out
+        self.device: str = option.bench_device
+        self.quick: bool = option.bench_quick
+        self.profile: str | None = option.bench_profile
+        self.deadline: float | None = option.bench_deadline
+        self.records: list[Record] = []
+        self.not_reached: list[str] = []
+        self.earlier: dict[tuple[str, str], Record] = {}
+        for store in option.bench_resume:
+            if store.exists():
+                found = (value for _, value in records.stored(store) if records.is_record(value))
+                self.earlier |= {(record["suite"], record["case"]): record for record in found}
+        self._facts: dict[str, Any] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The machine and its ceilings, measured once by a process of its own."""
+        if self._facts is None:
+            found = cases.run("harness", "facts", {"device": self.device}, limit=120)
+            if "ceilings" not in found:
+                reason = found["left_out"][cases.SETUP]
+                pytest.exit(f"{self.device} cannot be measured on: {reason}", returncode=1)
+            self._facts = found
+            if self.earlier and not found["commit"]:
+                print(
+                    "nothing is resumed: which commit this is cannot be told; where git is absent "
+                    "the variable CLIPVIP_COMMIT says so"
+                )
+        return self._facts
+
+    def measured(self, suite: str, case: str, params: dict[str, Any]) -> Record | None:
+        """An earlier record that spares the case."""
+        record = self.earlier.get((suite, case))
+        spared = record and records.is_measured(record, params, self.facts)
+        return record if spared else None
+
+    def has_failed(self, title: str) -> bool:
+        record = self.earlier.get(tuple(title.split(" ", 1)))
+        return record is not None and records.failure(record) is not None
+
+    def trace(self, suite: str, case: str) -> Path:
+        folder = self.out.parent if self.out.suffix else self.out
+        return folder / "traces" / f"{suite}-{case}"
+
+
+RUN = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("clipvip")
+    group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu", help="of the cases")
     group.addoption("--bench-quick", action="store_true", help="few small cases, few rounds")
+    group.addoption("--bench-only", default="", help="cases whose 'SUITE CASE' this regex finds")
+    group.addoption("--bench-deadline", type=float, help="when to end, by time.monotonic()")
+    group.addoption(
+        "--bench-resume", type=Path, action="append", default=[], help="where earlier records lie"
+    )
     group.addoption(
         "--bench-out",
         type=Path,
         default=harness.BENCH / "results",
-        help="where records go (%(default)s)",
+        help="where records go: a folder, or a file .jsonl (%(default)s)",
     )
     group.addoption(
         "--bench-profile",
-        action="store_true",
-        help="also write torch.profiler traces of all contestants, to traces/ beside the records",
+        metavar="CONTESTANT",
+        help="also write torch.profiler's traces of a contestant, or of all, to traces/ beside the "
+        "records",
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RUN] = Run(config)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--bench-quick keeps the cases whose ids a module lists in QUICK."""
-    if config.getoption("--bench-quick"):
-        kept = [item for item in items if _id(item) in getattr(item.module, "QUICK", ())]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+    """Keeps the device's cases, or what is asked for of them, the most important ones first.
+
+    What failed before comes last: it may take its whole time limit again."""
+    run, wanted = config.stash[RUN], re.compile(config.option.bench_only)
+    titles = {item: _title(item) for item in items}
+
+    def is_kept(item: pytest.Item) -> bool:
+        module, case = item.module, _id(item)
+        if run.quick and case not in getattr(module, "QUICK", ()):
+            return False
+        cuda = bool(case) and records.on_gpu({"params": module.CASES[case]})
+        return cuda == (run.device == "cuda") and bool(wanted.search(titles[item]))
+
+    def rank(item: pytest.Item) -> tuple[bool, int]:
+        title = titles[item]
+        important = IMPORTANT.index(title) if title in IMPORTANT else len(IMPORTANT)
+        return run.has_failed(title), important
+
+    kept = [item for item in items if is_kept(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = sorted(kept, key=rank)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if records := config.stash.get(RECORDS, []):
-        terminalreporter.write_line(f"\n{harness.summary(records)}\n")
+    run = config.stash[RUN]
+    if run.not_reached:
+        names = ", ".join(run.not_reached)
+        terminalreporter.write_line(f"\nnot reached in time: {len(run.not_reached)} cases: {names}")
 
 
 def _id(item: pytest.Item) -> str:
     return item.callspec.id if hasattr(item, "callspec") else ""
 
 
-@pytest.fixture
-def quick(request: pytest.FixtureRequest) -> bool:
-    """Whether to leave out what takes long, such as compiling."""
-    return request.config.getoption("--bench-quick")
+def _title(item: pytest.Item) -> str:
+    return " ".join(_name(item.module.__name__, _id(item)))
+
+
+def _name(module: str, case: str) -> tuple[str, str]:
+    """The suite and case of a record."""
+    module = module.rpartition(".")[2]
+    suite = SUITE_OF.get(module, "")
+    several = len(harness.SUITES.get(suite, ())) > 1
+    return suite, f"{module.removeprefix('bench_')}-{case}" if several else case
 
 
 @pytest.fixture
-def run_case(
-    request: pytest.FixtureRequest, benchmark: Any, quick: bool
-) -> Callable[..., dict[str, Any]]:
-    """A function that measures the test's case, saves its record and prints a table.
+def run_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Record]:
+    """A function that measures the test's case, saves its record and prints the table so far.
 
-    run_case(params, malloc="default"): calls `measure(**params, budget=…)` of the test's module
-    in a process of its own. It returns what harness.compare does, "machine" and perhaps "work";
-    budget is for how many seconds to time. A case with device "cuda" in its params is skipped
-    without a GPU. The case's name is the test's id, after that of the op in the suite of the ops.
+    run_case(params, limits=1): calls `measure(**params, budget=…)` of the test's module in a
+    process of its own, with a tuned malloc where the case's name ends so. `limits` is how many
+    times as long it may take as a case usually may. The record holds what that process found, also
+    where it ended too soon. Where ours has no figures the test fails; where the run's time is up it
+    is skipped.
     """
-    import torch
-
+    run = request.config.stash[RUN]
     module = request.module.__name__.rpartition(".")[2]
-    suite, case = SUITE_OF[module], request.node.callspec.id
-    if len(harness.SUITES[suite]) > 1:
-        case = f"{module.removeprefix('bench_')}-{case}"
-    options = request.config.option
-    traces = options.bench_out / "traces"
+    suite, case = _name(module, request.node.callspec.id)
     position = request.session.items.index(request.node) + 1
+    limit = cases.LIMITS[run.device]
+    malloc = "tuned" if case.endswith("-tuned") else "default"
 
-    def run(params: dict[str, Any], malloc: str = "default") -> dict[str, Any]:
-        if params.get("device") == "cuda" and not torch.cuda.is_available():
-            pytest.skip(f"{case}: no CUDA GPU")
+    def measure(params: dict[str, Any], limits: int = 1) -> Record:
+        params = params | (request.module.QUICK[request.node.callspec.id] if run.quick else {})
+        if run.deadline and run.deadline - time.monotonic() < LEAST_SECONDS:
+            run.not_reached.append(f"{suite} {case}")
+            pytest.skip("the run's time is up")
         print(f"\n{position}/{len(request.session.items)} {suite} {case}", flush=True)
-        harness.record_path(options.bench_out, suite, case).unlink(missing_ok=True)
-        measured = benchmark.pedantic(
-            harness.in_process,
-            args=(malloc, module, "measure"),
-            kwargs={
-                **params,
-                "budget": 1.0 if quick else 8.0,
-                "trace": traces / f"{suite}-{case}" if options.bench_profile else None,
-            },
-        )
-        record = {"suite": suite, "case": case, "params": params, **measured}
-        record = harness.save(options.bench_out, record)
+        if record := run.measured(suite, case, params):
+            print("measured before", flush=True)
+        else:
+            try:
+                found = benchmark.pedantic(
+                    cases.run,
+                    args=(module, "measure"),
+                    kwargs={
+                        "arguments": {
+                            **params,
+                            "budget": 1.0 if run.quick else BUDGETS[run.device],
+                        },
+                        "malloc": malloc,
+                        "limit": limit and limit * limits,
+                        "deadline": run.deadline and run.deadline - LEAST_SECONDS / 2,
+                        "profile": run.profile,
+                        "trace": run.trace(suite, case),
+                    },
+                )
+            except cases.OutOfTime:
+                run.not_reached.append(f"{suite} {case}")
+                pytest.skip("the run's time is up")
+            machine = {"malloc": malloc} | run.facts | found.get("machine", {})
+            record = {"suite": suite, "case": case, "params": params, **found, "machine": machine}
+        records.save(run.out, record)
         benchmark.extra_info.update(record)
-        request.config.stash.setdefault(RECORDS, []).append(record)
-        print(harness.table(record), flush=True)
+        run.records.append(record)
+        print(f"{tables.contestants(record)}\n\n{tables.summary(run.records)}", flush=True)
+        if reason := records.failure(record):
+            pytest.fail(f"{suite} {case}: {reason}", pytrace=False)
         return record
 
-    return run
+    return measure

@@ -1,28 +1,27 @@
 """Paired timings of functions that should agree, with peak memory and the machine's facts.
 
-Contestants run in turn, one call each a round, so that whatever else the machine does falls on
+Contestants run in turn, one call each per round, so that whatever else the machine does falls on
 all of them; medians are reported with quartiles, and ratios are medians of a round's own ratios.
 """
 
-import collections
+import contextlib
 import ctypes
 import datetime
 import functools
 import gc
-import importlib
 import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import report
+import records
 import torch
 
 BENCH = Path(__file__).resolve().parent
@@ -38,10 +37,10 @@ SUITES = {
     "decode": ("bench_decode",),
     "growth": ("bench_growth",),
 }
-TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-PROFILE = "CLIPVIP_BENCH_PROFILE"  # where traces go: a folder and the start of their names
+CPU_ONLY = ("bench_linear", "bench_resize_crop")
 MIB, GIB = 2**20, 2**30
 L2_BYTES = 256 * MIB  # more than any GPU's second level of cache holds
+HEAD_START = 2_000_000  # clocks of the GPU, about 1 ms, in which the host queues a call
 
 Contestants = dict[str, Callable[[], Sequence[torch.Tensor]]]
 
@@ -49,64 +48,158 @@ Contestants = dict[str, Callable[[], Sequence[torch.Tensor]]]
 # --- measuring -----------------------------------------------------------------------------------
 
 
+class Diary:
+    """What a process that measures tells the one that started it, should it end too soon.
+
+    Lies in a folder: found.json, what is measured so far, and running, who is being run. Without a
+    folder nothing is written. See cases.py.
+    """
+
+    FOLDER = "CLIPVIP_BENCH_DIARY"
+
+    def __init__(self) -> None:
+        folder = os.environ.get(self.FOLDER)
+        self._folder = Path(folder) if folder else None
+        self.given: dict[str, Any] = {}
+        self._running = -1
+        if self._folder:
+            self.given = json.loads((self._folder / "given.json").read_text())
+            self._running = os.open(self._folder / "running", os.O_CREAT | os.O_WRONLY)
+
+    @property
+    def without(self) -> dict[str, str]:
+        """Contestants that took the process along in an earlier try, with the reason."""
+        return self.given.get("without", {})
+
+    def trace(self, name: str) -> Path | None:
+        """Where to write the profiler's trace of a contestant, if one is wanted."""
+        if self.given.get("profile") not in ("all", name):
+            return None
+        return Path(f"{self.given['trace']}-{name.replace(' ', '_')}.json.gz")
+
+    @contextlib.contextmanager
+    def runs(self, name: str) -> Iterator[None]:
+        """A system call or two, since this goes on between timed calls."""
+        if self._running >= 0:
+            text = name.encode()
+            os.pwrite(self._running, text, 0)
+            os.ftruncate(self._running, len(text))
+        yield
+        if self._running >= 0:
+            os.ftruncate(self._running, 0)
+
+    def found(self, so_far: dict[str, Any]) -> None:
+        if self._folder:
+            records.write(self._folder / "found.json", so_far)
+
+
 def compare(
     contestants: Contestants,
     *,
     expected: Sequence[torch.Tensor],
     tolerance: float,
+    work: Mapping[str, float] | None = None,
     expected_of: dict[str, Sequence[torch.Tensor]] | None = None,
     seconds: float = 8.0,
     min_rounds: int = 5,
     max_rounds: int = 200,
     device: str = "cpu",
     left_out: dict[str, str] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Checks every contestant against `expected`, then times all that pass round by round.
 
     A contestant is a function without arguments that returns what `expected` holds, in order. Its
-    error is max|x − expected| / max|expected| for each tensor and must not exceed `tolerance`. One
-    that raises or is wrong is left out and listed with the reason; "ours" raises instead. The
-    first contestant is the baseline, which ratios refer to.
+    error is max|x − expected| / max|expected| for each tensor and must not exceed `tolerance`; ours
+    may besides be off by twice the baseline's error at most, or by a tenth of the tolerance. One
+    that raises or is wrong is left out and listed with the reason. The first contestant is the
+    baseline, which ratios refer to.
+
+    On a GPU all others are checked and timed before ours, so that a kernel of ours that breaks the
+    process takes nothing along. Then ours, and after it each of its variants, takes turns with the
+    baseline and the best peer, which are timed again.
 
     Args:
         expected: of float64, or the next wider dtype.
+        work: the least operations ("flop") and bytes ("bytes") that the task needs.
         expected_of: for contestants that serve the same end by another function, what that gives.
         seconds: of timing, all contestants together.
         device: "cpu" or "cuda": how time and memory are taken, and what is freed in between.
         left_out: contestants that were not even tried, with the reason.
 
-    Returns {"results": …, "left_out": …}. Results, for each name: error, peak_mib (see
+    Returns {"work", "machine", "left_out", "results"}. Results, for each name: error, peak_mib (see
     peak_memory) and what take_turns gives.
+    Raises RuntimeError where an error leaves the GPU unusable for the rest of the process.
     """
-    checked: dict[str, dict[str, Any]] = {}
-    left_out = dict(left_out or {})
-    trace = os.environ.get(PROFILE)
-    for name, run in contestants.items():
-        try:
-            error = _error(run(), (expected_of or {}).get(name, expected))
-            if not error <= tolerance:
-                raise AssertionError(f"{name} is off by {error:.2e}, allowed {tolerance:.2e}")
-            checked[name] = {"error": error, "peak_mib": peak_memory(run, device) / MIB}
-            if trace:
-                profile(run, Path(f"{trace}-{name.replace(' ', '_')}.json.gz"))
-        except Exception as reason:  # whatever a peer dies of is a result
-            if name == "ours":
-                raise
-            checked.pop(name, None)
-            left_out[name] = why(reason)
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    able = {name: run for name, run in contestants.items() if name in checked}
-    timed = take_turns(
-        able,
-        seconds=seconds,
-        min_rounds=min_rounds,
-        max_rounds=max_rounds,
-        device=device,
-        baseline=next(iter(contestants)),
-    )
-    return {"results": {name: checked[name] | timed[name] for name in able}, "left_out": left_out}
+    diary = Diary()
+    names = [name for name in contestants if name not in diary.without]
+    results: dict[str, dict[str, Any]] = {}
+    left_out = (left_out or {}) | diary.without
+    found = {"work": dict(work or {}), "machine": machine()}
+    found |= {"left_out": left_out, "results": results}
+    base = next(iter(contestants))
+
+    def allowed(name: str) -> float:
+        if not records.is_ours(name) or base not in checked or records.is_ours(base):
+            return tolerance
+        return min(tolerance, max(2 * checked[base]["error"], tolerance / 10))
+
+    def check(name: str) -> None:
+        run = contestants[name]
+        error = _error(run(), (expected_of or {}).get(name, expected))
+        if not error <= allowed(name):
+            raise AssertionError(f"{name} is off by {error:.2e}, allowed {allowed(name):.2e}")
+        peak = peak_memory(run, device) / MIB
+        if path := diary.trace(name):
+            profile(run, path)
+        checked[name] = {"error": error, "peak_mib": peak}
+
+    checked: dict[str, dict[str, float]] = {}
+    theirs = [name for name in names if not records.is_ours(name)]
+    ours = [[name] for name in names if records.is_ours(name)]
+    for group in [theirs, *ours] if device == "cuda" else [names]:
+        for name in group:
+            with diary.runs(name):
+                _attempt(functools.partial(check, name), name, left_out, device)
+                _settle(device)
+            diary.found(found)
+        able = [name for name in group if name in checked]
+        if able and group in ours:
+            again = (base, records.best_peer(results))
+            able = [*(name for name in again if name in results and name not in able), *able]
+        timed = take_turns(
+            {name: contestants[name] for name in able},
+            seconds=seconds,
+            min_rounds=min_rounds,
+            max_rounds=max_rounds,
+            device=device,
+            baseline=base,
+            left_out=left_out,
+            diary=diary,
+        )
+        both = results | {name: checked[name] | timed[name] for name in timed}
+        found["results"] = results = {
+            name: both[name] for name in contestants if name in both and name not in left_out
+        }
+        diary.found(found)
+    return found
+
+
+def _attempt(run: Callable[[], Any], name: str, left_out: dict[str, str], device: str) -> Any:
+    """The result, or None and a reason in `left_out`: whatever a contestant dies of is a result."""
+    try:
+        return run()
+    except Exception as error:
+        left_out[name] = why(error)
+    _settle(device)
+    return None
+
+
+def _settle(device: str) -> None:
+    """Frees what a contestant held. Raises where it has left the GPU unusable to this process."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
@@ -121,13 +214,10 @@ def _error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> flo
     return max(errors)
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """An error that keeps a contestant out, in one line."""
     text = (str(error).strip().splitlines() or [""])[0][:200]
-    if isinstance(error, AssertionError):
-        return text
-    install = ': pip install "clipvip[peers]"' if isinstance(error, ImportError) else ""
-    return f"{type(error).__name__}: {text}{install}"
+    return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
 
 
 def take_turns(
@@ -139,63 +229,99 @@ def take_turns(
     units: int = 1,
     device: str = "cpu",
     baseline: str | None = None,
+    left_out: dict[str, str] | None = None,
+    diary: Diary | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Times all contestants round by round.
 
     units: of work in one call; times are those of one unit.
     baseline: by default the first.
+    left_out: where given, a contestant that raises is dropped and listed there.
 
     Returns, for each name: median_ms, low_ms and high_ms (quartiles), min_ms, rounds, and ratio,
     ratio_low and ratio_high: median and quartiles over rounds of its time over the baseline's of
-    the same round, None where the baseline does not take part.
+    the same round, None where the baseline does not take part. On a GPU also host_ms, the median of
+    what the processor takes to queue the call.
     """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[Took]] = {name: [] for name in contestants}
+    diary = diary or Diary()
     started = time.perf_counter()
     for done in range(max_rounds):
         if done >= min_rounds and time.perf_counter() - started > seconds:
             break
-        for name, run in contestants.items():
-            times[name].append(elapsed(run, device) * 1e3 / units)
-    first = times.get(baseline or next(iter(contestants)))
+        for name in list(times):
+            timed = functools.partial(elapsed, contestants[name], device)
+            with diary.runs(name):
+                took = timed() if left_out is None else _attempt(timed, name, left_out, device)
+            if took is None:
+                del times[name]
+            else:
+                times[name].append(took)
+    first = times.get(baseline or next(iter(contestants), ""))
     results: dict[str, dict[str, Any]] = {}
     for name, each in times.items():
-        low, median, high = statistics.quantiles(each, n=4, method="inclusive")
+        ms = [1e3 * took.seconds / units for took in each]
+        low, median, high = statistics.quantiles(ms, n=4, method="inclusive")
         ratios: Sequence[float | None] = (None, None, None)
         if first:
             ratios = statistics.quantiles(
-                [t / f for t, f in zip(each, first, strict=True)], n=4, method="inclusive"
+                [t.seconds / f.seconds for t, f in zip(each, first, strict=True)],
+                n=4,
+                method="inclusive",
             )
         results[name] = {
             "median_ms": median,
             "low_ms": low,
             "high_ms": high,
-            "min_ms": min(each),
+            "min_ms": min(ms),
             "ratio": ratios[1],
             "ratio_low": ratios[0],
             "ratio_high": ratios[2],
             "rounds": len(each),
         }
+        if device == "cuda":
+            results[name]["host_ms"] = 1e3 * statistics.median(t.host for t in each) / units
     return results
 
 
-def elapsed(run: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one call; on a GPU by events, from a cold cache."""
+class Took(NamedTuple):
+    """Seconds of one call: until it was done, and until the processor had queued it."""
+
+    seconds: float
+    host: float
+
+
+def elapsed(run: Callable[[], Any], device: str = "cpu") -> Took:
+    """Times one call; on a GPU by events, from a cold cache, its work queued while it waits."""
     if device == "cpu":
         begin = time.perf_counter()
         run()
-        return time.perf_counter() - begin
+        took = time.perf_counter() - begin
+        return Took(took, took)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flush().zero_()
+    flush()
+    torch.cuda._sleep(HEAD_START)
     first.record()
+    begin = time.perf_counter()
     run()
+    queued = time.perf_counter() - begin
     last.record()
     last.synchronize()
-    return first.elapsed_time(last) / 1e3
+    return Took(first.elapsed_time(last) / 1e3, queued)
+
+
+def flush() -> None:
+    """Empties a GPU's second level of cache. What is written last lies there dirty, and would be
+    written back at the cost of the call that is timed next; so another buffer is read after it."""
+    written, read, total = _buffers()
+    written.zero_()
+    torch.sum(read, 0, out=total)
 
 
 @functools.cache
-def _flush() -> torch.Tensor:
-    return torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
+def _buffers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    written, read = torch.zeros(2, L2_BYTES // 4, device="cuda")
+    return written, read, torch.zeros((), device="cuda")
 
 
 def peak_memory(run: Callable[[], Any], device: str = "cpu") -> int:
@@ -283,10 +409,10 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the checkout that this file lies in, or "" where it was installed."""
+    """Of the checkout that this file lies in, or as given; "" where neither says."""
     if given := os.environ.get("CLIPVIP_COMMIT"):
         return given
-    if not (BENCH.parent / ".git").exists():
+    if not (BENCH.parent / ".git").exists() or shutil.which("git") is None:
         return ""
     changed = _git("status", "--porcelain", "--", "csrc", "clipvip")
     return _git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
@@ -297,9 +423,8 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-@functools.cache
 def ceilings(device: str = "cpu") -> dict[str, float]:
-    """What this machine does at best, measured once a process: products and copies.
+    """What this machine does at best: products and copies.
 
     matmul_fp32_gflops and matmul_bf16_gflops (10⁹ operations a second, a multiplication and an
     addition are two) of square matrices, copy_gib_s (what is read plus what is written).
@@ -314,131 +439,14 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     best = _best(functools.partial(torch.empty_like(source).copy_, source), device)
     found["copy_gib_s"] = 2 * copied / best / GIB
-    if device == "cuda":
-        del x, y, out, source
-        torch.cuda.empty_cache()
     return found
 
 
 def _best(run: Callable[[], Any], device: str) -> float:
     elapsed(run, device)
-    return min(elapsed(run, device) for _ in range(10))
+    return min(elapsed(run, device).seconds for _ in range(10))
 
 
-# --- processes, files, text ----------------------------------------------------------------------
-
-
-def in_process(
-    malloc: str, module: str, function: str, *, trace: Path | None = None, **arguments: Any
-) -> dict[str, Any]:
-    """`module.function(**arguments)` in a process of its own, with malloc "default" or "tuned".
-
-    A tuned malloc keeps what is freed, which spares a program of many large tensors its page
-    faults. It is read when a process starts, hence the process. Arguments and result are JSON.
-    trace: `compare` in that process writes profiles to files whose names start so.
-    """
-    environment = os.environ | (TUNED_MALLOC if malloc == "tuned" else {})
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(BENCH.parent), str(BENCH), environment.get("PYTHONPATH", "")]
-    )
-    if trace:
-        environment[PROFILE] = str(trace.absolute())
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "harness.py"), module, function, json.dumps(arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{module}.{function} ended with {done.returncode}; its error is above")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def save(out: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Writes OUT/SUITE-CASE.json and returns what it holds: the record with measured ceilings.
-
-    A record: suite, case, params (with device "cuda" where it ran there), work ({"flop", "bytes"}:
-    what the task needs at least; either may be absent), machine, left_out and results.
-    """
-    device = record["params"].get("device", "cpu")
-    record = record | {"machine": record["machine"] | {"ceilings": ceilings(device)}}
-    order = ("suite", "case", "params", "work", "machine", "left_out", "results")
-    record = {key: record[key] for key in order if key in record} | record
-    write(record_path(out, record["suite"], record["case"]), record)
-    return record
-
-
-def record_path(out: Path, suite: str, case: str) -> Path:
-    return out / f"{suite}-{case}.json"
-
-
-def write(path: Path, value: Any) -> Path:
-    """Writes JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    return partial.replace(path)
-
-
-def table(record: dict[str, Any]) -> str:
-    """Plain text, a line a contestant, and a line for each that was left out."""
-    lines = [
-        f"{'':30}{'median ms':>11}{'quartiles':>20}{'ratio':>8}{'of ceiling':>12}"
-        f"{'peak MiB':>10}{'error':>10}"
-    ]
-    for name, r in record["results"].items():
-        quartiles = f"{r['low_ms']:.2f}–{r['high_ms']:.2f}"
-        ratio = "–" if r["ratio"] is None else f"{r['ratio']:.2f}"
-        part = report.percent(max(report.shares(record, r).values(), default=None))
-        lines.append(
-            f"{name:30}{r['median_ms']:11.2f}{quartiles:>20}{ratio:>8}{part:>12}"
-            f"{r['peak_mib']:10.1f}{r['error']:10.1e}"
-        )
-    lines += [f"left out: {name} ({why})" for name, why in record.get("left_out", {}).items()]
-    return "\n".join(lines)
-
-
-def summary(records: Sequence[dict[str, Any]]) -> str:
-    """Plain text, a line a case: ours against the baseline and the best peer."""
-    records = [record for record in records if "ours" in record["results"]]
-    titles = [f"{record['suite']} {record['case']}" for record in records]
-    width = max(map(len, titles), default=0)
-    lines = [
-        f"{'':{width}}{'eager ms':>10}{'best peer ms':>14}{'ours ms':>10}{'quartiles':>20}"
-        f"{'/ eager':>9}{'/ peer':>8}{'of ceiling':>12}{'eager MiB':>11}{'ours MiB':>10}  best peer"
-    ]
-    for title, record in zip(titles, records, strict=True):
-        results = record["results"]
-        ours, best = results["ours"], report.best_peer(results)
-        eager, peer = results.get(report.baseline(results)), results.get(best)
-        cells = [
-            report.number(eager and eager["median_ms"]),
-            report.number(peer and peer["median_ms"]),
-            report.number(ours["median_ms"]),
-            f"{report.number(ours['low_ms'])}–{report.number(ours['high_ms'])}",
-            report.number(report.time_ratio(ours, eager)),
-            report.number(peer and ours["median_ms"] / peer["median_ms"]),
-            report.percent(max(report.shares(record, ours).values(), default=None)),
-            report.number(eager and eager["peak_mib"]),
-            report.number(ours["peak_mib"]),
-        ]
-        widths = (10, 14, 10, 20, 9, 8, 12, 11, 10)
-        line = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
-        lines.append(f"{title:{width}}{line}  {best or ''}")
-    absent = collections.Counter(
-        f"{name} ({reason})"
-        for record in records
-        for name, reason in record.get("left_out", {}).items()
-    )
-    lines += [f"left out of {n} of {len(records)} cases: {what}" for what, n in absent.items()]
-    return "\n".join(lines)
-
-
-def _main() -> None:
-    module, function, arguments = sys.argv[1:]
-    result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    _main()
+def facts(device: str) -> dict[str, Any]:
+    """machine() with its ceilings."""
+    return machine() | {"ceilings": ceilings(device)}

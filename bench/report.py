@@ -1,307 +1,52 @@
-"""A page and a Markdown table of what a directory of benchmark records says.
+"""A page and Markdown tables of benchmark records.
 
-    python bench/report.py [DIR]               writes DIR/report.html and DIR/report.md
-    python bench/report.py --readme README.md  also puts the table between README's two marks
+    python bench/report.py [STORE]             writes report.html and report.md beside the records
+    python bench/report.py --readme README.md  also puts the tables between README's two marks
 
-A record is a file SUITE-CASE.json; other files are named and left alone. The page is one file that
-needs no server and no network: pictures are SVG inside it, and tables sort by a click on a heading.
+STORE: see records.py. Files that hold no records are named and left alone. The page is one file
+that needs no server and no network: pictures are SVG, and tables sort by a click on a heading.
 """
 
 import argparse
 import collections
 import html
+import importlib.util
 import io
-import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from records import (
+    BASELINES,
+    H100,
+    OURS,
+    SUITES,
+    Record,
+    baseline,
+    best_peer,
+    exponents,
+    fit,
+    floors,
+    group,
+    is_ours,
+    is_rate,
+    is_sweep,
+    malloc,
+    memory_ratio,
+    name,
+    on_gpu,
+    read,
+    series,
+    shares,
+    time_ratio,
+)
+from tables import machines, markdown, number, ordered, percent, put_into, rate, replace
+
 RESULTS = Path(__file__).resolve().parent / "results"
-MARKS = ("<!-- measured: written by bench/report.py -->", "<!-- end of measured -->")
-SUITES = {
-    "ops": "Operations",
-    "model": "Vision model",
-    "train": "Training step",
-    "decode": "Decoding",
-    "growth": "Growth",
-}
-BASELINES, OURS = ("eager", "naive"), "ours"
-FACTS = ("cpu", "cores", "threads", "capability", "memory_gib", "gpu", "driver", "cuda", "torch")
-
-Record = dict[str, Any]
-
-
-# --- what records say ----------------------------------------------------------------------------
-
-
-def read(directory: Path) -> tuple[list[Record], list[str]]:
-    """The records of a directory in the order they are shown, and the names of other files."""
-    records, others = [], []
-    for path in sorted(directory.glob("*.json")):
-        try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); delete it or measure again") from None
-        if isinstance(record, dict) and {"suite", "case", "results", "machine"} <= record.keys():
-            records.append(record)
-        else:
-            others.append(path.name)
-    if not records:
-        raise ValueError(f"{directory} holds no benchmark records; `clipvip bench` makes some")
-    order = [*SUITES, *sorted({r["suite"] for r in records} - SUITES.keys())]
-    records.sort(key=lambda r: (order.index(r["suite"]), natural(r["case"]), malloc(r)))
-    return records, others
-
-
-def natural(text: str) -> list:
-    """A key that sorts 2 before 16."""
-    return [(0, int(x), "") if x.isdigit() else (1, 0, x) for x in re.split(r"(\d+)", text)]
-
-
-def malloc(record: Record) -> str:
-    return record["machine"].get("malloc", "default")
-
-
-def group(record: Record) -> str:
-    """What a record stands under: its op in the suite of the ops, otherwise its suite."""
-    return record["case"].split("-")[0] if record["suite"] == "ops" else record["suite"]
-
-
-def name(record: Record) -> str:
-    """The case within its group."""
-    return record["case"].removeprefix(f"{group(record)}-").removesuffix("-default")
-
-
-def is_sweep(record: Record) -> bool:
-    return "points" in record
-
-
-def is_rate(record: Record) -> bool:
-    """Whether clips a second are what is compared."""
-    return record["suite"] == "decode"
-
-
-def baseline(results: dict[str, dict]) -> str | None:
-    return next((each for each in BASELINES if each in results), None)
-
-
-def is_ours(contestant: str) -> bool:
-    """ "ours", or a variant such as "ours by DALI"."""
-    return contestant.split(" ")[0] == OURS
-
-
-def best_peer(results: dict[str, dict]) -> str | None:
-    """Who is quickest of all but the baseline and ours."""
-    peers = [each for each in results if each not in BASELINES and not is_ours(each)]
-    return min(peers, key=lambda each: results[each]["median_ms"], default=None)
-
-
-def time_ratio(result: dict, eager: dict | None) -> float | None:
-    """Of one round's times, over all rounds; of medians where rounds were not kept."""
-    if result.get("ratio") is not None or eager is None:
-        return result.get("ratio")
-    return result["median_ms"] / eager["median_ms"]
-
-
-def memory_ratio(result: dict, eager: dict | None) -> float | None:
-    """None where either took too little to be seen."""
-    figures = (result.get("peak_mib"), eager.get("peak_mib") if eager else None)
-    return figures[0] / figures[1] if all(figures) else None
-
-
-def shares(record: Record, result: dict[str, float]) -> dict[str, float]:
-    """Of the rates that the machine reached in a product and in a copy, what a contestant did."""
-    ceilings, work = record["machine"].get("ceilings", {}), record.get("work", {})
-    low = {str(each) for each in record.get("params", {}).values()} & {"bfloat16", "bf16"}
-    seconds = result["median_ms"] / 1e3
-    found = {}
-    rate = ceilings.get("matmul_bf16_gflops" if low else "matmul_fp32_gflops")
-    if rate and "flop" in work:
-        found["product"] = work["flop"] / seconds / (rate * 1e9)
-    if ceilings.get("copy_gib_s") and "bytes" in work:
-        found["copy"] = work["bytes"] / seconds / (ceilings["copy_gib_s"] * 2**30)
-    return found
-
-
-class Fit(NamedTuple):
-    """figure ≈ factor · value ^ exponent, over the larger half of the values."""
-
-    exponent: float
-    factor: float
-    first: float  # the least value that was fitted
-
-
-def fit(values: Sequence[float], figures: Sequence[float]) -> Fit | None:
-    """Least squares of logarithms; None where fewer than two figures are above zero."""
-    pairs = sorted((v, f) for v, f in zip(values, figures, strict=True) if f > 0)
-    pairs = pairs[min(len(pairs) // 2, len(pairs) - 2) :] if len(pairs) > 1 else []
-    if not pairs:
-        return None
-    x, y = ([math.log(each) for each in column] for column in zip(*pairs, strict=True))
-    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
-    slope /= sum((a - middle_x) ** 2 for a in x)
-    return Fit(slope, math.exp(middle_y - slope * middle_x), pairs[0][0])
-
-
-def series(record: Record, figure: str) -> dict[str, tuple[list[float], list[float]]]:
-    """Of a sweep's record: for each contestant the values it was timed at, and its figures."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for point in record["points"]:
-        for each, result in point["results"].items():
-            values, figures = found.setdefault(each, ([], []))
-            values.append(point["value"])
-            figures.append(result[figure])
-    return found
-
-
-def exponents(record: Record) -> dict[str, dict[str, float | None]]:
-    """Of a sweep's record: how time and memory of each contestant grow."""
-    found: dict[str, dict[str, float | None]] = collections.defaultdict(dict)
-    for kind, figure in (("time", "median_ms"), ("memory", "peak_mib")):
-        for each, line in series(record, figure).items():
-            fitted = fit(*line)
-            found[each][kind] = fitted.exponent if fitted else None
-    return dict(found)
-
-
-# --- figures as text -----------------------------------------------------------------------------
-
-
-def number(x: float | None) -> str:
-    """Three digits or so."""
-    if x is None:
-        return "–"
-    if abs(x) >= 100:
-        return f"{x:.0f}"
-    return f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
-
-
-def percent(x: float | None) -> str:
-    return "–" if x is None else f"{x:.0%}" if x >= 0.1 else f"{x:.1%}"
-
-
-def machines(records: Iterable[Record]) -> list[dict[str, str]]:
-    """A row a machine: its facts, what it can do at best, and when and what it measured."""
-    kinds: dict[tuple, list[Record]] = collections.defaultdict(list)
-    for record in records:
-        kinds[tuple(str(record["machine"].get(fact, "")) for fact in FACTS)].append(record)
-    rows = []
-    for facts, alike in kinds.items():
-        row = {fact: each for fact, each in zip(FACTS, facts, strict=True) if each}
-        for head, key in (
-            ("fp32 product, GFLOP/s", "matmul_fp32_gflops"),
-            ("bf16 product, GFLOP/s", "matmul_bf16_gflops"),
-            ("copy, GiB/s", "copy_gib_s"),
-        ):
-            found = [r["machine"]["ceilings"][key] for r in alike if _has(r, key)]
-            if found:
-                row[head] = "–".join(dict.fromkeys(map(number, (min(found), max(found)))))
-        loads = [r["machine"]["load"] for r in alike if "load" in r["machine"]]
-        if loads:
-            row["load before"] = "–".join(dict.fromkeys(map(number, (min(loads), max(loads)))))
-        for key in ("date", "commit"):
-            row[key] = ", ".join(sorted({r["machine"].get(key) or "unknown" for r in alike}))
-        row["suites"] = ", ".join(dict.fromkeys(r["suite"] for r in alike))
-        rows.append(row)
-    return rows
-
-
-def _has(record: Record, ceiling: str) -> bool:
-    return bool(record["machine"].get("ceilings", {}).get(ceiling))
-
-
-# --- Markdown ------------------------------------------------------------------------------------
-
-
-def markdown(directory: Path) -> str:
-    """Tables for a README: a line a case, eager, the best peer and ours side by side."""
-    records, _ = read(directory)
-    parts = []
-    for title in dict.fromkeys(map(group, records)):
-        inside = [r for r in records if group(r) == title]
-        timed = [r for r in inside if not is_sweep(r)]
-        grown = [r for r in inside if is_sweep(r)]
-        if grown:
-            heads = ["growth", "eager", "best peer", "ours"]
-            parts.append(_markdown(heads, map(_growth, grown)))
-        elif is_rate(timed[0]):
-            names = list(dict.fromkeys(c for r in timed for c in _order(r["results"])[::-1]))
-            lines = [
-                [
-                    name(r),
-                    *(number(rate(r["results"][c])) if c in r["results"] else "–" for c in names),
-                ]
-                for r in timed
-            ]
-            parts.append(_markdown([f"{title}, clips/s", *names], lines))
-        else:
-            heads = "eager ms, best peer ms, ours ms, × eager, × peer, eager MiB, ours MiB, × eager"
-            heads = [title, *heads.split(", "), "of ceiling"]
-            parts.append(_markdown(heads, map(_line, timed)))
-    for row in machines(records):
-        facts = {k: v for k, v in row.items() if k not in ("suites", "load before")}
-        parts.append("; ".join(f"{key} {value}" for key, value in facts.items()) + ".")
-    return "\n\n".join(parts)
-
-
-def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def _line(record: Record) -> list[str]:
-    results = record["results"]
-    eager, peer = results.get(baseline(results)), best_peer(results)
-    ours = results.get(OURS)
-    best = results.get(peer)
-    return [
-        name(record),
-        number(eager["median_ms"]) if eager else "–",
-        f"{number(best['median_ms'])} ({peer})" if best else "–",
-        f"**{number(ours['median_ms'])}**" if ours else "–",
-        number(time_ratio(ours, eager)) if ours else "–",
-        number(ours["median_ms"] / best["median_ms"]) if ours and best else "–",
-        number(eager["peak_mib"]) if eager else "–",
-        number(ours["peak_mib"]) if ours else "–",
-        number(memory_ratio(ours, eager)) if ours else "–",
-        percent(max(shares(record, ours).values(), default=None)) if ours else "–",
-    ]
-
-
-def _growth(record: Record) -> list[str]:
-    """Exponents of time and memory; the peer is the one that is quickest at the largest value."""
-    found, last = exponents(record), record["points"][-1]["results"]
-    eager = baseline(found)
-    cells = [f"{name(record)}, {record['points'][0]['value']} … {record['points'][-1]['value']}"]
-    for each in (eager, best_peer(last), OURS):
-        grown = found.get(each or "", {})
-        cell = f"time {number(grown.get('time'))}, memory {number(grown.get('memory'))}"
-        cells.append(cell + (f" ({each})" if each not in (eager, OURS) else "") if grown else "–")
-    return cells
-
-
-def rate(result: dict[str, float]) -> float:
-    """Clips a second."""
-    return 1e3 / result["median_ms"]
-
-
-def put_into(readme: Path, table: str) -> None:
-    """Replaces what stands between the two marks of a file."""
-    before, after = around(readme)
-    _replace(readme, f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
-
-
-def around(readme: Path) -> tuple[str, str]:
-    """A file's text before the first mark and after the second."""
-    parts = re.split("|".join(map(re.escape, MARKS)), readme.read_text())
-    if len(parts) != 3:
-        raise ValueError(f"{readme} does not hold the lines {MARKS[0]} and {MARKS[1]} once each")
-    return parts[0], parts[2]
+NO_PAGE = "no report.html, for which matplotlib is needed: pip install 'clipvip[bench]'"
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -414,8 +159,10 @@ def page(records: list[Record], others: list[str], source: str) -> str:
         "peak. <b>× eager</b> is the median over rounds of a time over that of the authors' eager "
         "form in the same round, <b>× best peer</b> the ratio of medians to the quickest of the "
         "others. Below 1 is less time or memory. <b>Of products</b> and <b>of copies</b> are the "
-        "operations and bytes that the work needs at least, a second, as shares of what this "
-        "machine reached in a large matrix product and in a large copy.</p>",
+        "operations and bytes that the work needs at least, per second, as shares of what this "
+        "machine reached in a large matrix product and in a large copy. On a GPU, <b>host ms</b> "
+        "is what the processor takes to queue the call; a <b>floor</b> is the least time at these "
+        "rates, or at an H100's 800 TFLOP/s in bf16 and 3.0 TB/s.</p>",
         f"<nav>{' '.join(links)} <a href='#machine'>Machine</a></nav>",
         *sections,
         "<h2 id='machine'>Machine</h2>",
@@ -430,7 +177,8 @@ def page(records: list[Record], others: list[str], source: str) -> str:
 def section(records: list[Record], draw: "Pictures") -> list[str]:
     """One op or suite: pictures, a table, and who was left out."""
     parts = []
-    timed = [record for record in records if not is_sweep(record)]
+    shown = [record for record in records if record["results"]]
+    timed = [record for record in shown if not is_sweep(record)]
     if timed and is_rate(timed[0]):
         parts += [figure(draw.rates(timed), "Clips a second, quartiles as lines.")]
         heads = "case|contestant|clips/s|ms a clip|quartiles|× naive|× best peer|peak MiB|error"
@@ -440,15 +188,17 @@ def section(records: list[Record], draw: "Pictures") -> list[str]:
             alike = [record for record in timed if malloc(record) == allocator]
             caption = (
                 "Time and peak memory as multiples of the eager form's, on a logarithmic axis: "
+                "left of 1 is less."
             )
-            caption += f"left of 1 is less. With {allocator} malloc."
+            caption += "" if on_gpu(timed[0]) else f" With {allocator} malloc."
             parts.append(figure(draw.bars(alike), caption))
         heads = "case|contestant|median ms|quartiles|× eager|× best peer|peak MiB|memory × eager"
-        parts.append(
-            table([*heads.split("|"), "of products", "of copies", "error"], _compared(timed))
+        heads += "|of products|of copies|error" + "|host ms|floor ms|H100 floor ms" * on_gpu(
+            timed[0]
         )
-    parts += left_out(timed)
-    for record in (r for r in records if is_sweep(r)):
+        parts.append(table(heads.split("|"), _compared(timed)))
+    parts += left_out([record for record in records if not is_sweep(record)])
+    for record in (r for r in shown if is_sweep(r)):
         over = record["sweep"]["over"]
         parts.append(f"<h3>{html.escape(name(record))}</h3>")
         parts.append(f"<p class='why'>{html.escape(described(record))}</p>")
@@ -492,11 +242,6 @@ def left_out(records: list[Record]) -> list[str]:
     return [f"<div class='why'>Left out:<ul>{''.join(items)}</ul></div>"]
 
 
-def _order(results: dict[str, dict]) -> list[str]:
-    """The baseline first, ours last."""
-    return sorted(results, key=lambda each: (each not in BASELINES, is_ours(each)))
-
-
 def _classes(each: str, index: int) -> str:
     return " ".join(["ours"] * is_ours(each) + ["first"] * (index == 0))
 
@@ -505,7 +250,7 @@ def _compared(records: list[Record]) -> Iterable[Row]:
     for record in records:
         results = record["results"]
         eager, best = results.get(baseline(results)), results.get(best_peer(results))
-        for i, each in enumerate(_order(results)):
+        for i, each in enumerate(ordered(results)):
             r, share = results[each], shares(record, results[each])
             figures = (
                 time_ratio(r, eager),
@@ -522,15 +267,22 @@ def _compared(records: list[Record]) -> Iterable[Row]:
                     *(Cell(number(x), x) for x in figures),
                     *(Cell(percent(x), x) for x in map(share.get, ("product", "copy"))),
                     _error(r),
+                    *(_on_gpu(record, r) if on_gpu(record) else ()),
                 ],
             )
+
+
+def _on_gpu(record: Record, r: dict[str, float]) -> list[Cell]:
+    """How long the host took to queue the call; the least time on this GPU, and on an H100."""
+    least = (max(floors(record, rates).values(), default=None) for rates in (None, H100))
+    return [Cell(number(x), x) for x in (r.get("host_ms"), *least)]
 
 
 def _decoded(records: list[Record]) -> Iterable[Row]:
     for record in records:
         results = record["results"]
         naive, best = results.get(baseline(results)), results.get(best_peer(results))
-        for i, each in enumerate(_order(results)):
+        for i, each in enumerate(ordered(results)):
             r = results[each]
             figures = (
                 time_ratio(r, naive),
@@ -563,7 +315,7 @@ def _error(r: dict[str, float]) -> Cell:
 def _grown(record: Record) -> Iterable[Row]:
     over, found = record["sweep"]["over"], exponents(record)
     times, memories = series(record, "median_ms"), series(record, "peak_mib")
-    for i, each in enumerate(_order(found)):
+    for i, each in enumerate(ordered(found)):
         (values, ms), (_, mib) = times[each], memories[each]
         powers = [found[each][kind] for kind in ("time", "memory")]
         yield (
@@ -592,12 +344,8 @@ class Pictures:
     """Draws with matplotlib; a contestant has one colour on the whole page."""
 
     def __init__(self) -> None:
-        try:
-            import matplotlib
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError(
-                "report.html needs matplotlib: pip install 'clipvip[bench]'"
-            ) from None
+        import matplotlib
+
         matplotlib.use("agg")
         import matplotlib.pyplot as plt
 
@@ -636,7 +384,7 @@ class Pictures:
         """Bars from 1, a group a case, to how many times eager's time and memory each takes."""
         contestants = [
             each
-            for each in dict.fromkeys(c for r in records for c in _order(r["results"]))
+            for each in dict.fromkeys(c for r in records for c in ordered(r["results"]))
             if each not in BASELINES
         ]
         contestants.sort(key=is_ours)
@@ -693,7 +441,7 @@ class Pictures:
 
     def rates(self, records: list[Record]) -> str:
         """Clips a second of every decoder."""
-        contestants = list(dict.fromkeys(c for r in records for c in _order(r["results"])))
+        contestants = list(dict.fromkeys(c for r in records for c in ordered(r["results"])))
         contestants.sort(key=is_ours)
         lines = sum(len(record["results"]) + 1 for record in records)
         with self.plt.rc_context(self.style):
@@ -726,7 +474,7 @@ class Pictures:
                 (axes[1], "MiB", "peak_mib"),
             ):
                 lines = series(record, figure_of)
-                for each in _order(lines):
+                for each in ordered(lines):
                     values, figures = lines[each]
                     fitted = fit(values, figures)
                     power = f", power {fitted.exponent:.2f}" if fitted else ""
@@ -787,23 +535,20 @@ def _plain(axis: Any) -> None:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def write(directory: Path) -> list[Path]:
-    """Writes report.html and report.md of the records in a directory beside them.
+def write(store: Path) -> list[Path]:
+    """Writes report.md and report.html of a store's records beside them.
 
+    Without matplotlib, which draws the page's pictures, only report.md.
     Raises ValueError where there are no records, or a file is not JSON.
     """
-    records, others = read(directory)
-    paths = [directory / "report.html", directory / "report.md"]
-    _replace(paths[0], page(records, others, directory.resolve().name))
-    _replace(paths[1], markdown(directory) + "\n")
+    records, others = read(store)
+    folder = store if store.is_dir() else store.parent
+    paths = [folder / "report.md"]
+    replace(paths[0], markdown(store) + "\n")
+    if importlib.util.find_spec("matplotlib") is not None:
+        paths.append(folder / "report.html")
+        replace(paths[1], page(records, others, store.resolve().name))
     return paths
-
-
-def _replace(path: Path, text: str) -> None:
-    """A file is whole or as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -814,9 +559,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for path in write(given.directory):
             print(path)
+        if importlib.util.find_spec("matplotlib") is None:
+            print(NO_PAGE)
         if given.readme:
             put_into(given.readme, markdown(given.directory))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"report: {error}")
 
 

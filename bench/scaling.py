@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import harness
+import records
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -275,7 +276,7 @@ def main() -> None:
                 f"{' | '.join(cells)} |"
             )
     record = {"check": check, "predicted": table, "machine": harness.machine()}
-    harness.write(harness.BENCH / "results" / "scaling.json", record)
+    records.write(harness.BENCH / "results" / "scaling.json", record)
 
 
 if __name__ == "__main__":

@@ -253,23 +253,36 @@ def bench(
         Positional[Literal["ops", "model", "train", "decode", "growth", "all"]],
         arg(metavar="SUITE"),
     ] = "all",
+    device: Literal["auto", "cuda", "cpu"] = "auto",
     quick: bool = False,
+    only: Annotated[str, arg(metavar="REGEX")] = "",
+    minutes: Annotated[float | None, arg(metavar="M")] = None,
     out: Path | None = None,
-    profile: bool = False,
+    resume: Path | None = None,
+    profile: Annotated[str | None, arg(metavar="CONTESTANT")] = None,
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="BEFORE AFTER")] = None,
     allow: float = 0.1,
 ) -> None:
     """Measure kernels, losses, model, training step and decoding against their peers here.
 
-    Results are checked before they are timed; contestants take turns. Writes a record a case and
-    a report. Ends with status 1 if a case failed.
+    Results are checked before they are timed; contestants take turns. Every case runs in a process
+    of its own (on a GPU for 90 seconds at most), the most important ones first; a case that crashes
+    or hangs is recorded as that. Prints the table so far after every case, writes a record per case
+    and a report. Ends with status 1 if a case failed.
 
     Args:
         suite: ops, model, train, decode, growth, or all.
+        device: Where to measure. auto is the GPU if there is one.
         quick: A few small cases of each suite: about three minutes on two cores.
-        out: Folder for records and report.html; by default bench/results in a checkout, else
-            ./clipvip-bench.
-        profile: Also keep a torch.profiler trace of every contestant, in traces/.
+        only: Measure only the cases whose suite and name match, such as 'attention-b16.*both'.
+        minutes: Stop in time to be done after this many minutes, and name what was not reached.
+        out: Where records and report go: a folder, or a file NAME.jsonl that takes a record per
+            line. By default bench/results in a checkout, else ./clipvip-bench.
+        resume: Records of an earlier run (a folder or file as --out). A case that this commit
+            already measured on this machine is taken from there instead of measured again. On a
+            GPU that also holds for the records in --out.
+        profile: Also write torch.profiler traces, to traces/ beside the records: of one contestant,
+            such as ours, or of all.
         compare: Measure nothing; say what moved beyond noise between two runs, each a record or a
             folder of records. Ends with status 1 if ours got worse or was lost, 2 if they cannot be
             compared. A case that is absent counts as lost if its suite was run as before (so not
@@ -280,7 +293,17 @@ def bench(
     from clipvip import benchmark
 
     if compare is None:
-        if not benchmark.run(suite, quick=quick, out=out, profile=profile):
+        done = benchmark.run(
+            suite,
+            device=device,
+            quick=quick,
+            only=only,
+            minutes=minutes,
+            out=out,
+            resume=resume,
+            profile=profile,
+        )
+        if not done:
             raise SystemExit(1)
         return
     try:

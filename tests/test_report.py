@@ -2,11 +2,14 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import records
 import report
+import tables
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {
@@ -73,6 +76,26 @@ RECORDS = [
     record("train", "b16", {"eager": result(2000, 900, 1.0)}),
     record("decode", "340x256", {"ours": result(10, 3, 1.0), "decord": result(20, 3, 2.0)}),
     record("other", "x", {"eager": result(1, 1, 1.0), "ours": result(1, 1, 1.0)}, machine={}),
+    record(
+        "ops",
+        "attention-b16-batch32-both-cuda",
+        {
+            "eager": result(4, 900, 1.0) | {"host_ms": 0.3},
+            "FlexAttention": result(2, 500, 0.5) | {"host_ms": 0.2},
+            "ours": result(1, 90, 0.25) | {"host_ms": 0.05},
+        },
+        params={"dtype": "bfloat16", "device": "cuda"},
+        work={"flop": 1.6e8, "bytes": 1e6},
+        machine=MACHINE | {"gpu": "H200"},
+    ),
+    record(
+        "ops",
+        "attention-b16-batch128-both-cuda",
+        {"eager": result(4, 900, 1.0)},
+        params={"dtype": "bfloat16", "device": "cuda"},
+        left_out={"ours": "died of SIGSEGV"},
+    ),
+    record("ops", "loss-bf16-64-cuda", {}, params={"device": "cuda"}, left_out={"ours": "hung"}),
     sweep(
         "rows",
         "rows",
@@ -126,8 +149,8 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(directory: Path):
-    page, table = report.write(directory)
-    assert [page.name, table.name] == ["report.html", "report.md"]
+    table, page = report.write(directory)
+    assert [table.name, page.name] == ["report.md", "report.html"]
     text = page.read_text()
     parsed = Page(text)
     assert parsed.wanted and all(value.startswith("#") for value in parsed.wanted)
@@ -138,14 +161,15 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(directory: Path):
 
 
 def test_every_record_and_contestant_is_shown(directory: Path):
-    text = report.write(directory)[0].read_text()
+    text = report.write(directory)[1].read_text()
     cells = Page(text).cells
     for each in RECORDS:
         for contestant in each["results"]:
             assert contestant in cells
-        if "points" not in each:
-            assert report.name(each) in cells
+        if "points" not in each and each["results"]:
+            assert records.name(each) in cells
     assert "no &lt;backward&gt; &amp; such" in text and "minutes" in text
+    assert "<b>ours</b> (bf16-64): hung" in text  # which has no results to show
     assert "A <fast> CPU & more" in cells
     assert "demo.json" in text and "list.json" in text
 
@@ -156,22 +180,48 @@ def test_the_same_records_make_the_same_page(directory: Path):
 
 
 def test_markdown_has_a_line_a_record(directory: Path):
-    lines = report.markdown(directory).splitlines()
+    lines = tables.markdown(directory).splitlines()
     for each in RECORDS:
-        assert any(line.startswith(f"| {report.name(each)}") for line in lines)
+        assert any(line.startswith(f"| {records.name(each)}") for line in lines)
     (line,) = (line for line in lines if line.startswith("| b16-both"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 4e8 operations in 8 ms are half of 100 GFLOP/s
     figures = ["20.0", "16.0 (two SDPA)", "**8.00**", "0.40", "0.50", "100", "25.0", "0.25", "50%"]
     assert cells[1:] == figures
     columns = [line.count("|") for line in lines if line.startswith("|")]
-    assert all(count in (5, 4, 11) for count in columns)
+    assert all(count in (5, 4, 11, 14) for count in columns)
+
+
+def test_a_gpus_lines_have_both_floors_and_say_where_ours_fails(directory: Path):
+    lines = tables.markdown(directory).splitlines()
+    (line,) = (line for line in lines if line.startswith("| b16-batch32-both"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    # 1.6e8 operations at 400 GFLOP/s, 1e6 bytes at 10 GiB/s; at an H100's 800 TFLOP/s and 3 TB/s
+    figures = ["4.00", "2.00 (FlexAttention)", "**1.00**", "0.05", "0.25", "0.50"]
+    figures += ["0.40", "0.00033", "40%", "900", "90.0", "0.10"]
+    assert cells[1:] == figures
+    (line,) = (line for line in lines if line.startswith("| b16-batch128-both"))
+    assert "| 4.00 | – | **fails** | – |" in line
+    text = tables.summary(RECORDS)
+    assert "floor ms  H100 floor" in text and "left out of 1 of" in text
+    (line,) = (x for x in text.splitlines() if x.startswith("ops loss-bf16-64-cuda"))
+    assert "fails" in line
+
+
+def test_without_matplotlib_there_is_no_page_and_a_line_says_so(
+    directory: Path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    report.main([str(directory)])
+    assert "no report.html, for which matplotlib is needed" in capsys.readouterr().out
+    assert (directory / "report.md").exists() and not (directory / "report.html").exists()
 
 
 @pytest.mark.parametrize("power", [0.5, 1, 2])
 def test_exponents_are_those_of_a_power(power: float):
     values = [1, 2, 4, 8, 16, 32]
-    found = report.fit(values, [3 * n**power for n in values])
+    found = records.fit(values, [3 * n**power for n in values])
     assert found and found.exponent == pytest.approx(power) and found.factor == pytest.approx(3)
     assert found.first == 8
 
@@ -179,32 +229,32 @@ def test_exponents_are_those_of_a_power(power: float):
 def test_exponents_are_of_the_larger_half_and_pass_over_nothing():
     values = [1, 2, 4, 8, 16, 32]
     late = [5, 5, 5, 64, 256, 1024]  # a constant that the square overtakes
-    fitted = report.fit(values, late)
+    fitted = records.fit(values, late)
     assert fitted and fitted.exponent == pytest.approx(2)
-    assert report.fit(values, [0, 0, 0, 0, 0, 7]) is None
+    assert records.fit(values, [0, 0, 0, 0, 0, 7]) is None
     rows = next(each for each in RECORDS if each["suite"] == "growth")
-    assert report.exponents(rows)["naive"] == pytest.approx({"time": 2, "memory": 2})
-    assert report.exponents(rows)["ours"] == pytest.approx({"time": 2, "memory": 1})
+    assert records.exponents(rows)["naive"] == pytest.approx({"time": 2, "memory": 2})
+    assert records.exponents(rows)["ours"] == pytest.approx({"time": 2, "memory": 1})
 
 
 def test_readme_holds_what_the_report_says_of_the_results():
-    table = report.markdown(report.RESULTS)
+    table = tables.markdown(report.RESULTS)
     readme = ROOT / "README.md"
-    before, after = report.around(readme)
-    expected = f"{before}{report.MARKS[0]}\n\n{table}\n\n{report.MARKS[1]}{after}"
+    before, after = tables.around(readme)
+    expected = f"{before}{tables.MARKS[0]}\n\n{table}\n\n{tables.MARKS[1]}{after}"
     assert readme.read_text() == expected, "run `python bench/report.py --readme README.md`"
 
 
 def test_the_table_goes_between_the_marks_and_nowhere_else(tmp_path: Path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
-    report.put_into(readme, "new")
-    report.put_into(readme, "newer")
-    marked = f"before\n{report.MARKS[0]}\n\nnewer\n\n{report.MARKS[1]}\nafter\n"
+    readme.write_text(f"before\n{tables.MARKS[0]}\nold\n{tables.MARKS[1]}\nafter\n")
+    tables.put_into(readme, "new")
+    tables.put_into(readme, "newer")
+    marked = f"before\n{tables.MARKS[0]}\n\nnewer\n\n{tables.MARKS[1]}\nafter\n"
     assert readme.read_text() == marked
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="does not hold the lines"):
-        report.put_into(readme, "new")
+        tables.put_into(readme, "new")
 
 
 def test_bad_directories_end_with_a_line(tmp_path: Path):

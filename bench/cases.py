@@ -1,0 +1,154 @@
+"""A case in a process of its own: nothing that it dies of costs more than that case.
+
+The process tells what it has measured so far and whom it is running (harness.Diary). Should it die,
+be killed for taking too long, or lose the GPU, what others reached is kept, and who took it along
+is listed with the reason. If that was a peer, the case is measured again without it.
+
+    python bench/cases.py MODULE FUNCTION   is that process; it finds its arguments in the folder
+                                            that the variable CLIPVIP_BENCH_DIARY names
+"""
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import records
+
+LIMITS = {"cuda": 90.0, "cpu": None}  # seconds that a case may take; one on a CPU takes its time
+TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+PR_SET_PDEATHSIG = 1
+SETUP = "ours"  # whom a case that died before it tried anyone is laid to
+
+
+class OutOfTime(Exception):
+    """The whole run's time was up before the case was done."""
+
+
+class Ended(NamedTuple):
+    """How a process ended: the reason if too soon, who was being run, and what it had found."""
+
+    reason: str | None
+    running: str
+    found: dict[str, Any]
+
+
+def run(
+    module: str,
+    function: str,
+    arguments: dict[str, Any],
+    *,
+    malloc: str = "default",
+    limit: float | None = None,
+    deadline: float | None = None,
+    profile: str | None = None,
+    trace: Path | None = None,
+) -> dict[str, Any]:
+    """Returns `module.function(**arguments)`, or what was found of it before its process died.
+
+    Arguments and result are JSON. In what is left of a result "left_out" has a reason for who was
+    being run, or for ours where nobody was yet.
+
+    Args:
+        malloc: "tuned" keeps what is freed, which spares a program of many large tensors its page
+            faults. It is read when a process starts.
+        limit: seconds that a process may take.
+        deadline: of the whole run, by time.monotonic().
+        profile: a contestant whose trace is wanted, or "all"; see harness.Diary.
+        trace: how the names of files with traces start.
+
+    Raises:
+        OutOfTime: the deadline came before the limit.
+    """
+    without: dict[str, str] = {}
+    while True:
+        given = {"arguments": arguments, "without": without, "profile": profile}
+        given["trace"] = str(trace.absolute()) if trace else None
+        left = None if deadline is None else deadline - time.monotonic()
+        least = min((x for x in (limit, left) if x is not None), default=None)
+        ended = _once(module, function, given, malloc, least)
+        if ended.reason is None:
+            return ended.found
+        if left is not None and time.monotonic() >= deadline:
+            raise OutOfTime
+        who = ended.running
+        if who and who not in without and not records.is_ours(who):
+            print(f"{who} {ended.reason}; once more without it", file=sys.stderr, flush=True)
+            without[who] = ended.reason
+            continue
+        found = {"results": {}, "left_out": {}} | ended.found
+        reason = ended.reason if who else f"{ended.reason}, before any contestant ran"
+        found["left_out"] |= without | {who or SETUP: reason}
+        return found
+
+
+def _once(
+    module: str, function: str, given: dict[str, Any], malloc: str, limit: float | None
+) -> Ended:
+    environment = os.environ | (TUNED_MALLOC if malloc == "tuned" else {})
+    search = [str(harness.BENCH.parent), str(harness.BENCH), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, search))
+    with tempfile.TemporaryDirectory(prefix="clipvip-bench-") as folder:
+        (Path(folder) / "given.json").write_text(json.dumps(given))
+        environment[harness.Diary.FOLDER] = folder
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), module, function],
+            env=environment,
+            start_new_session=True,  # so that it and its compilers can be killed together
+        )
+        try:
+            code = process.wait(limit)
+            reason = None if code == 0 else _how(code)
+        except subprocess.TimeoutExpired:
+            reason = f"did not end within {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+                process.wait(10)
+        found = _read(Path(folder) / "found.json") or {}
+        error = _read(Path(folder) / "error.json")
+        running = Path(folder) / "running"
+        who = running.read_text() if running.exists() else ""
+        return Ended(f"failed: {error}" if error else reason, who, found)
+
+
+def _how(code: int) -> str:
+    if code > 0:
+        return f"ended with status {code}"
+    name = signal.Signals(-code).name
+    return f"died of {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _main() -> None:
+    """The process itself."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlives the run
+    module, function = sys.argv[1:]
+    folder = Path(os.environ[harness.Diary.FOLDER])
+    given = json.loads((folder / "given.json").read_text())
+    try:
+        result = getattr(importlib.import_module(module), function)(**given["arguments"])
+    except Exception as error:
+        traceback.print_exc()
+        records.write(folder / "error.json", harness.why(error))
+        sys.stderr.flush()
+        os._exit(1)  # what is loaded may not end on a GPU that is lost
+    records.write(folder / "found.json", result)
+
+
+if __name__ == "__main__":
+    _main()

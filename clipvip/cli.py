@@ -266,9 +266,9 @@ def bench(
     """Measure kernels, losses, model, training step and decoding against their peers here.
 
     Results are checked before they are timed; contestants take turns. Every case runs in a process
-    of its own (on a GPU for 90 seconds at most), the most important ones first; a case that crashes
-    or hangs is recorded as that. Prints the table so far after every case, writes a record per case
-    and a report. Ends with status 1 if a case failed.
+    of its own (on a GPU for 90 seconds at most, a training step for twice that), the most important
+    ones first; a case that crashes or hangs is recorded as that. Prints the table so far after
+    every case, writes a record per case and a report. Ends with status 1 if a case failed.
 
     Args:
         suite: ops, model, train, decode, growth, or all.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipvip.distributed import all_reduce, sharded_logsumexp
 from clipvip.ops import pairwise_logsumexp
+from clipvip.transfer import send
 
 VARIANTS = ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc")
 _NAMES = {"v": "video", "s": "subtitle", "f": "frame", "c": "caption"}
@@ -94,7 +95,8 @@ def omnisource_loss(
     *_present: bool [n], False where a clip has no such source (its features are ignored).
     It is then neither positive nor negative; each mean is over the clips that have both
     sources of a term, and a term that no clip has is 0. The other source of such a clip
-    still is a negative for the others.
+    still is a negative for the others. Masks lie on one device; where that is the CPU, nothing
+    waits for features on a GPU.
 
     Raises ValueError for an unknown variant, a source the variant needs that is None, or
     shapes that differ; TypeError for masks that are not bool.
@@ -127,12 +129,15 @@ def _pair(rows: _Source, columns: _Source, logits: _Logits) -> _Pair:
 
     # Clips with both sources come first among the rows and last among the columns, so that
     # their positives are the whole of the one diagonal that ends in the last column.
-    everyone = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    everyone = next(
+        torch.ones_like(mask) for mask in (rows.present, columns.present) if mask is not None
+    )
     has_row = everyone if rows.present is None else rows.present
     has_column = everyone if columns.present is None else columns.present
     clips = (has_row & has_column).nonzero().squeeze(1)
     row_order = torch.cat([clips, (has_row & ~has_column).nonzero().squeeze(1)])
     column_order = torch.cat([(has_column & ~has_row).nonzero().squeeze(1), clips])
+    clips, row_order, column_order = (send(x, a.device) for x in (clips, row_order, column_order))
     row_lse, col_lse, positive = logits.statistics(
         a[row_order], b[column_order], len(column_order) - len(clips)
     )
@@ -155,7 +160,7 @@ class _Mean(NamedTuple):
 def _total(means: list[_Mean], sharded: bool) -> Tensor:
     """The sum of means, each over the clips of all ranks where these are shards."""
     totals = torch.stack([mean.total for mean in means])
-    counts = totals.new_tensor([mean.clips for mean in means])
+    counts = send(torch.tensor([mean.clips for mean in means], dtype=totals.dtype), totals.device)
     if sharded:
         totals, counts = all_reduce(torch.stack([totals, counts]))
     return (totals / counts.clamp(min=1)).sum()

@@ -11,6 +11,16 @@ CLIPS = Path(__file__).parent.parent / ".cache" / "test-clips"
 # A shell's background job ignores ctrl-C, and so would the programs that tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a GPU: `pytest -m gpu` runs that alone."""
+    for item in items:
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "cuda" in item.fixturenames or any(isinstance(x, str) and x == "cuda" for x in given):
+            item.add_marker("gpu")
+
+
 REAL_CLIPS = ("bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine")
 
 

@@ -9,7 +9,9 @@ those on its device. What DALI cannot decode there, PyAV decodes in the worker.
 """
 
 import ctypes
+import functools
 import io
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import av
 import numpy as np
 import torch
+from av.codec.codec import UnknownCodecError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -30,14 +33,18 @@ from torch import Tensor
 
 from clipvip.data.decode import (
     MATRIX_NAMES,
+    Blob,
     DecodeError,
     OpenClip,
     add_copy,
+    open_clip,
     open_video,
     orientation,
     packets_from,
 )
 from clipvip.ops.resize_crop import resized, to_rgb
+
+logger = logging.getLogger(__name__)
 
 DECODERS = ("auto", "dali", "pyav")
 
@@ -102,6 +109,53 @@ def choose_engine(decoder: str) -> Engine | None:
         )
     with_av1 = torch.cuda.get_device_capability() >= AV1_SINCE
     return GPU if with_av1 else GPU._replace(codecs=GPU.codecs - {"av1"})
+
+
+def started(engine: Engine | None, decoder: str) -> Engine | None:
+    """The engine, once DALI has decoded a small clip there.
+
+    Where it cannot, "auto" leaves the run to PyAV (None), and one line in the log says why; with
+    "dali" that is a DaliError.
+    """
+    problem = None if engine is None else _problem(engine)
+    if problem is None:
+        return engine
+    if decoder == "dali":
+        raise DaliError(f'decoder is "dali", which cannot start ({problem}); use auto or pyav')
+    _warn_once(f"DALI cannot start ({problem}): PyAV decodes all clips")
+    return None
+
+
+@functools.cache
+def _problem(engine: Engine) -> str | None:
+    """Why DALI cannot decode there, None where it can."""
+    try:
+        with open_clip(Blob("the clip that DALI starts with", _sample(engine)), 1) as clip:
+            encoded = encode(clip, engine)
+        (frames,) = DaliDecoder(encoded.height, engine).decode([encoded])
+    except UnknownCodecError:  # PyAV was built without the encoder: nothing to try it with
+        return None
+    except Exception as error:  # of DALI, of its libraries, of the driver
+        return _reason(error)
+    return frames if isinstance(frames, str) else None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def _sample(engine: Engine) -> bytes:
+    """A file of one frame that DALI decodes where it can start."""
+    buffer = io.BytesIO()
+    codec, pixels = ("libx264", "yuv420p") if engine.device == "gpu" else ("mjpeg", "yuvj420p")
+    with av.open(buffer, "w", format="matroska") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 176, 144, pixels
+        black = np.zeros((144 * 3 // 2, 176), np.uint8)
+        out.mux(stream.encode(VideoFrame.from_ndarray(black, format=pixels)))
+        out.mux(stream.encode())
+    return buffer.getvalue()
 
 
 def _has_nvdec() -> bool:
@@ -406,7 +460,7 @@ def _turned(frames: Tensor, turn: tuple[bool, bool, bool]) -> Tensor:
     return frames.flip(axes) if axes else frames
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """DALI's own words out of several lines around them."""
     text = str(error)
     said = text.partition("encountered:")[2].strip() or text.strip()

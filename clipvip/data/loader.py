@@ -33,7 +33,15 @@ from torch import Tensor
 from clipvip.data import workers
 from clipvip.data.annotations import Clip
 from clipvip.data.bad_files import BadFile, BadFiles, Failure, LoaderError
-from clipvip.data.dali import DaliDecoder, Encoded, Engine, Refused, choose_engine, encode
+from clipvip.data.dali import (
+    DaliDecoder,
+    Encoded,
+    Engine,
+    Refused,
+    choose_engine,
+    encode,
+    started,
+)
 from clipvip.data.decode import DecodeError, Source, is_image, open_clip, read_frames
 from clipvip.data.sampling import check_sampling
 from clipvip.data.workers import Workers
@@ -74,7 +82,7 @@ def build_loader(
     frames, draw one text a clip; else every clip once, in order, with all its texts.
     drop_last: leave out an uneven tail; as `training` unless given. bad_files: where to append
     unreadable files. sampling: see clipvip.data.sampling. decoder: "pyav", "dali", or "auto" for
-    DALI where there is a GPU; clips, frames and order are the same.
+    DALI where there is a GPU on which it starts; clips, frames and order are the same.
 
     A batch is a dict of CPU tensors (what DALI decodes on a GPU is there already):
     - pixel_values uint8 [F, 3, S, S], frames of B clips, packed; frame_offsets int32 [B+1],
@@ -97,7 +105,7 @@ def build_loader(
         task=task,
         training=training,
         seed=seed,
-        engine=choose_engine(decoder),
+        engine=started(choose_engine(decoder), decoder),
     )
     order = _Batches(len(clips), batch_size, rank, world_size, training, seed, drop_last=drop_last)
     return ClipLoader(

@@ -15,6 +15,8 @@ from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
+from clipvip.transfer import send
+
 # A video: a path, frames as one uint8 array [N, H, W, 3] or [N, 3, H, W], or a list of frames,
 # each a PIL image or an array [H, W, 3] or [3, H, W]. A lone frame is a video of one.
 Video = Any
@@ -31,7 +33,7 @@ def normalize_frames(
         raise TypeError(f"frames are {frames.dtype}; expected uint8")
     scale = 1 / (255 * torch.tensor(std))
     shift = 255 * torch.tensor(mean) * scale
-    scale, shift = (x[:, None, None].to(frames.device) for x in (scale, shift))
+    scale, shift = (send(x[:, None, None], frames.device) for x in (scale, shift))
     return (frames * scale - shift).to(dtype)
 
 

@@ -1,6 +1,7 @@
 """From a configuration to what the training loop works on."""
 
 import json
+import os
 import re
 import uuid
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     transformers.utils.logging.disable_progress_bar()  # of saving a model: breaks our own
     AcceleratorState._reset_state()  # a second run in this process may use another precision
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch raises
         torch.use_deterministic_algorithms(True)
     ranks.start(config.timeout)
     accelerator = Accelerator(

@@ -77,8 +77,8 @@ class DataConfig:
     num_workers: int = 4
     """Decoding processes of each rank."""
     decoder: str = "auto"
-    """"dali", "pyav", or "auto": NVIDIA DALI where it and a GPU are, else PyAV. Either sees the
-    same clips and frames; what DALI cannot decode, PyAV does."""
+    """"dali", "pyav", or "auto": NVIDIA DALI where it and a GPU are and it can start, else PyAV.
+    Either sees the same clips and frames; what DALI cannot decode, PyAV does."""
     max_bad_share: float = 0.05
 
 

@@ -81,12 +81,13 @@ def first_does(work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def on_any(flags: Tensor) -> list[bool]:
-    """Bools [n], each True where it is so on any rank."""
+def on_any(flags: Tensor) -> Tensor:
+    """Bools [n], each True where it is so on any rank. Nothing waits for a GPU that they are on."""
     if distributed.world_size() > 1:
-        flags = flags.int()
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
+        given = flags.int()
+        dist.all_reduce(given, dist.ReduceOp.MAX)
+        flags = given.bool()
+    return flags
 
 
 class LostRankError(RuntimeError):

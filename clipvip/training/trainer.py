@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from clipvip.training.optimization import adamw, run_steps, schedule
 from clipvip.training.plan import TERA, peak_tera, plan
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import Reporter
+from clipvip.transfer import send
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,6 @@ def _train(config: TrainConfig, accelerator: Accelerator, preemption: Preemption
         caching.backward,
         parallel.embedder(towers, accelerator),
         micro_batch=config.micro_batch,
-        loss_of=lambda features: compute_loss(features, config),
         prepare=lambda batch: to_device(batch, accelerator.device),
         run_backward=accelerator.backward,
         without_sync=lambda: parallel.without_sync(towers, model, accelerator),
@@ -121,33 +121,36 @@ def _train(config: TrainConfig, accelerator: Accelerator, preemption: Preemption
                 batch = next(batches)
                 waited += time.perf_counter() - asked
                 with accelerator.accumulate(towers):
-                    losses.append(backward(batch))
+                    losses.append(backward(batch, loss_of=loss_of(batch, config)))
                 seen.append(batch["clip_index"])
             norm = parallel.clip_gradients(model, optim.max_grad_norm)
             figures = torch.stack([torch.stack(losses).mean(), norm])
-            broken, stop = ranks.on_any(
-                torch.stack([~figures.isfinite().all(), norm.new_tensor(preemption.asked).bool()])
-            )
-            preemption.asked |= stop  # of one rank, of all
-            mean_loss, norm = figures.tolist()
-            if broken:
-                skip_or_stop(config, step, mean_loss, norm, loader, seen, state, reporter)
-            else:
-                optimizer.step()
-                state["skipped_in_a_row"] = 0
+            wrong = ~figures.isfinite().all()
+            flags = torch.stack([wrong, torch.full_like(wrong, preemption.asked)])
+            flags = ranks.on_any(flags).float()
+            # Where found_inf is 1, AdamW changes nothing; the host need not wait for it to know.
+            optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
+            optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+                scale = model.logit_scale.exp()[None]
             if average:
                 average.follow(step)
 
-            scale = model.logit_scale.exp().item()
+            # The only place where the host waits for a GPU: the whole step is queued there by now.
+            mean_loss, grad_norm, scale, broken, stop = torch.cat([figures, scale, flags]).tolist()
+            preemption.asked |= bool(stop)  # of one rank, of all
+            if broken:
+                skip_or_stop(config, step, mean_loss, grad_norm, loader, seen, state, reporter)
+            else:
+                state["skipped_in_a_row"] = 0
             took = time.perf_counter() - started
             row = {
                 "loss": mean_loss,
                 "lr": rate,
                 "logit_scale": scale,
-                "grad_norm": norm,
+                "grad_norm": grad_norm,
                 "epoch": step / epoch_steps,
                 "clips_per_second": config.batch_size / took,
                 "data_wait": waited / took,
@@ -204,9 +207,37 @@ class Towers(nn.Module):
         if self.frames:
             features["frame"] = visual[count:]
         for name in self.texts:
-            text = self.model.get_text_features(batch[f"{name}_ids"], batch[f"{name}_mask"])
+            mask = batch.get(f"{name}_mask")
+            if mask is not None and self.model.text_model.config._attn_implementation == "sdpa":
+                mask = causal_mask(mask)
+            text = self.model.get_text_features(batch[f"{name}_ids"], mask)
             features[name] = F.normalize(text.float(), dim=-1)
-        return features | {key: batch[key] for key in batch if key.endswith("_present")}
+        return features | presence(batch)
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """bool [n, 1, length, length], True where a token attends to another: to an earlier one or
+    itself, and never to padding.
+
+    mask: [n, length], 0 for padding. transformers builds the same mask, but first asks whether
+    there is any padding at all, for which the host waits for the GPU.
+    """
+    length = mask.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return earlier & mask.bool()[:, None, None]
+
+
+def presence(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which clips have which of the sources that may be absent: bool [n] each."""
+    return {key: value for key, value in batch.items() if key.endswith("_present")}
+
+
+def loss_of(batch: dict[str, Tensor], config: TrainConfig) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The function that computes the loss of a loader's batch from its features.
+
+    Presence masks stay on the host: they decide the logits' shapes, which the host must know.
+    """
+    return lambda features: compute_loss(features | presence(batch), config)
 
 
 def compute_loss(features: dict[str, Tensor], config: TrainConfig) -> Tensor:
@@ -394,7 +425,12 @@ def due(step: int, every: int, total: int) -> bool:
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    """The part of a loader's batch that the towers read, without masks that mask nothing."""
+    return {
+        key: send(value, device)
+        for key, value in batch.items()
+        if not key.endswith(("_present", "_mask")) or (key.endswith("_mask") and not value.all())
+    }
 
 
 def describe(

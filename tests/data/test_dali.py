@@ -3,7 +3,8 @@
 import io
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
@@ -52,6 +53,13 @@ ON_GPU = {
 }
 SIZE = 32
 STORED = (176, 144)  # video engines take no smaller frames
+
+
+@pytest.fixture
+def cuda(cuda: str) -> str:
+    if not dali._has_nvdec():
+        pytest.skip("no video engine of the GPU: the driver's libnvcuvid.so.1 is not found")
+    return cuda
 
 
 @pytest.fixture(scope="module", params=ON_CPU)
@@ -539,6 +547,62 @@ def test_auto_is_dali_only_where_a_gpu_can_decode(monkeypatch) -> None:
         choose_engine("dali")
 
 
+# --- where it cannot start ------------------------------------------------------------------
+
+
+@pytest.fixture
+def unstarted(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
+    """As in a process that has not tried yet."""
+    dali._problem.cache_clear()
+    dali._warn_once.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    dali._problem.cache_clear()
+
+
+def _no_session(*given: Any) -> None:
+    raise RuntimeError("Critical error in pipeline:\nencountered:\n\nno session\nStacktrace (9)")
+
+
+@needs_dali
+@pytest.mark.parametrize("fails", ["_build", "_run"])
+def test_auto_leaves_to_pyav_what_dali_cannot_start(
+    fails: str, device: str, load: Load, clips: list[Clip], numbers, caplog, unstarted
+) -> None:
+    if device == "cpu":
+        unstarted.setattr(loading, "choose_engine", lambda decoder: dali.CPU)
+    unstarted.setattr(DaliDecoder, fails, _no_session)
+    ours, again = load(decoder="auto", num_workers=2), load(decoder="auto")
+    line = "DALI cannot start (DALI: no session): PyAV decodes all clips"
+    assert caplog.messages == [line]
+    theirs = list(load(decoder="pyav"))
+    assert alike(list(ours), theirs, numbers) and alike(list(again), theirs, numbers)
+    assert ours.decoded == again.decoded == {"PyAV": 18}
+    assert caplog.messages == [line]
+
+
+@needs_dali
+@pytest.mark.parametrize("fails", ["_build", "_run"])
+def test_dali_that_was_asked_for_and_cannot_start_is_an_error_of_one_line(
+    fails: str, device: str, load: Load, unstarted
+) -> None:
+    unstarted.setattr(DaliDecoder, fails, _no_session)
+    said = 'decoder is "dali", which cannot start (DALI: no session); use auto or pyav'
+    with pytest.raises(DaliError, match=f"^{re.escape(said)}$"):
+        load()
+
+
+@needs_dali
+def test_libraries_that_cannot_be_loaded_are_a_reason_too(caplog, unstarted) -> None:
+    def unloaded(*given: Any) -> None:
+        raise OSError("libnvidia-encode.so.1: cannot open shared object file")
+
+    unstarted.setattr(DaliDecoder, "_build", unloaded)
+    assert dali.started(dali.CPU, "auto") is None
+    (line,) = caplog.messages
+    assert "libnvidia-encode.so.1: cannot open shared object file" in line and "\n" not in line
+
+
 # --- on a GPU -------------------------------------------------------------------------------
 
 
@@ -568,3 +632,63 @@ def test_a_gpu_gives_the_same_batches(cuda: str, load: Load, numbers, ruined: Pa
     on_cpu = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
     assert alike(on_cpu, list(load(spoiled, decoder="pyav")), numbers)
     assert ours.decoded["DALI"] > 12
+
+
+@needs_dali
+@pytest.mark.parametrize("task", ["retrieval", "omnisource"])
+def test_batches_stay_what_they_are_while_their_device_is_busy_and_reuses_memory(
+    task: str, device: str, load: Load, numbers
+) -> None:
+    ours, theirs = load(task=task, num_workers=2), load(task=task, decoder="pyav")
+    on_gpu = device == "cuda"
+    streams = [torch.cuda.Stream() for _ in range(3)] if on_gpu else []
+    factor = torch.rand(4096, 4096, device=device) if on_gpu else torch.rand(64, 64)
+
+    def sums(batch: Batch) -> Tensor:
+        return torch.stack([x.long().sum().to(device) for x in batch.values()])
+
+    def compute(like: Tensor) -> None:
+        """Work that takes memory of the batch's sizes, writes to it and leaves it."""
+        for _ in range(8):
+            torch.full_like(like, 255)
+            factor @ factor
+
+    for epoch in range(4):
+        ours.set_epoch(epoch)
+        theirs.set_epoch(epoch)
+        kept, dropped = [], []
+        for batch in ours:
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    compute(batch["pixel_values"])
+            kept.append((batch, sums(batch)))
+        for batch, before in kept:
+            assert torch.equal(sums(batch), before)
+        on_cpu = [{key: value.cpu() for key, value in batch.items()} for batch, _ in kept]
+        assert alike(on_cpu, list(theirs), numbers)
+        ours.set_epoch(epoch)
+        for batch in ours:  # each is let go while what reads it waits for other work
+            compute(batch["pixel_values"])
+            dropped.append(sums(batch))
+        for again, (_, before) in zip(dropped, kept, strict=True):
+            assert torch.equal(again, before)
+
+
+@needs_dali
+@pytest.mark.parametrize("size", [(640, 360), (298, 224), (1920, 1080)], ids=str)
+def test_memory_of_a_gpu_is_flat_over_200_batches(
+    size: tuple[int, int], cuda: str, make_video, load: Load
+) -> None:
+    options = {"preset": "ultrafast", "g": "10"}
+    video = make_video(f"flat-{size[0]}.mp4", size=size, count=30, options=options)
+    clips = [Clip(video, start=0.01 * i, text=("a",), line=i + 1) for i in range(40)]
+    loader = load(clips, batch_size=4, num_workers=2)
+    free = []
+    for epoch in range(20):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            assert batch["pixel_values"].is_cuda
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert loader.decoded == {"DALI": 800}
+    assert min(free[10:]) > free[4] - 64e6

@@ -69,6 +69,20 @@ def unflushed(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def own_device(request, monkeypatch):
+    """Runs are on the CPU where there is a GPU too, except those of tests that ask for it.
+    accelerate would keep the device of the first run for all."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Tensors this small gain nothing from more, and lose much where cores are shared."""
     threads = torch.get_num_threads()

@@ -26,6 +26,9 @@ import sys
 import time
 from pathlib import Path
 
+# One GPU is not enough for all ranks, and forks cannot use it at all.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 import clipvip.training.trainer
@@ -170,8 +173,6 @@ def ranks(count, arguments, run=main):
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
-    if torch.cuda.is_available():  # one GPU is not enough for all ranks
-        shared["ACCELERATE_USE_CPU"] = "true"
     if count == 1:
         return [start(arguments, run)]
     return [

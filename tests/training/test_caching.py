@@ -7,7 +7,7 @@ import torch
 
 from clipvip.training import caching
 from clipvip.training.build import build_model
-from clipvip.training.trainer import Towers, compute_loss, train
+from clipvip.training.trainer import Towers, compute_loss, presence, to_device, train
 
 CLIPS = 7
 
@@ -42,16 +42,21 @@ def make_towers(make_config, *overrides):
     return Towers(model, config, processor), config
 
 
-def run(towers, config, micro_batch):
+def run(towers, config, micro_batch, device="cpu", bf16=False):
     """The loss and the gradient of each parameter."""
+
+    def embed(part):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            return towers(part)
+
     towers.zero_grad()
     torch.manual_seed(1)
     loss = caching.backward(
-        towers,
+        embed,
         batch(),
         micro_batch,
         lambda features: compute_loss(features, config),
-        prepare=lambda part: part,
+        prepare=lambda part: to_device(part, torch.device(device)) | presence(part),
         run_backward=lambda loss: loss.backward(),
         without_sync=nullcontext,
     )
@@ -70,6 +75,23 @@ def test_gradients_are_those_of_the_whole_batch(make_config, micro_batch):
     size = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     for name, gradient in gradients.items():
         assert (gradients_of_parts[name] - gradient).norm() <= 1e-6 * size, name
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_parts_in_bf16_are_as_near_the_exact_gradient_as_the_whole_batch(
+    make_config, micro_batch, device
+):
+    _, exact = run(*make_towers(make_config), None)
+    towers, config = make_towers(make_config, "backend=native")
+    towers.to(device)
+
+    def far(parts):
+        _, found = run(towers, config, parts, device, bf16=True)
+        return torch.stack([(found[name].cpu() - exact[name]).norm() for name in exact]).norm()
+
+    whole = far(None)
+    assert 0 < whole < 0.1 * torch.stack([gradient.norm() for gradient in exact.values()]).norm()
+    assert far(micro_batch) <= 2 * whole
 
 
 def test_both_passes_draw_the_same_random_numbers(make_config):

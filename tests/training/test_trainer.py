@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from clipvip.data.loader import LoaderError
 from clipvip.training.config import ConfigError, Preempted, TrainingError
@@ -154,8 +155,15 @@ def test_steps_that_are_not_finite_are_left_out_if_asked_to(make_config, monkeyp
         return compute_loss(*given) * (math.nan if len(calls) in broken else 1)
 
     monkeypatch.setattr(trainer, "compute_loss", sometimes_broken)
-    config = make_config("on_nonfinite=skip")
+    config = make_config("on_nonfinite=skip", "save_every=1", "keep_checkpoints=6")
     train(config)
+    found = Path(config.out) / "checkpoints"
+    first, *left_out, after = (
+        load_file(found / f"step-0000000{step}" / "model" / "model.safetensors")
+        for step in (1, 2, 3, 4)
+    )
+    assert all(each[name].equal(first[name]) for each in left_out for name in first)
+    assert not all(after[name].equal(first[name]) for name in first)
     curve = losses(config.out)
     assert [step for step, loss in curve.items() if loss is None] == [2, 3]
     assert [row["skipped_steps"] for row in rows(config.out)] == [0, 1, 2, 2, 2, 2]
@@ -399,7 +407,7 @@ def test_a_model_that_is_not_there_is_told_in_one_line(
 def environment():
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": paths}
+    return os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_forks(*arguments):

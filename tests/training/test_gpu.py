@@ -1,0 +1,399 @@
+"""Training on a GPU: the host rarely waits for it, it is rarely idle, and runs that should be equal
+are. Whatever of this a CPU can show is tested there as well."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clipvip import losses
+from clipvip.model import CLIPViPModel, modeling, processing
+from clipvip.training import trainer
+from clipvip.training.build import build_model
+from clipvip.training.trainer import train
+
+MOST_WAITS = 2  # a step
+TASKS = ["retrieval", "omnisource"]
+BF16 = ("mixed_precision=bf16", "backend=native", "data.decoder=pyav")
+
+
+def at_each_step(monkeypatch, do):
+    """Calls do(step) as each step of a run begins."""
+    schedule = trainer.schedule
+
+    def told(done, total, warmup):
+        do(done + 1)
+        return schedule(done, total, warmup)
+
+    monkeypatch.setattr(trainer, "schedule", told)
+
+
+# --- waits that are counted on the CPU ------------------------------------------------------------
+
+aten = torch.ops.aten
+READ = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2}
+MASKED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+COPIED = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.new_tensor}
+
+
+class Waits(TorchDispatchMode):
+    """Records where the host would wait for a GPU if the marked tensors were on one.
+
+    Marked are tensors that were sent to the device, those computed from marked ones, and those
+    created with device=…. The host waits where it reads a marked tensor's values, where a shape
+    depends on them, and where an unmarked tensor has to be copied to a marked one's device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.marked, self.found = set(), []
+        self.calls = _Calls(self)
+
+    def __enter__(self):
+        self.calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.calls.__exit__(*error)
+
+    def mark(self, found):
+        for tensor in tensors(found):
+            self.marked.add(StorageWeakRef(tensor.untyped_storage()))
+        return found
+
+    def is_marked(self, tensor):
+        return StorageWeakRef(tensor.untyped_storage()) in self.marked
+
+    def send(self, tensor, device):
+        return tensor if self.is_marked(tensor) else self.mark(tensor.clone())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = tensors((args, kwargs))
+        marked = [self.is_marked(tensor) for tensor in given]
+        out = func(*args, **kwargs)
+        if any(marked):
+            self.mark(out)
+            packet = func.overloadpacket
+            copied = any(x.dim() and not own for x, own in zip(given, marked, strict=True))
+            by_mask = packet in MASKED and any(x.dtype == torch.bool for x in tensors(args[1]))
+            repeated = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+            if packet in READ or by_mask or repeated or copied:
+                self.found.append(str(func))
+        return out
+
+
+class _Calls(TorchFunctionMode):
+    """Records those calls that run no operation on a CPU, such as tolist."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        on = [tensor for tensor in tensors(args) if self.waits.is_marked(tensor)]
+        if (func in COPIED and on) or (func is torch.tensor and "device" in kwargs):
+            self.waits.found.append(str(func))
+        out = func(*args, **kwargs)
+        return self.waits.mark(out) if "device" in kwargs else out
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def in_backward(x):
+    read = []
+    leaf = x.clone().requires_grad_()
+    leaf.register_hook(lambda gradient: read.append(gradient.max().item()))
+    leaf.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 1],
+        lambda x: x.nonzero(),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: x + torch.ones(3),
+        lambda x: x[torch.tensor([0, 2])],
+        lambda x: x.new_tensor([1.0]),
+        lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: torch.equal(x, x),
+        in_backward,
+    ],
+)
+def test_what_waits_for_a_gpu_is_counted(waiting):
+    with Waits() as waits:
+        waiting(waits.mark(torch.arange(3.0)))
+    assert waits.found
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["micro_batch=3"], ["accumulation=2", "ema=0.9"]], ids=str
+)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_reads_its_device_at_most_twice(task, overrides, make_config, monkeypatch):
+    waits, counts, make = Waits(), [], trainer.adamw
+
+    def adamw(model, optim):
+        waits.mark([*model.parameters(), *model.buffers()])
+        return make(model, optim)
+
+    def begin(step):
+        counts.append(list(waits.found))
+        waits.found.clear()
+
+    monkeypatch.setattr(trainer, "adamw", adamw)
+    for module in (trainer, losses, processing):
+        monkeypatch.setattr(module, "send", waits.send)
+    # It checks frames' offsets where they are on the CPU.
+    monkeypatch.setattr(modeling, "pack_frames", lambda pixels, offsets: (pixels, offsets))
+    at_each_step(monkeypatch, begin)
+    config = make_config(*BF16, f"task={task}", "max_steps=5", "save_every=5", *overrides)
+    with waits:
+        train(config)
+    assert len(counts) == 5
+    for found in counts[1:]:
+        assert 1 <= len(found) <= MOST_WAITS, found
+
+
+def test_padding_is_masked_as_by_transformers(make_config):
+    model, _ = build_model(make_config(), None)
+    ids = torch.randint(400, (3, 9))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
+    found = model.get_text_features(ids, trainer.causal_mask(mask))
+    assert found.equal(model.get_text_features(ids, mask))
+    assert not found.equal(model.get_text_features(ids, 1 - mask))
+
+
+# --- waits and idle time of a GPU -----------------------------------------------------------------
+
+SYNCHRONIZES = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSynchronize")
+
+
+class Trace:
+    """What the GPU did in some steps of a run, and what the host called for it, by PyTorch's
+    profiler. The host's own operations are left out: recording them would take its time."""
+
+    def __init__(self):
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self.seconds = 0.0
+
+    def start(self):
+        torch.cuda.synchronize()
+        self.profiler.start()
+        self.began = time.perf_counter()
+
+    def stop(self, path):
+        torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.began
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
+        kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+        self.on_gpu = sorted((e for e in events if e["cat"] in kinds), key=lambda e: e["ts"])
+        self.calls = [e for e in events if e["cat"] in ("cuda_runtime", "cuda_driver")]
+        if not self.on_gpu:
+            pytest.skip("the profiler sees nothing of this GPU")
+
+    def waits(self):
+        """Calls that return when the GPU has come so far. Those that stop the trace come last, when
+        it has nothing left to do."""
+        end = max(e["ts"] + e["dur"] for e in self.on_gpu)
+        names = [e["name"].partition("_v")[0] for e in self.calls if e["ts"] < end]
+        return [name for name in names if name.endswith(SYNCHRONIZES) or name == "cudaMemcpy"]
+
+    def copies_to_the_host(self):
+        return [e["name"] for e in self.on_gpu if "DtoH" in e["name"]]
+
+    def busy(self):
+        """The share of time in which the GPU computed or copied anything."""
+        total, until = 0.0, 0.0
+        for event in self.on_gpu:
+            start, end = event["ts"], event["ts"] + event["dur"]
+            total += max(end - max(start, until), 0.0)
+            until = max(until, end)
+        return total / (self.seconds * 1e6)
+
+
+def traced(monkeypatch, path, first, count):
+    """The Trace, once a run has come so far, of `count` of its steps from the first on."""
+    trace = Trace()
+
+    def begin(step):
+        if step == first:
+            trace.start()
+        elif step == first + count:
+            trace.stop(path)
+
+    at_each_step(monkeypatch, begin)
+    return trace
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_host_waits_for_a_gpu_at_most_twice_a_step(
+    task, cuda, make_config, monkeypatch, tmp_path
+):
+    first, count = 4, 4
+
+    def begin(step):
+        counted = first <= step < first + count
+        torch.cuda.set_sync_debug_mode("warn" if counted else "default")
+
+    path = tmp_path / "trace.json"
+    given = make_config(*BF16, f"task={task}", f"max_steps={first + count}", "save_every=100")
+    trace = traced(monkeypatch, path, first, count)
+    at_each_step(monkeypatch, begin)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            train(given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    told = [w for w in warned if "called a synchronizing CUDA operation" in str(w.message)]
+    assert count <= len(told) <= MOST_WAITS * count, [f"{w.filename}:{w.lineno}" for w in told]
+    assert len(trace.waits()) <= MOST_WAITS * count, trace.waits()
+    assert len(trace.copies_to_the_host()) <= MOST_WAITS * count, trace.copies_to_the_host()
+
+
+class InMemory:
+    """A loader of batches that are there already."""
+
+    def __init__(self, batches):
+        self.batches, self.decoded, self.bad_files = batches, {}, []
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def set_epoch(self, epoch):
+        """They are the same in each."""
+
+    def skip(self, batches):
+        assert not batches
+
+
+def train_on_made_up_batches(make_config, monkeypatch, clips, layers, steps, pinned):
+    """CLIP-ViP B/32 with so many layers, on clips of 12 frames."""
+    from bench_train import END, TEXT_LENGTH, WORDS, made_up
+
+    batches = []
+    for _ in range(2):
+        batch = made_up(clips, "cpu") | {"clip_index": torch.arange(clips)}
+        batches.append({k: v.pin_memory() for k, v in batch.items()} if pinned else batch)
+    monkeypatch.setattr(trainer, "training_loader", lambda *given: InMemory(batches))
+    monkeypatch.setattr(trainer, "save_state", lambda *given: None)
+    assert WORDS < END - 1
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    text |= {"vocab_size": END + 1, "eos_token_id": END, "max_position_embeddings": 77}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    vision |= {"image_size": 224, "patch_size": 32, "num_proxies": 4}
+    shapes = [
+        f"model.config.{tower}_config.{key}={value}"
+        for tower, sizes in (("text", text), ("vision", vision))
+        for key, value in (sizes | {"num_hidden_layers": layers}).items()
+    ]
+    shapes += ["model.config.projection_dim=512", f"data.text_length={TEXT_LENGTH}"]
+    given = (f"batch_size={clips}", f"max_steps={steps}", "data.num_frames=12")
+    return train(make_config(*BF16, "task=omnisource", *shapes, *given))
+
+
+def test_made_up_batches_can_be_trained_on(make_config, monkeypatch):
+    ended = train_on_made_up_batches(make_config, monkeypatch, 2, 1, 2, pinned=False)
+    assert ended["step"] == 2
+
+
+def test_a_gpu_is_busy_in_more_than_95_percent_of_five_steps(
+    cuda, make_config, monkeypatch, tmp_path
+):
+    first, count = 8, 5
+    path = tmp_path / "trace.json"
+    trace = traced(monkeypatch, path, first, count)
+    train_on_made_up_batches(make_config, monkeypatch, 32, 12, first + count, pinned=True)
+    assert trace.busy() > 0.95
+    assert len(trace.waits()) <= MOST_WAITS * count, trace.waits()
+
+
+# --- runs that are to be equal --------------------------------------------------------------------
+
+
+def run(device, arguments, launcher=()):
+    """A run in a process of its own; what it says."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    given = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    given |= {"NCCL_DEBUG": "INFO", "TORCH_CPP_LOG_LEVEL": "INFO"}
+    if device == "cpu":
+        given["CUDA_VISIBLE_DEVICES"] = ""
+    ended = subprocess.run(
+        [sys.executable, *launcher, "-m", "clipvip.training", *map(str, arguments)],
+        env=os.environ | given,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert f"× {device}" in ended.stdout
+    return ended.stdout
+
+
+def losses_of(out):
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in lines}
+
+
+def weights_of(out):
+    return CLIPViPModel.from_pretrained(out / "last").state_dict()
+
+
+def assert_same_run(one, other):
+    assert losses_of(one) == losses_of(other) and len(losses_of(one)) == 6
+    found, wanted = weights_of(one), weights_of(other)
+    assert found.keys() == wanted.keys()
+    assert [name for name in found if not found[name].equal(wanted[name])] == []
+
+
+EXACT = (*BF16, "task=omnisource", "deterministic=true", "save_every=3")
+DROPOUT = "model.config.text_config.attention_dropout=0.1"  # so that random states matter
+
+
+def test_two_deterministic_runs_are_equal_to_the_bit(device, make_config, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for out in (one, other):
+        run(device, [make_config.path, *EXACT, DROPOUT, f"out={out}"])
+    assert_same_run(one, other)
+
+
+def test_one_rank_of_ddp_that_is_resumed_is_the_unbroken_run(device, make_config, tmp_path):
+    """On a GPU its collectives are NCCL's."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    given = [make_config.path, *EXACT, DROPOUT, "resume=latest"]
+    for out in (unbroken, broken):
+        said = run(device, [*given, f"out={out}"], torchrun)
+        assert device == "cpu" or "NCCL" in said
+    # The cosine ends with the run, so it was cut short: what came after its first checkpoint goes.
+    (broken / "checkpoints" / "step-00000006").rename(tmp_path / "aside")
+    assert "steps 4 to 6" in run(device, [*given, f"out={broken}"], torchrun)
+    assert_same_run(broken, unbroken)

@@ -154,7 +154,7 @@ def clip_vision(model: CLIPViPModel) -> CLIPVisionModelWithProjection:
     }
     absent, _ = tower.load_state_dict(weights, strict=False)
     assert not [name for name in absent if "position_ids" not in name], absent
-    return tower
+    return tower.to(model.device)
 
 
 def pooled_features(tower: CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ def made_up(videos: int, device: str) -> Batch:
         batch[f"{name}_mask"] = within.long()
     for name in ("subtitle", "caption", "image"):
         batch[f"{name}_present"] = torch.ones(videos, dtype=torch.bool)
-    return {name: each.to(device) for name, each in batch.items()}
+    # Which sources are there decides shapes, so the trainer keeps those masks on the host.
+    there = {name: each for name, each in batch.items() if name.endswith("_present")}
+    return {name: each.to(device) for name, each in batch.items()} | there
 
 
 # --- the loss of each form -----------------------------------------------------------------------

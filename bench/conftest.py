@@ -224,7 +224,7 @@ def run_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Re
             except cases.OutOfTime:
                 run.not_reached.append(f"{suite} {case}")
                 pytest.skip("the run's time is up")
-            machine = {"malloc": malloc} | run.facts | found.get("machine", {})
+            machine = run.facts | {"malloc": malloc} | found.get("machine", {})
             record = {"suite": suite, "case": case, "params": params, **found, "machine": machine}
         records.save(run.out, record)
         benchmark.extra_info.update(record)

@@ -23,7 +23,7 @@
 #
 #   bench/gpu.sh wheels DIR [PACKAGE …]   fetches the wheels that a machine with only torch,
 #                  transformers, accelerate and pytest lacks, for Python 3.12 (PYTHON_VERSION) on
-#                  x86-64, 45 MB; besides PACKAGEs such as nvidia-dali-cuda130, 200 MB
+#                  x86-64, 36 MB; besides PACKAGEs such as nvidia-dali-cuda130, 200 MB
 #
 # Needs nvcc (CUDA 12.8 or newer), a C++ compiler, and to build setuptools >= 77, cmake, ninja and
 # pybind11. PYTHON names the interpreter. Peers that are not installed are left out by name.

@@ -110,9 +110,11 @@ class Case:
 def contestants(record: Record) -> str:
     """A line per contestant, and a line for each that was left out."""
     on_host = on_gpu(record)
+    of_clips = any(clips_per_second(record, r) for r in record["results"].values())
     lines = [
         f"{'':30}{'median ms':>11}{'quartiles':>20}"
         + f"{'host ms':>9}" * on_host
+        + f"{'clips/s':>9}" * of_clips
         + f"{'ratio':>8}{'of ceiling':>12}{'peak MiB':>10}{'error':>10}"
     ]
     for each, r in record["results"].items():
@@ -122,6 +124,7 @@ def contestants(record: Record) -> str:
         lines.append(
             f"{each:30}{number(r['median_ms']):>11}{quartiles:>20}"
             + f"{number(r.get('host_ms')):>9}" * on_host
+            + f"{number(clips_per_second(record, r)):>9}" * of_clips
             + f"{ratio:>8}{part:>12}{r['peak_mib']:10.1f}{r['error']:10.1e}"
         )
     lines += [f"left out: {each} ({why})" for each, why in record.get("left_out", {}).items()]

@@ -19,9 +19,11 @@ import bench_train
 import cases
 import changes
 import harness
+import peers
 import pytest
 import records
 import torch
+from torch.overrides import TorchFunctionMode
 
 from clipvip import cli
 
@@ -94,16 +96,53 @@ def test_who_dies_while_it_is_timed_is_left_out_and_the_others_are_timed_on():
     assert found["results"]["ours"]["rounds"] == 4
 
 
-def on_a_gpu(monkeypatch):
-    """As if: what is measured, and in which order, is that of a GPU; the clock is the host's."""
-    on_cpu = harness.elapsed
-    monkeypatch.setattr(harness, "elapsed", lambda run, device: on_cpu(run))
-    monkeypatch.setattr(harness, "peak_memory", lambda run, device: 0)
-    monkeypatch.setattr(harness, "_settle", lambda device: None)
+class Event:
+    """Stands for torch.cuda.Event: the host's clock."""
+
+    def __init__(self, enable_timing):
+        self.at = None
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        assert self.at is not None
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
 
 
-def test_on_a_gpu_all_others_are_timed_before_ours_is_tried(monkeypatch, tmp_path):
-    on_a_gpu(monkeypatch)
+class Pretence(TorchFunctionMode):
+    """Tensors that should go to a GPU stay on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def here(x):
+            return "cpu" if isinstance(x, str) and x == "cuda" else x
+
+        return func(*map(here, args), **{key: here(x) for key, x in (kwargs or {}).items()})
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A CPU that stands for a GPU: all that is done on one is done, if not by it."""
+    for name, stand_in in {
+        "Event": Event,
+        "_sleep": lambda clocks: None,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 2**20,
+        "max_memory_allocated": lambda: 2**21,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(harness, "L2_BYTES", 2**20)
+    harness._buffers.cache_clear()
+    with Pretence():
+        yield
+    harness._buffers.cache_clear()
+
+
+def test_on_a_gpu_all_others_are_timed_before_ours_is_tried(pretended_gpu, monkeypatch, tmp_path):
     order = []
 
     def named(name, seconds=0.0):
@@ -130,8 +169,9 @@ def test_on_a_gpu_all_others_are_timed_before_ours_is_tried(monkeypatch, tmp_pat
     monkeypatch.setenv(harness.Diary.FOLDER, str(tmp_path))
     found = contest(contestants, device="cuda")
     first = order.index("ours")
-    assert order[:first].count("slow") == 3 and "slow" not in order[first:-4]
-    assert order[first + 1 : -4] == ["eager", "quick", "ours"] * 2
+    assert order[:first].count("slow") == 4 and "slow" not in order[first:-4]
+    # once to be checked, once for its memory, and two rounds with those it is compared with
+    assert order[first:-4] == ["ours"] * 2 + ["eager", "quick", "ours"] * 2
     assert order[-4:] == ["eager", "slow", "quick", "ours"]  # were written down before it died
     assert list(found["results"]) == order[-4:] and found["left_out"].keys() == {"ours compiled"}
     assert all(result["host_ms"] >= 0 for result in found["results"].values())
@@ -446,6 +486,32 @@ MEASURES = {
     "model forward": (bench_model, VISION | BF16 | {"videos": 1, "backward": False}),
     "train": (bench_train, VISION | FP32 | {"videos": 2}),  # the loss of one is zero
 }
+
+
+ON_GPU = {
+    "proxy_attention": (bench_proxy_attention, ATTENTION | BF16 | {"way": "both"}),
+    "proxy_attention ragged backward": (
+        bench_proxy_attention,
+        ATTENTION | BF16 | {"way": "backward", "videos": 3, "frames": 3, "ragged": True},
+    ),
+    "symmetric": (bench_pairwise_logsumexp, dict(loss="symmetric", n=128) | BF16),
+    "vsc_fc": (bench_pairwise_logsumexp, dict(loss="vsc_fc", n=70) | BF16),
+    "model": (bench_model, VISION | BF16 | {"videos": 1, "backward": True}),
+    "train": (bench_train, VISION | BF16 | {"videos": 2}),
+}
+
+
+@pytest.mark.parametrize("suite", ON_GPU)
+def test_every_suite_measures_where_a_cpu_stands_for_a_gpu(suite, pretended_gpu):
+    """What these cannot be on a CPU, others' kernels, are left out by name."""
+    module, size = ON_GPU[suite]
+    found = module.measure(**size, device="cuda", compiled=False, budget=0.0)
+    assert records.baseline(found["results"]) and "ours" in found["results"]
+    assert all(result["host_ms"] > 0 for result in found["results"].values())
+    assert all(result["peak_mib"] == 1 for result in found["results"].values())
+    theirs = {*peers.ATTENTION, *peers.LOSSES, *peers.OTHER_LOSSES}
+    absent = {name for name, why in found["left_out"].items() if "of compiling" not in why}
+    assert absent <= theirs and bool(absent) == (suite in ("symmetric", *list(ON_GPU)[:2]))
 
 
 @pytest.mark.parametrize("suite", MEASURES)

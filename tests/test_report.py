@@ -202,6 +202,8 @@ def test_a_gpus_lines_have_both_floors_and_say_where_ours_fails(directory: Path)
     assert cells[1:] == figures
     (line,) = (line for line in lines if line.startswith("| b16-batch128-both"))
     assert "| 4.00 | – | **fails** | – |" in line
+    step = record("train", "b16", {"eager": result(2000, 900, 1.0)}, params={"videos": 8})
+    assert "   4.00" in tables.contestants(step)  # clips per second
     text = tables.summary(RECORDS)
     assert "floor ms  H100 floor" in text and "left out of 1 of" in text
     (line,) = (x for x in text.splitlines() if x.startswith("ops loss-bf16-64-cuda"))

@@ -316,7 +316,7 @@ def measure(
 
     without = left_out(each, patches, way, device, compiled)
     output, gradient = exact(qkv, grad, each, patches, proxies)
-    # What is compiled gives its buffers away in backward, unless told that there will be another.
+    # Compiled code frees its buffers in backward unless it is told to expect another backward.
     keep = torch._functorch.config.patch(donated_buffer=False)
     with keep if way == "backward" else contextlib.nullcontext():
         return harness.compare(

@@ -1,8 +1,8 @@
 """A case in a process of its own: nothing that it dies of costs more than that case.
 
-The process tells what it has measured so far and whom it is running (harness.Diary). Should it die,
-be killed for taking too long, or lose the GPU, what others reached is kept, and who took it along
-is listed with the reason. If that was a peer, the case is measured again without it.
+The process notes what it has measured so far and which contestant it is running (harness.Diary). If
+it dies, is killed for taking too long, or loses the GPU, the results so far are kept and that
+contestant is listed with the reason. If it was a peer, the case is measured again without it.
 
     python bench/cases.py MODULE FUNCTION   is that process; it finds its arguments in the folder
                                             that the variable CLIPVIP_BENCH_DIARY names
@@ -28,7 +28,7 @@ import records
 LIMITS = {"cuda": 90.0, "cpu": None}  # seconds that a case may take; one on a CPU takes its time
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 PR_SET_PDEATHSIG = 1
-SETUP = "ours"  # whom a case that died before it tried anyone is laid to
+SETUP = "ours"  # who is listed as failed where a case ends before any contestant runs
 
 
 class OutOfTime(Exception):
@@ -36,7 +36,7 @@ class OutOfTime(Exception):
 
 
 class Ended(NamedTuple):
-    """How a process ended: the reason if too soon, who was being run, and what it had found."""
+    """How a process ended: why, if too soon; the contestant being run; the results so far."""
 
     reason: str | None
     running: str
@@ -56,8 +56,8 @@ def run(
 ) -> dict[str, Any]:
     """Returns `module.function(**arguments)`, or what was found of it before its process died.
 
-    Arguments and result are JSON. In what is left of a result "left_out" has a reason for who was
-    being run, or for ours where nobody was yet.
+    Arguments and result are JSON. Where the process died, "left_out" in what was found names the
+    contestant that was being run, or ours where none was yet, with the reason.
 
     Args:
         malloc: "tuned" keeps what is freed, which spares a program of many large tensors its page

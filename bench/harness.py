@@ -49,10 +49,10 @@ Contestants = dict[str, Callable[[], Sequence[torch.Tensor]]]
 
 
 class Diary:
-    """What a process that measures tells the one that started it, should it end too soon.
+    """Notes from a measuring process to the one that started it, which reads them if it ends early.
 
-    Lies in a folder: found.json, what is measured so far, and running, who is being run. Without a
-    folder nothing is written. See cases.py.
+    They are two files in a folder: found.json, the results so far, and running, the name of the
+    contestant being run. Without a folder nothing is written. See cases.py.
     """
 
     FOLDER = "CLIPVIP_BENCH_DIARY"
@@ -68,7 +68,7 @@ class Diary:
 
     @property
     def without(self) -> dict[str, str]:
-        """Contestants that took the process along in an earlier try, with the reason."""
+        """Contestants that ended the process in an earlier try, with the reason."""
         return self.given.get("without", {})
 
     def trace(self, name: str) -> Path | None:
@@ -79,7 +79,7 @@ class Diary:
 
     @contextlib.contextmanager
     def runs(self, name: str) -> Iterator[None]:
-        """A system call or two, since this goes on between timed calls."""
+        """Notes who is being run. Costs a system call or two: it happens between timed calls."""
         if self._running >= 0:
             text = name.encode()
             os.pwrite(self._running, text, 0)
@@ -185,7 +185,7 @@ def compare(
 
 
 def _attempt(run: Callable[[], Any], name: str, left_out: dict[str, str], device: str) -> Any:
-    """The result, or None and a reason in `left_out`: whatever a contestant dies of is a result."""
+    """Return the result, or None with the reason in `left_out`: any error is a result, too."""
     try:
         return run()
     except Exception as error:
@@ -409,7 +409,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the checkout that this file lies in, or as given; "" where neither says."""
+    """The commit of this checkout, or the one given; "" where neither is known."""
     if given := os.environ.get("CLIPVIP_COMMIT"):
         return given
     if not (BENCH.parent / ".git").exists() or shutil.which("git") is None:

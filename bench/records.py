@@ -202,7 +202,8 @@ def best_peer(results: dict[str, dict]) -> str | None:
 
 
 def time_ratio(result: dict, eager: dict | None) -> float | None:
-    """Of one round's times, over all rounds; of medians where rounds were not kept."""
+    """The median over rounds of the time over eager's; the ratio of medians where rounds were not
+    kept."""
     if result.get("ratio") is not None or eager is None:
         return result.get("ratio")
     return result["median_ms"] / eager["median_ms"]
@@ -239,7 +240,7 @@ def shares(record: Record, result: dict[str, float]) -> dict[str, float]:
 
 
 def clips_per_second(record: Record, result: dict[str, float]) -> float | None:
-    """Of a model or a training step; None for other suites."""
+    """Clips per second of a model or a training step; None for other suites."""
     if record["suite"] not in ("model", "train") or "videos" not in record.get("params", {}):
         return None
     return 1e3 * record["params"]["videos"] / result["median_ms"]
@@ -254,7 +255,7 @@ class Fit(NamedTuple):
 
 
 def fit(values: Sequence[float], figures: Sequence[float]) -> Fit | None:
-    """Least squares of logarithms; None where fewer than two figures are above zero."""
+    """Fit logarithms by least squares; None where fewer than two figures are above zero."""
     pairs = sorted((v, f) for v, f in zip(values, figures, strict=True) if f > 0)
     pairs = pairs[min(len(pairs) // 2, len(pairs) - 2) :] if len(pairs) > 1 else []
     if not pairs:
@@ -267,7 +268,7 @@ def fit(values: Sequence[float], figures: Sequence[float]) -> Fit | None:
 
 
 def series(record: Record, figure: str) -> dict[str, tuple[list[float], list[float]]]:
-    """Of a sweep's record: for each contestant the values it was timed at, and its figures."""
+    """For each contestant of a sweep, the values it was timed at, and its figures."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for point in record["points"]:
         for each, result in point["results"].items():
@@ -278,7 +279,7 @@ def series(record: Record, figure: str) -> dict[str, tuple[list[float], list[flo
 
 
 def exponents(record: Record) -> dict[str, dict[str, float | None]]:
-    """Of a sweep's record: how time and memory of each contestant grow."""
+    """How time and memory of each contestant of a sweep grow."""
     found: dict[str, dict[str, float | None]] = collections.defaultdict(dict)
     for kind, figure in (("time", "median_ms"), ("memory", "peak_mib")):
         for each, line in series(record, figure).items():

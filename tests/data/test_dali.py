@@ -552,7 +552,7 @@ def test_auto_is_dali_only_where_a_gpu_can_decode(monkeypatch) -> None:
 
 @pytest.fixture
 def unstarted(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
-    """As in a process that has not tried yet."""
+    """A process that has not started DALI yet."""
     dali._problem.cache_clear()
     dali._warn_once.cache_clear()
     yield monkeypatch

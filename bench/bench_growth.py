@@ -7,6 +7,7 @@ time and memory, see records.fit); their `results` are those of the largest valu
 """
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -67,7 +68,8 @@ def measure(
 ) -> dict[str, Any]:
     """Times every contestant at each value of a parameter: in this process, or on a GPU, where one
     value must not take the others along, in a process per value."""
-    module, points = f"bench_{op}", []
+    module, points, diary = f"bench_{op}", [], harness.Diary()
+    os.environ.pop(diary.FOLDER, None)  # it is the sweep's, not that of the value being measured
     for value in values:
         arguments = fixed | {over: value, "device": device, "compiled": False, "budget": budget / 4}
         if device == "cpu":
@@ -78,14 +80,16 @@ def measure(
         points[-1] |= {key: point[key] for key in ("left_out", "results")}
         times = (f"{name} {r['median_ms']:.1f} ms" for name, r in point["results"].items())
         print(f"{over} {value}: {', '.join(times)}", file=sys.stderr, flush=True)
-    return {
-        "machine": harness.machine(),
-        "sweep": {"over": {"videos": "batch", "n": "rows"}.get(over, over), "values": values},
-        "points": points,
-        "exponents": records.exponents({"points": points}),
-        "left_out": points[-1]["left_out"],
-        "results": points[-1]["results"],
-    }
+        found = {
+            "machine": harness.machine(),
+            "sweep": {"over": {"videos": "batch", "n": "rows"}.get(over, over), "values": values},
+            "points": points,
+            "exponents": records.exponents({"points": points}),
+            "left_out": dict(points[-1]["left_out"]),
+            "results": points[-1]["results"],
+        }
+        diary.found(found)
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,10 @@ process of its own and saved.
 A case's name in CASES, after that of the op in the suite of the ops, is that of its record.
 """
 
+import ctypes
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -41,7 +44,14 @@ IMPORTANT = (
     "ops proxy_attention-b32-bf16-batch32-backward-cuda",
     "train b16-bf16-batch32-cuda",
     "ops pairwise_logsumexp-vsc_fc-bf16-16384-cuda",
+    "ops proxy_attention-b16-bf16-ragged32-both-cuda",
+    "ops proxy_attention-l14-bf16-batch32-both-cuda",
     "train b32-bf16-batch32-cuda",
+    "model b16-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b16-bf16-batch1-both-cuda",
+    "ops proxy_attention-b16-bf16-batch128-both-cuda",
+    "growth rows-cuda",
+    "growth frames-cuda",
     "ops proxy_attention-b16-fp32-both-default",
     "ops proxy_attention-b16-bf16-both-default",
     "ops proxy_attention-b32-fp32-both-default",
@@ -62,44 +72,50 @@ class Run:
         self.quick: bool = option.bench_quick
         self.profile: str | None = option.bench_profile
         self.deadline: float | None = option.bench_deadline
-        self.records: list[Record] = []
+        self.facts: dict[str, Any] = {}  # of the machine
+        self.records: list[Record] = []  # of this run's cases
         self.not_reached: list[str] = []
-        self.earlier: dict[tuple[str, str], Record] = {}
+        self.earlier: dict[str, Record] = {}
         for store in option.bench_resume:
-            if store.exists():
-                found = (value for _, value in records.stored(store) if records.is_record(value))
-                self.earlier |= {(record["suite"], record["case"]): record for record in found}
-        self._facts: dict[str, Any] | None = None
+            known = (value for _, value in records.stored(store)) if store.exists() else ()
+            for record in filter(records.is_record, known):
+                title = f"{record['suite']} {record['case']}"
+                if records.failure(record) is None or title not in self.earlier:
+                    self.earlier[title] = record
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The machine and its ceilings, measured once by a process of its own."""
-        if self._facts is None:
-            found = cases.run("harness", "facts", {"device": self.device}, limit=120)
-            if "ceilings" not in found:
-                reason = found["left_out"][cases.SETUP]
-                pytest.exit(f"{self.device} cannot be measured on: {reason}", returncode=1)
-            self._facts = found
-            if self.earlier and not found["commit"]:
-                print(
-                    "nothing is resumed: which commit this is cannot be told; where git is absent "
-                    "the variable CLIPVIP_COMMIT says so"
-                )
-        return self._facts
+    def begin(self) -> None:
+        """Measures what the machine can do at best, in a process of its own; keeps from earlier
+        runs what need not be measured again."""
+        limit = None if self.deadline is None else max(self.deadline - time.monotonic(), 1.0)
+        limit = min(limit or 120.0, 120.0)
+        self.facts = cases.run("harness", "facts", {"device": self.device}, limit=limit)
+        if "ceilings" not in self.facts:
+            print(f"what this machine reaches is unknown: {self.facts['left_out'][cases.SETUP]}")
+            self.facts = {}
+        if self.earlier and self.facts.get("commit", "") == "":
+            print(
+                "nothing is resumed: the commit is unknown; where git is absent, the variable "
+                "CLIPVIP_COMMIT gives it"
+            )
+        for title, record in list(self.earlier.items()):
+            if not records.is_measured(record, self.facts):
+                continue
+            mine = self.out / f"{title.replace(' ', '-', 1)}.json"
+            if records.is_file(self.out) or not mine.exists():
+                records.save(self.out, record)
 
-    def measured(self, suite: str, case: str, params: dict[str, Any]) -> Record | None:
+    def measured(self, title: str, params: dict[str, Any]) -> Record | None:
         """An earlier record that spares the case."""
-        record = self.earlier.get((suite, case))
-        spared = record and records.is_measured(record, params, self.facts)
-        return record if spared else None
+        record = self.earlier.get(title)
+        if record and record["params"] == params and records.is_measured(record, self.facts):
+            return record
+        return None
 
-    def has_failed(self, title: str) -> bool:
-        record = self.earlier.get(tuple(title.split(" ", 1)))
-        return record is not None and records.failure(record) is not None
+    def seconds_left(self) -> float:
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
-    def trace(self, suite: str, case: str) -> Path:
-        folder = self.out.parent if self.out.suffix else self.out
-        return folder / "traces" / f"{suite}-{case}"
+    def trace(self, title: str) -> Path:
+        return records.folder_of(self.out) / "traces" / title.replace(" ", "-")
 
 
 RUN = pytest.StashKey[Run]()
@@ -129,6 +145,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("CLIPVIP_BENCH_PARENT") == str(os.getppid()):  # and ends with it
+        ctypes.CDLL(None).prctl(cases.PR_SET_PDEATHSIG, signal.SIGTERM)
     config.stash[RUN] = Run(config)
 
 
@@ -149,11 +167,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def rank(item: pytest.Item) -> tuple[bool, int]:
         title = titles[item]
         important = IMPORTANT.index(title) if title in IMPORTANT else len(IMPORTANT)
-        return run.has_failed(title), important
+        earlier = run.earlier.get(title)
+        return earlier is not None and records.failure(earlier) is not None, important
 
     kept = [item for item in items if is_kept(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = sorted(kept, key=rank)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(_id(item) for item in session.items):
+        session.config.stash[RUN].begin()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -192,46 +216,48 @@ def run_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Re
     run = request.config.stash[RUN]
     module = request.module.__name__.rpartition(".")[2]
     suite, case = _name(module, request.node.callspec.id)
+    title = f"{suite} {case}"
     position = request.session.items.index(request.node) + 1
     limit = cases.LIMITS[run.device]
     malloc = "tuned" if case.endswith("-tuned") else "default"
 
+    def new(params: dict[str, Any], limits: int) -> Record:
+        arguments = params | {"budget": 1.0 if run.quick else BUDGETS[run.device]}
+        found = benchmark.pedantic(
+            cases.run,
+            args=(module, "measure", arguments),
+            kwargs={
+                "malloc": malloc,
+                "limit": limit and limit * limits,
+                "deadline": run.deadline and run.deadline - LEAST_SECONDS / 2,
+                "profile": run.profile,
+                "trace": run.trace(title),
+            },
+        )
+        machine = run.facts | {"malloc": malloc} | found.get("machine", {})
+        record = {"suite": suite, "case": case, "params": params, **found, "machine": machine}
+        records.save(run.out, record)
+        return record
+
     def measure(params: dict[str, Any], limits: int = 1) -> Record:
         params = params | (request.module.QUICK[request.node.callspec.id] if run.quick else {})
-        if run.deadline and run.deadline - time.monotonic() < LEAST_SECONDS:
-            run.not_reached.append(f"{suite} {case}")
+        print(f"\n{position}/{len(request.session.items)} {title}", flush=True)
+        record = run.measured(title, params)
+        try:
+            if record:
+                print("measured before", flush=True)
+            elif run.seconds_left() < LEAST_SECONDS:
+                raise cases.OutOfTime
+            else:
+                record = new(params, limits)
+        except cases.OutOfTime:
+            run.not_reached.append(title)
             pytest.skip("the run's time is up")
-        print(f"\n{position}/{len(request.session.items)} {suite} {case}", flush=True)
-        if record := run.measured(suite, case, params):
-            print("measured before", flush=True)
-        else:
-            try:
-                found = benchmark.pedantic(
-                    cases.run,
-                    args=(module, "measure"),
-                    kwargs={
-                        "arguments": {
-                            **params,
-                            "budget": 1.0 if run.quick else BUDGETS[run.device],
-                        },
-                        "malloc": malloc,
-                        "limit": limit and limit * limits,
-                        "deadline": run.deadline and run.deadline - LEAST_SECONDS / 2,
-                        "profile": run.profile,
-                        "trace": run.trace(suite, case),
-                    },
-                )
-            except cases.OutOfTime:
-                run.not_reached.append(f"{suite} {case}")
-                pytest.skip("the run's time is up")
-            machine = run.facts | {"malloc": malloc} | found.get("machine", {})
-            record = {"suite": suite, "case": case, "params": params, **found, "machine": machine}
-        records.save(run.out, record)
         benchmark.extra_info.update(record)
         run.records.append(record)
         print(f"{tables.contestants(record)}\n\n{tables.summary(run.records)}", flush=True)
         if reason := records.failure(record):
-            pytest.fail(f"{suite} {case}: {reason}", pytrace=False)
+            pytest.fail(f"{title}: {reason}", pytrace=False)
         return record
 
     return measure

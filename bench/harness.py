@@ -16,6 +16,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,11 @@ class Diary:
         """Contestants that ended the process in an earlier try, with the reason."""
         return self.given.get("without", {})
 
+    @property
+    def settled(self) -> list[str]:
+        """Contestants that were measured in an earlier try."""
+        return self.given.get("settled", [])
+
     def trace(self, name: str) -> Path | None:
         """Where to write the profiler's trace of a contestant, if one is wanted."""
         if self.given.get("profile") not in ("all", name):
@@ -109,10 +115,11 @@ def compare(
     """Checks every contestant against `expected`, then times all that pass round by round.
 
     A contestant is a function without arguments that returns what `expected` holds, in order. Its
-    error is max|x − expected| / max|expected| for each tensor and must not exceed `tolerance`; ours
-    may besides be off by twice the baseline's error at most, or by a tenth of the tolerance. One
-    that raises or is wrong is left out and listed with the reason. The first contestant is the
-    baseline, which ratios refer to.
+    error is max|x − expected| / max|expected| for each tensor and must not exceed `tolerance`. The
+    error of ours must not exceed twice that of the first other contestant that passes, which is the
+    baseline if it runs, or a tenth of the tolerance if that is more. A contestant that raises or is
+    wrong is left out and listed with the reason. The first one is the baseline, which ratios refer
+    to.
 
     On a GPU all others are checked and timed before ours, so that a kernel of ours that breaks the
     process takes nothing along. Then ours, and after it each of its variants, takes turns with the
@@ -131,7 +138,7 @@ def compare(
     Raises RuntimeError where an error leaves the GPU unusable for the rest of the process.
     """
     diary = Diary()
-    names = [name for name in contestants if name not in diary.without]
+    names = [name for name in contestants if name not in {*diary.without, *diary.settled}]
     results: dict[str, dict[str, Any]] = {}
     left_out = (left_out or {}) | diary.without
     found = {"work": dict(work or {}), "machine": machine()}
@@ -139,19 +146,17 @@ def compare(
     base = next(iter(contestants))
 
     def allowed(name: str) -> float:
-        if not records.is_ours(name) or base not in checked or records.is_ours(base):
+        same = [x for x in checked if not records.is_ours(x) and x not in (expected_of or {})]
+        if not records.is_ours(name) or not same:
             return tolerance
-        return min(tolerance, max(2 * checked[base]["error"], tolerance / 10))
+        return min(tolerance, max(2 * checked[same[0]]["error"], tolerance / 10))
 
     def check(name: str) -> None:
         run = contestants[name]
         error = _error(run(), (expected_of or {}).get(name, expected))
         if not error <= allowed(name):
             raise AssertionError(f"{name} is off by {error:.2e}, allowed {allowed(name):.2e}")
-        peak = peak_memory(run, device) / MIB
-        if path := diary.trace(name):
-            profile(run, path)
-        checked[name] = {"error": error, "peak_mib": peak}
+        checked[name] = {"error": error, "peak_mib": peak_memory(run, device) / MIB}
 
     checked: dict[str, dict[str, float]] = {}
     theirs = [name for name in names if not records.is_ours(name)]
@@ -166,6 +171,7 @@ def compare(
         if able and group in ours:
             again = (base, records.best_peer(results))
             able = [*(name for name in again if name in results and name not in able), *able]
+        lost: dict[str, str] = {}
         timed = take_turns(
             {name: contestants[name] for name in able},
             seconds=seconds,
@@ -173,14 +179,20 @@ def compare(
             max_rounds=max_rounds,
             device=device,
             baseline=base,
-            left_out=left_out,
+            left_out=lost,
             diary=diary,
         )
+        # One that was timed before and fails beside ours, such as for lack of memory, was timed.
+        left_out |= {name: why for name, why in lost.items() if name not in results}
         both = results | {name: checked[name] | timed[name] for name in timed}
-        found["results"] = results = {
-            name: both[name] for name in contestants if name in both and name not in left_out
-        }
+        found["results"] = results = {name: both[name] for name in contestants if name in both}
         diary.found(found)
+        for name in able:
+            if name in results and name in group and (path := diary.trace(name)):
+                try:
+                    profile(contestants[name], path)
+                except Exception as error:  # a trace is not worth losing what follows
+                    print(f"no trace of {name}: {why(error)}", file=sys.stderr)
     return found
 
 
@@ -414,7 +426,8 @@ def _commit() -> str:
         return given
     if not (BENCH.parent / ".git").exists() or shutil.which("git") is None:
         return ""
-    changed = _git("status", "--porcelain", "--", "csrc", "clipvip")
+    code = ("csrc", "clipvip", "bench", ":(exclude)bench/results")
+    changed = _git("status", "--porcelain", "--", *code)
     return _git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
 
 
@@ -424,7 +437,7 @@ def _git(*arguments: str) -> str:
 
 
 def ceilings(device: str = "cpu") -> dict[str, float]:
-    """What this machine does at best: products and copies.
+    """Measure the rates that this machine reaches in large products and copies.
 
     matmul_fp32_gflops and matmul_bf16_gflops (10⁹ operations a second, a multiplication and an
     addition are two) of square matrices, copy_gib_s (what is read plus what is written).

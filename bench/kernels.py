@@ -8,6 +8,8 @@ python bench/kernels.py run     attention of B/16 at 32 videos, the symmetric lo
 """
 
 import argparse
+import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -37,16 +39,17 @@ ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 def check(device: str) -> None:
     """Forward and backward against float64 on the CPU, which a sanitizer leaves alone.
 
-    Raises AssertionError where they are off.
+    Raises AssertionError that names all that are off.
     """
-    for dtype, dim, patches in ATTENTION:
-        check_attention(dtype, dim, patches, device)
-    for dtype, n, depth in LOSSES:
-        check_loss("symmetric", 2, dtype, n, depth, device)
-        check_loss("vsc_fc", 4, dtype, n, depth, device)
+    checks = [functools.partial(check_attention, *case, device) for case in ATTENTION]
+    for case in LOSSES:
+        checks.append(functools.partial(check_loss, "symmetric", 2, *case, device))
+        checks.append(functools.partial(check_loss, "vsc_fc", 4, *case, device))
+    wrong = [found for found in (each() for each in checks) if found]
+    assert not wrong, "; ".join(wrong)
 
 
-def check_attention(dtype: torch.dtype, dim: int, patches: int, device: str) -> None:
+def check_attention(dtype: torch.dtype, dim: int, patches: int, device: str) -> str | None:
     """Two frames, none, and one, with 4 proxies and two heads."""
     offsets, proxies = torch.tensor([0, 2, 2, 3], dtype=torch.int32), 4
     generator = torch.Generator().manual_seed(0)
@@ -61,16 +64,16 @@ def check_attention(dtype: torch.dtype, dim: int, patches: int, device: str) -> 
 
     expected = both_ways(proxy_attention_reference, qkv.double())
     name = f"attention {dtype} D={dim} L={patches}"
-    hold(name, both_ways(proxy_attention, qkv.to(device)), expected, dtype)
+    return fault(name, both_ways(proxy_attention, qkv.to(device)), expected, dtype)
 
 
 def check_loss(
     kind: str, sources: int, dtype: torch.dtype, n: int, depth: int, device: str
-) -> None:
+) -> str | None:
     given = [*unit_rows(sources, n, depth, dtype), torch.tensor(100.0)]
     expected = losses.step(losses.FORMS[kind]["chunked"], *[x.double() for x in given])
     got = losses.step(losses.FORMS[kind]["ours"], *[x.to(device) for x in given])
-    hold(f"{kind} {dtype} n={n} D={depth}", got, expected, dtype)
+    return fault(f"{kind} {dtype} n={n} D={depth}", got, expected, dtype)
 
 
 def unit_rows(count: int, n: int, depth: int, dtype: torch.dtype) -> list[Tensor]:
@@ -78,15 +81,19 @@ def unit_rows(count: int, n: int, depth: int, dtype: torch.dtype) -> list[Tensor
     return list(F.normalize(rows, dim=-1).to(dtype))
 
 
-def hold(name: str, got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """By ‖x − expected‖ / ‖expected‖ of the worst tensor."""
+def fault(
+    name: str, got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
+) -> str | None:
+    """What is wrong, if anything is, by ‖x − expected‖ / ‖expected‖ of the worst tensor."""
     errors = [
         float((x.to(want) - want).norm() / want.norm().clamp(min=1e-30))
         for x, want in zip(got, expected, strict=True)
     ]
-    print(f"{name}: off by {max(errors):.1e}", flush=True)
-    wrong = [error for error in errors if not error <= ALLOWED[dtype]]  # a NaN, too
-    assert not wrong, f"{name} is off by {wrong[0]:.1e}, allowed {ALLOWED[dtype]:.1e}"
+    worst = max((error if error == error else math.inf) for error in errors)
+    print(f"{name}: off by {worst:.1e}", flush=True)
+    if worst <= ALLOWED[dtype]:
+        return None
+    return f"{name} is off by {worst:.1e}, allowed {ALLOWED[dtype]:.1e}"
 
 
 def run(device: str, tiny: bool) -> None:
@@ -104,15 +111,22 @@ def run(device: str, tiny: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("check", "run"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="run at tiny sizes")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="where (%(default)s)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="run at tiny sizes, as a trial")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("kernels: no CUDA GPU is seen; --device cpu runs them on the CPU")
     if given.what == "check":
-        check(given.device)
+        try:
+            check(given.device)
+        except AssertionError as error:
+            sys.exit(f"kernels: {error}")
     else:
         run(given.device, given.tiny)
 

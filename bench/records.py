@@ -8,6 +8,7 @@ A record is a dictionary:
     machine       what it ran on, with the ceilings measured in the same run
     results       figures per contestant
     left_out      contestants without figures, with the reason
+    cut           there and true where time was up before all contestants had been tried
 
 A store of records is a folder with a file SUITE-CASE.json per record, or one file NAME.jsonl with a
 record per line, in which the last line of a case counts.
@@ -48,11 +49,21 @@ def write(path: Path, value: Any) -> Path:
     return partial.replace(path)
 
 
+def is_file(store: Path) -> bool:
+    """Whether a store is a file with a record per line, not a folder."""
+    return store.suffix == ".jsonl"
+
+
+def folder_of(store: Path) -> Path:
+    """Where what belongs to a store's records lies: the report, traces."""
+    return store.parent if is_file(store) else store
+
+
 def save(store: Path, record: Record) -> None:
     """Adds a record to a store, in place of an earlier one of the same case."""
     order = ("suite", "case", "params", "work", "machine", "left_out", "results")
     record = {key: record[key] for key in order if key in record} | record
-    if store.suffix == ".jsonl":
+    if is_file(store):
         _append(store, json.dumps(record))
     else:
         write(store / f"{record['suite']}-{record['case']}.json", record)
@@ -83,7 +94,7 @@ def stored(path: Path) -> Iterator[tuple[str, Any]]:
     for file in files:
         text = file.read_text()
         whole = {str(file): text}
-        if file.suffix == ".jsonl":
+        if is_file(file):
             lines = text.split("\n")[:-1]  # the last one is empty, or the start of a line
             whole = {f"{file} line {i}": line for i, line in enumerate(lines, start=1)}
         for place, part in whole.items():
@@ -120,22 +131,24 @@ def read(store: Path) -> tuple[list[Record], list[str]]:
     return records, list(dict.fromkeys(others))
 
 
-def is_measured(record: Record, params: dict[str, Any], machine: dict[str, Any]) -> bool:
-    """Whether measuring a case again is of no use: these are the figures of the same code, which is
-    known by its commit, with the same parameters on such a machine."""
+def is_measured(record: Record, machine: dict[str, Any]) -> bool:
+    """Whether there is no need to measure this case again: all of it was measured by the same code,
+    known by its commit, on such a machine."""
     commit, then = machine.get("commit"), record["machine"]
     facts = ("commit", "torch", *(("gpu",) if on_gpu(record) else ("cpu", "cores")))
     return (
         failure(record) is None
+        and not record.get("cut")
         and bool(commit)
         and not str(commit).endswith("+changes")
-        and record.get("params") == params
         and all(then.get(fact) == machine.get(fact) for fact in facts)
     )
 
 
 def failure(record: Record) -> str | None:
     """Why ours has no figures, in a sweep at some value; None if it has."""
+    if is_sweep(record) and not record.get("points"):
+        return next(iter(record.get("left_out", {}).values()), "no value was measured")
     for point in record.get("points", [record]):
         results, left_out = point["results"], point.get("left_out", {})
         # A variant may stand for ours where ours itself does not take part, as in decoding.
@@ -178,7 +191,7 @@ def name(record: Record) -> str:
 
 
 def is_sweep(record: Record) -> bool:
-    return "points" in record
+    return "points" in record or record.get("suite") == "growth"
 
 
 def is_rate(record: Record) -> bool:

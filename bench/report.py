@@ -30,6 +30,7 @@ from records import (
     exponents,
     fit,
     floors,
+    folder_of,
     group,
     is_ours,
     is_rate,
@@ -542,7 +543,7 @@ def write(store: Path) -> list[Path]:
     Raises ValueError where there are no records, or a file is not JSON.
     """
     records, others = read(store)
-    folder = store if store.is_dir() else store.parent
+    folder = folder_of(store)
     paths = [folder / "report.md"]
     replace(paths[0], markdown(store) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:

@@ -267,6 +267,8 @@ def _gpu_line(record: Record) -> list[str]:
 
 def _growth(record: Record) -> list[str]:
     """Exponents of time and memory; the peer is the one that is quickest at the largest value."""
+    if not record.get("points"):
+        return [name(record), "–", "–", "**fails**"]
     found, last = exponents(record), record["points"][-1]["results"]
     eager = baseline(found)
     cells = [f"{name(record)}, {record['points'][0]['value']} … {record['points'][-1]['value']}"]

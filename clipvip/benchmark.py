@@ -61,14 +61,17 @@ def run(
         re.compile(only)
     except re.error as error:
         raise ValueError(f"--only is {only!r}, no regular expression: {error}") from None
-    if resume is not None and not resume.exists():
-        raise ValueError(f"--resume is {resume}, which does not exist; give a folder of records")
     device = chosen(device)
     harness = load("harness")
     suites = harness.SUITES
     out = out or (BENCH / "results" if CHECKOUT else Path("clipvip-bench"))
     _check_writable(out)
-    stores = [*([out] if device == "cuda" else []), *([resume] if resume else [])]
+    if resume is not None and not _holds_records(resume):
+        raise ValueError(
+            f"--resume is {resume}, which holds no records; `clipvip bench` makes some"
+        )
+    again = device == "cuda" and out.exists() and _holds_records(out)
+    stores = [*([out] if again else []), *([resume] if resume else [])]
     modules = [name for each in (suites if suite == "all" else (suite,)) for name in suites[each]]
     if device == "cuda":
         modules = [name for name in modules if name not in harness.CPU_ONLY]
@@ -78,12 +81,16 @@ def run(
     options += [f"--bench-only={only}", *(f"--bench-resume={path.absolute()}" for path in stores)]
     options += [f"--bench-profile={profile}"] if profile else []
     options += [f"--bench-deadline={started + 60 * minutes}"] if minutes else []
-    status = _pytest(options, files, out)
+    status = _pytest(options, files)
     if status == NO_CASES:
         raise ValueError(
             f"no case of {suite} for {device}" + f" is found by --only {only!r}" * bool(only)
         )
-    return _report(out, status == 0)
+    passed = status == 0
+    if passed and not (out.exists() and _holds_records(out)):
+        print(f"no case was done within {minutes:g} minutes; give more")
+        return True
+    return _report(out, passed)
 
 
 def chosen(device: str) -> str:
@@ -110,30 +117,40 @@ def chosen(device: str) -> str:
 
 
 def _check_writable(out: Path) -> None:
-    """Now, rather than after minutes of measuring."""
-    folder = out.parent if out.suffix == ".jsonl" else out
+    """Fails now rather than after minutes of measuring."""
+    records = load("records")
+    if out.suffix == ".json":
+        raise ValueError(f"--out is {out}; give a folder, or a file .jsonl")
     try:
+        folder = records.folder_of(out)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.NamedTemporaryFile(dir=folder).close()
+        if records.is_file(out) and out.exists():
+            out.open("ab").close()
     except OSError as error:
         raise ValueError(
-            f"--out is {out}, where nothing can be written ({error.strerror}); give a folder that "
-            "can be made or written to"
+            f"--out is {out}, where nothing can be written ({error.strerror}); give a folder, or a "
+            "file .jsonl, that can be made or written to"
         ) from None
 
 
-def _pytest(options: Sequence[str], files: Sequence[str], out: Path) -> int:
+def _holds_records(store: Path) -> bool:
+    """ValueError: there is no such store, or something in it is not JSON."""
+    records = load("records")
+    return any(records.is_record(value) for _, value in records.stored(store))
+
+
+def _pytest(options: Sequence[str], files: Sequence[str]) -> int:
     # Settings of the folder that the command is called in are not for these suites.
     settings = ["-c", os.devnull, "--rootdir", str(BENCH), "-o", "python_files=bench_*.py"]
     settings += ["--import-mode=importlib", "-p", "no:cacheprovider", "--disable-warnings"]
     output = ["-q", "-s", "--no-header", "--tb=short", "--benchmark-quiet"]
     output += ["--continue-on-collection-errors"]  # a suite may lack what it compares with
-    folder = out.absolute().parent if out.suffix == ".jsonl" else out.absolute()
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", *settings, *output, *options]
+    parent = {"PYTHONPATH": search, "CLIPVIP_BENCH_PARENT": str(os.getpid())}
     return subprocess.run(
-        [*command, f"--benchmark-storage=file://{folder}", *files],
-        env=os.environ | {"PYTHONPATH": search},
+        [sys.executable, "-m", "pytest", *settings, *output, *options, *files],
+        env=os.environ | parent,
     ).returncode
 
 

@@ -273,11 +273,14 @@ def bench(
     Args:
         suite: ops, model, train, decode, growth, or all.
         device: Where to measure. auto is the GPU if there is one.
-        quick: A few small cases of each suite: about three minutes on two cores.
-        only: Measure only the cases whose suite and name match, such as 'attention-b16.*both'.
-        minutes: Stop in time to be done after this many minutes, and name what was not reached.
+        quick: A few small cases of each suite: about three minutes on a CPU with two cores.
+        only: Measure only the cases that this expression finds, by suite and name as the tables
+            print them: 'ops proxy_attention-b16.*both'.
+        minutes: Stop in time to be done after this many minutes, and name what was not reached,
+            which is no failure.
         out: Where records and report go: a folder, or a file NAME.jsonl that takes a record per
-            line. By default bench/results in a checkout, else ./clipvip-bench.
+            line, with the report beside it. By default bench/results in a checkout, else
+            ./clipvip-bench.
         resume: Records of an earlier run (a folder or file as --out). A case that this commit
             already measured on this machine is taken from there instead of measured again. On a
             GPU that also holds for the records in --out.

@@ -24,7 +24,9 @@ from clipvip import benchmark, cli
 BENCH = Path(__file__).parents[1] / "bench"
 
 SUITE = """
+import atexit
 import os
+import pathlib
 import signal
 import time
 
@@ -39,22 +41,35 @@ CASES = {
     "wrong": {"wrong": ["ours"]},
     "peers": {"crash": ["peer"], "wrong": ["other"]},
     "setup": {"setup": True},
+    "late": {"slow": ["peer"], "hang_once": ["ours"]},
+    "fails at exit": {"abort": True},
     "gpu": {"device": "cuda"},
 }
 QUICK = {"right": {}}
 
 
-def measure(budget, crash=(), hang=(), wrong=(), setup=False):
+def again():
+    return harness.Diary().settled
+
+
+def measure(
+    budget, crash=(), hang=(), wrong=(), slow=(), hang_once=(), setup=False, abort=False
+):
     if setup:
         raise MemoryError("the reference does not fit")
+    if abort:
+        atexit.register(os.abort)
     x = torch.ones(8)
 
     def contestant(name):
         def run():
             if name in crash:
                 os.kill(os.getpid(), signal.SIGSEGV)
-            if name in hang:
+            if name in hang or (name in hang_once and not again()):
                 time.sleep(600)
+            if name in slow and not again():
+                slow.remove(name)
+                time.sleep(7)
             return [x * (2 if name in wrong else 1)]
 
         return run
@@ -121,17 +136,20 @@ def test_what_crashes_hangs_or_is_wrong_costs_its_case_and_is_written_down(tiny,
     assert not tiny(limit=12, out=out, facts="")
     assert {path.name for path in out.parent.iterdir()} == {"all.jsonl", "report.html", "report.md"}
     found = found_in(out)
-    assert found.keys() == {"right", "crash", "hang", "wrong", "peers", "setup"}
+    cases_of_it = {"right", "crash", "hang", "wrong", "peers", "setup", "late", "fails at exit"}
+    assert found.keys() == cases_of_it
     left_out = {case: record["left_out"] for case, record in found.items()}
-    assert found["right"]["results"].keys() == {"eager", "peer", "other", "ours"}
-    assert left_out["right"] == {} and records.failure(found["right"]) is None
+    for case in ("right", "fails at exit"):
+        assert found[case]["results"].keys() == {"eager", "peer", "other", "ours"}
+        assert left_out[case] == {} and records.failure(found[case]) is None
     reasons = {
         "crash": "died of SIGSEGV",
-        "hang": "did not end within 12 s",
-        "wrong": "ours is off by 1.00e+00, allowed 1.00e-04",
+        "hang": r"did not end within the case's 12 s, having run for \d+ s",
+        "wrong": re.escape("ours is off by 1.00e+00, allowed 1.00e-04"),
     }
     for case, reason in reasons.items():
-        assert left_out[case] == {"ours": reason}
+        assert left_out[case].keys() == {"ours"}
+        assert re.fullmatch(reason, left_out[case]["ours"])
         assert found[case]["results"].keys() == {"eager", "peer", "other"}  # they are not lost
         assert found[case]["machine"]["ceilings"]["copy_gib_s"] > 0
     # a peer takes nobody along
@@ -139,8 +157,11 @@ def test_what_crashes_hangs_or_is_wrong_costs_its_case_and_is_written_down(tiny,
     assert left_out["peers"]["peer"] == "died of SIGSEGV"
     assert found["peers"]["results"].keys() == {"eager", "ours"}
     assert left_out["setup"] == {
-        "ours": "failed: MemoryError: the reference does not fit, before any contestant ran"
+        "ours": "failed: MemoryError: the reference does not fit while no contestant ran"
     }
+    # nor does it take ours' time
+    assert {"eager", "ours"} <= found["late"]["results"].keys()
+    assert "ours" not in left_out["late"]
     printed = capfd.readouterr()
     assert "peer died of SIGSEGV; once more without it" in printed.err
     # the table so far comes after every case
@@ -174,9 +195,20 @@ def test_a_run_takes_from_an_earlier_one_what_is_measured(tiny, tmp_path, capfd,
     # what failed is tried again, after what was not tried yet
     order = [printed.index(f"tiny {case}\n") for case in ("right", "peers", "wrong")]
     assert order == sorted(order)
+    # what this run did not ask for is taken over too, for the next one
+    third = tmp_path / "third.jsonl"
+    assert not tiny(only="setup", out=third, resume=second)
+    assert found_in(third).keys() == {"right", "peers", "setup"}
     monkeypatch.setenv("CLIPVIP_COMMIT", "abc1235")
-    assert tiny(only="right", out=second, resume=first)
+    assert tiny(only="right", out=third, resume=first)
     assert "measured before" not in capfd.readouterr().out
+
+
+def test_too_little_time_is_said_and_no_failure(tiny, capfd):
+    assert tiny(minutes=0.05)
+    printed = capfd.readouterr().out
+    assert "no case was done within 0.05 minutes; give more" in printed
+    assert "not reached in time: 8 cases: tiny right, " in printed
 
 
 def test_a_run_stops_in_time_and_names_what_it_did_not_reach(tiny, tmp_path, capfd):
@@ -194,11 +226,22 @@ def test_bad_calls_end_with_a_line_before_anything_is_measured(tiny, tmp_path, c
     (tmp_path / "new").write_text("a file")
     with pytest.raises(ValueError, match=r"--out is .*, where nothing can be written \(.*\); give"):
         tiny(quick=True)
-    for options, line in {
-        "minutes": ({"minutes": 0.0}, "--minutes is 0, expected more than 0"),
-        "only": ({"only": "("}, r"--only is '\(', no regular expression: missing \)"),
-        "resume": ({"resume": tmp_path / "none"}, "--resume is .*none, which does not exist"),
-    }.values():
+    folder, torn = tmp_path / "some.jsonl", tmp_path / "torn.jsonl"
+    folder.mkdir()
+    torn.write_text("{\n{}\n")
+    here = {"out": tmp_path / "here"}
+    for options, line in (
+        ({"minutes": 0.0}, "--minutes is 0, expected more than 0"),
+        ({"only": "("}, r"--only is '\(', no regular expression: missing \)"),
+        ({"out": tmp_path / "one.json"}, r"--out is .*one\.json; give a folder, or a file \.jsonl"),
+        ({"out": folder}, r"--out is .*some\.jsonl, where nothing can be written"),
+        (here | {"resume": tmp_path / "none"}, "none is neither a record nor a folder of records"),
+        (
+            here | {"resume": folder},
+            r"--resume is .*, which holds no records; `clipvip bench` makes some",
+        ),
+        (here | {"resume": torn}, r"torn\.jsonl line 1 is not JSON"),
+    ):
         with pytest.raises(ValueError, match=line):
             tiny(**options)
     if not torch.cuda.is_available():
@@ -226,7 +269,8 @@ def hang(file):
         return all(not p.exists() or p.read_text().split()[2] == "Z" for p in states)
 
     found = cases.run("hanging", "hang", {"file": str(pids)}, limit=10)
-    assert found["left_out"] == {"ours": "did not end within 10 s, before any contestant ran"}
+    reason = "did not end within the case's 10 s while no contestant ran"
+    assert found["left_out"] == {"ours": reason}
     assert gone()
     with pytest.raises(cases.OutOfTime):
         cases.run("hanging", "hang", {"file": str(pids)}, limit=60, deadline=time.monotonic() + 8)
@@ -307,19 +351,20 @@ def test_a_file_of_lines_outlives_a_run_that_is_killed_while_it_writes(tmp_path)
 
 def test_only_what_the_same_code_gave_on_the_same_machine_is_not_measured_again():
     one, machine = record("a"), record("a")["machine"]
-    assert records.is_measured(one, one["params"], machine)
-    assert not records.is_measured(one, one["params"] | {"n": 1}, machine)
-    assert not records.is_measured(record("a", results={}), one["params"], machine)
+    assert records.is_measured(one, machine)
+    assert not records.is_measured(record("a", results={}), machine)
+    assert not records.is_measured(one | {"cut": True}, machine)
     for change in ({"commit": "abc1235"}, {"gpu": "A100"}, {"torch": "2.14"}):
-        assert not records.is_measured(one, one["params"], machine | change)
+        assert not records.is_measured(one, machine | change)
     for unknown in ("", "abc1234+changes"):
         same = machine | {"commit": unknown}
-        assert not records.is_measured(one | {"machine": same}, one["params"], same)
+        assert not records.is_measured(one | {"machine": same}, same)
     # a sweep is measured when all its points are
     point = {"value": 1, "results": one["results"]}
     points = [point, point | {"results": {}, "left_out": {"ours": "hung"}}]
-    assert records.is_measured(one | {"points": points[:1]}, one["params"], machine)
-    assert not records.is_measured(one | {"points": points}, one["params"], machine)
+    assert records.is_measured(one | {"points": points[:1]}, machine)
+    assert not records.is_measured(one | {"points": points}, machine)
+    assert not records.is_measured(one | {"suite": "growth"}, machine)
 
 
 # --- the kit for a GPU ---------------------------------------------------------------------------
@@ -374,10 +419,11 @@ def test_the_checks_for_a_sanitizer_find_what_is_off(capsys, monkeypatch):
     kernels.main(["check", "--device", "cpu"])
     assert capsys.readouterr().out.count(": off by ") == 3
     monkeypatch.setattr(kernels, "proxy_attention", lambda x, *_: x.sum(1))
-    with pytest.raises(AssertionError, match=r"attention torch.bfloat16 D=64 L=9 is off by"):
+    with pytest.raises(SystemExit, match=r"attention torch.bfloat16 D=64 L=9 is off by"):
         kernels.main(["check", "--device", "cpu"])
+    assert capsys.readouterr().out.count(": off by ") == 3  # of all, not up to the first
     monkeypatch.setattr(kernels, "proxy_attention", lambda x, *_: x.sum(1) * torch.nan)
-    with pytest.raises(AssertionError, match="is off by nan"):
+    with pytest.raises(SystemExit, match="is off by inf"):
         kernels.main(["check", "--device", "cpu"])
 
 
@@ -409,7 +455,7 @@ def test_bad_calls_of_the_script_end_with_a_line(tmp_path):
     for arguments, line in (
         (["speed"], "no part or option 'speed'"),
         (["--out"], "--out needs a value"),
-        (["--dry-run", "--resume", tmp_path], f"--resume is {tmp_path}, which holds no gpu.jsonl"),
+        (["--dry-run", "--resume", tmp_path], f"--resume: there is no {tmp_path}/gpu.jsonl"),
         (["wheels"], "wheels needs a folder"),
     ):
         ended = script(*arguments)

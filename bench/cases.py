@@ -95,7 +95,8 @@ def run(
                 raise OutOfTime
             found["left_out"] |= {who: "the run's time was up"} if who else {}
             return found | {"cut": True}
-        if who and not records.is_ours(who) and who not in found["results"]:
+        known = {*found["results"], *given["without"]}
+        if who and not records.is_ours(who) and who not in known:
             print(f"{who} {ended.reason}; once more without it", file=sys.stderr, flush=True)
             given["without"][who] = ended.reason
             continue

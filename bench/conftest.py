@@ -76,12 +76,15 @@ class Run:
         self.records: list[Record] = []  # of this run's cases
         self.not_reached: list[str] = []
         self.earlier: dict[str, Record] = {}
+        self.elsewhere: set[str] = set()  # those of them that `out` does not hold
         for store in option.bench_resume:
-            known = (value for _, value in records.stored(store)) if store.exists() else ()
-            for record in filter(records.is_record, known):
+            for _, record in records.stored(store):
+                if not records.is_record(record):
+                    continue
                 title = f"{record['suite']} {record['case']}"
                 if records.failure(record) is None or title not in self.earlier:
                     self.earlier[title] = record
+                    (self.elsewhere.discard if store == self.out else self.elsewhere.add)(title)
 
     def begin(self) -> None:
         """Measures what the machine can do at best, in a process of its own; keeps from earlier
@@ -97,12 +100,9 @@ class Run:
                 "nothing is resumed: the commit is unknown; where git is absent, the variable "
                 "CLIPVIP_COMMIT gives it"
             )
-        for title, record in list(self.earlier.items()):
-            if not records.is_measured(record, self.facts):
-                continue
-            mine = self.out / f"{title.replace(' ', '-', 1)}.json"
-            if records.is_file(self.out) or not mine.exists():
-                records.save(self.out, record)
+        for title in sorted(self.elsewhere):
+            if records.is_measured(self.earlier[title], self.facts):
+                records.save(self.out, self.earlier[title])
 
     def measured(self, title: str, params: dict[str, Any]) -> Record | None:
         """An earlier record that spares the case."""
@@ -255,6 +255,8 @@ def run_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Re
             pytest.skip("the run's time is up")
         benchmark.extra_info.update(record)
         run.records.append(record)
+        if run.profile not in (None, "all", *record["results"], *record["left_out"]):
+            print(f"no trace: {title} has no contestant {run.profile!r}")
         print(f"{tables.contestants(record)}\n\n{tables.summary(run.records)}", flush=True)
         if reason := records.failure(record):
             pytest.fail(f"{title}: {reason}", pytrace=False)

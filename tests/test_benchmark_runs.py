@@ -287,6 +287,19 @@ def hang(file):
     assert not main.exists() or main.read_text().split()[2] == "Z"
 
 
+def test_a_peer_that_ends_the_process_twice_is_not_tried_for_ever(tmp_path, monkeypatch):
+    script = """
+import os, signal, harness
+def measure():
+    with harness.Diary().runs("peer"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+"""
+    (tmp_path / "dying.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = cases.run("dying", "measure", {}, limit=60)
+    assert found == {"results": {}, "left_out": {"peer": "died of SIGSEGV"}}
+
+
 def test_a_lost_gpu_ends_the_process_and_is_laid_to_whom_it_ran(tmp_path, monkeypatch):
     script = """
 import harness, torch

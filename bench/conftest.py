@@ -32,32 +32,6 @@ import tables
 SUITE_OF = {module: suite for suite, modules in harness.SUITES.items() for module in modules}
 LEAST_SECONDS = 15.0  # a case is not begun with less left; the report takes a few of them
 BUDGETS = {"cpu": 8.0, "cuda": 1.5}  # seconds to time for
-# What comes first, on a GPU or elsewhere; all others follow in the order of their modules.
-IMPORTANT = (
-    "ops proxy_attention-b16-bf16-batch32-both-cuda",
-    "ops proxy_attention-b32-bf16-batch32-both-cuda",
-    "ops pairwise_logsumexp-symmetric-bf16-16384-cuda",
-    "ops pairwise_logsumexp-symmetric-bf16-65536-cuda",
-    "ops proxy_attention-b16-bf16-batch32-forward-cuda",
-    "ops proxy_attention-b16-bf16-batch32-backward-cuda",
-    "ops proxy_attention-b32-bf16-batch32-forward-cuda",
-    "ops proxy_attention-b32-bf16-batch32-backward-cuda",
-    "train b16-bf16-batch32-cuda",
-    "ops pairwise_logsumexp-vsc_fc-bf16-16384-cuda",
-    "ops proxy_attention-b16-bf16-ragged32-both-cuda",
-    "ops proxy_attention-l14-bf16-batch32-both-cuda",
-    "train b32-bf16-batch32-cuda",
-    "model b16-bf16-batch32-forward-cuda",
-    "ops proxy_attention-b16-bf16-batch1-both-cuda",
-    "ops proxy_attention-b16-bf16-batch128-both-cuda",
-    "growth rows-cuda",
-    "growth frames-cuda",
-    "ops proxy_attention-b16-fp32-both-default",
-    "ops proxy_attention-b16-bf16-both-default",
-    "ops proxy_attention-b32-fp32-both-default",
-    "ops pairwise_logsumexp-symmetric-fp32-16384-default",
-    "ops pairwise_logsumexp-vsc_fc-fp32-8192-default",
-)
 
 Record = dict[str, Any]
 
@@ -165,10 +139,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return cuda == (run.device == "cuda") and bool(wanted.search(titles[item]))
 
     def rank(item: pytest.Item) -> tuple[bool, int]:
-        title = titles[item]
-        important = IMPORTANT.index(title) if title in IMPORTANT else len(IMPORTANT)
+        title, first = titles[item], harness.IMPORTANT
         earlier = run.earlier.get(title)
-        return earlier is not None and records.failure(earlier) is not None, important
+        failed = earlier is not None and records.failure(earlier) is not None
+        return failed, first.index(title) if title in first else len(first)
 
     kept = [item for item in items if is_kept(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

@@ -39,6 +39,31 @@ SUITES = {
     "growth": ("bench_growth",),
 }
 CPU_ONLY = ("bench_linear", "bench_resize_crop")
+# What comes first, on a GPU or elsewhere; all others follow in the order of their modules.
+IMPORTANT = (
+    "ops proxy_attention-b16-bf16-batch32-both-cuda",
+    "ops proxy_attention-b32-bf16-batch32-both-cuda",
+    "ops pairwise_logsumexp-symmetric-bf16-16384-cuda",
+    "ops pairwise_logsumexp-symmetric-bf16-65536-cuda",
+    "ops proxy_attention-b16-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b16-bf16-batch32-backward-cuda",
+    "ops proxy_attention-b32-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b32-bf16-batch32-backward-cuda",
+    "train b16-bf16-batch32-cuda",
+    "ops pairwise_logsumexp-vsc_fc-bf16-16384-cuda",
+    "ops proxy_attention-b16-bf16-ragged32-both-cuda",
+    "ops proxy_attention-l14-bf16-batch32-both-cuda",
+    "train b32-bf16-batch32-cuda",
+    "model b16-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b16-bf16-batch1-both-cuda",
+    "ops proxy_attention-b16-bf16-batch128-both-cuda",
+    "growth frames-cuda",
+    "ops proxy_attention-b16-fp32-both-default",
+    "ops proxy_attention-b16-bf16-both-default",
+    "ops proxy_attention-b32-fp32-both-default",
+    "ops pairwise_logsumexp-symmetric-fp32-16384-default",
+    "ops pairwise_logsumexp-vsc_fc-fp32-8192-default",
+)
 MIB, GIB = 2**20, 2**30
 L2_BYTES = 256 * MIB  # more than any GPU's second level of cache holds
 HEAD_START = 2_000_000  # clocks of the GPU, about 1 ms, in which the host queues a call

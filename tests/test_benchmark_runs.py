@@ -3,13 +3,13 @@
 These are the programs that measure on a GPU, at tiny sizes on a CPU.
 """
 
+import importlib
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import bench_pairwise_logsumexp
 import bench_proxy_attention
 import cases
 import changes
@@ -383,11 +383,17 @@ def test_only_what_the_same_code_gave_on_the_same_machine_is_not_measured_again(
 # --- the kit for a GPU ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [bench_proxy_attention, bench_pairwise_logsumexp])
-def test_a_gpus_contestants_come_with_what_they_are_held_to(module):
-    assert set(module.QUICK) <= set(module.CASES)
-    on_gpu = {case for case, params in module.CASES.items() if params.get("device") == "cuda"}
-    assert on_gpu and all(case.endswith("-cuda") for case in on_gpu)
+def test_names_of_cases_are_names_of_cases():
+    titles = set()
+    for suite, modules in harness.SUITES.items():
+        for name in modules:
+            module = importlib.import_module(name)
+            assert set(module.QUICK) <= set(module.CASES)
+            op = f"{name.removeprefix('bench_')}-" if len(modules) > 1 else ""
+            titles |= {f"{suite} {op}{case}" for case in module.CASES}
+            for case, params in module.CASES.items():
+                assert (params.get("device") == "cuda") == case.endswith("-cuda")
+    assert set(harness.IMPORTANT) <= titles
 
 
 def test_ragged_and_equal_batches_are_the_same_attention_in_every_form():

@@ -31,6 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from av.filter import Graph
+from machine import machine
 from torch import Tensor
 
 from clipvip.data.dali import DaliDecoder, choose_engine, encode
@@ -341,7 +342,7 @@ def measure(
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "machine": harness.machine() | versions,
+        "machine": machine() | versions,
         "left_out": left_out,
         "results": {name: checked[name] | timed[name] for name in timed},
     }

@@ -12,6 +12,7 @@ import harness
 import pytest
 import records
 import torch
+from machine import machine
 from transformers import CLIPTextConfig
 
 from clipvip.losses import contrastive_loss
@@ -105,5 +106,5 @@ def test_gradient_caching(request: pytest.FixtureRequest) -> None:
             f"{name} {r['seconds']:6.2f} s {r['peak_mib']:7.0f} MiB" for name, r in row.items()
         )
         print(f"\n{n:5} clips   {cells}", end="")
-    record = {"micro_batch": MICRO_BATCH, "results": results, "machine": harness.machine()}
+    record = {"micro_batch": MICRO_BATCH, "results": results, "machine": machine()}
     records.write(request.config.getoption("--bench-out") / "gradient_caching.json", record)

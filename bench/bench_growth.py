@@ -15,6 +15,7 @@ import cases
 import harness
 import pytest
 import records
+from machine import machine
 
 ATTENTION = dict(videos=4, frames=12, patches=49, proxies=4, dtype="float32", way="both")
 LOSS = dict(
@@ -68,7 +69,7 @@ def measure(
 ) -> dict[str, Any]:
     """Times every contestant at each value of a parameter: in this process, or on a GPU, where one
     value must not take the others along, in a process per value."""
-    module, points, diary = f"bench_{op}", [], harness.Diary()
+    module, points, diary, facts = f"bench_{op}", [], harness.Diary(), machine()
     os.environ.pop(diary.FOLDER, None)  # it is the sweep's, not that of the value being measured
     for value in values:
         arguments = fixed | {over: value, "device": device, "compiled": False, "budget": budget / 4}
@@ -81,7 +82,7 @@ def measure(
         times = (f"{name} {r['median_ms']:.1f} ms" for name, r in point["results"].items())
         print(f"{over} {value}: {', '.join(times)}", file=sys.stderr, flush=True)
         found = {
-            "machine": harness.machine(),
+            "machine": facts,
             "sweep": {"over": {"videos": "batch", "n": "rows"}.get(over, over), "values": values},
             "points": points,
             "exponents": records.exponents({"points": points}),

@@ -1,4 +1,4 @@
-"""Paired timings of functions that should agree, with peak memory and the machine's facts.
+"""Paired timings of functions that should agree, with peak memory and the machine's rates.
 
 Contestants run in turn, one call each per round, so that whatever else the machine does falls on
 all of them; medians are reported with quartiles, and ratios are medians of a round's own ratios.
@@ -6,16 +6,12 @@ all of them; medians are reported with quartiles, and ratios are medians of a ro
 
 import contextlib
 import ctypes
-import datetime
 import functools
 import gc
 import json
 import math
 import os
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +20,7 @@ from typing import Any, NamedTuple
 
 import records
 import torch
+from machine import machine
 
 BENCH = Path(__file__).resolve().parent
 SUITES = {
@@ -408,57 +405,6 @@ def profile(run: Callable[[], Any], path: Path) -> None:
 
 
 # --- the machine ---------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """Facts that a timing means nothing without."""
-    import clipvip
-    from clipvip.ops import _native
-
-    cpu = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    facts = {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": _native.module().cpu_capability(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "malloc": "tuned" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default",
-        "load": os.getloadavg()[0],
-        "date": datetime.date.today().isoformat(),
-        "clipvip": clipvip.__version__,
-        "commit": _commit(),
-    }
-    if torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts |= {
-            "gpu": torch.cuda.get_device_name(),
-            "gpu_capability": ".".join(map(str, torch.cuda.get_device_capability())),
-            "cuda": torch.version.cuda,
-            "driver": subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0],
-        }
-    return facts
-
-
-def _commit() -> str:
-    """The commit of this checkout, or the one given; "" where neither is known."""
-    if given := os.environ.get("CLIPVIP_COMMIT"):
-        return given
-    if not (BENCH.parent / ".git").exists() or shutil.which("git") is None:
-        return ""
-    code = ("csrc", "clipvip", "bench", ":(exclude)bench/results")
-    changed = _git("status", "--porcelain", "--", *code)
-    return _git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=BENCH, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def ceilings(device: str = "cpu") -> dict[str, float]:

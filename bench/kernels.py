@@ -84,7 +84,7 @@ def unit_rows(count: int, n: int, depth: int, dtype: torch.dtype) -> list[Tensor
 def fault(
     name: str, got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
 ) -> str | None:
-    """What is wrong, if anything is, by ‖x − expected‖ / ‖expected‖ of the worst tensor."""
+    """Return what is wrong, or None; errors are ‖x − expected‖ / ‖expected‖, the worst counts."""
     errors = [
         float((x.to(want) - want).norm() / want.norm().clamp(min=1e-30))
         for x, want in zip(got, expected, strict=True)

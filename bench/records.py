@@ -41,12 +41,17 @@ Record = dict[str, Any]
 # --- storing -------------------------------------------------------------------------------------
 
 
-def write(path: Path, value: Any) -> Path:
+def replace(path: Path, text: str) -> None:
+    """Writes text whole, or leaves the file as it was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    return partial.replace(path)
+    replace(path, json.dumps(value, indent=1) + "\n")
 
 
 def is_file(store: Path) -> bool:

@@ -40,14 +40,14 @@ from records import (
     name,
     on_gpu,
     read,
+    replace,
     series,
     shares,
     time_ratio,
 )
-from tables import machines, markdown, number, ordered, percent, put_into, rate, replace
+from tables import machines, markdown, number, ordered, percent, put_into, rate
 
 RESULTS = Path(__file__).resolve().parent / "results"
-NO_PAGE = "no report.html, for which matplotlib is needed: pip install 'clipvip[bench]'"
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -552,16 +552,22 @@ def write(store: Path) -> list[Path]:
     return paths
 
 
+def publish(store: Path) -> None:
+    """Writes what `write` does, and prints what was written and what was not."""
+    paths = write(store)
+    for path in paths:
+        print(path)
+    if len(paths) == 1:
+        print("no report.html, for which matplotlib is needed: pip install 'clipvip[bench]'")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory", nargs="?", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, help="a file to put the table into")
     given = parser.parse_args(arguments)
     try:
-        for path in write(given.directory):
-            print(path)
-        if importlib.util.find_spec("matplotlib") is None:
-            print(NO_PAGE)
+        publish(given.directory)
         if given.readme:
             put_into(given.readme, markdown(given.directory))
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ import harness
 import records
 import torch
 import torch.distributed as dist
+from machine import machine
 from torch.nn.parallel import DistributedDataParallel
 
 from clipvip.distributed import _reduce_scatter
@@ -275,7 +276,7 @@ def main() -> None:
                 f"| {row['gpus']} | {row['clips_per_second']:,.0f} | {share:.0%} | "
                 f"{' | '.join(cells)} |"
             )
-    record = {"check": check, "predicted": table, "machine": harness.machine()}
+    record = {"check": check, "predicted": table, "machine": machine()}
     records.write(harness.BENCH / "results" / "scaling.json", record)
 
 

@@ -1,7 +1,6 @@
 """Benchmark records as tables: plain text for a terminal, Markdown for a README."""
 
 import collections
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from records import (
     name,
     on_gpu,
     read,
+    replace,
     shares,
     time_ratio,
 )
@@ -141,12 +141,12 @@ def summary(records: Sequence[Record]) -> str:
     absent = collections.Counter(
         each for record in records for each in record.get("left_out", {}).items()
     )
-    alike: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
+    together: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
     for (each, reason), count in absent.items():
-        alike[reason, count].append(each)
+        together[reason, count].append(each)
     parts += [
         f"left out of {count} of {len(records)} cases: {', '.join(names)} ({reason})"
-        for (reason, count), names in alike.items()
+        for (reason, count), names in together.items()
     ]
     return "\n".join(parts)
 
@@ -327,10 +327,3 @@ def around(readme: Path) -> tuple[str, str]:
     if len(parts) != 3:
         raise ValueError(f"{readme} does not hold the lines {MARKS[0]} and {MARKS[1]} once each")
     return parts[0], parts[2]
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes text whole, or leaves the file as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -155,12 +155,8 @@ def _pytest(options: Sequence[str], files: Sequence[str]) -> int:
 
 
 def _report(out: Path, passed: bool) -> bool:
-    report = load("report")
     try:
-        for path in report.write(out):
-            print(path)
-        if importlib.util.find_spec("matplotlib") is None:
-            print(report.NO_PAGE)
+        load("report").publish(out)
     except ValueError as error:
         if passed and out.exists():
             raise

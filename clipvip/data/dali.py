@@ -111,12 +111,13 @@ def choose_engine(decoder: str) -> Engine | None:
     return GPU if with_av1 else GPU._replace(codecs=GPU.codecs - {"av1"})
 
 
-def started(engine: Engine | None, decoder: str) -> Engine | None:
-    """The engine, once DALI has decoded a small clip there.
+def start_engine(decoder: str) -> Engine | None:
+    """The engine that choose_engine chooses, once DALI has decoded a small clip there.
 
     Where it cannot, "auto" leaves the run to PyAV (None), and one line in the log says why; with
     "dali" that is a DaliError.
     """
+    engine = choose_engine(decoder)
     problem = None if engine is None else _problem(engine)
     if problem is None:
         return engine

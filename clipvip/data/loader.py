@@ -33,15 +33,7 @@ from torch import Tensor
 from clipvip.data import workers
 from clipvip.data.annotations import Clip
 from clipvip.data.bad_files import BadFile, BadFiles, Failure, LoaderError
-from clipvip.data.dali import (
-    DaliDecoder,
-    Encoded,
-    Engine,
-    Refused,
-    choose_engine,
-    encode,
-    started,
-)
+from clipvip.data.dali import DaliDecoder, Encoded, Engine, Refused, encode, start_engine
 from clipvip.data.decode import DecodeError, Source, is_image, open_clip, read_frames
 from clipvip.data.sampling import check_sampling
 from clipvip.data.workers import Workers
@@ -105,7 +97,7 @@ def build_loader(
         task=task,
         training=training,
         seed=seed,
-        engine=started(choose_engine(decoder), decoder),
+        engine=start_engine(decoder),
     )
     order = _Batches(len(clips), batch_size, rank, world_size, training, seed, drop_last=drop_last)
     return ClipLoader(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from clipvip.data import workers
 from clipvip.data.bad_files import BadFiles
-from clipvip.data.dali import choose_engine, started
+from clipvip.data.dali import start_engine
 from clipvip.data.decode import DecodeError
 from clipvip.data.loader import ClipLoader, Collate, Reading, Sample, check_rank
 from clipvip.data.shards import ShardError, load_manifest, read_samples, reason_of, unpack
@@ -116,7 +116,7 @@ def build_shard_loader(
         task=task,
         training=True,
         seed=seed,
-        engine=started(choose_engine(decoder), decoder),
+        engine=start_engine(decoder),
     )
     check_rank(rank, world_size)
     shards.check(task)

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from clipvip.data import dali
-from clipvip.data import loader as loading
 from clipvip.data.annotations import Clip
 from clipvip.data.dali import DaliDecoder, DaliError, Refused, choose_engine, encode
 from clipvip.data.decode import Blob, Source, open_clip, read_frames
@@ -478,7 +477,7 @@ def test_shards_too_lose_only_the_bad_clip(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_only_dali_cannot_decode_is_no_bad_file(workers: int, load: Load, monkeypatch) -> None:
     wrong = dali.CPU._replace(codecs=dali.CPU.codecs | {"h264"})
-    monkeypatch.setattr(loading, "choose_engine", lambda decoder: wrong)
+    monkeypatch.setattr(dali, "choose_engine", lambda decoder: wrong)
     ours = load(num_workers=workers)
     batches = list(ours)
     monkeypatch.undo()
@@ -570,7 +569,7 @@ def test_auto_leaves_to_pyav_what_dali_cannot_start(
     fails: str, device: str, load: Load, clips: list[Clip], numbers, caplog, unstarted
 ) -> None:
     if device == "cpu":
-        unstarted.setattr(loading, "choose_engine", lambda decoder: dali.CPU)
+        unstarted.setattr(dali, "choose_engine", lambda decoder: dali.CPU)
     unstarted.setattr(DaliDecoder, fails, _no_session)
     ours, again = load(decoder="auto", num_workers=2), load(decoder="auto")
     line = "DALI cannot start (DALI: no session): PyAV decodes all clips"
@@ -598,7 +597,8 @@ def test_libraries_that_cannot_be_loaded_are_a_reason_too(caplog, unstarted) -> 
         raise OSError("libnvidia-encode.so.1: cannot open shared object file")
 
     unstarted.setattr(DaliDecoder, "_build", unloaded)
-    assert dali.started(dali.CPU, "auto") is None
+    unstarted.setattr(dali, "choose_engine", lambda decoder: dali.CPU)
+    assert dali.start_engine("auto") is None
     (line,) = caplog.messages
     assert "libnvidia-encode.so.1: cannot open shared object file" in line and "\n" not in line
 

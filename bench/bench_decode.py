@@ -35,7 +35,8 @@ from machine import machine
 from torch import Tensor
 
 from clipvip.data.dali import DaliDecoder, choose_engine, encode
-from clipvip.data.decode import ONE_THREAD, _yuv, open_clip, read_frames
+from clipvip.data.decode import open_clip, read_frames
+from clipvip.data.pixels import ONE_THREAD, planes_of
 from clipvip.data.sampling import choose_frames
 from clipvip.ops.resize_crop import resize_crop_reference
 
@@ -243,7 +244,7 @@ def expected(path: Path, positions: list[int]) -> Tensor:
     with av.open(str(path)) as container:
         for position, frame in enumerate(container.decode(video=0)):
             if position in wanted:
-                yuv = _yuv(frame, chroma_left=True)
+                yuv = planes_of(frame, chroma_left=True)
                 assert yuv is not None
                 found.append(resize_crop_reference(yuv[0], SIZE, yuv[1]))
     return torch.from_numpy(np.stack(found))

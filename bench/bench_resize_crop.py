@@ -20,7 +20,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 
-from clipvip.data.decode import ONE_THREAD, _Converter, _yuv
+from clipvip.data.pixels import ONE_THREAD, Converter, planes_of
 from clipvip.ops.resize_crop import resize_crop_reference, resized
 
 SIZE = 224
@@ -75,7 +75,7 @@ def swscale(pixels: str) -> Callable[[av.VideoFrame], Tensor]:
 
 
 def ours() -> Callable[[av.VideoFrame], Tensor]:
-    converter = _Converter(SIZE, "mjpeg")  # chroma between luma, as swscale takes it here
+    converter = Converter(SIZE, "mjpeg")  # chroma between luma, as swscale takes it here
 
     def convert(frame: av.VideoFrame) -> Tensor:
         out = torch.empty(3, SIZE, SIZE, dtype=torch.uint8)
@@ -89,7 +89,7 @@ def measure(width: int, height: int, budget: float = 8.0) -> dict[str, Any]:
     """Times every contestant on one frame, in this process."""
     torch.set_num_threads(1)
     frame = made(width, height)
-    found = _yuv(frame, chroma_left=False)  # which a frame out of no decoder does not say
+    found = planes_of(frame, chroma_left=False)  # which a frame out of no decoder does not say
     assert found is not None
     planes, colours = found
     forms = {

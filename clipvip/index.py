@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipvip.data.decode import VIDEO_SUFFIXES
+from clipvip.data.container import VIDEO_SUFFIXES
 from clipvip.progress import progress
 
 FORMAT = 1

@@ -31,17 +31,9 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipvip.data.decode import (
-    MATRIX_NAMES,
-    Blob,
-    DecodeError,
-    OpenClip,
-    add_copy,
-    open_clip,
-    open_video,
-    orientation,
-    packets_from,
-)
+from clipvip.data.container import Blob, DecodeError, add_copy, open_video, packets_from
+from clipvip.data.decode import OpenClip, open_clip
+from clipvip.data.pixels import MATRIX_NAMES, orientation
 from clipvip.ops.resize_crop import resized, to_rgb
 
 logger = logging.getLogger(__name__)

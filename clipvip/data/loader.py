@@ -33,8 +33,9 @@ from torch import Tensor
 from clipvip.data import workers
 from clipvip.data.annotations import Clip
 from clipvip.data.bad_files import BadFile, BadFiles, Failure, LoaderError
+from clipvip.data.container import DecodeError, Source, is_image
 from clipvip.data.dali import DaliDecoder, Encoded, Engine, Refused, encode, start_engine
-from clipvip.data.decode import DecodeError, Source, is_image, open_clip, read_frames
+from clipvip.data.decode import open_clip, read_frames
 from clipvip.data.sampling import check_sampling
 from clipvip.data.workers import Workers
 

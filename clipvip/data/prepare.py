@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipvip.data.annotations import Clip, write_annotations
-from clipvip.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 SPLITS = ("train", "val", "test")
 

@@ -38,14 +38,8 @@ import numpy as np
 from clipvip.data import workers
 from clipvip.data.annotations import Annotations, Clip, parse_record, write_annotations
 from clipvip.data.bad_files import BadFile, BadFiles, Failure
-from clipvip.data.decode import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    Blob,
-    DecodeError,
-    Source,
-    read_frames,
-)
+from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Blob, DecodeError, Source
+from clipvip.data.decode import read_frames
 from clipvip.data.transcode import cut, reencode, whole
 from clipvip.data.workers import Workers
 from clipvip.progress import progress

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from clipvip.data import workers
 from clipvip.data.bad_files import BadFiles
+from clipvip.data.container import DecodeError
 from clipvip.data.dali import start_engine
-from clipvip.data.decode import DecodeError
 from clipvip.data.loader import ClipLoader, Collate, Reading, Sample, check_rank
 from clipvip.data.shards import ShardError, load_manifest, read_samples, reason_of, unpack
 

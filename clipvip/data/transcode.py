@@ -11,15 +11,9 @@ from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from clipvip.data.decode import (
-    Blob,
-    DecodeError,
-    add_copy,
-    decode_clip,
-    open_video,
-    orientation,
-    packets_from,
-)
+from clipvip.data.container import Blob, DecodeError, add_copy, open_video, packets_from
+from clipvip.data.decode import decode_clip
+from clipvip.data.pixels import orientation
 
 CONTAINERS = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "matroska"}  # PyAV's names
 TICKS = Fraction(1, 90000)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from clipvip.data import dali
 from clipvip.data.annotations import Clip
+from clipvip.data.container import Blob, Source
 from clipvip.data.dali import DaliDecoder, DaliError, Refused, choose_engine, encode
-from clipvip.data.decode import Blob, Source, open_clip, read_frames
+from clipvip.data.decode import open_clip, read_frames
 from clipvip.data.loader import Batch, ClipLoader, build_loader
 from clipvip.data.shards import write_shards
 from clipvip.data.streaming import Shards, build_shard_loader

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clipvip.data import decode
+from clipvip.data import container, decode, frame_index, pixels
 from clipvip.data.decode import DecodeError, probe, read_frames
 from clipvip.data.sampling import choose_frames
 from clipvip.ops import _native
@@ -91,7 +91,7 @@ def test_part_of_a_video_is_what_is_shown_from_start_to_end(
 
 def test_real_clips_give_the_frames_of_a_full_decode(real_clips: dict[str, Path]) -> None:
     for path in real_clips.values():
-        converter = decode._Converter(32, "h264")
+        converter = pixels.Converter(32, "h264")
         with av.open(str(path)) as container:
             full = torch.empty(container.streams.video[0].frames, 3, 32, 32, dtype=torch.uint8)
             for frame, out in zip(container.decode(video=0), full, strict=True):
@@ -158,11 +158,14 @@ def test_tables_of_an_mp4_say_what_its_packets_say(
     name: str, options: dict[str, str], make_video, tmp_path: Path
 ) -> None:
     path = packed(make_video(name, **CODINGS[name]), tmp_path / name, **options)
-    for file in (decode._file(path), decode._file(decode.Blob(name, path.read_bytes()))):
-        with decode._open(file) as container:
-            stream = decode._video_stream(container, path)
-            by_tables = decode._index_of_tables(container, stream, file)
-            by_packets = decode._index(container, stream, path)
+    for file in (
+        container.file_of(path),
+        container.file_of(container.Blob(name, path.read_bytes())),
+    ):
+        with container.open_container(file) as opened:
+            stream = container.video_stream(opened, path)
+            by_tables = frame_index._index_of_tables(opened, stream, file)
+            by_packets = frame_index.read_index(opened, stream, path)
         assert by_tables is not None
         for field in ("pts", "dts", "keyframe", "shown", "times", "duration", "by_count"):
             assert np.array_equal(getattr(by_tables, field), getattr(by_packets, field)), field
@@ -172,9 +175,9 @@ def test_tables_that_leave_a_doubt_are_not_used(make_video, numbers, tmp_path: P
     whole = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
     fragments = packed(whole, tmp_path / "x.mp4", movflags="frag_keyframe+empty_moov")
     for path in (fragments, make_video("gop10.mkv", **CODINGS["gop10.mkv"])):
-        file = decode._file(path)
-        with decode._open(file) as container:
-            assert decode._index_of_tables(container, container.streams.video[0], file) is None
+        file = container.file_of(path)
+        with container.open_container(file) as opened:
+            assert frame_index._index_of_tables(opened, opened.streams.video[0], file) is None
         assert numbers(read_frames(path, 2, size=16)) == [0, 59]
 
 
@@ -188,11 +191,11 @@ def test_wrong_tables_are_found_out(
 
     right = drawn()
     assert indexed == []
-    offsets, found_out = decode.composition_offsets, 0
+    offsets, found_out = frame_index.composition_offsets, 0
     for wrong in (np.flip, lambda table: table * 2, lambda table: table[:0]):
-        monkeypatch.setattr(decode, "_known", decode._Known())
+        monkeypatch.setattr(frame_index, "_known", frame_index._Known())
         monkeypatch.setattr(
-            decode, "composition_offsets", lambda *given, wrong=wrong: wrong(offsets(*given))
+            frame_index, "composition_offsets", lambda *given, wrong=wrong: wrong(offsets(*given))
         )
         indexed.clear()
         # Once found out, they are not tried again.
@@ -205,23 +208,25 @@ def test_wrong_tables_are_found_out(
 def indexed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Of which files the packets were read, from now on."""
     found: list[Path] = []
-    index = decode._index
-    monkeypatch.setattr(decode, "_known", decode._Known())
-    monkeypatch.setattr(decode, "_index", lambda *given: found.append(given[2]) or index(*given))
+    index = frame_index.read_index
+    monkeypatch.setattr(frame_index, "_known", frame_index._Known())
+    monkeypatch.setattr(
+        frame_index, "read_index", lambda *given: found.append(given[2]) or index(*given)
+    )
     return found
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch, indexed) -> list[Path]:
     """Of which files the packets or the tables were read, from now on."""
-    of_tables = decode._index_of_tables
+    of_tables = frame_index._index_of_tables
 
     def watched(container, stream, file):
         if (index := of_tables(container, stream, file)) is not None:
             indexed.append(file.path)
         return index
 
-    monkeypatch.setattr(decode, "_index_of_tables", watched)
+    monkeypatch.setattr(frame_index, "_index_of_tables", watched)
     return indexed
 
 
@@ -261,13 +266,13 @@ def test_what_is_known_is_bounded_and_the_last_used_stays(
     for path in paths:
         path.write_bytes(data)
     read_frames(paths[0], 2, size=16)
-    (index,) = decode._known.kept.values()
-    monkeypatch.setattr(decode, "MOST_KNOWN", 3 * index.bytes)
+    (index,) = frame_index._known.kept.values()
+    monkeypatch.setattr(frame_index, "MOST_KNOWN", 3 * index.bytes)
     for path in paths[1:]:
         read_frames(path, 2, size=16)
         read_frames(paths[0], 2, size=16)
-        held = sum(kept.bytes for kept in decode._known.kept.values())
-        assert decode._known.bytes == held <= decode.MOST_KNOWN
+        held = sum(kept.bytes for kept in frame_index._known.kept.values())
+        assert frame_index._known.bytes == held <= frame_index.MOST_KNOWN
     assert read == paths
 
 
@@ -557,7 +562,7 @@ def test_a_matrix_that_nobody_knows_is_read_as_the_usual_one() -> None:
     out = np.empty((3, 8, 8), np.uint8)
     for reserved in (0, 2, 3):
         frame.colorspace = reserved
-        decode._Converter(8, "h264").convert(frame, out)
+        pixels.Converter(8, "h264").convert(frame, out)
         assert (
             np.abs(out[:, 0, 0] - np.array([254, 0, 0])).max() <= 1 and (out.std((1, 2)) == 0).all()
         )
@@ -568,8 +573,8 @@ def test_formats_that_swscale_takes_keep_their_colours() -> None:
     shown = np.stack([128 + 100 * np.sin(40 * (x + k * y)) for k in (0, 1, 2)], 2)
     frame = av.VideoFrame.from_ndarray(shown.round().astype(np.uint8), format="rgb24")
     planar, other = frame.reformat(format="yuv420p"), frame.reformat(format="nv12")
-    assert decode._yuv(other, False) is None
-    converter = decode._Converter(112, "mjpeg")  # to an even width
+    assert pixels.planes_of(other, False) is None
+    converter = pixels.Converter(112, "mjpeg")  # to an even width
     found, expected = np.empty((2, 3, 112, 112), np.uint8)
     converter.convert(other, found)
     converter.convert(planar, expected)
@@ -581,12 +586,12 @@ def test_planes_stored_from_their_last_row_on_are_upright() -> None:
     graph = av.filter.Graph()
     source = graph.add_buffer(width=64, height=48, format="yuv420p", time_base=Fraction(1, 25))
     graph.link_nodes(source, graph.add("vflip"), graph.add("buffersink")).configure()
-    given = av.VideoFrame.from_ndarray(pixels[::-1].copy(), format="rgb24")
+    given = av.VideoFrame.from_ndarray(picture[::-1].copy(), format="rgb24")
     graph.push(given.reformat(format="yuv420p"))
     frame = graph.pull()
     assert all(plane.line_size < 0 for plane in frame.planes)
     out = np.empty((3, 16, 16), np.uint8)
-    decode._Converter(16, "h264").convert(frame, out)
+    pixels.Converter(16, "h264").convert(frame, out)
     assert (np.diff(out.astype(int).mean((0, 2))) > 10).all()
 
 

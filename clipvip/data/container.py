@@ -1,0 +1,178 @@
+"""Opening files: sources, their errors, containers, packets."""
+
+import io
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import av
+from av.container import InputContainer, OutputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+
+class DecodeError(RuntimeError):
+    """A file whose frames cannot be had: `path` and `reason`."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(str(path), reason)
+        self.path = Path(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """An encoded video or image in memory; `name`, with its suffix, stands for a path."""
+
+    name: str
+    data: bytes
+
+
+Source = str | Path | Blob
+
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+
+
+VIDEO_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("3gp", "avi", "flv", "m2ts", "m4v", "mkv", "mov", "mp4"),
+        *("mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv"),
+    )
+)
+
+
+MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
+
+
+SEEKABLE = frozenset({MP4, MATROSKA})
+
+
+PYAV = int(av.__version__.split(".")[0])
+
+
+# Titles need not be UTF-8. From 19 on PyAV takes them as they are and has no such option.
+_LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}
+
+
+# Or a stream for copies would need an encoder of the decoder's name; AV1's decoder is none.
+_AS_IT_IS: dict[str, Any] = {"opaque": True} if PYAV >= 15 else {}
+
+
+def add_copy(out: OutputContainer, stream: VideoStream) -> VideoStream:
+    """A stream for the packets of another, unchanged."""
+    return out.add_stream_from_template(stream, **_AS_IT_IS)
+
+
+class File(NamedTuple):
+    """Where bytes come from: a path, or memory that has a path for a name."""
+
+    path: Path
+    data: bytes | None = None
+
+    def binary(self) -> BinaryIO:
+        return open(self.path, "rb") if self.data is None else io.BytesIO(self.data)
+
+    def readable(self) -> Path | io.BytesIO:
+        return self.path if self.data is None else io.BytesIO(self.data)
+
+
+def file_of(source: Source) -> File:
+    if isinstance(source, Blob):
+        return File(Path(source.name), source.data)
+    return File(Path(source))
+
+
+def open_container(file: File) -> InputContainer:
+    # "file:" keeps a colon in a name from being read as a protocol.
+    source = f"file:{file.path}" if file.data is None else file.readable()
+    return av.open(source, mode="r", **_LENIENT)
+
+
+@contextmanager
+def as_decode_errors(file: File) -> Iterator[None]:
+    path = file.path
+    try:
+        if file.data is None and not path.exists():
+            raise DecodeError(path, "no such file")
+        if file.data is None and path.is_dir():
+            raise DecodeError(path, "a folder, not a video")
+        if (os.path.getsize(path) if file.data is None else len(file.data)) == 0:
+            raise DecodeError(path, "empty file (0 bytes)")
+        yield
+    except DecodeError:
+        raise
+    except av.InvalidDataError as error:
+        raise DecodeError(path, f"not a video, cut off or damaged ({error.strerror})") from error
+    except (OSError, av.FFmpegError) as error:
+        raise DecodeError(path, error.strerror or str(error)) from error
+    except Exception as error:  # damaged files break libraries in ways those do not name
+        raise DecodeError(path, f"{type(error).__name__}: {error}") from error
+
+
+def video_stream(container: InputContainer, path: Path) -> VideoStream:
+    for stream in container.streams.video:
+        # Cover art of a sound file counts as video in a container; text is drawn as "ansi".
+        if stream.disposition & Disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            raise DecodeError(path, "no decoder for its video")
+        if stream.codec_context.name != "ansi":
+            return stream
+    kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
+    raise DecodeError(path, f"no video in it (only {', '.join(kinds)})" if kinds else "not a video")
+
+
+@contextmanager
+def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """An opened file and its video; what goes wrong within is a DecodeError."""
+    file = file_of(source)
+    with as_decode_errors(file), open_container(file) as container:
+        yield container, video_stream(container, file.path)
+
+
+def is_image(source: Source) -> bool:
+    """Whether its name says so."""
+    return file_of(source).path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def packets_from(
+    container: InputContainer, stream: VideoStream, start: float | None
+) -> Iterator[Packet]:
+    """Packets from the keyframe at or before `start` seconds where the format is good at
+    seeking, else from the first."""
+    source = demux(container, stream)
+    known = stream.start_time is not None and stream.time_base
+    if not (start and known and container.format.name in SEEKABLE):
+        return source
+    assert stream.start_time is not None and stream.time_base is not None
+    first = stream.start_time + int(start / float(stream.time_base))
+    for offset in (first, stream.start_time):
+        container.seek(offset, stream=stream)
+        source = demux(container, stream)
+        head = next(source)
+        source = itertools.chain([head], source)
+        if head.is_keyframe and head.pts is not None and head.pts <= first:
+            break
+    return source
+
+
+def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    # PyAV's own generator leaks a packet where it is left early and not closed. This one closes it
+    # when nobody holds it any more.
+    yield from container.demux(stream)
+
+
+def frames_of(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    for packet in demux(container, stream):
+        yield from packet.decode()  # type: ignore[misc]

@@ -582,7 +582,7 @@ def test_formats_that_swscale_takes_keep_their_colours() -> None:
 
 
 def test_planes_stored_from_their_last_row_on_are_upright() -> None:
-    pixels = np.repeat(np.arange(0, 240, 5, dtype=np.uint8), 64 * 3).reshape(48, 64, 3)
+    picture = np.repeat(np.arange(0, 240, 5, dtype=np.uint8), 64 * 3).reshape(48, 64, 3)
     graph = av.filter.Graph()
     source = graph.add_buffer(width=64, height=48, format="yuv420p", time_base=Fraction(1, 25))
     graph.link_nodes(source, graph.add("vflip"), graph.add("buffersink")).configure()

@@ -4,6 +4,7 @@ A configuration may be a small diff from another: `base: other.yaml` at its top 
 file first (beside it, or by the name of a packaged one).
 """
 
+import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class SourceConfig:
 class DataConfig:
     train: str | None = None
     """Annotations (JSON Lines); or shards: "clips/{00000..00099}.tar", their folder or manifest,
-    also at any fsspec URL. Give this or `sources`."""
+    also at any fsspec URL. Give this or `sources`; the one given last replaces the other."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Several sets of shards, mixed."""
     shuffle: int = 1024
@@ -107,14 +108,14 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128
     """Clips an optimiser step, over all processes and accumulated micro-batches. Negatives
-    come from the batch_size / accumulation clips between two backward passes."""
+    come from the batch_size / accumulation clips between two backward passes, at least 2."""
     accumulation: int = 1
     micro_batch: int | None = None
     """Clips that a process embeds at once, with all of the batch as negatives all the same
     (gradient caching): memory that does not grow with the batch for one more forward pass."""
     epochs: float | None = None
     max_steps: int | None = None
-    """Optimiser steps; give this or epochs."""
+    """Optimiser steps; give this or epochs. The one given last replaces the other."""
     mixed_precision: str = "bf16"
     parallel: str = "ddp"
     """Of several processes, each holds all weights ("ddp") or a share of them ("fsdp")."""
@@ -152,6 +153,11 @@ class TrainConfig:
     """"latest" goes on from the newest checkpoint in `out`, or starts if there is none."""
 
 
+# Two ways to say one thing: in a layer above the other's, either replaces it. model.name and
+# model.config are not of these: a key of model.config, given above a name, may be meant for the
+# named model, and taken as a new one it would train from nothing.
+_EXCLUSIVE = (("epochs", "max_steps"), ("data.train", "data.sources"))
+
 _CHOICES = {
     "task": ("omnisource", "retrieval"),
     "variant": ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc"),
@@ -173,13 +179,17 @@ _POSITIVE = (
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The file, its bases below it and the overrides above it, as one checked TrainConfig.
 
+    Of epochs and max_steps, and of data.train and data.sources, the one given in the higher of
+    these layers replaces the other.
+
     Args:
         path: a YAML file, or the name of a packaged configuration such as "msrvtt".
         overrides: "key=value" with dotted keys, such as "optimizer.lr=1e-5".
 
     Raises:
         ConfigError: unknown key (the nearest known one is named), value of another type,
-            missing required key, or values that contradict each other.
+            missing required key, or values that contradict each other, such as epochs and
+            max_steps in one layer.
     """
     for override in overrides:
         if "=" not in override:
@@ -194,7 +204,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     for source, layer in layers:
         _refuse_unknown(layer, schema, source)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(_without_replaced(merged, layer, source), layer)
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None)
             raise ConfigError(f"{source}: {key}: {_first_line(error)}") from None
@@ -232,6 +242,13 @@ def check(config: TrainConfig) -> None:
             f"give either epochs or max_steps: epochs is {config.epochs}, "
             f"max_steps is {config.max_steps}"
         )
+    if config.batch_size < 2 * config.accumulation:
+        raise ConfigError(
+            f"batch_size is {config.batch_size} and accumulation {config.accumulation}; a clip is "
+            "compared with the others of its backward pass, which holds batch_size / accumulation "
+            "clips, and learns nothing alone: give batch_size of at least 2 × accumulation, "
+            f"{2 * config.accumulation}"
+        )
     if config.data.train is None and not config.data.sources:
         raise ConfigError("data.train is required: give it as data.train=VALUE")
     if config.data.train is not None and config.data.sources:
@@ -246,7 +263,10 @@ def check(config: TrainConfig) -> None:
             "the shapes of a new model"
         )
     if config.model.name is not None and config.model.config is not None:
-        raise ConfigError("give either model.name (a checkpoint) or model.config (a new model)")
+        raise ConfigError(
+            "give either model.name (a checkpoint) or model.config (a new model); model.name=null "
+            "or model.config=null takes back the one that a file gives"
+        )
     if config.model.config is not None and config.model.tokenizer is None:
         raise ConfigError("model.config needs model.tokenizer, the folder of a CLIP tokenizer")
     if config.ema is not None and not 0 < config.ema < 1:
@@ -314,6 +334,27 @@ def _refuse_unknown(layer: DictConfig, schema: DictConfig, source: str) -> None:
     for key in _keys(layer):
         if not key.startswith("model.config."):  # checked against CLIPViPConfig on building
             refuse_unknown_key(key, known, source)
+
+
+def _without_replaced(below: DictConfig, layer: DictConfig, source: str) -> DictConfig:
+    """What lies below a layer, without what the layer gives in another way."""
+    given = OmegaConf.to_container(layer, resolve=False)
+    kept = copy.deepcopy(below)
+    for pair in _EXCLUSIVE:
+        here = [key for key in pair if _at(given, key)]
+        if len(here) > 1:
+            raise ConfigError(f"{source}: give either {pair[0]} or {pair[1]}, not both")
+        for key in here:
+            (other,) = set(pair) - {key}
+            OmegaConf.update(kept, other, [] if other == "data.sources" else None)
+    return kept
+
+
+def _at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -45,6 +45,39 @@ def test_a_file_is_a_diff_from_its_base_and_overrides_win(tmp_path):
     assert (config.seed, config.epochs, config.max_steps) == (7, None, 3)
 
 
+@pytest.mark.parametrize("name", [path.stem for path in packaged_configs()])
+def test_a_run_of_a_packaged_config_may_be_so_many_steps(name):
+    config = load_config(name, [*GIVEN, "max_steps=5"])
+    assert (config.epochs, config.max_steps) == (None, 5)
+
+
+def test_of_two_ways_to_say_one_thing_the_higher_layer_says_it(tmp_path):
+    (tmp_path / "steps.yaml").write_text("base: msrvtt\nmax_steps: 3\ndata: {train: a.jsonl}\n")
+    (tmp_path / "none.yaml").write_text("base: steps.yaml\nseed: 1\n")
+    (tmp_path / "epochs.yaml").write_text(
+        "base: none.yaml\nepochs: 2\ndata: {sources: [{shards: a.tar}]}\n"
+    )
+
+    def told(name, *overrides):
+        config = load_config(tmp_path / f"{name}.yaml", [GIVEN[0], GIVEN[2], *overrides])
+        sources = [source.shards for source in config.data.sources]
+        return config.epochs, config.max_steps, config.data.train, sources
+
+    assert told("steps") == told("none") == (None, 3, "a.jsonl", [])
+    assert told("epochs") == (2, None, None, ["a.tar"])
+    assert told("epochs", "max_steps=4", "data.train=b.jsonl") == (None, 4, "b.jsonl", [])
+    assert told("steps", "epochs=0.5", "max_steps=null")[:2] == (0.5, None)
+
+    (tmp_path / "both.yaml").write_text("base: steps.yaml\nepochs: 1\nmax_steps: 2\n")
+    with pytest.raises(ConfigError, match=r"both\.yaml: give either epochs or max_steps, not both"):
+        told("both", "epochs=1")
+
+
+def test_a_clip_has_another_to_be_compared_with_in_every_backward_pass():
+    assert load_config("msrvtt", [*GIVEN, "batch_size=2"]).batch_size == 2
+    assert load_config("msrvtt", [*GIVEN, "batch_size=8", "accumulation=4"]).accumulation == 4
+
+
 def test_a_bare_no_is_a_precision():
     assert load_config("msrvtt", [*GIVEN, "mixed_precision=no"]).mixed_precision == "no"
 
@@ -68,13 +101,25 @@ def test_a_new_model_is_nested_keys(tmp_path):
         (["batch_size=0"], "batch_size is 0; it must be above 0"),
         (["task=pretrain"], "task is 'pretrain'; it must be one of omnisource, retrieval"),
         (["variant=vcs"], "variant is 'vcs'; it must be one of vs, "),
-        (["max_steps=5"], "give either epochs or max_steps"),
+        (["epochs=1", "max_steps=5"], "command line: give either epochs or max_steps, not both"),
+        (["epochs=null"], "give either epochs or max_steps: epochs is None, max_steps is None"),
+        (
+            ["batch_size=1"],
+            "batch_size is 1 and accumulation 1; a clip is compared with the others",
+        ),
+        (["batch_size=1"], "give batch_size of at least 2 × accumulation, 2"),
+        (["batch_size=8", "accumulation=8"], "at least 2 × accumulation, 16"),
+        (["batch_size=8", "accumulation=16"], "at least 2 × accumulation, 32"),
         (["best_metric=R@1"], "best_metric is 'R@1'; it must be one of text_to_video/R@1, "),
         (["model.name=null"], "model.name is empty; expected the folder of a model, "),
         (["model.config={}"], "give either model.name"),
+        (["model.config={}"], "model.name=null or model.config=null takes back the one that a"),
         (["seed"], "override 'seed' is not of the form key=value"),
         (["data.train=null"], "data.train is required: give it as data.train=VALUE"),
-        (["data.sources=[{shards: a.tar}]"], "give either data.train or data.sources"),
+        (
+            ["data.sources=[{shards: a.tar}]"],
+            "command line: give either data.train or data.sources",
+        ),
         (["data.train=null", "data.sources=[{shard: a.tar}]"], "Key 'shard' not in 'SourceConfig'"),
         (["data.train=null", "data.sources=[{shards: a.tar, ratio: 0}]"], "ratio is 0.0; it must"),
         (["data.train=???"], "data.train is required: give it as data.train=VALUE"),

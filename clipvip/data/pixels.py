@@ -2,8 +2,10 @@
 
 import functools
 import re
+from fractions import Fraction
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from av.sidedata.sidedata import SideData
@@ -104,7 +106,7 @@ def _rows(plane: VideoPlane, dtype: type) -> NDArray[Any]:
 
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     """(axes swapped, then mirrored left-right, then mirrored top-bottom), of the display matrix."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    data = _display_matrix(frame)
     if not isinstance(data, SideData):
         return False, False, False
     # Shown x = a·x + c·y and y = b·x + d·y, in 16.16 fixed point, in rows of three.
@@ -112,6 +114,36 @@ def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return False, a < 0, d < 0
     return True, c < 0, b < 0
+
+
+def _display_matrix(frame: VideoFrame) -> Any:
+    """The frame's own; None where it has none.
+
+    PyAV raises "31 is not a valid Type" over side data that it has no name for, such as EXIF or
+    the views of spatial video, and then lists none. That is removed, wherever it stands.
+    """
+    while True:
+        try:
+            return frame.side_data.get("DISPLAYMATRIX")
+        except ValueError as error:
+            unnamed = re.match(r"\d+", str(error))
+            if unnamed is None:
+                raise
+            frame = _without(frame, unnamed[0])
+
+
+def _without(frame: VideoFrame, kind: str) -> VideoFrame:
+    """The frame without side data of one kind, by its number in FFmpeg."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1)
+    )
+    removal = graph.add("sidedata", mode="delete", type=kind)
+    graph.link_nodes(source, removal, graph.add("buffersink")).configure()
+    graph.push(frame)
+    found = graph.pull()
+    assert isinstance(found, VideoFrame)
+    return found
 
 
 def read_image(file: File, size: int) -> Tensor:

@@ -45,7 +45,7 @@ from clipvip.data.container import (
 from clipvip.data.frame_index import Index, known_index, read_index, window_of
 from clipvip.data.pixels import Converter, orientation, read_image
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
-from clipvip.ops.resize_crop import check_compiled
+from clipvip.ops.resize_crop import check_compiled, check_resize
 
 
 class VideoInfo(NamedTuple):
@@ -64,6 +64,7 @@ def read_frames(
     num_frames: int,
     *,
     size: int,
+    resize: str = "crop",
     start: float | None = None,
     end: float | None = None,
     sampling: str = "uniform",
@@ -71,8 +72,9 @@ def read_frames(
     with_middle: bool = False,
     threads: int = 1,
 ) -> Tensor:
-    """Frames of a clip, the shortest side resized to `size`, the centre cut out.
+    """Frames of a clip as squares of `size`.
 
+    resize: how a frame becomes a square, see clipvip.ops.resize_crop.
     start, end: seconds; the clip is what is shown in [start, end). sampling: see
     clipvip.data.sampling; a generator means training. with_middle: the clip's middle frame
     follows as one more. threads: for the decoder, 0 for one a core.
@@ -82,11 +84,12 @@ def read_frames(
     """
     file = file_of(path)
     check_sampling(sampling)
+    check_resize(resize)
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames is {num_frames}, size {size}; expected both at least 1")
     if is_image(path):
         with as_decode_errors(file):
-            image = read_image(file, size)
+            image = read_image(file, size, resize)
             return image.expand(2, -1, -1, -1) if with_middle else image
     with open_clip(
         path,
@@ -97,7 +100,7 @@ def read_frames(
         generator=generator,
         with_middle=with_middle,
     ) as clip:
-        return clip.decode(size, threads)
+        return clip.decode(size, threads, resize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +119,19 @@ class OpenClip:
     def path(self) -> Path:
         return file_of(self.source).path
 
-    def decode(self, size: int, threads: int = 1) -> Tensor:
+    def decode(self, size: int, threads: int = 1, resize: str = "crop") -> Tensor:
         """uint8 [len(chosen), 3, size, size]; once, and within `open_clip` only."""
         file = file_of(self.source)
         try:
             return _decode(
-                self.container, self.stream, self.index, self.chosen, size, file, threads
+                self.container, self.stream, self.index, self.chosen, size, file, threads, resize
             )
         except _TablesWrong:
             with open_container(file) as container:
                 stream = video_stream(container, file.path)
                 index = known_index(container, stream, file, trust_tables=False)
-                return _decode(container, stream, index, self.choose(index), size, file, threads)
+                chosen = self.choose(index)
+                return _decode(container, stream, index, chosen, size, file, threads, resize)
 
 
 @contextmanager
@@ -240,12 +244,13 @@ def _decode(
     size: int,
     file: File,
     threads: int,
+    resize: str,
 ) -> Tensor:
     """The chosen frames (positions in index.shown), converted: uint8 [len(chosen), 3, s, s]."""
     wanted, places = np.unique(index.shown[chosen], return_inverse=True)
     frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
     pixels = frames.numpy()
-    converter = Converter(size, stream.codec_context.name)
+    converter = Converter(size, stream.codec_context.name, resize)
     try:
         if index.by_count:
             raise _SeekFailed

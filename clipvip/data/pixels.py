@@ -26,8 +26,9 @@ CENTRED_CHROMA = frozenset(  # codecs that put chroma between the columns that s
 class Converter:
     """Frames of one video to RGB squares; keeps swscale's tables between frames."""
 
-    def __init__(self, size: int, codec: str) -> None:
+    def __init__(self, size: int, codec: str, resize: str = "crop") -> None:
         self.size = size
+        self.resize = resize
         self.chroma_left = codec not in CENTRED_CHROMA
         self.reformatter = VideoReformatter()
 
@@ -136,7 +137,7 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
     """The frame without side data of one kind, by its number in FFmpeg."""
     graph = av.filter.Graph()
     source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1)
+        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
     )
     removal = graph.add("sidedata", mode="delete", type=kind)
     graph.link_nodes(source, removal, graph.add("buffersink")).configure()
@@ -146,7 +147,7 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
     return found
 
 
-def read_image(file: File, size: int) -> Tensor:
+def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
     """uint8 [1, 3, size, size]."""
     from PIL import Image, ImageOps
 

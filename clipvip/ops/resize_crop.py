@@ -43,6 +43,15 @@ class Colours(NamedTuple):
     chroma_left: bool = True
 
 
+RESIZES = ("crop", "squash", "pad")
+
+
+def check_resize(resize: str) -> None:
+    """Raises ValueError for anything but one of RESIZES."""
+    if resize not in RESIZES:
+        raise ValueError(f"resize is {resize!r}; expected one of {', '.join(RESIZES)}")
+
+
 def resized(height: int, width: int, size: int) -> tuple[int, int]:
     """Height and width with the shortest side `size`, each at least that."""
     scale = size / min(height, width)

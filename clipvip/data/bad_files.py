@@ -1,4 +1,5 @@
-"""Files that could not be read: told once each, listed, and tolerated up to a share."""
+"""Files that could not be read: told once each, listed, and tolerated up to a share; and files
+that are damaged but could be used, told and listed."""
 
 import fcntl
 import json
@@ -7,9 +8,11 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from clipvip.files import json_line, shown
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +24,8 @@ class LoaderError(RuntimeError):
 
 
 class BadFile(NamedTuple):
-    """A file that could not be read, why, and the annotation line that names it."""
+    """A file that could not be read, why, and the annotation line that names it. Of a file that
+    is only damaged, the reason says what was lost."""
 
     path: str
     reason: str
@@ -36,7 +40,11 @@ class Failure(NamedTuple):
 
 
 class BadFiles:
-    """Of `count` places; `found` lists each file once, as does the file at `path`."""
+    """Bad files among `count` places of the data.
+
+    `found` lists each file that could not be read once. So does the file at `path`, which lists
+    damaged files too, with `"damaged": true`.
+    """
 
     def __init__(self, count: int, max_share: float, path: Path | None = None) -> None:
         self.found: list[BadFile] = []
@@ -45,12 +53,19 @@ class BadFiles:
         self._count = count
         self._max_share = max_share
         self._list = None if path is None else _List(path)
-        self._names: set[str] = set()
+        self._told: set[tuple[str, bool]] = set()  # (path, damaged)
         self._state = np.zeros(count, np.uint8)  # 1 tried, 2 bad; a byte a place, whatever comes
 
-    def note(self, tried: Iterable[int], failures: Iterable[Failure], final: bool = False) -> None:
-        """Counts distinct places; LoaderError where too many are bad.
+    def note(
+        self,
+        tried: Iterable[int],
+        failures: Iterable[Failure],
+        damaged: Iterable[BadFile] = (),
+        final: bool = False,
+    ) -> None:
+        """Count distinct places; LoaderError where too many are bad.
 
+        damaged: files that lost something but were used; they are told and listed, not counted.
         final: no more will be tried, however few these were.
         """
         for place in tried:
@@ -61,14 +76,28 @@ class BadFiles:
             if self._state[place] < 2:
                 self._state[place] = 2
                 self.bad += 1
-            if file.path not in self._names:
-                self._names.add(file.path)
+            if self._is_new(file, damaged=False):
                 self.found.append(file)
-                logger.warning("left out %s: %s", file.path, file.reason)
-                if self._list is not None:
-                    self._list.append(file)
+                logger.warning("left out %s: %s", shown(file.path), shown(file.reason))
+        for file in damaged:
+            if self._is_new(file, damaged=True):
+                logger.warning(
+                    "damaged %s: %s; its other frames are used",
+                    shown(file.path),
+                    shown(file.reason),
+                )
         if final or self.tried >= min(COUNTED_FROM, self._count):
             self.check()
+
+    def _is_new(self, file: BadFile, damaged: bool) -> bool:
+        """Whether the file was not told before; then it is listed."""
+        key = (file.path, damaged)
+        if key in self._told:
+            return False
+        self._told.add(key)
+        if self._list is not None:
+            self._list.append(file, damaged)
+        return True
 
     def resume(self, tried: Iterable[int], bad: int) -> None:
         """Counts what an earlier run found."""
@@ -82,7 +111,9 @@ class BadFiles:
             self.stop()
 
     def stop(self) -> None:
-        last = f"; the last: {self.found[-1].path}: {self.found[-1].reason}" if self.found else ""
+        last = ""
+        if self.found:
+            last = f"; the last: {shown(self.found[-1].path)}: {shown(self.found[-1].reason)}"
         raise LoaderError(
             f"{self.bad} of {self.tried} clips tried could not be read "
             f"({self.bad / self.tried:.1%}, allowed {self._max_share:.1%}){last}"
@@ -90,26 +121,44 @@ class BadFiles:
 
 
 class _List:
-    """The file of bad files, to which other ranks may append too and earlier runs did."""
+    """The file of bad files, to which other ranks may append too and earlier runs did.
+
+    A list that cannot be written (disk full, no permission) is told once and costs nothing else.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names: set[str] = set()
+        self.listed: set[tuple[str, bool]] = set()  # (path, damaged)
         self.read_to = 0  # or the whole file would be read for each line that is added
+        self.failed = False
 
-    def append(self, bad: BadFile) -> None:
-        """One line, unless one names that path already."""
+    def append(self, bad: BadFile, damaged: bool) -> None:
+        """Add one line, unless there is one of that path already."""
+        record = bad._asdict() | ({"damaged": True} if damaged else {})
+        try:
+            self._append(record, (bad.path, damaged))
+        except OSError as error:
+            if not self.failed:
+                self.failed = True
+                logger.warning(
+                    "bad files cannot be listed in %s: %s; they are only logged",
+                    shown(self.path),
+                    error.strerror or error,
+                )
+
+    def _append(self, record: dict[str, Any], key: tuple[str, bool]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if file.seek(0, os.SEEK_END) < self.read_to:  # another file by now
-                self.read_to, self.names = 0, set()
+                self.read_to, self.listed = 0, set()
             file.seek(self.read_to)
             whole, end, _ = file.read().rpartition(b"\n")
             self.read_to += len(whole + end)
             file.truncate(self.read_to)  # a run killed while writing leaves part of a line
             for line in whole.splitlines():
                 with suppress(ValueError, TypeError, KeyError):  # damaged: at worst named twice
-                    self.names.add(json.loads(line)["path"])
-            if bad.path not in self.names:
-                file.write(json.dumps(bad._asdict(), ensure_ascii=False).encode() + b"\n")
+                    known = json.loads(line)
+                    self.listed.add((known["path"], bool(known.get("damaged"))))
+            if key not in self.listed:
+                file.write(json_line(record))

@@ -1,10 +1,11 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from clipvip.data import bad_files
-from clipvip.data.bad_files import BadFile, BadFiles, Failure
+from clipvip.data.bad_files import BadFile, BadFiles, Failure, LoaderError
 
 
 def failure(place: int) -> Failure:
@@ -46,3 +47,50 @@ def test_a_list_that_was_damaged_or_replaced_is_gone_on_with(left: str, tmp_path
     lines = path.read_text().splitlines()
     assert [loads["path"] for loads in map(json.loads, lines[-2:])] == ["2.mp4", "3.mp4"]
     assert len(lines) == 2 + left.endswith("\n")
+
+
+def test_names_come_back_from_the_list_and_are_logged_safely(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "bad_files.jsonl"
+    name = os.fsdecode(b"caf\xe9\n\x1b[31m.mp4")
+    for bad in (BadFiles(10, 1.0, path), BadFiles(10, 1.0, path)):  # two ranks
+        bad.note([0], [Failure(0, BadFile(name, "moov\x1b[2J", 1))])
+    (line,) = path.read_text("utf-8").splitlines()
+    assert os.fsencode(json.loads(line)["path"]) == os.fsencode(name)
+    assert caplog.messages == [r"left out caf\xe9\n\x1b[31m.mp4: moov\x1b[2J"] * 2
+    with pytest.raises(LoaderError) as caught:
+        bad.stop()
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("place", ["folder", "folder/below/a/file"])
+def test_a_list_that_cannot_be_written_costs_one_warning(
+    place: str, tmp_path: Path, caplog
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "below").touch()
+    path = tmp_path / place
+    bad = BadFiles(10, 1.0, path)
+    bad.note([0, 1, 2], [failure(0), failure(1)])
+    bad.note([3], [failure(3)])
+    assert (bad.tried, bad.bad, len(bad.found)) == (4, 3, 3)
+    (warning,) = [message for message in caplog.messages if "cannot be listed" in message]
+    assert str(path) in warning and "None" not in warning
+
+
+def test_damage_is_told_and_listed_once_but_not_counted(tmp_path: Path, caplog) -> None:
+    path = tmp_path / "bad_files.jsonl"
+    damaged = BadFile("0.mp4", "1 of 9 keyframes cannot be decoded", 1)
+    for bad in (BadFiles(10, 0.0, path), BadFiles(10, 0.0, path)):
+        bad.note([0], [], [damaged, damaged])
+        bad.note([0], [], [damaged], final=True)
+        assert (bad.tried, bad.bad, bad.found) == (1, 0, [])
+    assert (
+        caplog.messages
+        == ["damaged 0.mp4: 1 of 9 keyframes cannot be decoded; its other frames are used"] * 2
+    )
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {**damaged._asdict(), "damaged": True}
+    ]
+    with pytest.raises(LoaderError):
+        bad.note([1], [Failure(1, damaged._replace(reason="start lies after its end"))], final=True)
+    assert listed(path) == ["0.mp4", "0.mp4"]

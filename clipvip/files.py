@@ -1,20 +1,34 @@
-"""Files and their names: written whole or not at all, found through links, shown safely.
+"""Files and their names: written whole or not at all, found through links, shown safely; and
+folders that one run at a time writes to.
 
 A file name is bytes. Python holds bytes that are not UTF-8 as lone surrogates (PEP 383); JSON
 written by `json_line` holds those as escapes, so a name read back names the same file.
 """
 
+import fcntl
 import json
 import logging
 import os
+import socket
+import time
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # change reading order
+
+LOCK = ".lock"
+# Seconds to wait for a run that holds a folder: its process may be killed and not quite gone. A
+# server of files keeps the locks of a machine that is gone for as long as its lease, 90 s in NFS.
+HERE_WAIT, ELSEWHERE_WAIT = 10.0, 100.0
+
+
+class OtherRunError(ValueError):
+    """Another process writes to a folder; one line that says which and what to do."""
 
 
 def json_line(record: Any) -> bytes:
@@ -82,3 +96,67 @@ def _shown(letter: str) -> str:
     if letter in BIDI or unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp"):
         return letter.encode("unicode_escape", "surrogatepass").decode()
     return letter
+
+
+@contextmanager
+def only_run(folder: Path, what: str, error: type[ValueError] = OtherRunError) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if absent, until this one ends, however it
+    ends: the lock dies with its process.
+
+    A file system without locks keeps nobody out. what: the work, such as "trains"; it stands in
+    the message after "another run".
+
+    Raises:
+        error: another process of any machine, or another caller in this one, holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    _locks.add(lock)
+    try:
+        holder = _take(lock)
+        if holder is not None:
+            who = f" ({holder})" if holder else ""
+            raise error(
+                f"{shown(folder)}: another run {what} there{who}; wait for it or give another out"
+            )
+        yield
+    finally:
+        _locks.discard(lock)
+        os.close(lock)
+
+
+_locks: set[int] = set()  # descriptors of this process
+
+
+def _leave_locks() -> None:
+    """Let the parent alone hold its locks: a worker may outlive it by a moment."""
+    for lock in _locks:
+        os.close(lock)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+def _take(lock: int) -> str | None:
+    """Lock a file and note in it who did; the note of the one who keeps it locked, else None."""
+    here = f"host {socket.gethostname()}, "
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(lock, 1000, 0).decode(errors="replace").strip()
+            elsewhere = holder and not holder.startswith(here)
+            if time.monotonic() - began > (ELSEWHERE_WAIT if elsewhere else HERE_WAIT):
+                return shown(holder)
+            time.sleep(0.05)
+        except OSError:  # no such locks here
+            return None
+    note = f"{here}process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}\n"
+    with suppress(OSError):  # the disk may be full
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, note.encode(), 0)
+        os.fsync(lock)  # for readers on other machines
+    return None

@@ -20,7 +20,6 @@ Other tars train too, given a manifest (`verify_shards` writes one): `.txt` besi
 image counts as its text and as its caption.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -42,6 +41,7 @@ from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Blob, DecodeE
 from clipvip.data.decode import read_frames
 from clipvip.data.transcode import cut, reencode, whole
 from clipvip.data.workers import Workers
+from clipvip.files import only_run
 from clipvip.progress import progress
 
 FORMAT = "clipvip shards 1"
@@ -103,8 +103,7 @@ def write_shards(
         "size": size,
         "seed": seed,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_run(out), _settled(out, settings):
+    with only_run(out, "writes shards", ShardError), _settled(out, settings):
         finished = _resume(out)
         order = np.random.default_rng(seed).permutation(len(clips))
         plan = np.split(order, range(clips_per_shard, len(clips), clips_per_shard))
@@ -150,16 +149,6 @@ def _cores(num_workers: int | None) -> int:
     if num_workers is not None:
         return num_workers
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _only_run(out: Path) -> Iterator[None]:
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ShardError(f"{out}: another run is writing shards there") from None
-        yield
 
 
 @contextmanager

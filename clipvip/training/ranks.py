@@ -6,8 +6,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +79,14 @@ def first_does(work: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+@contextmanager
+def first_enters(manager: AbstractContextManager[None]) -> Iterator[None]:
+    """A context that the first rank alone is in; an error on its way in is raised on every rank."""
+    with ExitStack() as entered:
+        first_does(lambda: entered.enter_context(manager))
+        yield
 
 
 def on_any(flags: Tensor) -> Tensor:

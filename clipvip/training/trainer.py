@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clipvip import distributed
 from clipvip.data.annotations import Clip
 from clipvip.data.loader import ClipLoader, counted
+from clipvip.files import only_run
 from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
@@ -33,7 +34,7 @@ from clipvip.training.build import (
     start_trackers,
     training_loader,
 )
-from clipvip.training.config import Preempted, TrainConfig, TrainingError, check
+from clipvip.training.config import ConfigError, Preempted, TrainConfig, TrainingError, check
 from clipvip.training.evaluate import evaluate
 from clipvip.training.optimization import adamw, run_steps, schedule
 from clipvip.training.plan import TERA, peak_tera, plan
@@ -57,7 +58,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Returns {"step", "loss", "best_step", "best_metric"} of the finished run.
 
     Raises:
-        ConfigError: the configuration cannot be run.
+        ConfigError: the configuration cannot be run, or another run is in config.out.
         TrainingError: the loss or its gradient is not finite; names the clips. Or the last
             checkpoint cannot be written, or none that is there is whole.
         Preempted: SIGTERM came to any rank; the step it came in is saved. A validation that it
@@ -65,7 +66,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     check(config)
     accelerator = make_accelerator(config)
-    with Preemption() as preemption, ranks.Watch(config.lost_after):
+    alone = only_run(Path(config.out), "trains", ConfigError)
+    with (
+        Preemption() as preemption,
+        ranks.Watch(config.lost_after),
+        ranks.first_enters(alone),
+    ):
         return _train(config, accelerator, preemption)
 
 

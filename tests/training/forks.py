@@ -11,6 +11,7 @@ python forks.py lose OUT CONFIG key=value …   two, of which either is killed, 
     which the second is while it builds its model
 python forks.py full CONFIG key=value …   the same, on a disk without room for a checkpoint
 python forks.py skip CONFIG key=value …   the same, with a NaN as the second rank's second loss
+python forks.py refused CONFIG key=value …   the same, in a folder where another run is
 python forks.py eval COUNT CHECKPOINT ANNOTATIONS OUT   as many processes of one evaluation
 Several such are parted by a +.
 """
@@ -31,6 +32,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
+import clipvip.files
 import clipvip.training.trainer
 from clipvip.training.__main__ import main
 from clipvip.training.checkpoint import checkpoints
@@ -38,6 +40,7 @@ from clipvip.training.config import load_config
 from clipvip.training.evaluate import evaluate_checkpoint
 
 torch.set_num_threads(1)
+clipvip.files.HERE_WAIT = 2.0
 os.fsync = lambda descriptor: None  # processes are killed here, but no power is cut
 
 
@@ -205,6 +208,10 @@ def two_without_room(arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
+def two_refused(arguments):
+    print("ended with", [status(process) for process in ranks(2, arguments)])
+
+
 if __name__ == "__main__":
     modes = {
         "kill": kill_and_go_on,
@@ -214,6 +221,7 @@ if __name__ == "__main__":
         "lose": lose_a_rank,
         "skip": functools.partial(two_processes, run=broken_on_the_second_rank),
         "full": two_without_room,
+        "refused": two_refused,
         "eval": lambda given: max(map(status, ranks(int(given[0]), given[1:], evaluate))),
     }
     jobs = sys.argv[1:]

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import re
 import tracemalloc
@@ -7,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from clipvip.data import annotations
-from clipvip.data.annotations import AnnotationError, Annotations, Clip, load_annotations
+from clipvip.data.annotations import (
+    AnnotationError,
+    Annotations,
+    Clip,
+    load_annotations,
+    write_annotations,
+)
 
 
 def write(folder: Path, *lines: str | bytes) -> Path:
@@ -56,6 +63,13 @@ def test_paths_are_relative_to_the_file_and_lines_are_counted(tmp_path: Path) ->
         ('{"video": "a.mp4", "text": ["a", 1]}', "'text'[1] must be a sentence, got the number 1"),
         ('{"video": "a.mp4", "caption": " "}', "'caption' is empty"),
         ('{"video": "a.mp4", "subtitle": {}}', "'subtitle' must be a string, got an object"),
+        ('{"video": "a.mp4", "start": 1' + "0" * 400 + "}", "'start' must be finite"),
+        ('{"video": "\\ud83d.mp4"}', r"'video' holds half a character (\ud83d), not a file name"),
+        ('{"video": "a.mp4", "image": "\\udc00.jpg"}', r"'image' holds half a character (\udc00)"),
+        ('{"video": "a\\u0000.mp4"}', "'video' holds a NUL character"),
+        (b'{"video": "a.mp4", "text": "\xed\xa0\xbd"}', "not UTF-8 (byte 28)"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"\\u001b[2J": 1}', r"unknown key '\x1b[2J'"),
     ],
 )
 def test_bad_line_is_named_with_file_line_and_reason(
@@ -65,7 +79,7 @@ def test_bad_line_is_named_with_file_line_and_reason(
     with pytest.raises(AnnotationError) as caught:
         load_annotations(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}:2: ") and reason in message and "\n" not in message
+    assert message.startswith(f"{path}:2: ") and reason in message and message.isprintable()
 
 
 def test_several_bad_lines_are_reported_together(tmp_path: Path) -> None:
@@ -81,6 +95,41 @@ def test_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:
         load_annotations(tmp_path / "none.jsonl")
     with pytest.raises(AnnotationError, match="holds no clips"):
         load_annotations(write(tmp_path, ""))
+
+
+NAMES = [os.fsdecode(name) for name in (b"caf\xe9.mp4", b"\xff\n\xfe.jpg", b"\xc3\xa9 \xe9.mp4")]
+
+
+def test_names_that_are_not_utf8_are_written_and_read_back(tmp_path: Path) -> None:
+    clips = [Clip(tmp_path / name, image=tmp_path / "a" / name) for name in NAMES]
+    path = tmp_path / os.fsdecode(b"\xe9.jsonl")
+    write_annotations(path, clips)
+    path.read_text("utf-8")
+    for read in (load_annotations(path), Annotations(path)):
+        for clip, again in zip(clips, read, strict=True):
+            assert os.fsencode(again.video) == os.fsencode(clip.video)
+            assert again.image == clip.image
+
+
+@pytest.mark.parametrize("load", [load_annotations, Annotations])
+def test_half_a_character_in_a_text_is_replaced_with_one_warning(
+    load, tmp_path: Path, caplog
+) -> None:
+    halves = {"a \ud83d b": "a \ufffd b", "\ude00\ud83d": "\ufffd\ufffd", "\udc80": "\ufffd"}
+    lines = ['{"video": "a.mp4", "text": "whole \\ud83d\\ude00 é"}', ""]
+    for half in halves:
+        lines.append(json.dumps({"video": "a.mp4", "text": ["b", half], "caption": half}))
+        lines.append(json.dumps({"video": "a.mp4", "subtitle": half}))
+    path = write(tmp_path, *lines)
+    whole, *clips = load(path)
+    assert whole.text == ("whole 😀 é",) and not whole.repaired
+    assert [(clip.text, clip.caption) for clip in clips[::2]] == [
+        (("b", right), right) for right in halves.values()
+    ]
+    assert [clip.subtitle for clip in clips[1::2]] == list(halves.values())
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{path}:3: a text holds half a character")
+    assert warning.endswith("so do 5 more lines")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

@@ -1,10 +1,11 @@
-"""Files and their names: written whole or not at all, found through links, shown safely; and
-folders that one run at a time writes to.
+"""Files, names and texts: written whole or not at all, found through links, decoded, shown safely;
+and folders that one run at a time writes to.
 
 A file name is bytes. Python holds bytes that are not UTF-8 as lone surrogates (PEP 383); JSON
 written by `json_line` holds those as escapes, so a name read back names the same file.
 """
 
+import codecs
 import fcntl
 import json
 import logging
@@ -12,7 +13,7 @@ import os
 import socket
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # change reading order
+
+MARKS = {  # byte-order marks; that of UTF-16 starts that of UTF-32
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 LOCK = ".lock"
 # Seconds to wait for a run that holds a folder: its process may be killed and not quite gone. A
@@ -56,15 +65,18 @@ def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path, keep: Callable[[str], bool] = lambda name: True) -> list[Path]:
     """Every file below a folder, sorted; links are followed, but no folder is entered twice.
 
     A folder that can be reached with and without links is listed without. macOS's shadows of
     files (`._name`) are left out, and folders that cannot be read, with a warning.
+
+    keep: says by a file's name whether it is wanted.
     """
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
-    folders, links = [os.fspath(folder)], []  # links wait until all real folders are entered
+    folders = [os.fspath(folder)]
+    links: list[str] = []  # they wait until all real folders are entered
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
         try:
@@ -77,11 +89,32 @@ def files_in(folder: Path) -> list[Path]:
             logger.warning("left out %s: %s", shown(here), error.strerror)
             continue
         for entry in entries:
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry.path)
-            elif (entry.is_file() or entry.is_symlink()) and not entry.name.startswith("._"):
+            if entry.is_symlink() and os.path.isdir(entry.path):
+                links.append(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.name.startswith("._") or not keep(entry.name):
+                continue
+            elif entry.is_symlink() or entry.is_file():
                 found.append(Path(entry.path))  # a link to nowhere too: told when it is opened
     return sorted(found)
+
+
+def decode_text(data: bytes) -> tuple[str, str]:
+    """A text of unknown encoding, and that encoding: what its byte-order mark says, else UTF-8,
+    else Windows-1252 or Latin-1. Raises ValueError where it is no text."""
+    marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+    text = ""
+    for encoding in [marked] if marked else ["utf-8", "cp1252", "latin-1"]:
+        try:
+            text = data.decode(encoding)
+            break
+        except UnicodeDecodeError as error:
+            if marked:
+                raise ValueError(f"not {marked}, as its byte-order mark says") from error
+    if "\0" in text:
+        raise ValueError("not a text: holds NUL characters")
+    return text, encoding
 
 
 def shown(name: object) -> str:

@@ -1,10 +1,11 @@
+import codecs
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from clipvip.files import files_in, json_line, shown, write_whole
+from clipvip.files import decode_text, files_in, json_line, shown, write_whole
 
 
 def test_a_name_that_is_not_utf8_comes_back_from_json() -> None:
@@ -39,8 +40,35 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "videos" / "out1").symlink_to(outside)
     (tmp_path / "videos" / "out2").symlink_to(outside)
     (tmp_path / "videos" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (tmp_path / "videos" / "round").symlink_to("round")
     found = [str(path.relative_to(tmp_path)) for path in files_in(tmp_path / "videos")]
-    assert found == ["videos/gone.mp4", "videos/out1/b.mp4", "videos/z/a.mp4"]
+    assert found == ["videos/gone.mp4", "videos/out1/b.mp4", "videos/round", "videos/z/a.mp4"]
+    kept = files_in(tmp_path / "videos", lambda name: name.startswith("b"))
+    assert [path.name for path in kept] == ["b.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding"),
+    [
+        ("é 日本\n".encode(), "utf-8"),
+        ("é 日本\n".encode("utf-8-sig"), "utf-8-sig"),
+        (codecs.BOM_UTF16_LE + "é 日本\n".encode("utf-16-le"), "utf-16"),
+        (codecs.BOM_UTF16_BE + "é 日本\n".encode("utf-16-be"), "utf-16"),
+        (codecs.BOM_UTF32_LE + "é 日本\n".encode("utf-32-le"), "utf-32"),
+        ("naïve – “café”".encode("cp1252"), "cp1252"),
+        (b"\x81\xe9", "latin-1"),
+        (b"", "utf-8"),
+    ],
+)
+def test_a_text_is_decoded_by_its_mark_or_as_what_it_can_be(data: bytes, encoding: str) -> None:
+    text, found = decode_text(data)
+    assert found == encoding and text == data.decode(encoding)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfea", "as UTF-16".encode("utf-16-le"), b"\xff\xd8\0\0"])
+def test_what_is_no_text_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="not"):
+        decode_text(data)
 
 
 def test_what_is_shown_cannot_command_a_terminal() -> None:

@@ -100,21 +100,30 @@ def files_in(folder: Path, keep: Callable[[str], bool] = lambda name: True) -> l
     return sorted(found)
 
 
-def decode_text(data: bytes) -> tuple[str, str]:
-    """A text of unknown encoding, and that encoding: what its byte-order mark says, else UTF-8,
-    else Windows-1252 or Latin-1. Raises ValueError where it is no text."""
-    marked = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
-    text = ""
-    for encoding in [marked] if marked else ["utf-8", "cp1252", "latin-1"]:
-        try:
-            text = data.decode(encoding)
-            break
-        except UnicodeDecodeError as error:
-            if marked:
-                raise ValueError(f"not {marked}, as its byte-order mark says") from error
+def decode_text(data: bytes) -> tuple[str, bool]:
+    """A text of unknown encoding, and whether that was guessed for a part of it.
+
+    The encoding is what the byte-order mark says, else UTF-8, else UTF-8 in the lines that are
+    and Windows-1252 or Latin-1 in the others. Raises ValueError where it is no text.
+    """
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+    guessed = False
+    try:
+        text = data.decode(encoding or "utf-8")
+    except UnicodeDecodeError as error:
+        if encoding:
+            raise ValueError(f"not {encoding}, as its byte-order mark says") from error
+        text, guessed = "".join(map(_decode_line, data.splitlines(keepends=True))), True
     if "\0" in text:
         raise ValueError("not a text: holds NUL characters")
-    return text, encoding
+    return text, guessed
+
+
+def _decode_line(line: bytes) -> str:
+    for encoding in ("utf-8", "cp1252"):
+        with suppress(UnicodeDecodeError):
+            return line.decode(encoding)
+    return line.decode("latin-1")
 
 
 def shown(name: object) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipvip import distributed
 from clipvip.data.annotations import Clip
 from clipvip.data.loader import ClipLoader, counted
-from clipvip.files import only_run
+from clipvip.files import only_run, shown
 from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
@@ -467,7 +467,7 @@ def skip_or_stop(
 ) -> None:
     """Name what all ranks saw in this step, and count it; TrainingError where that is enough."""
     indices = itertools.chain(*distributed.all_gather_objects(torch.cat(seen).tolist()))
-    names = ", ".join(sorted({loader.name(index) for index in indices}))
+    names = ", ".join(sorted({shown(loader.name(index)) for index in indices}))
     told = f"step {step}: loss {loss}, gradient norm {norm}: not finite"
     state["skipped_steps"] = state.get("skipped_steps", 0) + 1
     state["skipped_in_a_row"] = state.get("skipped_in_a_row", 0) + 1

@@ -178,6 +178,37 @@ def test_steps_that_are_not_finite_are_left_out_if_asked_to(make_config, monkeyp
         train(config)
 
 
+@pytest.mark.parametrize("task", ["retrieval", "omnisource"])
+def test_texts_and_names_that_are_not_utf8_train_and_are_shown(
+    make_config, world, tmp_path, monkeypatch, capsys, task
+):
+    from clipvip.training import trainer
+
+    compute_loss, calls = trainer.compute_loss, []
+
+    def broken_at_first(*given):
+        calls.append(1)
+        return compute_loss(*given) * (math.nan if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(trainer, "compute_loss", broken_at_first)
+    lines = [json.loads(line) for line in (world / "annotations.jsonl").open()][:4]
+    for number, line in enumerate(lines):
+        name = os.fsdecode(b"caf\xe9-%d.mp4" % number)
+        shutil.copy(world / line["video"], tmp_path / name)
+        said = {key: f"half \ud83d a {number}" for key in ("text", "subtitle", "caption")}
+        lines[number] = {"video": name, **said}
+    annotations = tmp_path / "annotations.jsonl"
+    annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train(
+        make_config(
+            *(f"task={task}", f"data.train={annotations}", f"data.validation={annotations}"),
+            *("on_nonfinite=skip", "batch_size=4", "max_steps=2", "best_metric=text_to_video/R@5"),
+        )
+    )
+    (skipped,) = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert all(rf"caf\xe9-{number}.mp4" in skipped for number in range(4))
+
+
 def test_a_full_disk_costs_only_the_checkpoints_that_found_it_full(
     make_config, world, monkeypatch, caplog
 ):

@@ -29,6 +29,10 @@ class DecodeError(RuntimeError):
         return f"{self.path}: {self.reason}"
 
 
+class Unseekable(DecodeError):
+    """A file that can be read from its start only."""
+
+
 @dataclass(frozen=True, slots=True)
 class Blob:
     """An encoded video or image in memory; `name`, with its suffix, stands for a path."""
@@ -150,7 +154,7 @@ def packets_from(
     container: InputContainer, stream: VideoStream, start: float | None
 ) -> Iterator[Packet]:
     """Packets from the keyframe at or before `start` seconds where the format is good at
-    seeking, else from the first."""
+    seeking, else from the first. Raises Unseekable: only a newly opened file gives them all."""
     source = demux(container, stream)
     known = stream.start_time is not None and stream.time_base
     if not (start and known and container.format.name in SEEKABLE):
@@ -158,9 +162,14 @@ def packets_from(
     assert stream.start_time is not None and stream.time_base is not None
     first = stream.start_time + int(start / float(stream.time_base))
     for offset in (first, stream.start_time):
-        container.seek(offset, stream=stream)
+        try:
+            container.seek(offset, stream=stream)
+        except av.FFmpegError:
+            raise Unseekable(container.name, "it cannot be sought in") from None
         source = demux(container, stream)
-        head = next(source)
+        head = next(source, None)
+        if head is None:
+            raise Unseekable(container.name, "seeking in it leads to its end")
         source = itertools.chain([head], source)
         if head.is_keyframe and head.pts is not None and head.pts <= first:
             break

@@ -1,20 +1,23 @@
 """Exactly the frames asked for, out of a video or an image, by PyAV.
 
-The first pass finds the times of all frames, from an MP4's tables or else by reading packets
-without decoding them: in the order of showing, they say which frames a sampling means,
-whatever the frame rate does. The second pass decodes only what those frames need: it jumps
-forward where a keyframe lies between the decoder and the next wanted frame, feeds nothing after
-the last frame wanted before the jump, and lets the decoder drop frames that no other frame
-refers to. Only wanted frames are converted, in one pass from the decoder's planes to RGB at the
-target size (clipvip.ops.resize_crop); swscale takes formats that are no planar YUV. Sizes are
-those of stored pixels (the pixel aspect ratio is not applied); rotation and mirroring flags are.
+The first pass (clipvip.data.frame_index) finds the times of all frames, from an MP4's tables or
+else by reading packets without decoding them: in the order of showing, they say which frames a
+sampling means, whatever the frame rate does. The second pass decodes only what those frames need:
+it jumps forward where a keyframe lies between the decoder and the next wanted frame, feeds nothing
+after the last frame wanted before the jump, and lets the decoder drop frames that no other frame
+refers to. What comes out is compared with what the first pass found; where they differ, frames are
+chosen anew among those that come out when everything is decoded in order.
+
+Only wanted frames are converted, in one pass from the decoder's planes to RGB at the target size
+(clipvip.data.pixels). Sizes are those of stored pixels (the pixel aspect ratio is not applied);
+rotation and mirroring flags are.
 
 Times are seconds from the video's first frame.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +45,16 @@ from clipvip.data.container import (
     open_video,
     video_stream,
 )
-from clipvip.data.frame_index import Index, known_index, read_index, window_of
+from clipvip.data.frame_index import (
+    NO_TIME,
+    Index,
+    IndexWrong,
+    InOrder,
+    Trust,
+    known_index,
+    read_index,
+    window_of,
+)
 from clipvip.data.pixels import Converter, orientation, read_image
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
 from clipvip.ops.resize_crop import check_compiled, check_resize
@@ -103,35 +115,50 @@ def read_frames(
         return clip.decode(size, threads, resize)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenClip:
     """An opened video and what is wanted of it: `chosen` are positions among all frames that
-    `index` lists in the order of showing."""
+    `index` lists in the order of showing. Decoding puts a surer index in its place where the
+    decoder does not give what it says."""
 
     source: Source
     container: InputContainer
     stream: VideoStream
-    index: "Index"
+    index: Index
     chosen: NDArray[np.int64]
-    choose: Callable[["Index"], NDArray[np.int64]]
+    find: Callable[[InputContainer, VideoStream, Trust], Index]
+    choose: Callable[[Index], NDArray[np.int64]]
 
     @property
     def path(self) -> Path:
         return file_of(self.source).path
 
+    @property
+    def damage(self) -> str | None:
+        """What is known to be lost of the video, in words."""
+        if not self.index.lost:
+            return None
+        stretches = ", ".join(f"{first:.1f}–{last:.1f} s" for first, last in self.index.lost[:5])
+        return f"damaged at {stretches}" + ", …" * (len(self.index.lost) > 5)
+
     def decode(self, size: int, threads: int = 1, resize: str = "crop") -> Tensor:
         """uint8 [len(chosen), 3, size, size]; once, and within `open_clip` only."""
         file = file_of(self.source)
-        try:
+        with suppress(IndexWrong):
             return _decode(
                 self.container, self.stream, self.index, self.chosen, size, file, threads, resize
             )
-        except _TablesWrong:
-            with open_container(file) as container:
+        for trust in (Trust.PACKETS, Trust.DECODER):
+            if trust <= self.index.trust:
+                continue
+            with open_container(file) as container, suppress(IndexWrong):
                 stream = video_stream(container, file.path)
-                index = known_index(container, stream, file, trust_tables=False)
-                chosen = self.choose(index)
-                return _decode(container, stream, index, chosen, size, file, threads, resize)
+                self.index = self.find(container, stream, trust)
+                self.chosen = self.choose(self.index)
+                return _decode(
+                    container, stream, self.index, self.chosen, size, file, threads, resize
+                )
+        raise DecodeError(file.path, "it gives other frames each time that it is decoded")
 
 
 @contextmanager
@@ -161,10 +188,13 @@ def open_clip(
             chosen = np.append(chosen, middle_frame(times))
         return chosen + window.start
 
+    def find(container: InputContainer, stream: VideoStream, trust: Trust) -> Index:
+        return known_index(container, stream, file, start, end, trust=trust)
+
     with as_decode_errors(file), open_container(file) as container:
         stream = video_stream(container, file.path)
-        index = known_index(container, stream, file, start, end)
-        yield OpenClip(source, container, stream, index, choose(index), choose)
+        index = find(container, stream, Trust.TABLES)
+        yield OpenClip(source, container, stream, index, choose(index), find, choose)
 
 
 def decode_clip(
@@ -172,26 +202,46 @@ def decode_clip(
 ) -> Iterator[tuple[float, VideoFrame]]:
     """Every frame shown in [start, end), in order, with its seconds from the first of them."""
     file = file_of(source)
-    with open_video(source) as (container, stream):
-        index = read_index(container, stream, file.path, start, end)
-        window = window_of(index.times, start, end, file.path)
-        times, wanted = index.times[window] - index.times[window.start], index.shown[window]
-        given = 0
-        try:
-            if index.by_count:
+    zero, last = None, -1.0
+    for trust in (Trust.PACKETS, Trust.DECODER):
+        with open_video(source) as (container, stream), suppress(IndexWrong):
+            index = known_index(container, stream, file, start, end, trust=trust)
+            if index.by_count and index.trust < Trust.DECODER:
+                continue  # times that are wrong would be noticed after the last frame only
+            window = window_of(index.times, start, end, file.path)
+            wanted = np.arange(window.start, window.stop)
+            for position, frame in _every(container, stream, index, wanted, file):
+                seconds = float(index.times[wanted[position]])
+                if zero is None:
+                    zero = seconds
+                if seconds > last:  # not given before the index was found to be wrong
+                    yield seconds - zero, frame
+                    last = seconds
+            return
+    raise DecodeError(file.path, "it gives other frames each time that it is decoded")
+
+
+def _every(
+    container: InputContainer,
+    stream: VideoStream,
+    index: Index,
+    wanted: NDArray[np.int64],
+    file: File,
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames of successive positions in index.shown, in order, from the first on again where
+    seeking failed."""
+    try:
+        if index.by_count:
+            raise _SeekFailed
+        found = _seek_and_decode(container, stream, index, index.shown[wanted].tolist())
+        for due, (position, frame) in enumerate(found):
+            if position != due:
                 raise _SeekFailed
-            for position, frame in _seek_and_decode(container, stream, index, wanted.tolist()):
-                if position != given:
-                    raise _SeekFailed
-                yield float(times[position]), frame
-                given += 1
-        except (_SeekFailed, av.FFmpegError):
-            with open_container(file) as again:
-                same = again.streams[stream.index]
-                assert isinstance(same, VideoStream)
-                for position, frame in _decode_all(again, same, index, wanted.tolist(), file.path):
-                    if position >= given:
-                        yield float(times[position]), frame
+            yield position, frame
+    except (_SeekFailed, av.FFmpegError):
+        with open_container(file) as again:
+            same = video_stream(again, file.path)
+            yield from _decode_in_order(again, same, index, wanted, file.path)
 
 
 def probe(path: Source) -> VideoInfo:
@@ -208,7 +258,7 @@ def probe(path: Source) -> VideoInfo:
             return VideoInfo(width, height, 1, 0.0, 0.0, codec)
         with open_container(file) as container:
             stream = video_stream(container, path)
-            index = read_index(container, stream, path)
+            index = read_index(container, stream, file)
         with open_container(file) as container:
             stream = video_stream(container, path)
             frame = next(frames_of(container, stream), None)
@@ -222,18 +272,11 @@ def probe(path: Source) -> VideoInfo:
             return VideoInfo(width, height, count, index.duration, rate, stream.codec_context.name)
 
 
-# --- the first pass -------------------------------------------------------------------------
-
-
 # --- the second pass ------------------------------------------------------------------------
 
 
 class _SeekFailed(Exception):
     """The quick way through a file did not give every frame."""
-
-
-class _TablesWrong(Exception):
-    """A file's tables are not enough to find every frame by."""
 
 
 def _decode(
@@ -247,7 +290,7 @@ def _decode(
     resize: str,
 ) -> Tensor:
     """The chosen frames (positions in index.shown), converted: uint8 [len(chosen), 3, s, s]."""
-    wanted, places = np.unique(index.shown[chosen], return_inverse=True)
+    wanted, places = np.unique(chosen, return_inverse=True)
     frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
     pixels = frames.numpy()
     converter = Converter(size, stream.codec_context.name, resize)
@@ -255,17 +298,16 @@ def _decode(
         if index.by_count:
             raise _SeekFailed
         _set_threads(stream, threads)
-        found = _seek_and_decode(container, stream, index, wanted.tolist())
+        found = _seek_and_decode(container, stream, index, index.shown[wanted].tolist())
         for position, frame in found:
             converter.convert(frame, pixels[position])
     except (_SeekFailed, av.FFmpegError):
-        if index.by_tables:
-            raise _TablesWrong from None
+        if index.trust is Trust.TABLES:
+            raise IndexWrong from None
         with open_container(file) as again:
-            stream = again.streams[stream.index]  # type: ignore[assignment]
+            stream = video_stream(again, file.path)
             _set_threads(stream, threads)
-            frames_shown = _decode_all(again, stream, index, wanted.tolist(), file.path)
-            for position, frame in frames_shown:
+            for position, frame in _decode_in_order(again, stream, index, wanted, file.path):
                 converter.convert(frame, pixels[position])
     if np.array_equal(places, np.arange(len(wanted))):
         return frames
@@ -283,22 +325,23 @@ def _seek_and_decode(
     """(position in wanted, frame), in the order in which they are decoded.
 
     wanted: pts, increasing. Raises _SeekFailed where the file cannot be sought in, or where a
-    frame does not come out or is damaged.
+    frame does not come out, comes out of order or is damaged.
     """
     unfed: dict[int | None, int] = {pts: position for position, pts in enumerate(wanted)}
     inside: dict[int | None, int] = {}
     context = stream.codec_context
     keys = index.keyframes_for(wanted)
-    known = index.pts.tolist() if index.by_tables else []
+    known = index.pts.tolist() if index.trust is Trust.TABLES else []
     while unfed:
         key = keys[next(iter(unfed.values()))]
         # A seek may land before its keyframe; only a later keyframe is worth another.
         fed, packets = _seek(container, stream, index, key)
         ahead = max(fed, key)
         context.skip_frame, skipping = "NONREF", True
+        last = NO_TIME
         for packet in packets:
             pts = packet.pts
-            if index.by_tables and not (fed < len(known) and pts == known[fed]):
+            if known and not (fed < len(known) and pts == known[fed]):
                 raise _SeekFailed
             skip = pts not in unfed
             if not skip:
@@ -309,11 +352,16 @@ def _seek_and_decode(
             fed += 1
             ahead = max(fed, ahead)
             leave = not unfed or key > ahead
+            if packet.is_corrupt:
+                raise _SeekFailed
             frames = packet.decode()
             if leave:
                 # What waits in the decoder comes out without more packets being decoded.
                 frames += context.decode(None)
             for frame in frames:
+                if frame.pts is None or frame.pts <= last:
+                    raise _SeekFailed
+                last = frame.pts
                 if frame.pts in inside:
                     if frame.is_corrupt:
                         raise _SeekFailed
@@ -340,31 +388,36 @@ def _seek(
     raise _SeekFailed
 
 
-def _decode_all(
-    container: InputContainer, stream: VideoStream, index: Index, wanted: list[int], path: Path
+def _decode_in_order(
+    container: InputContainer,
+    stream: VideoStream,
+    index: Index,
+    wanted: NDArray[np.int64],
+    path: Path,
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """As _seek_and_decode, but decoding every frame from the file's start.
-
-    A frame that the decoder leaves out is replaced by the one shown at its time.
-    """
-    position = 0
-    previous: VideoFrame | None = None
-    for count, frame in enumerate(frames_of(container, stream)):
-        now = count if index.by_count else frame.pts
-        if now is None:
-            continue
-        while position < len(wanted) and wanted[position] < now:
-            yield position, previous or frame
-            position += 1
-        if position == len(wanted):
-            return
-        if frame.is_corrupt and wanted[position] == now:
-            raise DecodeError(path, f"damaged at {float(frame.time or 0):.2f} s")
-        previous = frame
-    if previous is None:
-        raise DecodeError(path, "no frame could be decoded")
-    for rest in range(position, len(wanted)):
-        yield rest, previous
-
-
-# --- pixels ---------------------------------------------------------------------------------
+    """As _seek_and_decode, but decoding every frame from the file's start, and comparing each with
+    the index. wanted: positions in index.shown, increasing. Raises IndexWrong."""
+    reader = InOrder(container, stream)
+    position, due, given = -1, 0, 0
+    for shown in reader:
+        given += 1
+        if not index.by_count:
+            pts = reader.pts(shown)
+            if position < 0 and pts < index.shown[0]:  # before the part that was indexed
+                continue
+            if position + 1 == len(index.shown) or pts != index.shown[position + 1]:
+                raise IndexWrong
+        position += 1
+        if due < len(wanted) and position == wanted[due]:
+            if shown.damaged:
+                raise DecodeError(path, f"damaged at {index.times[position]:.2f} s")
+            yield due, shown.frame
+            due += 1
+            if due == len(wanted):
+                reader.stop()
+                if not index.by_count or index.trust is Trust.DECODER:
+                    return
+    if due < len(wanted) or (
+        index.trust is not Trust.DECODER and given != (~reader.packets.hidden).sum()
+    ):
+        raise IndexWrong

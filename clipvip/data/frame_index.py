@@ -1,17 +1,28 @@
-"""Which frames a video has and when each is shown."""
+"""Which frames a video has and when each is shown.
+
+There are three ways to know, each slower and surer than the one before: an MP4's tables, the
+packets' stamps, and decoding everything in order. Whoever decodes by an index compares what comes
+out with it, and where they differ asks for a surer one (`Trust`): a file's stamps may be missing,
+start again in the middle, be those of decoding, or belong to packets that give no frame.
+"""
 
 import math
 import os
 import re
 import threading
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -20,40 +31,60 @@ from clipvip.data.container import (
     SEEKABLE,
     DecodeError,
     File,
+    Unseekable,
+    demux,
+    open_container,
     packets_from,
+    video_stream,
 )
 from clipvip.data.mp4 import composition_offsets
 
 KEYFRAME = 1  # the flag of an entry of libav's index
-
-
 MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 7,000 of ten seconds
-
-
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
-
-
 NO_TIME = np.iinfo(np.int64).min
+MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
+# Recordings and broadcasts: a jump ahead by more than this many seconds is a new start (ffmpeg's
+# dts_delta_threshold), since no player waits for it.
+DISCONTINUOUS, LONGEST_GAP = frozenset({"mpeg", "mpegts"}), 10.0
+# Their headers give the stamp at the end, not the time from the first stamp to it.
+ENDS_GIVEN = frozenset({"asf", "flv", "matroska,webm"})
+
+
+class Trust(IntEnum):
+    """What an index was made of."""
+
+    TABLES = 0
+    PACKETS = 1
+    DECODER = 2
+
+
+class IndexWrong(Exception):
+    """An index does not agree with what the decoder gives."""
 
 
 class _Packets(NamedTuple):
-    """What is kept of packets, in decoding order: not their data. NO_TIME where one has none."""
+    """What is kept of packets, in decoding order: not their data. NO_TIME where one has none.
+
+    hidden: gives no frame to show. lost: came damaged, or could not be decoded.
+    """
 
     pts: NDArray[np.int64]
     dts: NDArray[np.int64]
     duration: NDArray[np.int64]
     keyframe: NDArray[np.bool_]
-    discard: NDArray[np.bool_]
+    hidden: NDArray[np.bool_]
+    lost: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The packets of a video.
+    """The packets of a video, and its frames.
 
-    In decoding order: pts and dts in ticks, keyframe. In the order of showing: `shown`, the
-    ticks, and `times`, the same in seconds from the first. Where a container keeps no
-    time of showing (AVI, raw streams), `by_count`: frames come out of the decoder in that order
-    and are counted, `shown` being 0, 1, 2, … `by_tables`: no packet has been read yet.
+    In decoding order: pts and dts of packets in ticks, keyframe. In the order of showing: `times`
+    of frames in seconds from the video's first, and `shown`, by which the decoder's frames are
+    known again: their ticks, or, with `by_count`, 0, 1, 2, … as they come out of it, where ticks
+    do not tell frames apart. lost: stretches, in seconds, of damaged packets.
     """
 
     pts: NDArray[np.int64]
@@ -63,7 +94,8 @@ class Index:
     times: NDArray[np.float64]
     duration: float
     by_count: bool
-    by_tables: bool = False
+    trust: Trust
+    lost: tuple[tuple[float, float], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -78,19 +110,7 @@ class Index:
         return [int(keys[position]) if position >= 0 else 0 for position in found]
 
 
-def read_index(
-    container: InputContainer,
-    stream: VideoStream,
-    path: Path,
-    start: float | None = None,
-    end: float | None = None,
-) -> Index:
-    """The packets needed for what is shown in [start, end) seconds, or all of them."""
-    packets, whole = _packets(container, stream, path, start, end)
-    index = _in_order(container, stream, packets, path)
-    if whole:
-        _check_whole(container, stream, index.duration, path)
-    return index
+# --- what was found out already -------------------------------------------------------------
 
 
 class _Known:
@@ -101,13 +121,13 @@ class _Known:
         self.bytes = 0
         self.lock = threading.Lock()
 
-    def get(self, key: tuple[Any, ...]) -> "Index | None":
+    def get(self, key: tuple[Any, ...]) -> Index | None:
         with self.lock:
             if key in self.kept:
                 self.kept.move_to_end(key)
             return self.kept.get(key)
 
-    def keep(self, key: tuple[Any, ...], index: "Index") -> None:
+    def keep(self, key: tuple[Any, ...], index: Index) -> None:
         with self.lock:
             if key in self.kept:
                 self.bytes -= self.kept.pop(key).bytes
@@ -118,8 +138,6 @@ class _Known:
 
 
 _known = _Known()
-
-
 # A forked worker is alone in its copy, which another thread may have been holding.
 os.register_at_fork(after_in_child=lambda: setattr(_known, "lock", threading.Lock()))
 
@@ -131,29 +149,42 @@ def known_index(
     start: float | None = None,
     end: float | None = None,
     *,
-    trust_tables: bool = True,
+    trust: Trust = Trust.TABLES,
 ) -> Index:
-    """What is shown in [start, end): by an MP4's tables, or else as read_index finds it. Neither is
-    read in every epoch of a file that stays as it is."""
-
-    def read() -> Index:
-        if trust_tables and start is None and end is None:  # of a part, that part is read
-            index = _index_of_tables(container, stream, file)
-            if index is not None:
-                return index
-        return read_index(container, stream, file.path, start, end)
-
-    # To seek well, other formats have to have been read through.
-    if file.data is not None or container.format.name not in SEEKABLE:
-        return read()
+    """What is shown in [start, end), made of what `trust` says or of something surer. It is not
+    made anew in every epoch of a file that stays as it is."""
+    if file.data is not None:
+        return _read(container, stream, file, start, end, trust)
     status = os.stat(file.path)
     identity = (str(file.path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     key = (*identity, start, end)
     index = _known.get(key)
-    if index is None or (index.by_tables and not trust_tables):
-        index = read()
-        _known.keep(key, index)
+    if index is None or index.trust < trust:
+        index = _read(container, stream, file, start, end, trust)
+        # To seek well, other formats have to be read through each time.
+        if container.format.name in SEEKABLE or index.by_count or index.trust is Trust.DECODER:
+            _known.keep(key, index)
     return index
+
+
+def _read(
+    container: InputContainer,
+    stream: VideoStream,
+    file: File,
+    start: float | None,
+    end: float | None,
+    trust: Trust,
+) -> Index:
+    if trust is Trust.TABLES and start is None and end is None:  # of a part, that part is read
+        index = _index_of_tables(container, stream, file)
+        if index is not None:
+            return index
+    if trust <= Trust.PACKETS:
+        return read_index(container, stream, file, start, end)
+    return _index_by_decoding(file, end)
+
+
+# --- by tables and packets ------------------------------------------------------------------
 
 
 def _index_of_tables(container: InputContainer, stream: VideoStream, file: File) -> Index | None:
@@ -176,52 +207,182 @@ def _index_of_tables(container: InputContainer, stream: VideoStream, file: File)
     pts = dts + offsets if len(offsets) else dts
     pts = pts - pts.min() + stream.start_time
     duration = np.diff(dts, append=2 * dts[-1] - dts[max(len(dts) - 2, 0)])
-    packets = _Packets(pts, dts, duration, flags != 0, np.zeros(len(dts), np.bool_))
-    index = _in_order(container, stream, packets, file.path)
+    nothing = np.zeros(len(dts), np.bool_)
+    packets = _Packets(pts, dts, duration, flags != 0, nothing, nothing)
+    if not _tell_apart(container, stream, packets):
+        return None
+    index = _by_stamps(container, stream, packets, file.path)
     _check_whole(container, stream, index.duration, file.path)
-    return replace(index, by_tables=True)
+    return replace(index, trust=Trust.TABLES)
 
 
-def _in_order(
+def read_index(
+    container: InputContainer,
+    stream: VideoStream,
+    file: File,
+    start: float | None = None,
+    end: float | None = None,
+) -> Index:
+    """The frames shown in [start, end) seconds, or all of them, by the stamps of their packets;
+    by decoding where those leave a doubt."""
+    if _is_edited(container, stream):
+        start = end = None
+    try:
+        packets, whole = _packets(container, stream, start, end)
+    except Unseekable:
+        start = None
+        packets, whole = _packets_from_first(file, end)
+    if _tell_apart(container, stream, packets):
+        index = _by_stamps(container, stream, packets, file.path)
+    elif _starts(container, stream, packets).any() or not _one_order(packets):
+        return _index_by_decoding(file, end)
+    else:
+        if start:  # frames are counted from the first
+            packets, whole = _packets_from_first(file, end)
+        index = _by_count(stream, packets, file.path)
+    if whole:
+        _check_whole(container, stream, index.duration, file.path)
+    return index
+
+
+def _is_edited(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether an MP4's edit lists leave samples out, or show them in another order: seeking then
+    does not lead where times say."""
+    if container.format.name != MP4:
+        return False
+    entries = getattr(stream, "index_entries", None) or ()
+    return any(entry.flags & ~KEYFRAME for entry in entries)
+
+
+def _tell_apart(container: InputContainer, stream: VideoStream, packets: _Packets) -> bool:
+    """Whether packets' times of showing are such, one for each, and in the order of the frames."""
+    pts, dts = packets.pts, packets.dts
+    if container.format.name == "avi" or (pts == NO_TIME).any():
+        return False
+    if len(pts) > 1 and stream.codec_context.has_b_frames and (pts == dts).all():
+        return False  # as they come where a file keeps only times of decoding
+    visible = np.sort(pts[~packets.hidden])
+    return not (np.diff(visible) == 0).any() and not _starts(container, stream, packets).any()
+
+
+def _one_order(packets: _Packets) -> bool:
+    """Whether one of both stamps, or neither, is there for all packets."""
+    return any((stamps != NO_TIME).all() for stamps in (packets.pts, packets.dts)) or bool(
+        (packets.pts == NO_TIME).all() and (packets.dts == NO_TIME).all()
+    )
+
+
+def _starts(container: InputContainer, stream: VideoStream, packets: _Packets) -> NDArray[np.bool_]:
+    """For each packet, whether stamps start anew there: time runs backwards, or leaps ahead as no
+    player waits for."""
+    dts, known = packets.dts, packets.dts != NO_TIME
+    starts = np.zeros(len(dts), np.bool_)
+    step = np.diff(dts[known])
+    longest = math.inf
+    if container.format.name in DISCONTINUOUS:
+        longest = LONGEST_GAP / float(stream.time_base or 1)
+    starts[np.flatnonzero(known)[1:]] = (step < 0) | (step > longest)
+    return starts
+
+
+def _by_stamps(
     container: InputContainer, stream: VideoStream, packets: _Packets, path: Path
 ) -> Index:
-    if stream.time_base is None:
-        raise DecodeError(path, "no time base in it")
-    visible = packets.pts[~packets.discard]
+    """An index of packets that tell their frames apart."""
+    tick = _tick(stream, path)
+    visible = packets.pts[~packets.hidden]
     if not len(visible):
         raise DecodeError(path, "no frames in it")
+    shown = np.sort(visible)
+    # Frames that refer to what came before the first keyframe cannot be decoded.
+    if packets.keyframe.any():
+        shown = shown[shown >= packets.pts[packets.keyframe.argmax()]]
+    zero = int(shown[0]) if stream.start_time is None else stream.start_time
+    times = (shown - zero) * tick
+    last = packets.duration[~packets.hidden][visible.argmax()]
+    return _index(packets, shown, times, float(times[-1] + last * tick), False, tick, zero)
+
+
+def _by_count(stream: VideoStream, packets: _Packets, path: Path) -> Index:
+    """An index of packets that give a frame each, in an order that their stamps do not tell: the
+    n-th to be shown has the n-th of all times."""
+    tick, visible = _tick(stream, path), ~packets.hidden
+    if not visible.any():
+        raise DecodeError(path, "no frames in it")
+    stamps = packets.dts if (packets.dts != NO_TIME).all() else packets.pts
+    times, zero = _evened(np.sort(stamps[visible]), stream, tick)
+    return _index(
+        packets, np.arange(len(times)), times, times[-1] + _spacing(times, stream), True, tick, zero
+    )
+
+
+def _evened(
+    stamps: NDArray[np.int64], stream: VideoStream, tick: float
+) -> tuple[NDArray[np.float64], int]:
+    """Seconds from the first of stamps that do not fall, NO_TIME where one is missing; where one
+    is missing or repeated, times between its neighbours, or by the frame rate. And the first."""
+    highest = np.maximum.accumulate(stamps)
+    places = np.flatnonzero(highest > np.append(NO_TIME, highest[:-1]))
+    every = np.arange(len(stamps), dtype=np.float64)
+    if not len(places):
+        return every * _frame_time(stream), 0
+    times = np.interp(every, places, (stamps[places] - stamps[places[0]]) * tick)
+    times += np.minimum(every - places[0], 0) * _frame_time(stream)
+    times += np.maximum(every - places[-1], 0) * _frame_time(stream)
+    return times - times[0], int(stamps[places[0]])
+
+
+def _frame_time(stream: VideoStream) -> float:
+    return float(1 / stream.average_rate) if stream.average_rate else 0.04
+
+
+def _spacing(times: NDArray[Any], stream: VideoStream) -> float:
+    """Seconds from one frame to the next, as a rule."""
+    return float(np.median(np.diff(times))) if len(times) > 1 else _frame_time(stream)
+
+
+def _tick(stream: VideoStream, path: Path) -> float:
+    if stream.time_base is None:
+        raise DecodeError(path, "no time base in it")
+    return float(stream.time_base)
+
+
+def _index(
+    packets: _Packets,
+    shown: NDArray[np.int64],
+    times: NDArray[Any],
+    duration: float,
+    by_count: bool,
+    tick: float,
+    zero: int,
+) -> Index:
     pts = np.where(packets.pts == NO_TIME, 0, packets.pts)
-    by_count = container.format.name == "avi" or bool((visible == NO_TIME).any())
-    if by_count:
-        shown = np.arange(len(visible), dtype=np.int64)
-        frame_time = float(1 / stream.average_rate) if stream.average_rate else 0.04
-        times = shown * frame_time
-        duration = len(visible) * frame_time
-    else:
-        tick = float(stream.time_base)
-        shown = np.unique(visible)
-        # Frames that refer to what came before the first keyframe cannot be decoded.
-        if packets.keyframe.any():
-            shown = shown[shown >= pts[packets.keyframe.argmax()]]
-        zero = shown[0] if stream.start_time is None else stream.start_time
-        times = (shown - zero) * tick
-        last = packets.duration[~packets.discard][visible.argmax()]
-        duration = float(times[-1] + last * tick)
+    dts = np.where(packets.dts == NO_TIME, pts, packets.dts)
     return Index(
         pts=pts,
-        dts=np.where(packets.dts == NO_TIME, pts, packets.dts),
+        dts=dts,
         keyframe=packets.keyframe,
         shown=shown,
         times=times.astype(np.float64),
-        duration=duration,
+        duration=float(duration),
         by_count=by_count,
+        trust=Trust.PACKETS,
+        lost=_stretches((dts[packets.lost] - zero) * tick),
     )
+
+
+def _stretches(seconds: NDArray[np.float64]) -> tuple[tuple[float, float], ...]:
+    """Sorted seconds to (first, last) of what lies within a second of each other."""
+    if not len(seconds):
+        return ()
+    seconds = np.sort(seconds)
+    parts = np.split(seconds, np.flatnonzero(np.diff(seconds) > 1.0) + 1)
+    return tuple((float(part[0]), float(part[-1])) for part in parts)
 
 
 def _packets(
     container: InputContainer,
     stream: VideoStream,
-    path: Path,
     start: float | None,
     end: float | None,
 ) -> tuple[_Packets, bool]:
@@ -234,24 +395,42 @@ def _packets(
         last = math.inf if end is None else stream.start_time + end / float(stream.time_base)
     whole, found = True, []
     for packet in packets_from(container, stream, start):
-        pts, dts = packet.pts, packet.dts
+        dts = packet.dts
         if packet.size:
-            if packet.is_corrupt:
-                raise DecodeError(path, "cut off or damaged: a packet of its video is not whole")
-            found.append(
-                (
-                    NO_TIME if pts is None else pts,
-                    NO_TIME if dts is None else dts,
-                    packet.duration or 0,
-                    packet.is_keyframe,
-                    packet.is_discard,
-                )
-            )
+            found.append(_stamp(packet, stream))
         if dts is not None and dts > last:
             whole = False
             break
-    pts, dts, duration, keyframe, discard = np.array(found, np.int64).reshape(-1, 5).T
-    return _Packets(pts, dts, duration, keyframe != 0, discard != 0), whole
+    return _gathered(found), whole
+
+
+def _packets_from_first(file: File, end: float | None) -> tuple[_Packets, bool]:
+    with open_container(file) as container:
+        return _packets(container, video_stream(container, file.path), None, end)
+
+
+_Stamp = tuple[int, int, int, bool, bool, bool]
+
+
+def _stamp(packet: Packet, stream: VideoStream) -> _Stamp:
+    """A packet's part of _Packets."""
+    pts, dts = packet.pts, packet.dts
+    hidden = packet.is_discard
+    if stream.codec_context.name == "vp8":  # what is decoded but not shown says so (RFC 6386, 9.1)
+        hidden = hidden or not memoryview(packet)[0] & 0x10
+    return (
+        NO_TIME if pts is None else pts,
+        NO_TIME if dts is None else dts,
+        packet.duration or 0,
+        packet.is_keyframe,
+        hidden,
+        packet.is_corrupt,
+    )
+
+
+def _gathered(stamps: list[_Stamp]) -> _Packets:
+    pts, dts, duration, keyframe, hidden, lost = np.array(stamps, np.int64).reshape(-1, 6).T
+    return _Packets(pts, dts, duration, keyframe != 0, hidden != 0, lost != 0)
 
 
 def _check_whole(
@@ -263,9 +442,10 @@ def _check_whole(
         claimed = float(stream.duration * stream.time_base)
     elif tag := re.match(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
         claimed = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-        claimed -= (stream.start_time or 0) * float(stream.time_base or 0)
     elif container.duration is not None and len(container.streams) == 1:
         claimed = container.duration / av.time_base
+    if container.format.name in ENDS_GIVEN:
+        claimed -= float((stream.start_time or 0) * (stream.time_base or 0))
     seconds_allowed, share_allowed = MISSING_END
     if duration < claimed - max(seconds_allowed, share_allowed * claimed):
         raise DecodeError(path, f"cut off: frames end at {duration:.1f} s of {claimed:.1f} s")
@@ -281,3 +461,165 @@ def window_of(
         raise DecodeError(path, f"start {start:g} s lies after its end ({times[-1]:.2f} s)")
     stop = len(times) if end is None else int(np.searchsorted(times, end - 1e-6, side="left"))
     return slice(first, max(stop, first + 1))
+
+
+# --- by decoding ----------------------------------------------------------------------------
+
+
+class Shown(NamedTuple):
+    """A frame as it comes out of the decoder, and which packet, in decoding order, it was in.
+
+    damaged: it, or what it refers to, was.
+    """
+
+    frame: VideoFrame
+    packet: int
+    damaged: bool
+
+
+class InOrder:
+    """Every frame of a file, from its start, in the order of showing. A packet that cannot be
+    decoded is passed over, as players do; what refers to it counts as damaged."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+        self.container = container
+        self.stream = stream
+        self.error: av.FFmpegError | None = None
+        self.stopped = False
+        self.seconds = 0.0  # fed so far
+        self._stamps: list[_Stamp] = []
+        self._lost: list[int] = []  # numbers of packets
+        self._keys: list[int] = []
+        self._keys_shown: set[int] = set()
+
+    def stop(self) -> None:
+        """Feed no more packets: only what waits in the decoder follows."""
+        self.stopped = True
+
+    @property
+    def packets(self) -> _Packets:
+        """Those fed so far."""
+        return _gathered(self._stamps)
+
+    def pts(self, shown: Shown) -> int:
+        return self._stamps[shown.packet][0]
+
+    def __iter__(self) -> Iterator[Shown]:
+        for packet in self._fed():
+            number = len(self._stamps)
+            self._feed(packet, number)
+            packet.pts = number  # comes out with the frame, whatever stamps the file has
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                self._lose(number, error)
+                continue
+            yield from map(self._shown, frames)  # type: ignore[arg-type]
+        try:
+            frames = self.stream.codec_context.decode(None)
+        except av.FFmpegError as error:
+            self.error = error
+            return
+        yield from map(self._shown, frames)  # type: ignore[arg-type]
+
+    def _fed(self) -> Iterator[Packet]:
+        try:
+            for packet in demux(self.container, self.stream):
+                if self.stopped:
+                    return
+                if packet.size:  # an empty one would end the decoding
+                    yield packet
+        except av.FFmpegError as error:  # what follows cannot be found
+            self.error = error
+
+    def _feed(self, packet: Packet, number: int) -> None:
+        stamp = _stamp(packet, self.stream)
+        if packet.is_corrupt:
+            self._lost.append(number)
+        if packet.is_keyframe:
+            self._keys.append(number)
+        step = -1.0
+        if self._stamps and NO_TIME not in (stamp[1], self._stamps[-1][1]):
+            step = (stamp[1] - self._stamps[-1][1]) * float(self.stream.time_base or 0)
+        leap = step > LONGEST_GAP and self.container.format.name in DISCONTINUOUS
+        self.seconds += _frame_time(self.stream) if step < 0 or leap else step
+        self._stamps.append(stamp)
+
+    def _lose(self, number: int, error: av.FFmpegError) -> None:
+        self.error = error
+        if number not in self._lost[-1:]:
+            self._lost.append(number)
+            self._stamps[number] = (*self._stamps[number][:5], True)
+
+    def _shown(self, frame: VideoFrame) -> Shown:
+        number = len(self._stamps) - 1 if frame.pts is None else frame.pts
+        if frame.key_frame:
+            self._keys_shown.add(number)
+            if number not in self._keys[-64:]:  # of a file without flags
+                insort(self._keys, number)
+        before = bisect_right(self._keys, number) - 1
+        # What is shown before the keyframe that it follows refers to what came before that too.
+        if before > 0 and self._keys[before] not in self._keys_shown:
+            before -= 1
+        first = self._keys[before] if before >= 0 else 0
+        at = bisect_left(self._lost, first)
+        damaged = at < len(self._lost) and self._lost[at] <= number
+        return Shown(frame, number, damaged or frame.is_corrupt)
+
+
+def _index_by_decoding(file: File, end: float | None) -> Index:
+    """The frames that come out of the decoder, those shown before `end` seconds at least."""
+    with open_container(file) as container:
+        stream = video_stream(container, file.path)
+        reader, found = InOrder(container, stream), []
+        for shown in reader:
+            found.append(shown.packet)
+            if end is not None and reader.seconds > end + MARGIN:
+                reader.stop()
+        if not found:
+            reason = "no frame could be decoded"
+            error = reader.error and reader.error.strerror
+            raise DecodeError(file.path, f"{reason} ({error})" if error else reason)
+        packets, tick = reader.packets, _tick(stream, file.path)
+        numbers = np.array(found, np.int64)
+        pts, starts = packets.pts[numbers], _starts(container, stream, packets)
+        in_order = (pts != NO_TIME).all() and (np.diff(pts) > 0).all()
+        if in_order and _tell_apart(container, stream, packets):
+            zero = int(pts[0]) if stream.start_time is None else stream.start_time
+            shown_by, times = pts, (pts - zero) * tick
+        else:
+            shown_by, times = np.arange(len(numbers)), _stitched(numbers, packets, starts, stream)
+        by_count = shown_by is not pts
+        duration = float(times[-1]) + _spacing(times, stream)
+        index = _index(packets, shown_by, times, duration, by_count, tick, 0)
+        if not reader.stopped:
+            _check_whole(container, stream, duration, file.path)
+    order = np.argsort(numbers, kind="stable")
+    lost = np.interp(np.flatnonzero(packets.lost), numbers[order], times[order])
+    return replace(index, trust=Trust.DECODER, lost=_stretches(lost))
+
+
+def _stitched(
+    numbers: NDArray[np.int64],
+    packets: _Packets,
+    starts: NDArray[np.bool_],
+    stream: VideoStream,
+) -> NDArray[np.float64]:
+    """Seconds from the first of the frames of these packets, in the order of showing, where stamps
+    start anew in between, are those of decoding, or are missing."""
+    part_of = np.maximum.accumulate(np.cumsum(starts)[numbers])
+    parts, offset = [], 0.0
+    for part in np.unique(part_of):
+        mine = numbers[part_of == part]
+        pts, dts = packets.pts[mine], packets.dts[mine]
+        known = pts[pts != NO_TIME]
+        if len(known) and (np.diff(known) > 0).all():
+            stamps = pts
+        elif (dts != NO_TIME).all():
+            stamps = np.sort(dts)
+        else:
+            stamps = np.sort(pts)
+        times, _ = _evened(stamps, stream, float(stream.time_base or 0))
+        parts.append(times + offset)
+        offset = float(parts[-1][-1]) + _spacing(times, stream)
+    return np.concatenate(parts)

@@ -22,10 +22,11 @@ image counts as its text and as its caption.
 
 import hashlib
 import json
+import logging
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,14 +36,22 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from clipvip.data import workers
-from clipvip.data.annotations import Annotations, Clip, parse_record, write_annotations
+from clipvip.data.annotations import (
+    REPAIRED,
+    Annotations,
+    Clip,
+    parse_record,
+    write_annotations,
+)
 from clipvip.data.bad_files import BadFile, BadFiles, Failure
 from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Blob, DecodeError, Source
 from clipvip.data.decode import read_frames
 from clipvip.data.transcode import cut, reencode, whole
 from clipvip.data.workers import Workers
-from clipvip.files import only_run
+from clipvip.files import decode_text, json_line, only_run, shown, write_whole
 from clipvip.progress import progress
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "clipvip shards 1"
 MANIFEST = "manifest.jsonl"
@@ -120,7 +129,7 @@ def write_shards(
             crew: Workers[int, _Written] = Workers(
                 _Writer(clips, plan, out, cut, size),
                 min(_cores(num_workers), len(todo)),
-                lambda place: f"{clips[place].video} (line {clips[place].line})",
+                lambda place: f"{shown(clips[place].video)} (line {clips[place].line})",
                 done,
             )
             for number, written in crew.run(todo, ahead=1, ordered=False):
@@ -129,7 +138,7 @@ def write_shards(
                 bad.note(plan[number].tolist(), written.failures)
         bad.note((), (), final=True)
         shards = [finished[shard_name(number)] for number in range(len(plan))]
-        _replace(out / MANIFEST, "".join(json.dumps(asdict(s)) + "\n" for s in shards))
+        _write_manifest(out / MANIFEST, shards)
     return shards
 
 
@@ -167,7 +176,7 @@ def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
                     "annotations and options to go on with these"
                 )
     else:
-        _replace(path, json.dumps(settings, indent=1) + "\n")
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
     yield
 
 
@@ -184,7 +193,7 @@ def _resume(out: Path) -> dict[str, Shard]:
         except ShardError as error:
             raise ShardError(f"{error}; delete that line, and its shard is written again") from None
         finished = {s.shard: s for s in shards if _size(out / s.shard) == s.bytes}
-        _replace(path, "".join(json.dumps(asdict(s)) + "\n" for s in finished.values()))
+        _write_manifest(path, finished.values())
     return finished
 
 
@@ -195,20 +204,15 @@ def _size(path: Path) -> int:
         return -1
 
 
+def _write_manifest(path: Path, shards: Iterable[Shard]) -> None:
+    write_whole(path, (json_line(asdict(shard)) for shard in shards))
+
+
 def _append_line(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with path.open("ab") as file:
+        file.write(json_line(record))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 class _Written(NamedTuple):
@@ -318,7 +322,7 @@ class _Writer:
             },
         }
         sample = {
-            "json": json.dumps(_given(record), ensure_ascii=False).encode(),
+            "json": json_line(_given(record)),
             Path(stored.blob.name).suffix.lower().removeprefix("."): stored.blob.data,
         }
         image: Blob | None = None
@@ -371,7 +375,8 @@ def unpack(sample: dict[str, Any], url: str) -> Stored:
         source = record.get("source")
         keys = ("text", "subtitle", "caption", "start", "end")
         known = {key: record[key] for key in keys if record.get(key) not in (None, "", [])}
-        text = sample.get("txt", b"").decode().strip()
+        text, guessed = decode_text(sample.get("txt", b""))
+        text = text.strip()
         if text:
             known = {"text": text, "caption": text} | known
         line = source.get("line", 0) if isinstance(source, dict) else 0
@@ -383,8 +388,12 @@ def unpack(sample: dict[str, Any], url: str) -> Stored:
                 {**given, **{k: known[k] for k in keys[:3] if k in known}}, Path()
             )
             origin = replace(origin, line=line)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DecodeError(name, f"its text or JSON: {error}") from error
+    if clip.repaired:
+        _warn_first(name, REPAIRED)
+    if guessed:
+        _warn_first(name, "its text is not UTF-8; read as Windows-1252")
     media = {key: f".{key.rpartition('.')[2]}" for key in sample}
     videos = [key for key, suffix in media.items() if "." not in key and suffix in MEDIA]
     images = [key for key, suffix in media.items() if key.startswith("image.") and suffix in MEDIA]
@@ -392,6 +401,16 @@ def unpack(sample: dict[str, Any], url: str) -> Stored:
         raise DecodeError(name, f"expected one video or image, got {', '.join(videos) or 'none'}")
     blobs = [Blob(f"{name}.{key}", sample[key]) for key in videos + images[:1]]
     return Stored(clip, blobs[0], blobs[1] if images else None, origin)
+
+
+_warned: set[str] = set()
+
+
+def _warn_first(name: str, fault: str) -> None:
+    """Name the first clip with a fault that this process meets: there may be millions."""
+    if fault not in _warned:
+        _warned.add(fault)
+        logger.warning("%s: %s; further clips like it are not named", shown(name), fault)
 
 
 def load_manifest(source: str) -> list[tuple[str, Shard]]:
@@ -499,7 +518,7 @@ def verify_files(
         crew: Workers[range, list[Failure]] = Workers(
             _FileVerifier(clips),
             min(_cores(num_workers), len(clips)),
-            lambda place: f"{clips[place].video} (line {clips[place].line})",
+            lambda place: f"{shown(clips[place].video)} (line {clips[place].line})",
             done,
         )
         tasks = (range(i, min(i + 16, len(clips))) for i in range(0, len(clips), 16))
@@ -579,9 +598,8 @@ def verify_shards(
     else:
         _write_in_order(clean, sources(), lines, source)
     if manifest is not None:
-        manifest.parent.mkdir(parents=True, exist_ok=True)
         named = [replace(record, shard=_name_in(manifest, record.shard)) for record in records]
-        _replace(manifest, "".join(json.dumps(asdict(record)) + "\n" for record in named))
+        _write_manifest(manifest, named)
     return Verified(clips, bad)
 
 

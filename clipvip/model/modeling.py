@@ -10,15 +10,19 @@ Parameters have the names of transformers' CLIPModel, and beside them
 `vision_model.embeddings.temporal_embedding` [1, num_frames, C].
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextModel, PretrainedConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPTextModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import (
@@ -30,10 +34,12 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils import ModelOutput, logging
 
+from clipvip.files import shown
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.lean import bare, norm_linear, residual_linear, residual_mlp
+from clipvip.model.sources import found, is_plain_clip, read_config
 from clipvip.ops import proxy_attention
 
 logger = logging.get_logger(__name__)
@@ -41,15 +47,6 @@ logger = logging.get_logger(__name__)
 ADDED_TO_CLIP = (
     "vision_model.embeddings.added_cls",
     "vision_model.embeddings.temporal_embedding",
-)
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
 )
 
 
@@ -217,6 +214,14 @@ class CLIPViPAttention(CLIPAttention):
     def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
         super().__init__(config)
         self.patches_per_frame = patches_per_frame
+        native = self.head_dim % 16 == 0 and self.head_dim <= 128
+        if config.attention_backend == "native" and not native:
+            raise ValueError(
+                f"vision_config has heads of {self.head_dim} (hidden_size {config.hidden_size} / "
+                f"num_attention_heads {config.num_attention_heads}); the compiled attention takes "
+                'multiples of 16 up to 128: set attention_backend="reference", plain PyTorch that '
+                "takes any, in from_pretrained or in the vision_config of its config.json"
+            )
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, norm: nn.LayerNorm, frame_offsets: Tensor
@@ -266,6 +271,29 @@ class CLIPViPEncoder(nn.Module):
         return hidden_states
 
 
+class _DrawnAlike(TorchDispatchMode):
+    """Within it normal_ gives the same numbers at each entry, and leaves the global generators
+    alone. They are drawn in double precision on the CPU, so that rounding hides what differs
+    between processors; a tensor's dtype and device do not matter either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.ops.aten.normal_.default:
+            return func(*args, **(kwargs or {}))
+
+        def draw(tensor: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+            shape, generator = tensor.shape, self.generator
+            numbers = torch.randn(shape, generator=generator, dtype=torch.double, device="cpu")
+            return tensor.copy_((numbers * std + mean).float())
+
+        return draw(*args, **(kwargs or {}))
+
+
 class CLIPViPPreTrainedModel(CLIPPreTrainedModel):
     """What the vision tower and the whole model share: initialisation and transformers' flags."""
 
@@ -277,10 +305,11 @@ class CLIPViPPreTrainedModel(CLIPPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$"]  # noqa: RUF012
     _can_record_outputs = {}  # noqa: RUF012
 
-    def _initialize_weights(self, module: nn.Module, *custom_code: bool) -> None:
+    @classmethod
+    def is_custom_code(cls) -> bool:
         # transformers leaves out modules of custom code whose own parameters are all set, and
         # so those that have none, such as attention, where CLIP sets its children's weights.
-        super()._initialize_weights(module, False)
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -366,39 +395,27 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
             initialisation; otherwise they are a ValueError that lists them.
         Any of VIDEO_OPTIONS (num_proxies=…, attention_backend=…) overrides the configuration;
         the rest is transformers' `from_pretrained`.
+
+        What a checkpoint lacks is drawn from a fixed seed: the same files give the same model.
+        Raises FileNotFoundError where there is no such folder, file or name on the hub.
         """
         source = pretrained_model_name_or_path
-        added: frozenset[str] = frozenset()
-        if source is None:
-            location = None
-        elif os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES:
-            location = None
-            kwargs["state_dict"] = read_authors_checkpoint(source)
-            if kwargs.get("config") is None:
-                options = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
-                kwargs["config"] = infer_config(kwargs["state_dict"], source, **options)
-        else:
-            location = source
-            hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-            if PretrainedConfig.get_config_dict(source, **hub)[0].get("model_type") != "clipvip":
-                added = frozenset(ADDED_TO_CLIP)
-        loaded: Any = super().from_pretrained(
-            location,
-            *model_args,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **kwargs,
-        )
+        subfolder = kwargs.get("subfolder") or ""
+        with contextlib.nullcontext() if source is None else found("the model", source, subfolder):
+            location, kwargs, added = _resolved(source, kwargs)
+            with _DrawnAlike(), _table_of_keys(logged=not strict or ignore_mismatched_sizes):
+                loaded: Any = super().from_pretrained(
+                    location,
+                    *model_args,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **kwargs,
+                )
         model, info = loaded
         model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
         _check_fit(source, info, added, strict, ignore_mismatched_sizes)
         if added:
-            video = model.config.vision_config
-            logger.warning(
-                f"{source} is a CLIP checkpoint: added {video.num_proxies - 1} video proxies "
-                f"(proxy_init={video.proxy_init!r}) and a temporal embedding of "
-                f"{video.num_frames} frames, zero at the start"
-            )
+            logger.warning(f"{shown(source)} is a CLIP checkpoint: {_addition(model.config)}")
         return (model, info) if output_loading_info else model
 
     def get_video_features(
@@ -467,6 +484,50 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
             video_embeds=video,
             text_embeds=text,
         )
+
+
+def _resolved(
+    source: str | os.PathLike | None, options: dict[str, Any]
+) -> tuple[str | os.PathLike | None, dict[str, Any], frozenset[str]]:
+    """How transformers' `from_pretrained` is to be called for a source: its location and options,
+    and the names of the weights that the source lacks and may lack."""
+    if source is None:
+        return None, options, frozenset()
+    if os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES:
+        options = {**options, "state_dict": read_authors_checkpoint(source)}
+        if options.get("config") is None:
+            video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
+            options["config"] = infer_config(options["state_dict"], source, **video)
+        return None, options, frozenset()
+    plain = is_plain_clip(read_config(source, options))
+    return source, options, frozenset(ADDED_TO_CLIP if plain else ())
+
+
+@contextlib.contextmanager
+def _table_of_keys(*, logged: bool) -> Iterator[None]:
+    """Around a load: whether transformers logs its table of keys that do not fit. It would repeat
+    what an error lists, and name the weights that plain CLIP lacks as if they were a fault."""
+
+    def wanted(record: LogRecord) -> bool:
+        return logged or "LOAD REPORT" not in record.getMessage()
+
+    source = getLogger("transformers.modeling_utils")
+    source.addFilter(wanted)
+    try:
+        yield
+    finally:
+        source.removeFilter(wanted)
+
+
+def _addition(config: CLIPViPConfig) -> str:
+    """What makes a video model of plain CLIP, for the log."""
+    video = config.vision_config
+    if video.frame_pooling == "mean" and video.num_proxies == 1:
+        return "a video's feature is the mean of its frames' (frame_pooling='mean')"
+    return (
+        f"added {video.num_proxies - 1} video proxies (proxy_init={video.proxy_init!r}) and a "
+        f"temporal embedding of {video.num_frames} frames, zero at the start"
+    )
 
 
 def _check_fit(

@@ -2,10 +2,8 @@
 
 import json
 import os
-import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,12 @@ from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.processing import CLIPViPProcessor
+from clipvip.model.sources import found
+from clipvip.ops import proxy_attention
 from clipvip.training import checkpoint, parallel, ranks
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.evaluate import Reading, with_texts_read
 from clipvip.training.optimization import freeze
-
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -150,6 +148,8 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
     source = config.model.name if resumed is None else str(resumed / "model")
     if source is not None:
         with _given("model.name", source):
+            if not Path(source).is_file():  # the authors' heads are of 64
+                _check_heads("model.name", CLIPViPConfig.from_pretrained(source), config.backend)
             model = CLIPViPModel.from_pretrained(
                 source, attention_backend=config.backend, dtype=torch.float32
             )
@@ -181,7 +181,9 @@ def model_config(config: TrainConfig) -> CLIPViPConfig:
     with _given("model.name", name):
         if Path(name).suffix in AUTHORS_SUFFIXES:
             return infer_config(read_authors_checkpoint(name), name)
-        return CLIPViPConfig.from_pretrained(name)
+        shapes = CLIPViPConfig.from_pretrained(name)
+    _check_heads("model.name", shapes, config.backend)
+    return shapes
 
 
 def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
@@ -189,30 +191,10 @@ def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(str(config.model.tokenizer))
 
 
-@contextmanager
-def _given(key: str, value: str) -> Iterator[None]:
-    """Around a load of `value`: ConfigError, which names the key, where there is no such thing.
-    transformers takes what is no folder for a name on the hub, and speaks of that alone."""
-    kind = "model" if key == "model.name" else "tokenizer"
-    wanted = f"expected the folder of a {kind}" + ", an authors' .pt file" * (kind == "model")
-    wanted += " or a name on the Hugging Face hub such as openai/clip-vit-base-patch32"
-    path = Path(value)
-    if not value.strip():
-        raise ConfigError(f"{key} is empty; {wanted}")
-    named = _HUB_NAME.fullmatch(value) and path.suffix not in AUTHORS_SUFFIXES
-    if not path.exists() and not named:
-        raise ConfigError(f"{key} is {value!r}, which does not exist; {wanted}")
-    if path.is_dir() and kind == "model" and not (path / "config.json").is_file():
-        raise ConfigError(f"{key} is {value!r}, a folder without config.json; {wanted}")
-    try:
-        yield
-    except OSError as error:
-        if path.exists():
-            raise
-        raise ConfigError(
-            f"{key} is {value!r}, which does not exist here, nor could it be had from the hub "
-            f"(it is not there, or this machine is offline); {wanted}"
-        ) from error
+def _given(key: str, value: str) -> AbstractContextManager[None]:
+    """Around a load of `value`: ConfigError, which names the key, where there is no such thing."""
+    kind: Any = "tokenizer" if key == "model.tokenizer" else "model"
+    return found(key, value, kind=kind, error=ConfigError)
 
 
 def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:
@@ -236,9 +218,26 @@ def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:
         "attention_backend": config.backend,
     }
     try:
-        return CLIPViPConfig(**given)
+        shapes = CLIPViPConfig(**given)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.config: {error}") from None
+    _check_heads("model.config", shapes, config.backend)
+    return shapes
+
+
+def _check_heads(key: str, shapes: CLIPViPConfig, backend: str) -> None:
+    """ConfigError where the video tower's attention cannot run with this backend."""
+    width, heads = shapes.vision_config.hidden_size, shapes.vision_config.num_attention_heads
+    proxy = torch.zeros(1, 3, 1, width // heads)
+    try:  # the op knows which sizes it takes
+        proxy_attention(proxy, torch.zeros(2, dtype=torch.int32), 1, 1, backend=backend)
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+        raise ConfigError(
+            f"{key}: vision_config has heads of {width // heads} (hidden_size {width} / "
+            f"num_attention_heads {heads}), which the compiled attention does not take ({reason}); "
+            "give backend=reference, which takes any, or other shapes"
+        ) from None
 
 
 def _new_model(config: TrainConfig) -> tuple[CLIPViPModel, CLIPViPProcessor]:

@@ -1,3 +1,6 @@
+import json
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +8,7 @@ from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.modeling import temporal_positions
+from clipvip.ops import proxy_attention
 
 LENGTHS = [3, 0, 1, 12, 5]
 
@@ -273,6 +277,89 @@ def test_proxies_start_as_asked(clip_folder):
     assert 0.8 < authors.added_cls.std() < 1.2
 
 
+def drawn(source, seed, **options):
+    """A model's weights, loaded under a seed that loading must neither heed nor disturb."""
+    torch.manual_seed(seed)
+    before = torch.get_rng_state()
+    model = CLIPViPModel.from_pretrained(source, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("proxy_init", ["class_token", "normal"])
+def test_proxies_added_to_clip_are_the_same_at_each_load(clip_folder, proxy_init):
+    first, again = (drawn(clip_folder, seed, proxy_init=proxy_init) for seed in (0, 1))
+    assert all(torch.equal(again[name], weight) for name, weight in first.items())
+    half = drawn(clip_folder, 2, proxy_init=proxy_init, dtype=torch.bfloat16)
+    name = "vision_model.embeddings.added_cls"
+    assert half[name].dtype == torch.bfloat16
+    torch.testing.assert_close(half[name].float(), first[name], atol=1e-3, rtol=2**-7)
+
+
+def test_all_that_a_checkpoint_lacks_is_the_same_at_each_load(make_model, tmp_path):
+    model = make_model()
+    weights = {"logit_scale": model.logit_scale, "visual_projection.weight": torch.zeros(7, 7)}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    options = {"strict": False, "ignore_mismatched_sizes": True}
+    first, again = (drawn(tmp_path, seed, **options) for seed in (0, 1))
+    new = CLIPViPModel(model.config).state_dict()
+    for name, weight in first.items():
+        assert torch.equal(again[name], weight), name
+        if weight.numel() > 500:
+            torch.testing.assert_close(weight.std(), new[name].std(), rtol=0.15, atol=0)
+            assert not torch.equal(weight, new[name]) or weight.std() == 0, name
+
+
+def test_new_models_heed_the_global_seed(tower_configs):
+    def projection(seed):
+        torch.manual_seed(seed)
+        return CLIPViPModel(CLIPViPConfig(**tower_configs)).text_projection.weight
+
+    assert torch.equal(projection(0), projection(0))
+    assert not torch.equal(projection(0), projection(1))
+
+
+def with_heads_of(head_dim, tower_configs):
+    """Tower configs whose vision tower has two heads of head_dim."""
+    return {
+        **tower_configs,
+        "vision_config": {**tower_configs["vision_config"], "hidden_size": 2 * head_dim},
+    }
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 72, 80, 88, 104, 128, 136, 144])
+def test_heads_that_the_kernels_refuse_are_refused_at_once(tower_configs, head_dim):
+    qkv = torch.zeros(5, 3, 2, head_dim)
+    try:
+        proxy_attention(qkv, offsets([1]), 1, 4)
+    except ValueError:
+        with pytest.raises(ValueError, match=f'heads of {head_dim}.*attention_backend="reference"'):
+            CLIPViPModel(CLIPViPConfig(**with_heads_of(head_dim, tower_configs)))
+    else:
+        CLIPViPModel(CLIPViPConfig(**with_heads_of(head_dim, tower_configs)))
+
+
+@torch.no_grad()
+def test_a_clip_with_other_heads_loads_with_the_reference(tower_configs, texts, tmp_path):
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(**with_heads_of(72, tower_configs))).eval()
+    clip.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vision_config has heads of 72"):
+        CLIPViPModel.from_pretrained(tmp_path)
+    options = {"num_proxies": 1, "attention_backend": "reference"}
+    pixels = frames(3)
+    expected = clip.get_image_features(pixels).pooler_output
+    model = CLIPViPModel.from_pretrained(tmp_path, **options)
+    torch.testing.assert_close(model.get_video_features(pixels[:, None]), expected)
+    assert model(pixel_values=pixels[:, None], return_loss=True, **texts).loss.isfinite()
+
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["vision_config"] |= options
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    model = CLIPViPModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(model.get_video_features(pixels[:, None]), expected)
+
+
 def test_a_new_model_starts_as_clip_does(tower_configs):
     torch.manual_seed(0)
     new, clip = CLIPViPModel(CLIPViPConfig(**tower_configs)), CLIPModel(CLIPConfig(**tower_configs))
@@ -321,3 +408,21 @@ def test_loss_needs_a_text_for_each_video(make_model, texts):
 def test_wrong_options_are_explained(tower_configs, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         CLIPViPConfig(**tower_configs, **options)
+
+
+def test_only_keys_that_may_miss_are_logged_as_a_table(clip_folder, make_model, tmp_path, caplog):
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        CLIPViPModel.from_pretrained(clip_folder)
+        assert "MISSING" not in caplog.text
+        model = make_model()
+        weights = {"logit_scale": model.logit_scale}
+        model.save_pretrained(tmp_path, state_dict=weights)
+        with pytest.raises(ValueError, match="missing: "):
+            CLIPViPModel.from_pretrained(tmp_path)
+        assert "MISSING" not in caplog.text
+        CLIPViPModel.from_pretrained(tmp_path, strict=False)
+        assert "MISSING" in caplog.text
+    finally:
+        library.removeHandler(caplog.handler)

@@ -5,7 +5,7 @@ they are the same for any number of workers and after a resume. All ranks share 
 a global batch is batch_size · world_size clips, of which rank r takes the r-th part.
 
 A file that cannot be read is logged once, listed in `bad_files` and appended to
-bad_files.jsonl. In training another clip, drawn by the seed, takes its place. In evaluation
+bad_files.jsonl, where one that is damaged but could be used is listed too. In training another clip, drawn by the seed, takes its place. In evaluation
 nothing takes its place: the clip is left out of its batch (clip_index says which are there; a
 batch of which nothing is left is not given). Either way, more than max_bad_share of the
 distinct clips tried stops the run. A process that dies is replaced and its batches are made
@@ -35,7 +35,7 @@ from clipvip.data.annotations import Clip
 from clipvip.data.bad_files import BadFile, BadFiles, Failure, LoaderError
 from clipvip.data.container import DecodeError, Source, is_image
 from clipvip.data.dali import DaliDecoder, Encoded, Engine, Refused, encode, start_engine
-from clipvip.data.decode import open_clip, read_frames
+from clipvip.data.decode import OpenClip, open_clip, read_frames
 from clipvip.data.sampling import check_sampling
 from clipvip.data.workers import Workers
 
@@ -189,7 +189,7 @@ class ClipLoader:
         for _, made in self._workers.run(self._order, worker_of=self._order.lane):
             batch, report = made if self._finish is None else self._finish(made)
             self._count(report.decoders)
-            self._bad.note(report.tried, report.failures)
+            self._bad.note(report.tried, report.failures, report.damaged)
             if report.gave_up:
                 self._bad.stop()
             if batch is not None:
@@ -320,6 +320,7 @@ class Sample:
     decoder: str = "PyAV"
     tried: list[int] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    damaged: list[BadFile] = field(default_factory=list)
 
     def failed(self, path: str, reason: str, line: int) -> None:
         self.failures.append(Failure(self.place, BadFile(path, reason, line)))
@@ -330,6 +331,7 @@ class Report(NamedTuple):
 
     tried: list[int]
     failures: list[Failure]
+    damaged: list[BadFile]
     decoders: list[str]
     gave_up: bool
 
@@ -386,18 +388,25 @@ class Reading:
             "generator": generator if self.training else None,
             "with_middle": sample.middle,
         }
-        if self.engine is None or is_image(video):
+        if is_image(video):
             sample.frames = read_frames(video, self.num_frames, size=self.size, **settings)
             sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
             return
         with open_clip(video, self.num_frames, **settings) as opened:
+            self._decode(opened, sample)
+            if opened.damage is not None:
+                sample.damaged.append(BadFile(str(opened.path), opened.damage, clip.line))
+
+    def _decode(self, opened: OpenClip, sample: Sample) -> None:
+        if self.engine is not None:
             try:
                 sample.frames, sample.decoder = encode(opened, self.engine), "DALI"
+                return
             except DecodeError as error:
                 refused = isinstance(error, Refused)
                 reason = error.reason if refused else "packets cannot be cut out"
                 sample.decoder = f"PyAV ({reason})"
-                sample.frames = opened.decode(self.size)
+        sample.frames = opened.decode(self.size)
 
 
 class FileBatches:
@@ -567,6 +576,7 @@ class Collate:
         report = Report(
             [place for sample in samples for place in sample.tried],
             [failure for sample in samples for failure in sample.failures],
+            [file for sample in samples for file in sample.damaged],
             [sample.decoder for sample in read],
             any(len(sample.failures) == TRIES for sample in samples),
         )

@@ -435,6 +435,31 @@ def test_a_model_that_is_not_there_is_told_in_one_line(
     assert "such as openai/clip-vit-base-patch32" in said
 
 
+@pytest.mark.parametrize("size", [20, 72, 88, 104, 144])
+def test_heads_that_the_kernels_do_not_take_are_refused_at_the_start(
+    make_config, world, tmp_path, capsys, size
+):
+    """Of a new model and of a checkpoint, in a run and in a dry one, but with the reference."""
+    from clipvip.training.__main__ import main
+
+    new = [f"model.config.vision_config.hidden_size={2 * size}", "max_steps=1"]
+    new += ["model.config.vision_config.num_attention_heads=2"]
+    assert train(make_config(*new, "backend=reference"))["step"] == 1
+    named = [f"model.name={tmp_path / 'run' / 'last'}", "model.config=null"]
+    native = ["backend=native", f"out={tmp_path / 'native'}"]
+    refused = f"has heads of {size} (hidden_size {2 * size} / num_attention_heads 2), which the"
+    for key, given in (("model.config", new), ("model.name", named)):
+        for flags in ([], ["--dry-run"]):
+            with pytest.raises(SystemExit) as caught:
+                main([str(make_config.path), *given, *native, *flags])
+            said = capsys.readouterr().err
+            assert caught.value.code == 1 and said.count("\n") == 1
+            assert said.startswith(f"clipvip: error: {key}: vision_config {refused}")
+            assert (
+                "expected a multiple of 16 up to 128" in said and "give backend=reference" in said
+            )
+
+
 def environment():
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])

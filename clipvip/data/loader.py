@@ -5,11 +5,11 @@ they are the same for any number of workers and after a resume. All ranks share 
 a global batch is batch_size · world_size clips, of which rank r takes the r-th part.
 
 A file that cannot be read is logged once, listed in `bad_files` and appended to
-bad_files.jsonl, where one that is damaged but could be used is listed too. In training another clip, drawn by the seed, takes its place. In evaluation
-nothing takes its place: the clip is left out of its batch (clip_index says which are there; a
-batch of which nothing is left is not given). Either way, more than max_bad_share of the
-distinct clips tried stops the run. A process that dies is replaced and its batches are made
-again; a clip that two processes died of counts as unreadable.
+bad_files.jsonl, where one that is damaged but could be used is listed too. In training another
+clip, drawn by the seed, takes its place. In evaluation nothing takes its place: the clip is left
+out of its batch (clip_index says which are there; a batch of which nothing is left is not given).
+Either way, more than max_bad_share of the distinct clips tried stops the run. A process that dies
+is replaced and its batches are made again; a clip that two processes died of counts as unreadable.
 
 With DALI (see clipvip.data.dali) the processes pass on encoded frames, and the main process has a
 batch decoded while the last is in use. What DALI turns out not to decode is read again by PyAV, as

@@ -18,7 +18,7 @@ from PIL import Image
 from clipvip.data import loader as loading
 from clipvip.data import workers
 from clipvip.data.annotations import Clip
-from clipvip.data.decode import read_frames
+from clipvip.data.decode import open_clip
 from clipvip.data.loader import Batch, ClipLoader, LoaderError, build_loader, tokenize
 from clipvip.data.workers import WorkerError
 
@@ -104,7 +104,7 @@ def test_skipping_gives_what_would_have_followed(workers: int, load: Load, monke
     if not workers:
         decoded: list[Path] = []
         monkeypatch.setattr(
-            loading, "read_frames", lambda *a, **k: decoded.append(a[0]) or read_frames(*a, **k)
+            loading, "open_clip", lambda *a, **k: decoded.append(a[0]) or open_clip(*a, **k)
         )
     loader.skip(3)
     assert equal(list(loader), whole[3:])
@@ -323,14 +323,14 @@ def test_nothing_readable_is_an_error_not_a_search_without_end(
 def dying(
     clip: Clip, times: Path, deaths: int, sent: int = signal.SIGKILL
 ) -> Callable[..., torch.Tensor]:
-    """read_frames that takes its process with it the first `deaths` times it sees the clip."""
+    """open_clip that takes its process with it the first `deaths` times it sees the clip."""
 
     def read(path: Path, *given: Any, **options: Any) -> torch.Tensor:
         if options["start"] == clip.start and times.stat().st_size < deaths:
             with times.open("a") as file:
                 file.write("x")
             os.kill(os.getpid(), sent)
-        return read_frames(path, *given, **options)
+        return open_clip(path, *given, **options)
 
     return read
 
@@ -341,7 +341,7 @@ def test_a_dead_worker_is_named_and_replaced(
 ) -> None:
     whole = list(load())
     (tmp_path / "times").touch()
-    monkeypatch.setattr(loading, "read_frames", dying(clips[6], tmp_path / "times", deaths))
+    monkeypatch.setattr(loading, "open_clip", dying(clips[6], tmp_path / "times", deaths))
     loader = load(num_workers=2)
     with caplog.at_level(logging.WARNING):
         batches = list(loader)
@@ -361,7 +361,7 @@ def test_sigterm_to_workers_says_nothing_of_the_clips_they_read(
     whole = list(load())
     (tmp_path / "times").touch()
     read = dying(clips[6], tmp_path / "times", workers.DEATHS_IN_A_ROW + 1, signal.SIGTERM)
-    monkeypatch.setattr(loading, "read_frames", read)
+    monkeypatch.setattr(loading, "open_clip", read)
     loader = load(num_workers=1)
     assert equal(list(loader), whole) and not loader.bad_files
 
@@ -370,7 +370,7 @@ def test_workers_that_always_die_stop_the_run(load: Load, monkeypatch) -> None:
     def die(path: Path, *given: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(loading, "read_frames", die)
+    monkeypatch.setattr(loading, "open_clip", die)
     with pytest.raises(WorkerError, match=r"11th to die .* memory ran out"):
         list(load(num_workers=1))
 
@@ -383,9 +383,9 @@ def test_a_stuck_worker_is_replaced(load: Load, clips, tmp_path, monkeypatch, ca
         if options["start"] == clips[6].start and not (tmp_path / "times").stat().st_size:
             (tmp_path / "times").write_text("x")
             time.sleep(60)
-        return read_frames(path, *given, **options)
+        return open_clip(path, *given, **options)
 
-    monkeypatch.setattr(loading, "read_frames", stick)
+    monkeypatch.setattr(loading, "open_clip", stick)
     monkeypatch.setattr(workers, "TIMEOUT", 3.0)
     assert equal(list(load(num_workers=2)), whole)
     assert any("said nothing for 3 s" in text for text in caplog.messages)
@@ -395,7 +395,7 @@ def test_an_error_in_a_worker_is_raised_with_its_traceback(load: Load, monkeypat
     def fail(path: Path, *given: Any, **options: Any) -> None:
         raise KeyError("of the worker's own")
 
-    monkeypatch.setattr(loading, "read_frames", fail)
+    monkeypatch.setattr(loading, "open_clip", fail)
     with pytest.raises(KeyError, match="of the worker's own") as caught:
         list(load(num_workers=1))
     assert "in fail" in str(caught.value.__cause__)
@@ -411,7 +411,7 @@ def test_batches_in_page_locked_memory_are_the_same(
     assert equal(list(load(num_workers=2)), whole)
     assert len(pinned) == sum(map(len, whole))
     (tmp_path / "times").touch()  # a worker is replaced from within the thread, too
-    monkeypatch.setattr(loading, "read_frames", dying(clips[6], tmp_path / "times", 1))
+    monkeypatch.setattr(loading, "open_clip", dying(clips[6], tmp_path / "times", 1))
     loader = load(num_workers=2)
     for batch in loader:
         assert batch

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,22 @@ def places(batches: Any) -> list[int]:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of nothing: where only the order matters."""
 
-    def read(video: Any, count: int, *, with_middle: bool = False, **options: Any) -> torch.Tensor:
-        return torch.zeros(count + with_middle, 3, 16, 16, dtype=torch.uint8)
+    class Nothing:
+        damage = None
 
-    monkeypatch.setattr(loading, "read_frames", read)
+        def __init__(self, frames: int) -> None:
+            self.frames = frames
+
+        def decode(self, size: int, **options: Any) -> torch.Tensor:
+            return torch.zeros(self.frames, 3, size, size, dtype=torch.uint8)
+
+    @contextmanager
+    def opened(
+        video: Any, count: int, *, with_middle: bool = False, **options: Any
+    ) -> Iterator[Nothing]:
+        yield Nothing(count + with_middle)
+
+    monkeypatch.setattr(loading, "open_clip", opened)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(load: Load) -> None:

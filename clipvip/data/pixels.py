@@ -1,9 +1,12 @@
-"""Pixels: decoded frames and images to RGB squares, upright and in their right colours."""
+"""Pixels: decoded frames and images to RGB squares, upright and in their right colours.
+
+An image file is one frame: of an animated one (WebP, PNG) the first. A GIF is a video.
+"""
 
 import functools
 import re
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -16,7 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data.container import PYAV, File
-from clipvip.ops.resize_crop import Colours, resize_crop, resized
+from clipvip.ops.resize_crop import UPRIGHT, Colours, Turn, resize_crop, resize_frames
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 CENTRED_CHROMA = frozenset(  # codecs that put chroma between the columns that share it
     {"flv", "h261", "h263", "h263p", "mjpeg", "mpeg1video", "theora", "vp3", "vp4"}
@@ -34,70 +40,53 @@ class Converter:
 
     def convert(self, frame: VideoFrame, out: NDArray[np.uint8]) -> None:
         """Writes the frame as it is to be shown into out [3, size, size]."""
-        swapped, mirrored_x, mirrored_y = orientation(frame)
-        turned = swapped or mirrored_x or mirrored_y
-        yuv = planes_of(frame, self.chroma_left)
-        if yuv is None:
-            square = self._by_swscale(frame)
-        else:
-            planes, colours = yuv
-            square = resize_crop(planes, self.size, colours, None if turned else out)
-            if not turned:
-                return
-        if swapped:
-            square = square.transpose(0, 2, 1)
-        out[:] = square[:, :: -1 if mirrored_y else 1, :: -1 if mirrored_x else 1]
+        planes, colours = planes_of(frame, self.chroma_left) or self._by_swscale(frame)
+        turn = orientation(frame)
+        resize_crop(planes, self.size, colours, out, resize=self.resize, turn=turn)
 
-    def _by_swscale(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        height, width = resized(frame.height, frame.width, self.size)
-        top, left = (height - self.size) // 2, (width - self.size) // 2
-        # To packed RGB swscale gives two columns one chroma; but where nothing is to be resized, it
-        # leaves last columns of planar RGB unwritten.
-        packed = (height, width) == (frame.height, frame.width)
-        whole = self.reformatter.reformat(
-            frame,
-            width,
-            height,
-            "rgb24" if packed else "gbrp",
-            interpolation=Interpolation.BICUBIC,
-            **ONE_THREAD,
+    def _by_swscale(self, frame: VideoFrame) -> tuple[list[NDArray[Any]], Colours]:
+        """Red, green and blue of a format that resize_crop does not take."""
+        packed = self.reformatter.reformat(
+            frame, format="rgb24", interpolation=Interpolation.BICUBIC, **ONE_THREAD
         )
-        rows = [_rows(plane, np.uint8)[top : top + self.size] for plane in whole.planes]
-        if packed:
-            return np.stack([rows[0][:, 3 * left + c :: 3][:, : self.size] for c in range(3)])
-        green, blue, red = (plane[:, left : left + self.size] for plane in rows)
-        return np.stack([red, green, blue])
+        rows = _rows(packed.planes[0], np.uint8)[:, : 3 * packed.width]
+        return [np.ascontiguousarray(rows[:, c::3]) for c in range(3)], Colours("rgb")
 
 
-_PLANAR_YUV = re.compile(r"yuv(j?)4(?:20|22|44)p(?:(9|10|12|14|16)le)?")
+# The alpha of a format that has it is not looked at, as in images.
+_PLANAR_YUV = re.compile(r"yuv([aj]?)4(?:20|22|44)p(?:(9|10|12|14|16)le)?")
+_PLANAR_RGB = re.compile(r"gbra?p(?:(9|10|12|14|16)le)?")
 
 
 # By their numbers in H.273, table 4. BT.601 where a file does not say; of BT.2020's two forms the
 # one of constant luminance is treated as the other.
 MATRIX_NAMES = dict.fromkeys((0, 2, 3, 5, 6), "bt601")
-
-
 MATRIX_NAMES |= {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 
 
 @functools.lru_cache(maxsize=64)
 def _colours(name: str, matrix: int, full_range: bool, chroma_left: bool) -> Colours | None:
-    form = _PLANAR_YUV.fullmatch(name)
-    if form is None or matrix not in MATRIX_NAMES:
+    if rgb := _PLANAR_RGB.fullmatch(name):
+        return Colours("rgb", bits=int(rgb[1] or 8))
+    yuv = _PLANAR_YUV.fullmatch(name)
+    if yuv is None or matrix not in MATRIX_NAMES:
         return None
-    full_range = full_range or form[1] == "j"
-    return Colours(MATRIX_NAMES[matrix], full_range, int(form[2] or 8), chroma_left)
+    full_range = full_range or yuv[1] == "j"
+    return Colours(MATRIX_NAMES[matrix], full_range, int(yuv[2] or 8), chroma_left)
 
 
 def planes_of(frame: VideoFrame, chroma_left: bool) -> tuple[list[NDArray[Any]], Colours] | None:
     """The frame's planes and what they mean; None where resize_crop does not take its format."""
     full_range = frame.color_range == ColorRange.JPEG
     colours = _colours(frame.format.name, int(frame.colorspace), full_range, chroma_left)
-    planes = frame.planes
+    planes = frame.planes[:3]
     if colours is None or any(plane.line_size < 0 for plane in planes):  # rows from the last on
         return None
     dtype = np.uint8 if colours.bits == 8 else np.uint16
-    return [_rows(plane, dtype)[:, : plane.width] for plane in planes], colours
+    pixels = [_rows(plane, dtype)[:, : plane.width] for plane in planes]
+    if colours.matrix == "rgb":  # stored as green, blue, red
+        pixels = [pixels[2], *pixels[:2]]
+    return pixels, colours
 
 
 def _rows(plane: VideoPlane, dtype: type) -> NDArray[Any]:
@@ -105,11 +94,11 @@ def _rows(plane: VideoPlane, dtype: type) -> NDArray[Any]:
     return np.frombuffer(memoryview(plane), dtype).reshape(plane.height, -1)
 
 
-def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """(axes swapped, then mirrored left-right, then mirrored top-bottom), of the display matrix."""
+def orientation(frame: VideoFrame) -> Turn:
+    """How the frame is turned to be shown, by its display matrix."""
     data = _display_matrix(frame)
     if not isinstance(data, SideData):
-        return False, False, False
+        return UPRIGHT
     # Shown x = a·x + c·y and y = b·x + d·y, in 16.16 fixed point, in rows of three.
     a, b, _, c, d = np.frombuffer(memoryview(data), np.int32)[:5].tolist()
     if abs(a) + abs(d) >= abs(b) + abs(c):
@@ -149,15 +138,30 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
 
 def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
     """uint8 [1, 3, size, size]."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(file.readable()) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    height, width = resized(upright.height, upright.width, size)
-    top, left = (height - size) // 2, (width - size) // 2
-    whole = upright.resize((width, height), Image.Resampling.BICUBIC)
-    square = np.asarray(whole.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(square.transpose(2, 0, 1).copy())[None]
+        pixels = torch.from_numpy(rgb_of(image))
+    return resize_frames(pixels.permute(2, 0, 1)[None], size, resize)
+
+
+def rgb_of(image: "Image") -> NDArray[np.uint8]:
+    """Pixels [H, W, 3] of an image of any mode, upright by its EXIF.
+
+    Alpha is dropped and the colours below it are seen, as by CLIP's own preprocessing. Greys of
+    16 bits, which Pillow would clip, are scaled; floating-point ones are of 0 to 255.
+    """
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # I;16 and, of files, I
+        grey = np.clip(np.asarray(upright), 0, 65535).astype(np.float32) / 257
+        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, 2)
+    if upright.mode == "La":  # Pillow turns this one into no other
+        upright = upright.convert("LA")
+    elif upright.mode == "P":  # or it warns of alpha that it drops
+        upright = upright.convert("RGBA")
+    return np.array(upright.convert("RGB"))
 
 
 # From 17 on PyAV starts a thread a core for every converter where it is not told how many.

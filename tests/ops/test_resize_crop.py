@@ -1,12 +1,24 @@
-"""Frames to RGB squares against float64 and PIL, on every instruction set."""
+"""Frames to RGB squares against float64, PIL, PyTorch and CLIP's own, on every instruction set."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from clipvip.ops._native import module
-from clipvip.ops.resize_crop import MATRICES, Colours, resize_crop, resize_crop_reference, resized
+from clipvip.ops.resize_crop import (
+    MATRICES,
+    RESIZES,
+    Colours,
+    placed,
+    resize_crop,
+    resize_crop_reference,
+    resize_frames,
+    resize_frames_by_torch,
+    resized,
+)
 
 SHAPES = [  # height, width, size: shrinking, growing, odd, thin, and as they are
     *((240, 320, 224), (97, 61, 32), (720, 1280, 224), (45, 33, 70), (5, 3, 17), (2, 90, 7)),
@@ -34,22 +46,23 @@ def frame(height, width, chroma=(2, 2), bits=8, seed=0, padding=5):
     return planes
 
 
-def off(planes, size, colours):
-    expected = resize_crop_reference(planes, size, colours)
-    return np.abs(resize_crop(planes, size, colours) - expected).max()
+def off(planes, size, colours, **how):
+    expected = resize_crop_reference(planes, size, colours, **how)
+    return np.abs(resize_crop(planes, size, colours, **how) - expected).max()
 
 
+@pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_size_is_right(shape):
+def test_every_size_is_right(shape, resize):
     *sides, size = shape
-    assert off(frame(*sides), size, Colours()) <= ROUNDED
+    assert off(frame(*sides), size, Colours(), resize=resize) <= ROUNDED
 
 
 @pytest.mark.parametrize("chroma", [(1, 1), (1, 2), (2, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("bits", [8, 10, 16])
 def test_every_format_is_right(chroma, bits):
     for full_range in (False, True):
-        for matrix in MATRICES:
+        for matrix in (*MATRICES, "rgb"):
             colours = Colours(matrix, full_range, bits)
             assert off(frame(50, 75, chroma, bits), 40, colours) <= ROUNDED, colours
 
@@ -111,6 +124,98 @@ def test_grey_is_resized_as_pil_does(shape):
     assert np.abs(square - expected).max() <= 1
 
 
+def rgb(height, width, count=1, seed=0):
+    """uint8 [count, 3, H, W] of noise that no filter takes beyond black or white."""
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(64, 192, (count, 3, height, width), np.uint8)
+    )
+
+
+def apart(a, b):
+    return (a.int() - b.int()).abs().max()
+
+
+# Among them sides whose rounded down and rounded to nearest differ, and odd differences to cut.
+SIDES = [(240, 320, 224), (320, 240, 224), (97, 61, 32), (45, 33, 70), (719, 1281, 33), (64, 64, 9)]
+
+
+@pytest.mark.parametrize("shape", SIDES, ids=str)
+def test_crop_is_clips_own(shape):
+    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    *sides, size = shape
+    frames = rgb(*sides)
+    processor = clip.CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size=size, do_rescale=False, do_normalize=False
+    )
+    theirs = torch.from_numpy(processor(frames[0].numpy())["pixel_values"][0])
+    assert apart(resize_frames(frames, size)[0], theirs) <= 1  # PIL rounds after either pass
+
+
+@pytest.mark.parametrize("shape", SIDES, ids=str)
+def test_squash_is_pytorch_without_antialiasing(shape):
+    *sides, size = shape
+    frames = rgb(*sides)
+    theirs = F.interpolate(frames.double(), (size, size), mode="bicubic", align_corners=False)
+    ours = resize_crop_reference(list(frames[0].numpy()), size, Colours("rgb"), resize="squash")
+    assert np.abs(ours - theirs[0].clamp(0, 255).numpy()).max() < 1e-6
+    # Of 4:2:0, as of RGB in which four pixels have one chroma.
+    y, u, v = frame(*sides)
+    full = [y, *(np.repeat(np.repeat(c, 2, 0), 2, 1)[: sides[0], : sides[1]] for c in (u, v))]
+    joined = resize_crop_reference(full, size, Colours(), resize="squash")
+    assert (
+        np.abs(resize_crop_reference([y, u, v], size, Colours(), resize="squash") - joined).max()
+        < 1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", SIDES, ids=str)
+def test_pad_shows_all_between_black_bars(shape):
+    *sides, size = shape
+    frames = rgb(*sides)
+    square = resize_frames(frames, size, "pad")[0]
+    rows, columns = placed(*sides, size, "pad")
+    assert max(rows.kept, columns.kept) == size
+    assert abs(rows.kept * sides[1] - columns.kept * sides[0]) < max(sides)  # within a pixel
+    for axis in (rows, columns):
+        assert axis.at == (size - axis.kept) // 2 and axis.kept == axis.whole
+    inner = square[:, rows.at : rows.at + rows.kept, columns.at : columns.at + columns.kept]
+    whole = F.interpolate(frames.float(), (rows.kept, columns.kept), mode="bicubic", antialias=True)
+    assert apart(inner, whole[0].round()) <= 1
+    assert square.sum() == inner.sum()
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("shape", SIDES, ids=str)
+def test_pytorch_on_any_device_gives_the_same(shape, resize):
+    *sides, size = shape
+    frames = rgb(*sides, count=3)
+    assert (
+        apart(resize_frames_by_torch(frames, size, resize), resize_frames(frames, size, resize))
+        <= 1
+    )
+    assert resize_frames(frames[:0], size, resize).shape == (0, 3, size, size)
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("mirrored_x", [False, True])
+@pytest.mark.parametrize("mirrored_y", [False, True])
+def test_what_is_turned_is_placed_as_it_is_shown(resize, swapped, mirrored_x, mirrored_y):
+    upright = rgb(45, 34)[0].numpy()
+    stored = upright[:, :: -1 if mirrored_y else 1, :: -1 if mirrored_x else 1]
+    stored = np.ascontiguousarray(stored.transpose(0, 2, 1) if swapped else stored)
+    for size in (32, 33, 45):
+        found = resize_crop(
+            list(stored),
+            size,
+            Colours("rgb"),
+            resize=resize,
+            turn=(swapped, mirrored_x, mirrored_y),
+        )
+        expected = resize_crop(list(upright), size, Colours("rgb"), resize=resize)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
 def test_threads_do_not_disturb_each_other():
     given = [(frame(60 + 9 * i, 80, seed=i), 32 + i, Colours()) for i in range(8)]
     alone = [resize_crop(*each) for each in given]
@@ -133,6 +238,8 @@ def test_what_does_not_fit_is_said():
     ]:
         with pytest.raises((ValueError, TypeError), match=error):
             resize_crop(planes, size, colours)
+    with pytest.raises(ValueError, match="resize is 'fit'; expected one of crop, squash, pad"):
+        resize_crop([y, u, v], 4, Colours(), resize="fit")
     for out in (
         np.empty((3, 5, 4), np.uint8),
         np.empty((3, 4, 4)),

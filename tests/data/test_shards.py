@@ -29,6 +29,7 @@ from clipvip.data.shards import (
     verify_shards,
     write_shards,
 )
+from clipvip.files import only_run
 
 COUNT = 20
 
@@ -218,11 +219,14 @@ def test_what_is_damaged_is_named_and_what_to_do(name, annotations: Path, tmp_pa
     assert write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0) == whole
 
 
-def test_two_runs_at_once_are_refused(annotations: Path, tmp_path: Path) -> None:
-    from clipvip.data.shards import _only_run
-
-    with _only_run(tmp_path), pytest.raises(ShardError, match="another run is writing"):
-        write_shards(annotations, tmp_path)
+def test_of_two_runs_at_once_the_second_is_told_of_the_first(
+    annotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipvip.files.HERE_WAIT", 0.0)
+    refused = pytest.raises(ShardError, match=f"another run writes shards there .*{os.getpid()}, ")
+    with only_run(tmp_path, "writes shards"), refused:
+        write_shards(annotations, tmp_path, num_workers=0)
+    write_shards(annotations, tmp_path, num_workers=0)
 
 
 @pytest.fixture

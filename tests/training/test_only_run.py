@@ -1,7 +1,6 @@
 """One run at a time in a folder: the second is told of the first, whose lock dies with it."""
 
 import errno
-import json
 import os
 import re
 import resource
@@ -156,14 +155,3 @@ def test_a_training_is_refused_on_all_ranks_and_leaves_the_firsts_folder_alone(
     (line,) = [line for line in said.splitlines() if "another run" in line]
     assert line.startswith("clipvip: error: ") and f"process {os.getpid()}, since" in line
     assert train(make_config("max_steps=1"))["step"] == 1
-
-
-def test_shards_are_written_by_one_run_at_a_time(world, tmp_path):
-    from clipvip.data.shards import ShardError, write_shards
-
-    refused = pytest.raises(ShardError, match=f"another run writes shards there .*{os.getpid()}")
-    with only_run(tmp_path / "shards", "writes shards"), refused:
-        write_shards(world / "annotations.jsonl", tmp_path / "shards", num_workers=0)
-    write_shards(world / "annotations.jsonl", tmp_path / "shards", num_workers=0)
-    line = json.loads((tmp_path / "shards" / "manifest.jsonl").read_text().splitlines()[0])
-    assert line["clips"] == 16

@@ -26,7 +26,7 @@ def test_rate_rises_then_follows_a_cosine_to_zero():
         (["epochs=10"], (5, 50)),
         (["epochs=10", "accumulation=2"], (2, 25)),  # of 50 batches
         (["epochs=0.5"], (5, 3)),
-        (["epochs=1", "accumulation=8"], (1, 1)),
+        (["epochs=1", "batch_size=16", "accumulation=8"], (1, 1)),
         (["epochs=null", "max_steps=7", "accumulation=2"], (2, 7)),
     ],
 )

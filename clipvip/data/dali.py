@@ -34,7 +34,7 @@ from torch import Tensor
 from clipvip.data.container import Blob, DecodeError, add_copy, open_video, packets_from
 from clipvip.data.decode import OpenClip, open_clip
 from clipvip.data.pixels import MATRIX_NAMES, orientation
-from clipvip.ops.resize_crop import resized, to_rgb
+from clipvip.ops.resize_crop import Axis, Turn, on_black, placed, resize_frames, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Encoded:
     numbers: NDArray[np.int32]
     width: int
     height: int
-    turn: tuple[bool, bool, bool]
+    turn: Turn
     colour_space: int
 
 
@@ -308,13 +308,14 @@ def _matroska(stream: Any, packets: list[Packet], order: NDArray[np.int64]) -> m
 
 
 class DaliDecoder:
-    """Decodes, resizes (cubic, antialiased; the shortest side to `size`) and cuts out the centre.
+    """Decodes frames and makes squares of them, as clipvip.ops.resize_crop says.
 
     threads: of the CPU's decoding. Uses the GPU that is current when it is made.
     """
 
-    def __init__(self, size: int, engine: Engine, threads: int = 1) -> None:
+    def __init__(self, size: int, engine: Engine, threads: int = 1, resize: str = "crop") -> None:
         self.size = size
+        self.resize = resize
         on_gpu = engine.device == "gpu"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         self._threads = THREADS if on_gpu else max(threads, 1)
@@ -361,22 +362,31 @@ class DaliDecoder:
 
     def _run(self, clips: Sequence[Encoded]) -> Tensor:
         """uint8 [F, 3, size, size]."""
-        parts = [_part(clip.width, clip.height, self.size) for clip in clips]
-        (given,) = self._pipeline.run(
-            data=[clip.data.numpy() for clip in clips],
-            frames=[clip.numbers for clip in clips],
-            begin=[begin for begin, _ in parts],
-            end=[end for _, end in parts],
-        )
+        axes = [
+            placed(clip.height, clip.width, self.size, self.resize, clip.turn) for clip in clips
+        ]
+        inputs: dict[str, list[NDArray[Any]]] = {
+            "data": [clip.data.numpy() for clip in clips],
+            "frames": [clip.numbers for clip in clips],
+        }
+        if self.resize != "squash":
+            parts = [_part(clip, sides) for clip, sides in zip(clips, axes, strict=True)]
+            inputs |= {name: [part[name] for part in parts] for name in PART}
+        (given,) = self._pipeline.run(**inputs)
         frames = [torch.from_dlpack(given[i]).permute(0, 3, 1, 2) for i in range(len(clips))]
         counts = [len(part) for part in frames]
         wanted = [len(clip.numbers) for clip in clips]
         if counts != wanted:
             raise RuntimeError(f"gave {counts} frames of {wanted}")
-        packed = torch.cat(frames)
+        packed = torch.cat(list(map(self._squares, frames, axes)))
         if self._stream is not None:
             self._stream.synchronize()  # the next run writes where these frames lie
         return packed
+
+    def _squares(self, frames: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
+        if self.resize == "squash":
+            return resize_frames(frames, self.size, self.resize)
+        return on_black(frames, axes, self.size)
 
     def _build(self, most: int) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -391,8 +401,6 @@ class DaliDecoder:
         with pipeline:
             data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, no_copy=True)
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-            begin = fn.external_source(name="begin", dtype=types.FLOAT, ndim=1)
-            end = fn.external_source(name="end", dtype=types.FLOAT, ndim=1)
             # "none": a frame past the end is an error; otherwise it would be a black one.
             decoded = fn.decoders.video(
                 data,
@@ -401,15 +409,19 @@ class DaliDecoder:
                 device="mixed" if gpu else "cpu",
                 affine=False,  # or the processes of one machine would share the same few cores
             )
-            resized = fn.resize(
-                decoded,
-                size=[self.size, self.size],
-                roi_start=begin,
-                roi_end=end,
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-            )
-            pipeline.set_outputs(resized)
+            if self.resize != "squash":  # which no filter of DALI's is
+                size, begin, end = (
+                    fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in PART
+                )
+                decoded = fn.resize(
+                    decoded,
+                    size=size,
+                    roi_start=begin,
+                    roi_end=end,
+                    interp_type=types.INTERP_CUBIC,
+                    antialias=True,
+                )
+            pipeline.set_outputs(decoded)
         pipeline.build()
         return pipeline
 
@@ -427,13 +439,15 @@ def _portions(clips: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         yield clips[first:]
 
 
-def _part(width: int, height: int, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The part of a frame, (top, left) to (bottom, right), that becomes the square: the centre of
-    what the whole would be resized to, at the same pixels as decode's."""
-    down, across = resized(height, width, size)
-    begin = np.array([(down - size) // 2, (across - size) // 2])
-    unit = np.array([height / down, width / across])
-    return (begin * unit).astype(np.float32), ((begin + size) * unit).astype(np.float32)
+PART = ("size", "begin", "end")
+
+
+def _part(clip: Encoded, axes: tuple[Axis, Axis]) -> dict[str, NDArray[np.float32]]:
+    """The part of a clip's frames that is shown, (top, left) to (bottom, right), and what it is
+    resized to."""
+    whole, first, kept, _ = np.array(tuple(zip(*axes, strict=True)), np.float32)
+    unit = np.array([clip.height, clip.width], np.float32) / whole
+    return {"size": kept, "begin": first * unit, "end": (first + kept) * unit}
 
 
 def _recoloured(frames: Tensor, colour_space: int) -> Tensor:
@@ -446,7 +460,7 @@ def _recoloured(frames: Tensor, colour_space: int) -> Tensor:
     return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _turned(frames: Tensor, turn: tuple[bool, bool, bool]) -> Tensor:
+def _turned(frames: Tensor, turn: Turn) -> Tensor:
     swapped, mirrored_x, mirrored_y = turn
     frames = frames.transpose(2, 3) if swapped else frames
     axes = [axis for axis, mirrored in ((3, mirrored_x), (2, mirrored_y)) if mirrored]

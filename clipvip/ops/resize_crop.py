@@ -157,17 +157,18 @@ def resize_frames(frames: Tensor, size: int, resize: str = "crop") -> Tensor:
 
 def resize_frames_by_torch(frames: Tensor, size: int, resize: str = "crop") -> Tensor:
     """As `resize_frames`, up to rounding, on any device."""
-    rows, columns = placed(frames.shape[-2], frames.shape[-1], size, resize)
-    whole = F.interpolate(
-        frames.float(),
-        (rows.whole, columns.whole),
-        mode="bicubic",
-        antialias=resize != "squash",
-    )
+    rows, columns = axes = placed(frames.shape[-2], frames.shape[-1], size, resize)
+    sides, smooth = (rows.whole, columns.whole), resize != "squash"
+    whole = F.interpolate(frames.float(), sides, mode="bicubic", antialias=smooth)
     part = whole[..., rows.first :, columns.first :][..., : rows.kept, : columns.kept]
-    left, top = columns.at, rows.at
-    bars = (left, size - left - columns.kept, top, size - top - rows.kept)
-    return F.pad(part.round().clamp(0, 255), bars).to(torch.uint8)
+    return on_black(part.round().clamp(0, 255).to(torch.uint8), axes, size)
+
+
+def on_black(part: Tensor, axes: "tuple[Axis, Axis]", size: int) -> Tensor:
+    """What is shown of frames, [..., H, W], in its place in squares [..., size, size]."""
+    rows, columns = axes
+    sides = [(axis.at, size - axis.at - axis.kept) for axis in (columns, rows)]
+    return F.pad(part, (*sides[0], *sides[1]))
 
 
 # --- geometry ------------------------------------------------------------------------------------

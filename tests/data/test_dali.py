@@ -27,6 +27,7 @@ from clipvip.data.loader import Batch, ClipLoader, build_loader
 from clipvip.data.shards import write_shards
 from clipvip.data.streaming import Shards, build_shard_loader
 from clipvip.data.streaming import Source as ShardSource
+from clipvip.ops.resize_crop import RESIZES
 
 needs_dali = pytest.mark.skipif(
     find_spec("nvidia") is None or find_spec("nvidia.dali") is None,
@@ -136,6 +137,19 @@ def test_frames_are_pyavs(name: str, codec: str, colours, real_clips, tmp_path: 
     assert ours.shape == theirs.shape == (12, 3, size, size) and ours.dtype == torch.uint8
     assert far(ours, theirs) < MEAN
     assert far(ours.flip(0), theirs) > 3 * MEAN  # the bound tells frames apart
+
+
+@needs_dali
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("name", ["bikes", "carphone_pristine"])
+def test_every_resize_is_pyavs(name: str, resize: str, real_clips, tmp_path: Path) -> None:
+    path = coded_anew(real_clips[name], tmp_path / "real.mkv", "libvpx-vp9")
+    for size in (224, 33):
+        ours = by_dali(path, 3, DaliDecoder(size, dali.CPU, resize=resize))
+        assert far(ours, read_frames(path, 3, size=size, resize=resize)) < MEAN
+        for other in RESIZES:
+            if other != resize:
+                assert far(ours, read_frames(path, 3, size=size, resize=other)) > 3 * MEAN
 
 
 @needs_dali

@@ -185,7 +185,7 @@ def open_clip(
         times = index.times[window]
         chosen = choose_frames(times, num_frames, sampling, generator)
         if with_middle:
-            chosen = np.append(chosen, middle_frame(times))
+            chosen = np.append(chosen, middle_frame(times, sampling))
         return chosen + window.start
 
     def find(container: InputContainer, stream: VideoStream, trust: Trust) -> Index:

@@ -3,13 +3,15 @@
 A sampling is a word, so that a configuration can hold it:
 
 - `"uniform"`: num_frames over the whole clip, first and last frame included; in training both
-  ends move inwards by up to one interval (arXiv 2209.06430, section 4.1 and the authors' code).
+  ends move inwards by up to one interval (arXiv 2209.06430, section 4.1).
+- `"authors"`: the same as the authors' code has it, which goes by the number of a frame and not by
+  its time: numbers evenly apart, rounded down. In training both ends move by whole frames.
 - `"fps:R"`: R frames a second. A clip too short for num_frames gives fewer; one too long for
   them is sampled uniformly instead.
 - `"clip:R"`: num_frames at R a second from one place of the clip: a random one in training,
   its middle otherwise. Past the clip's end the last frame is repeated.
 
-A wanted time takes the frame nearest to it, so varying frame rates and clips with fewer
+But for "authors", a wanted time takes the frame nearest to it, so varying frame rates and clips with fewer
 frames than wanted (frames then repeat) need no special case.
 """
 
@@ -22,15 +24,17 @@ TIE = 1e-6  # seconds: a time half way between two frames takes the later one
 
 
 def check_sampling(sampling: str) -> tuple[str, float]:
-    """("uniform" | "fps" | "clip", frames a second). ValueError on anything else."""
+    """("uniform" | "authors" | "fps" | "clip", frames per second). ValueError on anything else."""
     kind, _, rate = sampling.partition(":")
     try:
         value = float(rate) if rate else 0.0
     except ValueError:
         value = -1.0
-    known = not rate if kind == "uniform" else kind in ("fps", "clip") and value > 0
+    known = not rate if kind in ("uniform", "authors") else kind in ("fps", "clip") and value > 0
     if not known or not math.isfinite(value):
-        raise ValueError(f"sampling is {sampling!r}; expected 'uniform', 'fps:R' or 'clip:R'")
+        raise ValueError(
+            f"sampling is {sampling!r}; expected 'uniform', 'authors', 'fps:R' or 'clip:R'"
+        )
     return kind, value
 
 
@@ -47,6 +51,8 @@ def choose_frames(
     Returns [num_frames]; with "fps:R" it may be fewer, never none.
     """
     kind, rate = check_sampling(sampling)
+    if kind == "authors":
+        return _by_number(len(times), num_frames, generator)
     first, last = float(times[0]), float(times[-1])
     if kind == "fps":
         count = math.floor((last - first) * rate + TIE) + 1
@@ -61,8 +67,10 @@ def choose_frames(
     return nearest(times, _uniform(first, last, num_frames, generator))
 
 
-def middle_frame(times: NDArray[np.float64]) -> int:
-    """Index of the frame nearest to the middle of the clip."""
+def middle_frame(times: NDArray[np.float64], sampling: str = "uniform") -> int:
+    """Index of the frame nearest to the middle of the clip; of the "authors", by its number."""
+    if sampling == "authors":
+        return len(times) // 2
     return int(nearest(times, np.array([(times[0] + times[-1]) / 2]))[0])
 
 
@@ -82,3 +90,16 @@ def _uniform(
         interval = (last - first) / max(num_frames - 1, 2)
         first, last = first + generator.uniform(0, interval), last - generator.uniform(0, interval)
     return np.linspace(first, last, num_frames)
+
+
+def _by_number(
+    count: int, num_frames: int, generator: np.random.Generator | None
+) -> NDArray[np.int64]:
+    first, last = 0, count - 1
+    if generator:
+        interval = count // max(num_frames - 1, 1)
+        start = int(generator.integers(0, interval, endpoint=True))
+        end = int(generator.integers(last - interval, last, endpoint=True))
+        # Of few frames, or with few wanted, the ends may leave the clip or cross.
+        first, last = sorted((min(start, last), max(end, 0)))
+    return np.linspace(first, last, num_frames).astype(np.int64)

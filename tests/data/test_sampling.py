@@ -63,7 +63,40 @@ def test_random_clip_is_a_run_of_frames_from_one_place() -> None:
     assert abs((middle[0] + middle[-1]) / 2 - 124.5) <= 1
 
 
-@pytest.mark.parametrize("word", ["", "unifrom", "uniform:3", "fps", "fps:0", "clip:x", "fps:inf"])
+def test_authors_frames_are_those_of_their_numbers_rounded_down() -> None:
+    for count in (1, 2, 3, 11, 12, 13, 250, 3000):
+        for wanted in (1, 2, 3, 12, 32):
+            times = np.sort(np.random.default_rng(count).uniform(0, 9, count))  # whatever they are
+            expected = np.linspace(0, count - 1, wanted).astype(int).tolist()
+            assert choose_frames(times, wanted, "authors").tolist() == expected
+        assert middle_frame(times, "authors") == count // 2
+    assert choose_frames(EVEN[:13], 6, "authors").tolist() == [0, 2, 4, 7, 9, 12]
+    assert choose_frames(EVEN[:13], 6).tolist() != [0, 2, 4, 7, 9, 12]
+
+
+def test_authors_training_moves_both_ends_by_whole_frames_of_an_interval() -> None:
+    drawn = [
+        choose_frames(EVEN, 12, "authors", np.random.default_rng(i)).tolist() for i in range(2000)
+    ]
+    interval = 250 // 11
+    assert {row[0] for row in drawn} == set(range(interval + 1))
+    assert {row[-1] for row in drawn} == set(range(249 - interval, 250))
+    for row in drawn[:50]:
+        assert row == np.linspace(row[0], row[-1], 12).astype(int).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("wanted", [1, 2, 3, 12])
+def test_authors_training_stays_within_short_clips(count: int, wanted: int) -> None:
+    for seed in range(100):
+        row = choose_frames(EVEN[:count], wanted, "authors", np.random.default_rng(seed))
+        assert len(row) == wanted and (np.diff(row) >= 0).all()
+        assert 0 <= row[0] and row[-1] < count
+
+
+@pytest.mark.parametrize(
+    "word", ["", "unifrom", "uniform:3", "authors:3", "fps", "fps:0", "clip:x", "fps:inf"]
+)
 def test_unknown_sampling_is_refused(word: str) -> None:
-    with pytest.raises(ValueError, match="expected 'uniform', 'fps:R' or 'clip:R'"):
+    with pytest.raises(ValueError, match="expected 'uniform', 'authors', 'fps:R' or 'clip:R'"):
         check_sampling(word)

@@ -11,8 +11,8 @@ A sampling is a word, so that a configuration can hold it:
 - `"clip:R"`: num_frames at R a second from one place of the clip: a random one in training,
   its middle otherwise. Past the clip's end the last frame is repeated.
 
-But for "authors", a wanted time takes the frame nearest to it, so varying frame rates and clips with fewer
-frames than wanted (frames then repeat) need no special case.
+But for "authors", a wanted time takes the frame nearest to it, so varying frame rates and clips
+with fewer frames than wanted (frames then repeat) need no special case.
 """
 
 import math

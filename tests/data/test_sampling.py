@@ -91,7 +91,7 @@ def test_authors_training_stays_within_short_clips(count: int, wanted: int) -> N
     for seed in range(100):
         row = choose_frames(EVEN[:count], wanted, "authors", np.random.default_rng(seed))
         assert len(row) == wanted and (np.diff(row) >= 0).all()
-        assert 0 <= row[0] and row[-1] < count
+        assert row[0] >= 0 and row[-1] < count
 
 
 @pytest.mark.parametrize(

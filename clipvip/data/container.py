@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,3 +186,36 @@ def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
 def frames_of(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     for packet in demux(container, stream):
         yield from packet.decode()  # type: ignore[misc]
+
+
+# Of a NAL unit's first byte (H.264, 7.3.1; HEVC, 7.3.1.2): where its type lies, how much of it
+# there is, and where in the codec's head the size of lengths is.
+NAL = {"h264": (0, 31, 4), "hevc": (1, 63, 21)}
+PICTURES = {"h264": range(1, 6), "hevc": range(32)}  # types that are part of one
+
+
+def nal_types(packet: Packet, stream: VideoStream) -> Iterator[int]:
+    """Types of the NAL units in a packet of H.264 or HEVC; none where they cannot be told."""
+    context = stream.codec_context
+    shift, mask, at = NAL[context.codec.canonical_name]
+    head, data = context.extradata or b"", bytes(packet)
+    # Of a file's NAL units (ISO/IEC 14496-15) come their lengths first, of a stream's a 0 0 1.
+    size = (head[at] & 3) + 1 if len(head) > at and head[0] == 1 else 0
+    if not size:
+        for found in re.finditer(rb"\x00\x00\x01(.)", data, re.DOTALL):
+            yield found[1][0] >> shift & mask
+        return
+    start = 0
+    while start + size < len(data):
+        yield data[start + size] >> shift & mask
+        start += size + int.from_bytes(data[start : start + size], "big")
+
+
+def holds_picture(packet: Packet, stream: VideoStream) -> bool:
+    """False for a packet of H.264 or HEVC without a part of a picture: of settings, messages or
+    filler alone, which decoders call an error."""
+    codec = stream.codec_context.codec.canonical_name
+    if codec not in NAL:
+        return True
+    types = list(nal_types(packet, stream))
+    return not types or any(kind in PICTURES[codec] for kind in types)

@@ -399,25 +399,26 @@ def _decode_in_order(
     the index. wanted: positions in index.shown, increasing. Raises IndexWrong."""
     reader = InOrder(container, stream)
     position, due, given = -1, 0, 0
-    for shown in reader:
+    for number, frame in reader:
         given += 1
         if not index.by_count:
-            pts = reader.pts(shown)
+            pts = reader.pts(number)
             if position < 0 and pts < index.shown[0]:  # before the part that was indexed
                 continue
             if position + 1 == len(index.shown) or pts != index.shown[position + 1]:
                 raise IndexWrong
         position += 1
         if due < len(wanted) and position == wanted[due]:
-            if shown.damaged:
+            if index.damaged is None and reader.lost:  # who knows what refers to it
+                raise IndexWrong
+            if index.damaged is not None and index.damaged[position]:
                 raise DecodeError(path, f"damaged at {index.times[position]:.2f} s")
-            yield due, shown.frame
+            yield due, frame
             due += 1
             if due == len(wanted):
                 reader.stop()
                 if not index.by_count or index.trust is Trust.DECODER:
                     return
-    if due < len(wanted) or (
-        index.trust is not Trust.DECODER and given != (~reader.packets.hidden).sum()
-    ):
+    counted = index.by_count and index.trust is not Trust.DECODER
+    if due < len(wanted) or (counted and given != (~reader.packets.hidden).sum()):
         raise IndexWrong

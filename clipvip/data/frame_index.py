@@ -10,7 +10,6 @@ import math
 import os
 import re
 import threading
-from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from clipvip.data.container import (
     File,
     Unseekable,
     demux,
+    holds_picture,
     open_container,
     packets_from,
     video_stream,
@@ -42,6 +42,7 @@ from clipvip.data.mp4 import composition_offsets
 KEYFRAME = 1  # the flag of an entry of libav's index
 MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 7,000 of ten seconds
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
+SMALL = 64  # bytes of a packet that may hold no picture
 NO_TIME = np.iinfo(np.int64).min
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
 # Recordings and broadcasts: a jump ahead by more than this many seconds is a new start (ffmpeg's
@@ -84,7 +85,8 @@ class Index:
     In decoding order: pts and dts of packets in ticks, keyframe. In the order of showing: `times`
     of frames in seconds from the video's first, and `shown`, by which the decoder's frames are
     known again: their ticks, or, with `by_count`, 0, 1, 2, … as they come out of it, where ticks
-    do not tell frames apart. lost: stretches, in seconds, of damaged packets.
+    do not tell frames apart. lost: stretches, in seconds, of damaged packets. damaged: for each
+    frame, once all were decoded.
     """
 
     pts: NDArray[np.int64]
@@ -96,6 +98,7 @@ class Index:
     by_count: bool
     trust: Trust
     lost: tuple[tuple[float, float], ...] = ()
+    damaged: NDArray[np.bool_] | None = None
 
     @property
     def bytes(self) -> int:
@@ -418,6 +421,8 @@ def _stamp(packet: Packet, stream: VideoStream) -> _Stamp:
     hidden = packet.is_discard
     if stream.codec_context.name == "vp8":  # what is decoded but not shown says so (RFC 6386, 9.1)
         hidden = hidden or not memoryview(packet)[0] & 0x10
+    elif packet.size <= SMALL:
+        hidden = hidden or not holds_picture(packet, stream)
     return (
         NO_TIME if pts is None else pts,
         NO_TIME if dts is None else dts,
@@ -466,31 +471,23 @@ def window_of(
 # --- by decoding ----------------------------------------------------------------------------
 
 
-class Shown(NamedTuple):
-    """A frame as it comes out of the decoder, and which packet, in decoding order, it was in.
-
-    damaged: it, or what it refers to, was.
-    """
-
-    frame: VideoFrame
-    packet: int
-    damaged: bool
-
-
 class InOrder:
-    """Every frame of a file, from its start, in the order of showing. A packet that cannot be
-    decoded is passed over, as players do; what refers to it counts as damaged."""
+    """Every frame of a file, from its start, in the order of showing, with the number of the packet
+    it was in, in decoding order. A packet that cannot be decoded is passed over, as players do.
+
+    lost: numbers of packets that came damaged or could not be decoded. keys: of those, or of
+    frames, that say they are keyframes.
+    """
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self.container = container
         self.stream = stream
+        self.lost: set[int] = set()
+        self.keys: set[int] = set()
         self.error: av.FFmpegError | None = None
         self.stopped = False
         self.seconds = 0.0  # fed so far
         self._stamps: list[_Stamp] = []
-        self._lost: list[int] = []  # numbers of packets
-        self._keys: list[int] = []
-        self._keys_shown: set[int] = set()
 
     def stop(self) -> None:
         """Feed no more packets: only what waits in the decoder follows."""
@@ -501,10 +498,10 @@ class InOrder:
         """Those fed so far."""
         return _gathered(self._stamps)
 
-    def pts(self, shown: Shown) -> int:
-        return self._stamps[shown.packet][0]
+    def pts(self, number: int) -> int:
+        return self._stamps[number][0]
 
-    def __iter__(self) -> Iterator[Shown]:
+    def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
         for packet in self._fed():
             number = len(self._stamps)
             self._feed(packet, number)
@@ -512,15 +509,17 @@ class InOrder:
             try:
                 frames = packet.decode()
             except av.FFmpegError as error:
-                self._lose(number, error)
+                if holds_picture(packet, self.stream):
+                    self.error = error
+                    self.lost.add(number)
                 continue
-            yield from map(self._shown, frames)  # type: ignore[arg-type]
+            yield from map(self._numbered, frames)  # type: ignore[arg-type]
         try:
             frames = self.stream.codec_context.decode(None)
         except av.FFmpegError as error:
             self.error = error
             return
-        yield from map(self._shown, frames)  # type: ignore[arg-type]
+        yield from map(self._numbered, frames)  # type: ignore[arg-type]
 
     def _fed(self) -> Iterator[Packet]:
         try:
@@ -535,9 +534,9 @@ class InOrder:
     def _feed(self, packet: Packet, number: int) -> None:
         stamp = _stamp(packet, self.stream)
         if packet.is_corrupt:
-            self._lost.append(number)
+            self.lost.add(number)
         if packet.is_keyframe:
-            self._keys.append(number)
+            self.keys.add(number)
         step = -1.0
         if self._stamps and NO_TIME not in (stamp[1], self._stamps[-1][1]):
             step = (stamp[1] - self._stamps[-1][1]) * float(self.stream.time_base or 0)
@@ -545,26 +544,13 @@ class InOrder:
         self.seconds += _frame_time(self.stream) if step < 0 or leap else step
         self._stamps.append(stamp)
 
-    def _lose(self, number: int, error: av.FFmpegError) -> None:
-        self.error = error
-        if number not in self._lost[-1:]:
-            self._lost.append(number)
-            self._stamps[number] = (*self._stamps[number][:5], True)
-
-    def _shown(self, frame: VideoFrame) -> Shown:
+    def _numbered(self, frame: VideoFrame) -> tuple[int, VideoFrame]:
         number = len(self._stamps) - 1 if frame.pts is None else frame.pts
         if frame.key_frame:
-            self._keys_shown.add(number)
-            if number not in self._keys[-64:]:  # of a file without flags
-                insort(self._keys, number)
-        before = bisect_right(self._keys, number) - 1
-        # What is shown before the keyframe that it follows refers to what came before that too.
-        if before > 0 and self._keys[before] not in self._keys_shown:
-            before -= 1
-        first = self._keys[before] if before >= 0 else 0
-        at = bisect_left(self._lost, first)
-        damaged = at < len(self._lost) and self._lost[at] <= number
-        return Shown(frame, number, damaged or frame.is_corrupt)
+            self.keys.add(number)
+        if frame.is_corrupt:
+            self.lost.add(number)
+        return number, frame
 
 
 def _index_by_decoding(file: File, end: float | None) -> Index:
@@ -572,8 +558,8 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
     with open_container(file) as container:
         stream = video_stream(container, file.path)
         reader, found = InOrder(container, stream), []
-        for shown in reader:
-            found.append(shown.packet)
+        for number, _ in reader:
+            found.append(number)
             if end is not None and reader.seconds > end + MARGIN:
                 reader.stop()
         if not found:
@@ -592,11 +578,32 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         by_count = shown_by is not pts
         duration = float(times[-1]) + _spacing(times, stream)
         index = _index(packets, shown_by, times, duration, by_count, tick, 0)
-        if not reader.stopped:
+        if not reader.stopped and not starts.any():
             _check_whole(container, stream, duration, file.path)
+    # At a joint the container misses what would have followed, and says so of one of the last two
+    # packets before it: that is no damage.
+    lost = np.array(sorted(n for n in reader.lost if not starts[n + 1 : n + 3].any()), np.int64)
     order = np.argsort(numbers, kind="stable")
-    lost = np.interp(np.flatnonzero(packets.lost), numbers[order], times[order])
-    return replace(index, trust=Trust.DECODER, lost=_stretches(lost))
+    return replace(
+        index,
+        trust=Trust.DECODER,
+        lost=_stretches(np.interp(lost, numbers[order], times[order])),
+        damaged=_damaged(numbers, lost, np.array(sorted(reader.keys), np.int64)),
+    )
+
+
+def _damaged(
+    numbers: NDArray[np.int64], lost: NDArray[np.int64], keys: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whether the frame of each packet, in the order of showing, is lost or refers to one that is:
+    to anything since the keyframe before it, or since the one before that where it is shown before
+    its keyframe."""
+    shown_at = dict(zip(numbers.tolist(), range(len(numbers)), strict=True))
+    late = np.array([shown_at.get(key, -1) for key in keys.tolist()], np.int64)
+    before = np.searchsorted(keys, numbers, side="right") - 1
+    leading = (before > 0) & (np.append(late, 0)[before] > np.arange(len(numbers)))
+    first = np.append(keys, 0)[before - leading]
+    return np.searchsorted(lost, first) < np.searchsorted(lost, numbers, side="right")
 
 
 def _stitched(

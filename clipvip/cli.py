@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
+
+from clipvip.files import shown
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
@@ -126,39 +129,61 @@ def search(
 
 def prepare(
     kind: Annotated[
-        Positional[Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "folder"]],
+        Positional[
+            Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]
+        ],
         arg(metavar="SET"),
     ],
     source: Annotated[Positional[Path], arg(metavar="SRC")],
     out: Annotated[Positional[Path], arg(metavar="OUT.jsonl")],
-    split: Literal["train", "val", "test"] = "train",
+    split: Literal[
+        "train", "val", "test", "train-9k", "train-7k", "train-full", "test-1k", "test-full"
+    ] = "train",
     videos: Path | None = None,
+    first_30s: bool = False,
 ) -> None:
     """Write annotations of a known data set, or of a folder of videos with texts beside them.
 
     Videos are found by name anywhere in their folder. Those that are missing are named and left
-    out. `clipvip prepare folder ~/videos mine.jsonl` takes x.mp4 with x.txt, a text a line.
+    out; so is a line or file that cannot be used. `clipvip prepare folder ~/videos mine.jsonl`
+    takes x.mp4 with x.txt, a text per line.
 
     Args:
-        kind: msrvtt (JSON and the 9k, 1k-A CSVs), didemo, lsmdc, activitynet, hdvila (.jsonl, with
-            LMDBs of subtitles and captions), folder.
-        source: The folder with the set's own files.
+        kind: msrvtt (its JSON or frozen-in-time's, with lists as CSV, .txt or JSON), didemo, lsmdc,
+            activitynet, hdvila (.jsonl, with LMDBs of subtitles and captions), captions (one file
+            of {clip_id, text}, as the CLIP-ViP authors have it, or {video, caption}, as LAVIS and
+            VindLU have it), folder.
+        source: The folder with the set's own files, or one of them.
         out: JSON Lines, for `clipvip train`, `eval`, `shard` or `verify`.
-        split: Of the set; hdvila and folder have none.
+        split: Of the set; hdvila and folder have none. Only msrvtt has the ones with a number or
+            "full"; there train is train-9k, else 7k, else full, and test is test-1k (1k-A), else
+            full, by what SRC holds.
         videos: Where the videos lie, if not in SRC.
+        first_30s: End each clip of DiDeMo after 30 seconds, as annotators saw no more and ClipBERT,
+            Singularity and VindLU read no more (CLIP4Clip 31). The CLIP-ViP authors' loader reads
+            whole files.
     """
     from clipvip.data.prepare import prepare as prepare_set
+    from clipvip.files import write_whole
 
-    done = prepare_set(kind, source, out, videos=videos, split=split)
-    print(f"{out}: {done.clips} clips")
-    for what, keys in (("videos are missing", done.missing), ("clips have no text", done.mute)):
-        if keys:
-            names = ", ".join(keys[:5]) + (", …" if len(keys) > 5 else "")
-            print(f"{len(keys)} {what} and were left out: {names}")
-    if len(done.missing) > 5:
-        missing = out.with_suffix(".missing.txt")
-        missing.write_text("".join(f"{key}\n" for key in done.missing))
-        print(f"all of them: {missing}")
+    done = prepare_set(kind, source, out, videos=videos, split=split, first_30s=first_30s)
+    for note in done.notes:
+        print(shown(note))
+    print(f"{shown(out)}: {done.clips} clips")
+    for name, what, entries in (
+        ("missing", "videos are missing and were left out", done.missing),
+        ("mute", "clips have no text and were left out", done.mute),
+        ("bad", "lines or files cannot be used and were left out", done.bad),
+        ("guessed", "texts are not UTF-8 and were read as Windows-1252", done.guessed),
+        ("repaired", "clips' texts held half a character, now U+FFFD", done.repaired),
+    ):
+        lines = [shown(entry) for entry in entries]
+        if lines:
+            print(f"{len(lines)} {what}: {'; '.join(lines[:5] + ['…'] * (len(lines) > 5))}")
+        if len(lines) > 5:
+            path = out.with_suffix(f".{name}.txt")
+            write_whole(path, "".join(f"{line}\n" for line in lines))
+            print(f"all of them: {shown(path)}")
 
 
 def shard(
@@ -234,8 +259,8 @@ def verify(
         clips, bad = verify_files(Path(source), clean, num_workers=workers)
     for file in bad:
         line = f" (line {file.line})" if file.line else ""
-        print(f"{file.path}{line}: {file.reason}")
-    print(f"{source}: {clips} clips, {len(bad)} bad")
+        print(f"{shown(file.path)}{line}: {shown(file.reason)}")
+    print(f"{shown(source)}: {clips} clips, {len(bad)} bad")
     if any(file.path.endswith(".tar") for file in bad):
         print(
             "delete a bad tar and run `clipvip shard` again with the options it had, which writes "
@@ -243,7 +268,7 @@ def verify(
         )
     for written in (clean, manifest):
         if written is not None:
-            print(f"wrote {written}")
+            print(f"wrote {shown(written)}")
     if bad:
         raise SystemExit(1)
 
@@ -342,6 +367,8 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Runs one command; an error that the user can mend is one line and exit status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name must not end work that is done
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="clipvip", description="Video-text models from CLIP, trained fast."

@@ -1,105 +1,138 @@
-"""Annotations (clipvip.data.annotations) from data sets as their makers publish them.
+"""Annotations (clipvip.data.annotations) from data sets as their makers or peers publish them.
 
-| set | what is read | split |
+| set | what is read | texts of a clip |
 |---|---|---|
-| msrvtt | JSON files with `videos` and `sentences`; MSRVTT_train.9k.csv, MSRVTT_JSFUSION_test.csv (1k-A) where they lie beside them | train: the 9k or 7k CSV, else the JSON's; test: 1k-A, else the JSON's; val: the JSON's |
+| msrvtt | lists of a split's videos (see clipvip.data.msrvtt), and JSON files with `videos` and `sentences` or, as frozen-in-time has them, `images` and `annotations` | all captions; one in 1k-A |
 | didemo | {train,val,test}_data.json | all descriptions of a video, in their order |
 | lsmdc | LSMDC16_annos_training.csv, LSMDC16_annos_val.csv, LSMDC16_challenge_1000_publictect.csv | |
 | activitynet | train.json, val_1.json (papers test on it: val and test both mean it) | all sentences of a video |
-| hdvila | .jsonl of clips (`clip_id`, perhaps `text`) or of videos (`video_id`, `clip`: spans); LMDBs from clip_id to text, whose folders have "subtitle" or "caption" in their names | |
-| folder | videos and images with a .txt beside them, a text a line | |
+| hdvila | .jsonl of clips (`clip_id`, perhaps `text`) or of videos (`video_id`, `clip`: spans); LMDBs from clip_id to text, whose folders have "subtitle" or "caption" in their names | a subtitle, a caption |
+| captions | JSON Lines, or a JSON list, of {`clip_id`, `text`} as the CLIP-ViP authors have it, or {`video`, `caption`} as ALPRO, LAVIS and VindLU have it | all that name the video |
+| folder | videos and images with a .txt beside them | a text per line |
 
 Videos are found by name anywhere in the source's folder, whatever their container. Several texts
-of a clip stand as a list: alternatives, or with `data.paragraph: true` one paragraph.
+of a clip stand as a list: alternatives, or with `data.paragraph: true` one paragraph. A line,
+entry or file that cannot be used costs itself alone.
 """  # noqa: E501
 
-import csv
-import json
+import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from clipvip.data.annotations import Clip, write_annotations
-from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from clipvip.data.annotations import Clip, parse_record, write_annotations
+from clipvip.data.msrvtt import LISTS, msrvtt_items
+from clipvip.data.published import (
+    Item,
+    Prepared,
+    PrepareError,
+    Request,
+    as_kind,
+    bare_name,
+    captioned,
+    entries,
+    is_media,
+    is_video,
+    lines_of,
+    load_json,
+    merge,
+    needed,
+    parse_json,
+    read_text,
+    texts_of,
+    value_of,
+)
+from clipvip.files import files_in
 
 SPLITS = ("train", "val", "test")
-
-
-class PrepareError(ValueError):
-    """A source that cannot be converted; one line that says what was looked for."""
-
-
 NOWHERE = Path()  # a video that was looked for already
 
 
-class Item(NamedTuple):
-    """What a data set says of a clip; `key` names its video as the set does."""
-
-    key: str
-    texts: tuple[str, ...] = ()
-    subtitle: str | None = None
-    caption: str | None = None
-    start: float | None = None
-    end: float | None = None
-    video: Path | None = None
-    """Where it lies, if that is known; else it is looked for by its key."""
-
-
-@dataclass
-class Prepared:
-    """How many clips were written, and which had no video or no words."""
-
-    clips: int = 0
-    missing: list[str] = field(default_factory=list)
-    mute: list[str] = field(default_factory=list)
-
-
 def prepare(
-    kind: str, source: Path, out: Path, *, videos: Path | None = None, split: str = "train"
+    kind: str,
+    source: Path,
+    out: Path,
+    *,
+    videos: Path | None = None,
+    split: str = "train",
+    first_30s: bool = False,
 ) -> Prepared:
-    """Write the annotations of one split. videos: where the videos lie, if not in the source.
+    """Write the annotations of one split.
 
     Clips whose video is missing, or of which nothing is said, are left out.
+
+    videos: where the videos lie, if not in the source. first_30s: of DiDeMo, whose annotators saw
+    no more of a video: the clip ends after 30 seconds.
     Raises PrepareError: files not found or not as published, or no clip is left.
     """
     if kind not in SETS:
         raise PrepareError(f"no data set {kind!r}; known: {', '.join(SETS)}")
-    if split not in SPLITS:
-        raise PrepareError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    splits = tuple(dict.fromkeys([*SPLITS, *LISTS])) if kind == "msrvtt" else SPLITS
+    if split not in splits:
+        raise PrepareError(f"split is {split!r}; {kind} has {', '.join(splits)}")
+    if first_30s and kind not in ("didemo", "captions"):
+        raise PrepareError(f"the first 30 seconds are a custom with DiDeMo, not with {kind}")
     if not source.exists():
         raise PrepareError(f"{source}: no such file or folder")
     folder = videos or (source if source.is_dir() else source.parent)
-    find = _Finder(folder)
-    done = Prepared()
+    if not folder.is_dir():
+        raise PrepareError(f"{folder}: no such folder of videos")
+    find, done = _Finder(folder), Prepared()
+    items = SETS[kind](Request(source, split, folder, out, done))
 
     def clips() -> Iterator[Clip]:
-        for item in SETS[kind](source, split, folder):
-            texts = tuple(dict.fromkeys(text.strip() for text in item.texts if text.strip()))
-            subtitle, caption = (item.subtitle or "").strip(), (item.caption or "").strip()
-            video = find(item.key) if item.video is None else item.video
-            if not (texts or subtitle or caption):
-                done.mute.append(item.key)
-            elif video in (None, NOWHERE):
-                done.missing.append(item.key)
-            else:
+        for item in items:
+            if first_30s:
+                item = item._replace(end=30.0)
+            clip = _clip(item, find, done)
+            if clip is not None:
                 done.clips += 1
-                times = (item.start, item.end)
-                yield Clip(video, *times, texts, subtitle or None, caption or None)
+                yield clip
         if not done.clips:
-            raise PrepareError(
-                f"none of {len(done.missing)} videos named in {source} was found in {folder}"
-                + (f"; the first: {done.missing[0]}" if done.missing else "")
-                + (f"; of {len(done.mute)} nothing is said" if done.mute else "")
-            )
+            raise PrepareError(f"{source}: no clip is left; " + "; ".join(_losses(done, folder)))
 
-    try:
-        write_annotations(out, clips())
-    except (KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise PrepareError(f"{source}: not as {kind} is published ({what})") from error
+    write_annotations(out, clips())
     return done
+
+
+def _clip(item: Item, find: "_Finder", done: Prepared) -> Clip | None:
+    """The clip, if there is one; else `done` says why not."""
+    texts = [text.strip() for text in item.texts]
+    record = {
+        "start": item.start,
+        "end": item.end,
+        "text": [text for text in dict.fromkeys(texts) if text] or None,
+        "subtitle": (item.subtitle or "").strip() or None,
+        "caption": (item.caption or "").strip() or None,
+    }
+    video = find(item.key) if item.video is None else item.video
+    if not (record["text"] or record["subtitle"] or record["caption"]):
+        done.mute.append(item.key)
+    elif video in (None, NOWHERE):
+        done.missing.append(item.key)
+    else:
+        # What is written now must be read again: the rules are those of annotations.
+        with done.tolerate(item.key):
+            clip = parse_record(record | {"video": str(video)}, Path())
+            if clip.repaired:
+                done.repaired.append(item.key)
+            return clip
+    return None
+
+
+def _losses(done: Prepared, folder: Path) -> Iterator[str]:
+    if done.missing:
+        count = len(done.missing)
+        yield f"none of {count} videos was found in {folder}, the first: {done.missing[0]}"
+    if done.mute:
+        yield f"of {len(done.mute)} nothing is said, the first: {done.mute[0]}"
+    if done.bad:
+        yield f"{len(done.bad)} lines or files cannot be used, the first: {done.bad[0]}"
+    if not (done.missing or done.mute or done.bad):
+        yield "it names none"
 
 
 class _Finder:
@@ -110,173 +143,201 @@ class _Finder:
         self.names: dict[str, Path] | None = None
 
     def __call__(self, key: str) -> Path | None:
+        if is_media(key) and os.path.isfile(self.folder / key):
+            return self.folder / key
         if self.names is None:  # not before it must be: there may be a hundred million
             self.names = {}
-            for path in sorted(self.folder.rglob("*")):
-                if path.suffix.lower() in VIDEO_SUFFIXES:
-                    for name in (path.name, path.stem):
-                        self.names.setdefault(name, path)
-        bare = Path(key).stem if Path(key).suffix.lower() in VIDEO_SUFFIXES else key
-        found = (self.names.get(name) for name in (key, bare, bare.removeprefix("v_")))
+            for path in files_in(self.folder, is_video):
+                for name in (path.name, path.stem):
+                    self.names.setdefault(name, path)
+        name, bare = key.rpartition("/")[2], bare_name(key)
+        found = (self.names.get(name) for name in (name, bare, bare.removeprefix("v_")))
         return next((path for path in found if path is not None), None)
 
 
-def _file(source: Path, *names: str) -> Path:
-    """The first of these that the source is or holds."""
-    for name in names:
-        if source.is_file() and source.name == name:
-            return source
-        found = sorted(source.rglob(name)) if source.is_dir() else []
-        if found:
-            return found[0]
-    raise PrepareError(f"{source}: no {' or '.join(names)} there")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PrepareError(f"{path}: not JSON ({error})") from error
-
-
-def _msrvtt(source: Path, split: str, videos: Path) -> Iterator[Item]:
-    given = [source] if source.is_file() else sorted(source.rglob("*.json"))
-    texts: dict[str, list[str]] = {}
-    splits: dict[str, str] = {}
-    for path in given:
-        content = _json(path)
-        if isinstance(content, dict) and {"videos", "sentences"} <= content.keys():
-            splits |= {video["video_id"]: video["split"] for video in content["videos"]}
-            for sentence in content["sentences"]:
-                texts.setdefault(sentence["video_id"], []).append(sentence["caption"])
-    names = {"train": ("MSRVTT_train.9k.csv", "MSRVTT_train.7k.csv"), "val": ()}
-    tables = names.get(split, ("MSRVTT_JSFUSION_test.csv",))
-    folder = source if source.is_dir() else source.parent
-    found = next((path for name in tables for path in sorted(folder.rglob(name))), None)
-    if found is not None:
-        with found.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                video = row["video_id"]
-                said = [row["sentence"]] if "sentence" in row else texts.get(video, [])
-                yield Item(video, tuple(said))
-        return
-    if not splits:
-        raise PrepareError(f"{source}: no JSON with videos and sentences there")
-    wanted = "validate" if split == "val" else split
-    for video, its in splits.items():
-        if its == wanted:
-            yield Item(video, tuple(texts.get(video, ())))
-
-
-def _didemo(source: Path, split: str, videos: Path) -> Iterator[Item]:
-    texts: dict[str, list[str]] = {}
-    for moment in _json(_file(source, f"{split}_data.json")):
-        texts.setdefault(moment["video"], []).append(moment["description"])
+def _captions(request: Request) -> Iterator[Item]:
+    path = request.source
+    if path.is_dir():
+        word = re.compile(rf"(?<![a-z]){request.split}(?![a-z])", re.IGNORECASE)
+        found = [p for p in request.find("*.jsonl", "*.json") if word.search(p.stem)]
+        if len(found) != 1:
+            names = ": " + ", ".join(path.name for path in found[:5]) if found else ""
+            raise PrepareError(
+                f"{path}: {len(found)} files .jsonl or .json have {request.split!r} in their "
+                f"names{names}; expected one, or the file itself for a source, and --videos"
+            )
+        path = found[0]
+    with needed(path):
+        texts = captioned(path, request.done)
+    request.done.notes.append(f"read {path}")
     for video, said in texts.items():
         yield Item(video, tuple(said))
 
 
-def _lsmdc(source: Path, split: str, videos: Path) -> Iterator[Item]:
+def _didemo(request: Request) -> Iterator[Item]:
+    path = request.file(f"{request.split}_data.json")
+    moments = entries(
+        load_json(path, list, request.done),
+        f"{path}: entry ",
+        request.done,
+        lambda one: (value_of(one, "video", str), [value_of(one, "description", str)]),
+    )
+    for video, said in merge(moments).items():
+        yield Item(video, tuple(said))
+
+
+def _lsmdc(request: Request) -> Iterator[Item]:
     name = {
         "train": "LSMDC16_annos_training.csv",
         "val": "LSMDC16_annos_val.csv",
         "test": "LSMDC16_challenge_1000_publictect.csv",
-    }[split]
-    texts: dict[str, list[str]] = {}
-    path = _file(source, name)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    }[request.split]
+
+    def parse(line: str) -> tuple[str, list[str]] | None:
         fields = line.split("\t")  # no quoting: sentences hold quotation marks of their own
+        if not line.strip():
+            return None
         if len(fields) < 6:
-            raise PrepareError(f"{path}:{number}: {len(fields)} fields, expected 6 between tabs")
-        texts.setdefault(fields[0], []).append(fields[5])
-    for clip, said in texts.items():
+            raise ValueError(f"{len(fields)} fields, expected 6 between tabs")
+        return fields[0], [fields[5]]
+
+    path = request.file(name)
+    with needed(path):
+        lines = lines_of(read_text(path, request.done))
+    for clip, said in merge(entries(lines, f"{path}:", request.done, parse)).items():
         yield Item(clip, tuple(said))
 
 
-def _activitynet(source: Path, split: str, videos: Path) -> Iterator[Item]:
-    path = _file(source, "train.json" if split == "train" else "val_1.json")
-    for video, content in _json(path).items():
-        yield Item(video, tuple(content["sentences"]))
+def _activitynet(request: Request) -> Iterator[Item]:
+    path = request.file("train.json" if request.split == "train" else "val_1.json")
+    for video, content in load_json(path, dict, request.done).items():
+        with request.done.tolerate(f"{path}: {video}"):
+            yield Item(video, tuple(texts_of(content, "sentences")))
 
 
-def _hdvila(source: Path, split: str, videos: Path) -> Iterator[Item]:
-    given = [source] if source.is_file() else sorted(source.rglob("*.jsonl"))
+def _hdvila(request: Request) -> Iterator[Item]:
+    given = request.find("*.jsonl") if request.source.is_dir() else [request.source]
     if not given:
-        raise PrepareError(f"{source}: no .jsonl there")
-    folder = source if source.is_dir() else source.parent
+        raise PrepareError(f"{request.source}: no .jsonl there")
+    done = request.done
     with ExitStack() as stack:
-        databases = {name: _database(folder, name, stack) for name in ("subtitle", "caption")}
+        find = {name: _database(request, name, stack) for name in ("subtitle", "caption")}
         for path in given:
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    try:
-                        record = json.loads(line)
-                    except ValueError as error:
-                        raise PrepareError(f"{path}:{number}: not JSON ({error})") from error
-                    for clip in record.get("clip") or [record]:
-                        key = clip["clip_id"]
-                        start, end = map(_seconds, clip.get("span") or (None, None))
-                        said = {name: find(key) for name, find in databases.items()}
-                        said["subtitle"] = said["subtitle"] or clip.get("text")
-                        item = Item(key, subtitle=said["subtitle"], caption=said["caption"])
-                        video = _hdvila_video(videos, key)
-                        if video is None and start is not None:
-                            video = _hdvila_video(videos, key.partition(".")[0])
-                            item = item._replace(start=start, end=end)
-                        yield item._replace(video=video or NOWHERE)
+            with needed(path):
+                file = stack.enter_context(path.open("rb"))
+            for number, line in enumerate(file, 1):
+                clips: list[Any] = []
+                with done.tolerate(f"{path}:{number}"):
+                    if line.strip():
+                        record = as_kind(parse_json(line.decode("utf-8-sig")), dict)
+                        clips = as_kind(record.get("clip") or [record], list)
+                for clip in clips:
+                    with done.tolerate(f"{path}:{number}"):
+                        yield _hdvila_item(clip, find, request.videos)
+
+
+def _hdvila_item(clip: Any, find: dict[str, Callable[[str], str | None]], videos: Path) -> Item:
+    key = value_of(clip, "clip_id", str)
+    span = as_kind(clip.get("span") or [None, None], list)
+    if len(span) != 2:
+        raise ValueError(f"span of {len(span)} times, expected 2")
+    start, end = map(_seconds, span)
+    subtitle = find["subtitle"](key)
+    if subtitle is None and clip.get("text") is not None:
+        subtitle = value_of(clip, "text", str)
+    item = Item(key, subtitle=subtitle, caption=find["caption"](key))
+    video = _hdvila_video(videos, key)
+    if video is None and start is not None:
+        video = _hdvila_video(videos, key.partition(".")[0])
+        item = item._replace(start=start, end=end)
+    return item._replace(video=video or NOWHERE)
 
 
 def _hdvila_video(videos: Path, key: str) -> Path | None:
     """A cut clip lies in a folder of its video's name, or with the others."""
-    names = (
-        [key] if Path(key).suffix in VIDEO_SUFFIXES else [f"{key}.mp4", f"{key}.mkv", f"{key}.webm"]
-    )
+    names = [key] if is_video(key) else [f"{key}.mp4", f"{key}.mkv", f"{key}.webm"]
     folders = (videos / key.partition(".")[0], videos)
     return next((p for f in folders for n in names if (p := f / n).is_file()), None)
 
 
-def _database(folder: Path, name: str, stack: ExitStack) -> Callable[[str], str | None]:
+def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], str | None]:
     """Looks a clip_id up in the LMDB whose folder has `name` in its own; None where none is."""
-    found = [path.parent for path in sorted(folder.rglob("data.mdb")) if name in path.parent.name]
+    found = [path.parent for path in request.find("data.mdb") if name in path.parent.name]
     if not found:
         return lambda key: None
     try:
         import lmdb
     except ImportError:
         raise PrepareError(f"{found[0]} is an LMDB: `pip install clipvip[lmdb]`") from None
-    environment = stack.enter_context(
-        lmdb.open(str(found[0]), readonly=True, lock=False, readahead=False)
-    )
-    transaction = stack.enter_context(environment.begin())
+    try:
+        environment = stack.enter_context(
+            lmdb.open(os.fsencode(found[0]), readonly=True, lock=False, readahead=False)
+        )
+        transaction = stack.enter_context(environment.begin())
+    except lmdb.Error as error:
+        raise PrepareError(f"{found[0]}: not an LMDB that can be read ({error})") from error
 
     def find(key: str) -> str | None:
-        value = transaction.get(key.encode())
+        encoded = key.encode()
+        if not 0 < len(encoded) <= environment.max_key_size():
+            raise ValueError(f"clip_id of {len(encoded)} bytes")
+        try:
+            value = transaction.get(encoded)
+        except lmdb.Error as error:
+            raise ValueError(f"{found[0]}: {error}") from error
         return None if value is None else bytes(value).decode()
 
     return find
 
 
-def _seconds(time: str | None) -> float | None:
-    """Of "00:04:52.140"."""
+def _seconds(time: Any) -> float | None:
+    """Seconds of "00:04:52.140"."""
     if time is None:
         return None
-    hours, minutes, seconds = time.split(":")
-    return round(int(hours) * 3600 + int(minutes) * 60 + float(seconds), 3)
+    try:
+        hours, minutes, seconds = as_kind(time, str).split(":")
+        return round(int(hours) * 3600 + int(minutes) * 60 + float(seconds), 3)
+    except ValueError as error:
+        raise ValueError(f"span: expected times as 00:04:52.140, got {time!r}") from error
 
 
-def _folder(source: Path, split: str, videos: Path) -> Iterator[Item]:
-    for path in sorted(videos.rglob("*")):
-        if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
-            beside = path.with_suffix(".txt")
-            lines = beside.read_text(encoding="utf-8").splitlines() if beside.is_file() else []
-            yield Item(str(path.relative_to(videos)), tuple(lines), video=path)
+def _folder(request: Request) -> Iterator[Item]:
+    media: list[Path] = []
+    texts: dict[Path, Path] = {}
+    others: Counter[str] = Counter()
+    for path in request.all_in(request.videos, lambda name: True):
+        if is_media(path.name):
+            media.append(path)
+        elif path.suffix.lower() == ".txt":
+            texts[path.with_suffix("")] = path
+        else:
+            others[path.suffix.lower() or "without a suffix"] += 1
+    alone = len(texts.keys() - {path.with_suffix("") for path in media})
+    if alone:
+        others[".txt"] = alone
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        request.done.notes.append(f"{others.total()} files of other kinds skipped: {kinds}")
+
+    def items() -> Iterator[Item]:
+        for path in media:
+            beside = texts.get(path.with_suffix(""))
+            lines: list[str] | None = [] if beside is None else None
+            if beside is not None:
+                with request.done.tolerate(beside):
+                    lines = lines_of(read_text(beside, request.done))
+            if lines is not None:
+                yield Item(str(path.relative_to(request.videos)), tuple(lines), video=path)
+
+    return items()
 
 
-SETS: dict[str, Callable[[Path, str, Path], Iterator[Item]]] = {
-    "msrvtt": _msrvtt,
+SETS: dict[str, Callable[[Request], Iterator[Item]]] = {
+    "msrvtt": msrvtt_items,
     "didemo": _didemo,
     "lsmdc": _lsmdc,
     "activitynet": _activitynet,
     "hdvila": _hdvila,
+    "captions": _captions,
     "folder": _folder,
 }

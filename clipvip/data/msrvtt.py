@@ -1,0 +1,241 @@
+"""MSR-VTT as its makers and peers publish it.
+
+Its splits, each with the files that may list it:
+
+| split | files |
+|---|---|
+| train-9k | MSRVTT_train.9k.csv, train_list_jsfusion.txt, train_list_9k.txt, msrvtt_ret_train9k.json, train9k.jsonl |
+| train-7k | MSRVTT_train.7k.csv, train_list_7k.txt, msrvtt_ret_train7k.json |
+| train-full | train_list_full.txt, the JSON's `train` |
+| val | val_list_full.txt, msrvtt_ret_val*.json, the JSON's `validate` |
+| test-1k (1k-A) | MSRVTT_JSFUSION_test.csv, val_list_jsfusion.txt with jsfusion_val_caption_idx.pkl, msrvtt_ret_test1k.json, test1ka.jsonl |
+| test-full | test_list_full.txt, the JSON's `test` |
+
+`train` is the first of the three that is there, and `test` the first of the two.
+"""  # noqa: E501
+
+import csv
+import io
+import pickle
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clipvip.data.published import (
+    Item,
+    Prepared,
+    PrepareError,
+    Request,
+    as_kind,
+    bare_name,
+    captioned,
+    entries,
+    lines_of,
+    merge,
+    needed,
+    parse_json,
+    read_text,
+    reason_of,
+    texts_of,
+    value_of,
+)
+
+LISTS = {
+    "train-9k": (
+        "MSRVTT_train.9k.csv",
+        "train_list_jsfusion.txt",
+        "train_list_9k.txt",
+        "msrvtt_ret_train9k.json",
+        "train9k.jsonl",
+    ),
+    "train-7k": ("MSRVTT_train.7k.csv", "train_list_7k.txt", "msrvtt_ret_train7k.json"),
+    "train-full": ("train_list_full.txt",),
+    "val": ("val_list_full.txt", "msrvtt_ret_val*.json"),
+    "test-1k": (
+        "MSRVTT_JSFUSION_test.csv",
+        "val_list_jsfusion.txt",
+        "msrvtt_ret_test1k.json",
+        "test1ka.jsonl",
+    ),
+    "test-full": ("test_list_full.txt",),
+}
+PLAIN = {"train": ("train-9k", "train-7k", "train-full"), "test": ("test-1k", "test-full")}
+MAKERS = {"train": "train-full", "validate": "val", "test": "test-full"}
+
+
+class _Listed(NamedTuple):
+    """The videos of a split, with their texts where the list has them."""
+
+    split: str
+    path: Path
+    texts: dict[str, list[str] | None]
+
+
+def msrvtt_items(request: Request) -> Iterator[Item]:
+    """The videos of a split, each with its captions."""
+    texts, numbered, makers = _read_captions(request)
+    wanted = PLAIN.get(request.split, (request.split,))
+    found = (_read_list(request, split, makers, request.done) for split in wanted)
+    listed = next((one for one in found if one is not None), None)
+    if listed is None:
+        names = ", ".join(name for split in wanted for name in LISTS[split])
+        raise PrepareError(
+            f"{request.source}: no list of {request.split} there ({names}, or a JSON with videos "
+            "and sentences)" + "".join(f"; {bad}" for bad in request.done.bad[:1])
+        )
+    request.done.notes.append(f"{request.split}: {listed.split} as {listed.path} lists it")
+    _warn_of_shared(request, listed, makers)
+    picked = None
+    if listed.path.name == "val_list_jsfusion.txt":
+        picked = _read_picked(request)
+        texts = numbered
+    for video, said in listed.texts.items():
+        said = texts.get(bare_name(video), []) if said is None else said
+        if picked is not None:
+            with request.done.tolerate(f"{listed.path}: {video}"):
+                yield Item(video, (_pick(said, picked.get(video)),))
+        else:
+            yield Item(video, tuple(said))
+
+
+def _read_captions(
+    request: Request,
+) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, _Listed]]:
+    """All captions by video, those of frozen-in-time's JSON alone, and the makers' own splits."""
+    done = request.done
+    numbered: list[tuple[str, list[str]]] = []
+    others: list[tuple[str, list[str]]] = []
+    makers: dict[str, _Listed] = {}
+
+    def split(video: Any) -> tuple[str, str]:
+        return value_of(video, "video_id", str), value_of(video, "split", str)
+
+    for path in request.find("*.json") if request.source.is_dir() else [request.source]:
+        with done.tolerate(path):
+            content = parse_json(read_text(path, done))
+            keys = content.keys() if isinstance(content, dict) else set()
+            if {"videos", "sentences"} <= keys:
+                others += _sentences(content["sentences"], "video_id", f"{path}: sentence ", done)
+                videos = as_kind(content["videos"], list)
+                for video, name in entries(videos, f"{path}: video ", done, split):
+                    name = MAKERS.get(name, name)
+                    makers.setdefault(name, _Listed(name, path, {})).texts[video] = None
+            elif {"images", "annotations"} <= keys:
+                where = f"{path}: annotation "
+                numbered += _sentences(content["annotations"], "image_id", where, done)
+    return merge(others + numbered), merge(numbered), makers
+
+
+def _sentences(
+    records: Any, video: str, where: str, done: Prepared
+) -> Iterator[tuple[str, list[str]]]:
+    return entries(
+        as_kind(records, list),
+        where,
+        done,
+        lambda record: (value_of(record, video, str), texts_of(record, "caption")),
+    )
+
+
+def _read_list(
+    request: Request, split: str, makers: dict[str, _Listed], done: Prepared
+) -> _Listed | None:
+    path = next(iter(request.find(*LISTS[split])), None)
+    if path is None:
+        return makers.get(split)
+    texts: dict[str, list[str] | None] = {}
+    with needed(path):
+        if path.suffix == ".csv":
+            for video, said in _rows(path, done):
+                texts[video] = None if said is None else [*(texts.get(video) or []), said]
+        elif path.suffix == ".txt":
+            texts = dict.fromkeys(filter(None, map(str.strip, lines_of(read_text(path, done)))))
+        else:
+            texts |= captioned(path, done)
+    return _Listed(split, path, texts)
+
+
+def _warn_of_shared(request: Request, listed: _Listed, makers: dict[str, _Listed]) -> None:
+    """Tell which videos to train on are also such to measure on: those of val are in 9k and 7k."""
+    videos = set(map(bare_name, listed.texts))
+    trains = listed.split.startswith("train")
+    for split in LISTS:
+        if split.startswith("train") == trains:
+            continue
+        other = None
+        with suppress(PrepareError):
+            other = _read_list(request, split, makers, Prepared())
+        shared = videos & set(map(bare_name, other.texts)) if other else set()
+        if other and shared:
+            request.done.notes.append(
+                f"warning: {len(shared)} of the {len(videos)} videos of {listed.split} are in "
+                f"{split} too ({other.path.name}): do not train on the one and measure on the other"
+            )
+
+
+class _Numbers(pickle.Unpickler):
+    """Reads plain values alone: a pickle may name any code to be run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _read_picked(request: Request) -> dict[str, int]:
+    """Which of a video's captions 1k-A has, by video."""
+    name, instead = "jsfusion_val_caption_idx.pkl", "or MSRVTT_JSFUSION_test.csv in its place"
+    path = next(iter(request.find(name)), None)
+    if path is None:
+        raise PrepareError(
+            f"{request.source}: val_list_jsfusion.txt without {name}, which says which caption of "
+            f"a video counts; put it there, {instead}"
+        )
+    try:
+        picked = _Numbers(io.BytesIO(path.read_bytes()), encoding="latin-1").load()
+        if not isinstance(picked, dict):
+            raise ValueError(f"it holds a {type(picked).__name__}")
+        if not all(type(key) is str and type(value) is int for key, value in picked.items()):
+            raise ValueError("it holds other things")
+    except Exception as error:  # of damaged pickles there is no end
+        reason = reason_of(error) or type(error).__name__
+        raise PrepareError(
+            f"{path}: expected the number of a caption by video, nothing else, but {reason}; put "
+            f"the published file there, {instead}"
+        ) from error
+    return picked
+
+
+def _pick(said: list[str], number: int | None) -> str:
+    if number is None:
+        raise ValueError("no number of its caption")
+    if not 0 <= number < len(said):
+        raise ValueError(f"caption {number} of {len(said)}")
+    return said[number]
+
+
+def _rows(path: Path, done: Prepared) -> Iterator[tuple[str, str | None]]:
+    """(video_id, sentence, if the table has them) of each row of a CSV."""
+    text = read_text(path, done)
+    rows: list[Any]
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error:  # such as a quotation mark that is never closed and swallows what follows
+        rows = list(lines_of(text))
+
+    def fields(row: Any) -> list[str]:
+        return next(csv.reader([row], strict=True), []) if isinstance(row, str) else row
+
+    columns = fields(rows[0]) if rows else []
+    if "video_id" not in columns:
+        raise ValueError(f"no column video_id; it has {', '.join(columns) or 'none'}")
+
+    def take(row: Any) -> tuple[str, str | None] | None:
+        given = fields(row)
+        if given in ([], columns):
+            return None
+        if len(given) != len(columns):
+            raise ValueError(f"{len(given)} fields, expected {len(columns)}")
+        named = dict(zip(columns, given, strict=True))
+        return named["video_id"].strip(), named.get("sentence")
+
+    return entries(rows, f"{path}: row ", done, take)

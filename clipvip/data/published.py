@@ -1,0 +1,226 @@
+"""Data sets as they are published: finding their files, reading them, and noting what is wrong.
+
+A line, entry or file that cannot be used costs itself alone; `Prepared` holds what was lost.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clipvip.data.annotations import kind_of
+from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from clipvip.files import decode_text, files_in, shown
+
+FAULTS = (ValueError, OSError, csv.Error)  # of files that are not what they should be
+LIST_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".mdb")
+
+
+class PrepareError(ValueError):
+    """A source that cannot be converted; one line that says what was looked for."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
+
+
+class Item(NamedTuple):
+    """What a data set says of a clip; `key` names its video as the set does."""
+
+    key: str
+    texts: tuple[str, ...] = ()
+    subtitle: str | None = None
+    caption: str | None = None
+    start: float | None = None
+    end: float | None = None
+    video: Path | None = None
+    """Where it lies, if that is known; else it is looked for by its key."""
+
+
+@dataclass
+class Prepared:
+    """What became of a source."""
+
+    clips: int = 0
+    """How many were written."""
+    missing: list[str] = field(default_factory=list)
+    """Videos that were not found."""
+    mute: list[str] = field(default_factory=list)
+    """Clips of which nothing is said."""
+    bad: list[str] = field(default_factory=list)
+    """Lines, entries and files that could not be used, each with the reason."""
+    guessed: list[str] = field(default_factory=list)
+    """Texts that are not UTF-8 and were read as Windows-1252."""
+    repaired: list[str] = field(default_factory=list)
+    """Clips of whose texts one held half a character."""
+    notes: list[str] = field(default_factory=list)
+    """What was read, and what to know of it."""
+
+    @contextmanager
+    def tolerate(self, where: object) -> Iterator[None]:
+        """Note as bad what fails inside."""
+        try:
+            yield
+        except FAULTS as error:
+            self.bad.append(f"{where}: {reason_of(error)}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a set is asked for. videos: the folder in which they lie. out: no source of anything,
+    though it may lie among them since an earlier run."""
+
+    source: Path
+    split: str
+    videos: Path
+    out: Path
+    done: Prepared
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.source if self.source.is_dir() else self.source.parent
+
+    @cached_property
+    def _lists(self) -> list[Path]:
+        """Files that may describe a set, the topmost ones first."""
+        found = self.all_in(self.folder, lambda name: name.lower().endswith(LIST_SUFFIXES))
+        return sorted(found, key=lambda path: len(path.parts))
+
+    def all_in(self, folder: Path, keep: Callable[[str], bool]) -> list[Path]:
+        out = self.out.absolute()
+        return [path for path in files_in(folder, keep) if path.absolute() != out]
+
+    def find(self, *patterns: str) -> list[Path]:
+        """Files of the source's folder by patterns of their names in order of preference, but
+        before all the source itself, if it is one of them."""
+        found = [p for pattern in patterns for p in self._lists if fnmatch(p.name, pattern)]
+        return sorted(found, key=lambda path: path != self.source)
+
+    def file(self, *patterns: str) -> Path:
+        """The first of these files that the source is or holds."""
+        found = self.find(*patterns) if self.source.is_dir() else [self.source]
+        found = [path for path in found if any(fnmatch(path.name, p) for p in patterns)]
+        if not found:
+            raise PrepareError(f"{self.source}: no {' or '.join(patterns)} there")
+        self.done.notes.append(f"{self.split}: {found[0]}")
+        return found[0]
+
+
+def is_video(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+
+
+def is_media(name: str) -> bool:
+    return is_video(name) or os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def bare_name(key: str) -> str:
+    """A video's name without folders and without the suffix of a container."""
+    name = key.rpartition("/")[2]
+    return os.path.splitext(name)[0] if is_video(name) else name
+
+
+def reason_of(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+@contextmanager
+def needed(path: Path) -> Iterator[None]:
+    """Raise as PrepareError what fails inside: nothing can be done without this file."""
+    try:
+        yield
+    except FAULTS as error:
+        raise PrepareError(f"{path}: {reason_of(error)}") from error
+
+
+def read_text(path: Path, done: Prepared) -> str:
+    text, guessed = decode_text(path.read_bytes())
+    if guessed:
+        done.guessed.append(str(path))
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines as files have them; str.splitlines splits at characters of a text too."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise ValueError(f"not JSON ({error.msg} at {where})") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read (nested too deeply)") from error
+
+
+KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "an object in braces"}
+
+
+def load_json(path: Path, kind: type, done: Prepared) -> Any:
+    with needed(path):
+        return as_kind(parse_json(read_text(path, done)), kind)
+
+
+def as_kind(value: Any, *kinds: type) -> Any:
+    if not isinstance(value, kinds):
+        expected = " or ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"expected {expected}, got {kind_of(value)}")
+    return value
+
+
+def value_of(record: Any, keys: str | tuple[str, ...], *kinds: type) -> Any:
+    """The value of a record's first key of these that is there."""
+    keys = (keys,) if isinstance(keys, str) else keys
+    given = [key for key in keys if as_kind(record, dict).get(key) is not None]
+    if not given:
+        raise ValueError(f"no {' or '.join(map(repr, keys))}")
+    try:
+        return as_kind(record[given[0]], *kinds)
+    except ValueError as error:
+        raise ValueError(f"{given[0]!r}: {error}") from error
+
+
+def texts_of(record: Any, *keys: str) -> list[str]:
+    value = value_of(record, keys, str, list)
+    return [value] if isinstance(value, str) else [as_kind(text, str) for text in value]
+
+
+def merge(pairs: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
+    """All texts of each video, in the order in which they are first named."""
+    texts: dict[str, list[str]] = {}
+    for video, said in pairs:
+        texts.setdefault(video, []).extend(said)
+    return texts
+
+
+def entries(
+    records: Iterable[Any], where: str, done: Prepared, parse: Callable[[Any], Any]
+) -> Iterator[Any]:
+    """What `parse` makes of each record that it takes; `done` names the others by their number."""
+    for number, record in enumerate(records, 1):
+        with done.tolerate(f"{where}{number}"):
+            parsed = parse(record)
+            if parsed is not None:
+                yield parsed
+
+
+def captioned(path: Path, done: Prepared) -> dict[str, list[str]]:
+    """Texts by video, of a JSON list or JSON Lines."""
+
+    def parse(record: Any) -> tuple[str, list[str]]:
+        return value_of(record, ("clip_id", "video"), str), texts_of(record, "text", "caption")
+
+    def parse_line(line: str) -> tuple[str, list[str]] | None:
+        return parse(parse_json(line)) if line.strip() else None
+
+    text = read_text(path, done)
+    if text.lstrip().startswith("["):
+        return merge(entries(as_kind(parse_json(text), list), f"{path}: entry ", done, parse))
+    return merge(entries(lines_of(text), f"{path}:", done, parse_line))

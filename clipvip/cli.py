@@ -81,15 +81,18 @@ def convert(
 
 def embed(
     model: Model,
-    videos: Annotated[Positional[Path], arg(metavar="VIDEOS")],
+    videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
     out: Path = Path("index"),
     decoder: Decoder = "auto",
 ) -> None:
     """Embed one's own videos into an index that can be searched by text.
 
+    `clipvip embed MODEL a.mp4 folder/ 'clips/*.mkv' list.txt annotations.jsonl`
+
     Args:
-        model: A model folder or hub name.
-        videos: A folder, searched recursively, or an annotations file (JSON Lines).
+        model: A model folder or hub name. A plain CLIP's features of the frames are averaged.
+        videos: Videos, images, folders (searched recursively for videos), patterns in quotes,
+            lists (.txt, a path per line), annotations (.jsonl).
         out: Where the index goes; videos that are in it and unchanged are not embedded again.
         decoder: Of the videos; auto is DALI where it and a GPU are, else PyAV.
     """
@@ -113,17 +116,19 @@ def search(
     """
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
     from clipvip.index import search as search_index
 
     index = index or next((path for path in INDEXES if path.is_dir()), INDEXES[0])
     video = Column("video", overflow="fold")
-    table = Table("rank", "score", video, "seconds", title=query)
+    title = Text(shown(query), style="italic")  # Text, as brackets in a str are markup
+    table = Table("rank", "score", video, "seconds", title=title)
     for rank, hit in enumerate(search_index(index, query, k), start=1):
         path = hit.path.relative_to(Path.cwd()) if hit.path.is_relative_to(Path.cwd()) else hit.path
         whole = hit.start is None and hit.end is None
         span = "" if whole else f"{hit.start or 0:g}–{'' if hit.end is None else f'{hit.end:g}'}"
-        table.add_row(str(rank), f"{hit.score:.3f}", str(path), span)
+        table.add_row(str(rank), f"{hit.score:.3f}", Text(shown(path)), span)
     Console().print(table)
 
 
@@ -337,7 +342,7 @@ def bench(
     try:
         better = benchmark.compare(*compare, allow)
     except ValueError as error:
-        print(f"clipvip: error: {error}", file=sys.stderr)
+        print(f"clipvip: error: {shown(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     if not better:
         raise SystemExit(1)
@@ -378,7 +383,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("CLIPVIP_TRACEBACK"):
             raise
-        print(f"clipvip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"clipvip: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -2,7 +2,7 @@
 
 An index is a folder:
 
-    index.json                 model, its fingerprint, source, and the two data files that hold now
+    index.json                 model, its fingerprint, sources, and the two data files that hold now
     embeddings-*.safetensors   "embeddings": float32 [n, P], unit vectors
     clips-*.jsonl              line i: path, start and end (seconds) of clip i, its file's state
     bad_files.jsonl            files that could not be decoded, and why
@@ -15,14 +15,18 @@ Search is exact: one product of all n embeddings with the query. A million clips
 `Index.embeddings` to an approximate nearest-neighbour library.
 """
 
+import glob
 import hashlib
 import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from codecs import BOM_UTF8
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipvip.data.container import VIDEO_SUFFIXES
+from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from clipvip.files import files_in, json_line, shown, write_whole
 from clipvip.progress import progress
 
-FORMAT = 1
+FORMAT = 2
 SAVE_SECONDS = 60.0
+MOST_NAMED = 3  # of many sources or suffixes, in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +68,31 @@ class Hit(NamedTuple):
 class Index:
     """A loaded index. embeddings: float32 [n, P], unit vectors; row i is clips[i].
 
+    sources: files, folders, globs and lists that it was made of.
     bad_files: {"path", "reason"} of every file that the last build could not decode.
     """
 
     model: str
     fingerprint: str
-    source: str
+    sources: list[str]
     embeddings: Tensor
     clips: list[IndexedClip]
     bad_files: list[dict[str, str]] = field(default_factory=list)
 
     @cached_property
     def _encoder(self) -> tuple[Any, Any]:
+        videos = shlex.join(self.sources) if len(self.sources) <= MOST_NAMED else "VIDEOS"
+        if os.path.isabs(self.model) and not os.path.exists(self.model):
+            raise ValueError(
+                f"the model {self.model} that this index was made with is no longer there; put it "
+                "back, or say where it is now, which embeds nothing again: "
+                f"clipvip embed MODEL {videos} --out INDEX"
+            )
         model, processor = _load(self.model, "cpu")
         if _fingerprint(model) != self.fingerprint:
             raise ValueError(
                 f"the model {self.model} has changed since this index was made with it; make the "
-                f"index again: clipvip embed {self.model} {self.source} --out NEW_INDEX"
+                f"index again: clipvip embed {shlex.quote(self.model)} {videos} --out NEW_INDEX"
             )
         return model, processor
 
@@ -87,12 +101,17 @@ class Index:
         """The k clips nearest to the query (all of them where k > n), best first.
 
         The model's text tower is loaded by the first search and kept.
-        Raises ValueError for an empty query, k < 1, or a model that has changed.
+        Raises ValueError for a query that is empty or no text, k < 1, or a model that has changed
+        or moved.
         """
         if not query.strip():
             raise ValueError("the query is empty; expected a sentence")
         if k < 1:
             raise ValueError(f"k is {k}; expected at least 1")
+        try:
+            query.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the query {query!r} is not UTF-8; expected a sentence") from None
         from clipvip.data.loader import tokenize
 
         model, processor = self._encoder
@@ -110,7 +129,7 @@ def load_index(path: str | Path) -> Index:
     """Read an index folder. Raises ValueError where there is none or it is damaged."""
     folder = Path(path)
     try:
-        head = json.loads((folder / "index.json").read_text())
+        head = json.loads((folder / "index.json").read_bytes())
     except FileNotFoundError:
         raise ValueError(
             f"no index in {folder}; make one: clipvip embed MODEL VIDEOS --out {folder}"
@@ -119,7 +138,8 @@ def load_index(path: str | Path) -> Index:
         raise ValueError(f"{folder / 'index.json'} is damaged ({error})") from None
     if head.get("format") != FORMAT:
         raise ValueError(
-            f"{folder} has index format {head.get('format')}; this version reads {FORMAT}"
+            f"{folder} has index format {head.get('format')}; this version reads {FORMAT}: make "
+            "the index again with clipvip embed and another --out, or delete it"
         )
     from safetensors.torch import load_file
 
@@ -131,7 +151,7 @@ def load_index(path: str | Path) -> Index:
         )
     bad = folder / "bad_files.jsonl"
     bad_files = list(_read_lines(bad)) if bad.exists() else []
-    return Index(head["model"], head["fingerprint"], head["source"], embeddings, clips, bad_files)
+    return Index(head["model"], head["fingerprint"], head["sources"], embeddings, clips, bad_files)
 
 
 def search(index: str | Path | Index, query: str, k: int = 10) -> list[Hit]:
@@ -141,7 +161,7 @@ def search(index: str | Path | Index, query: str, k: int = 10) -> list[Hit]:
 
 def build_index(
     model: str | Path,
-    videos: str | Path,
+    videos: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     batch_size: int = 16,
@@ -149,28 +169,37 @@ def build_index(
     decoder: str = "auto",
     device: str | torch.device | None = None,
 ) -> Index:
-    """Embed every video of a folder, or every clip of an annotations file, into an index.
+    """Embed videos into an index: files, folders of them, and clips of annotations and lists.
 
     model: a CLIP-ViP folder or hub name, with its processor; the index remembers it.
-    videos: a folder, searched recursively for VIDEO_SUFFIXES (each file is one clip), or a JSON
-        Lines file of annotations (each line is one clip; texts are not used).
+    videos: one or more of
+        a video, or an image, which is a video of one frame;
+        a folder, searched recursively for videos (not images) by VIDEO_SUFFIXES;
+        annotations (.jsonl), of which each line is one clip and texts are not used;
+        a list (.txt) with the path of a video or image per line, relative to the list;
+        a pattern such as "clips/**/*.mkv" of any of these.
+        Files with other suffixes are left out and counted in the log.
     out: the index folder. What is in it and unchanged (same size and modification time) is not
-        embedded again; clips that `videos` no longer lists are dropped.
+        embedded again; clips that `videos` no longer lists are dropped. An index of videos that
+        are still there and that `videos` does not name is refused, not overwritten.
     num_workers: decoding processes; by default one a core. decoder: see
         clipvip.data.loader.build_loader.
     Files that cannot be decoded are left out and listed in bad_files.jsonl.
-    Raises ValueError where nothing can be embedded, or `out` is the index of another model or of
-    other videos.
+    Raises ValueError where nothing can be embedded, `videos` names something that matches nothing,
+    or `out` is the index of another model or of other videos.
     """
     from clipvip.training.evaluate import Reading
 
     out, workers = Path(out), os.cpu_count() or 1 if num_workers is None else num_workers
-    wanted = _list_clips(Path(videos))
+    given = [videos] if isinstance(videos, str | os.PathLike) else videos
+    sources = [os.fspath(source) for source in given]
+    wanted = _list_clips(sources)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network, processor = _load(model, device)
     name = str(Path(model).resolve()) if Path(model).exists() else str(model)
-    index = Index(name, _fingerprint(network), str(Path(videos).resolve()), torch.empty(0), [])
-    known = _known_rows(out, index)
+    where = sorted(map(os.path.realpath, sources))
+    index = Index(name, _fingerprint(network), where, torch.empty(0), [])
+    known = _known_rows(out, index, wanted)
 
     done = {clip: known[clip] for clip in wanted if clip in known}
     todo = [clip for clip in wanted if clip not in known]
@@ -200,57 +229,139 @@ def build_index(
     if not index.clips:
         first = index.bad_files[0]
         raise ValueError(
-            f"none of {len(wanted)} clips in {videos} could be read; the first: "
+            f"none of {len(wanted)} clips in {_listed(sources)} could be read; the first: "
             f"{first['path']}: {first['reason']}"
         )
     bad = f"; {len(index.bad_files)} unreadable files, see {out / 'bad_files.jsonl'}"
-    print(f"{out}: {len(index.clips)} clips" + (bad if index.bad_files else ""), file=sys.stderr)
+    line = f"{out}: {len(index.clips)} clips" + (bad if index.bad_files else "")
+    print(shown(line), file=sys.stderr)
     return index
 
 
-def _list_clips(videos: Path) -> list[IndexedClip]:
+def _list_clips(sources: Sequence[str]) -> list[IndexedClip]:
     """Every distinct clip, in a stable order."""
-    if videos.is_dir():
-        files = sorted(p for p in videos.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-        if not files:
-            raise ValueError(
-                f"no videos in {videos}; looked for {' '.join(sorted(VIDEO_SUFFIXES))}"
-            )
-        spans: list[tuple[Path, float | None, float | None]] = [(p, None, None) for p in files]
-    else:
+    if not sources:
+        raise ValueError("no videos were named; expected files, folders, patterns or lists of them")
+    skipped: Counter[str] = Counter()
+    clips: dict[tuple[str, str, float | None, float | None], IndexedClip] = {}
+    real = cache(os.path.realpath)
+    for source in sources:
+        spans = list(_spans(source, skipped))
+        if not spans and not os.path.isfile(source):
+            raise ValueError(_no_videos(source, skipped))
+        for path, start, end in spans:
+            full = os.path.abspath(path)
+            folder, name = os.path.split(full)
+            key = real(folder), name, start, end  # a folder may be reached through links as well
+            if key in clips:
+                continue
+            try:
+                state = os.stat(full)
+                clips[key] = IndexedClip(full, start, end, state.st_size, state.st_mtime_ns)
+            except OSError:  # told as a bad file when it is to be read
+                clips[key] = IndexedClip(full, start, end, 0, 0)
+    if not clips:
+        raise ValueError(_no_videos(_listed(sources), skipped))
+    if skipped:
+        print(shown(_counted(skipped)), file=sys.stderr)
+    return list(clips.values())
+
+
+Span = tuple[Path, float | None, float | None]  # start and end in seconds
+
+
+def _spans(source: str, skipped: Counter[str]) -> Iterator[Span]:
+    """The clips that one of the sources names; counts the suffixes of files left out."""
+    path = Path(source)
+    suffix = path.suffix.lower()
+
+    def keep(name: str) -> bool:
+        wanted = (suffix := Path(name).suffix.lower()) in VIDEO_SUFFIXES
+        if not wanted:
+            skipped[suffix] += 1
+        return wanted
+
+    if not os.path.lexists(source):
+        matches = _matches(source)
+        if not matches:
+            expected = "videos, images, folders, annotations (.jsonl) or lists of paths (.txt)"
+            what = "matches nothing" if glob.has_magic(source) else "does not exist"
+            raise ValueError(f"{source!r} {what}; expected {expected}")
+        for match in matches:
+            yield from _spans(match, skipped)
+    elif path.is_dir():
+        yield from ((file, None, None) for file in files_in(path, keep))
+    elif suffix == ".jsonl":
         from clipvip.data.annotations import load_annotations
 
-        spans = [(clip.video, clip.start, clip.end) for clip in load_annotations(videos)]
-    clips: dict[IndexedClip, None] = {}
-    for path, start, end in spans:
-        full = os.path.abspath(path)
-        try:
-            state = os.stat(full)
-            clips[IndexedClip(full, start, end, state.st_size, state.st_mtime_ns)] = None
-        except OSError:  # told as a bad file when it is to be read
-            clips[IndexedClip(full, start, end, 0, 0)] = None
-    return list(clips)
+        yield from ((clip.video, clip.start, clip.end) for clip in load_annotations(path))
+    elif suffix == ".txt":
+        lines = path.read_bytes().removeprefix(BOM_UTF8).splitlines()
+        files = [path.parent / os.fsdecode(line) for line in lines if line.strip()]
+        if not any(map(os.path.lexists, files)):
+            first = f", not {files[0].name!r}" if files else ""
+            raise ValueError(f"{path} names no file; expected the path of a video per line{first}")
+        yield from ((file, None, None) for file in files)
+    elif suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        yield path, None, None
+    else:
+        skipped[suffix] += 1
 
 
-def _known_rows(out: Path, index: Index) -> dict[IndexedClip, Tensor]:
-    """What `out` holds already, where it is an index of the same model and videos."""
+def _matches(pattern: str) -> list[str]:
+    """The paths that a pattern matches, sorted; those in folders below `**/` once each."""
+    root, below, name = (pattern + "/*" * pattern.endswith("/**")).partition("**/")
+    if not below:
+        return sorted(glob.glob(pattern))
+    # Not glob's own way down, which goes round in links that form a circle.
+    folders = [root] if os.path.isdir(root or ".") else sorted(glob.glob(root))
+    files = [file for folder in folders for file in files_in(Path(folder))]
+    return [os.fspath(file) for file in files if file.match(name or "*")]
+
+
+def _no_videos(where: str, skipped: Counter[str]) -> str:
+    others = f"; {_counted(skipped)}" if skipped else ""
+    return f"no videos in {where}; looked for {' '.join(sorted(VIDEO_SUFFIXES))}{others}"
+
+
+def _counted(skipped: Counter[str]) -> str:
+    kinds = [f"{number} {suffix or 'without suffix'}" for suffix, number in skipped.most_common()]
+    files = "file" if skipped.total() == 1 else "files"
+    return f"{skipped.total()} other {files} skipped: {_listed(kinds)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _known_rows(out: Path, index: Index, wanted: list[IndexedClip]) -> dict[IndexedClip, Tensor]:
+    """What `out` holds already, where it is an index of the same model that would lose no clips
+    of videos that are not named now."""
     if not (out / "index.json").exists():
         return {}
     old = load_index(out)
-    for what, there, given in (
-        ("of", old.source, index.source),
-        ("made with the model", old.model, index.model),
-    ):
-        if there != given:
-            raise ValueError(
-                f"{out} is an index {what} {there}, not {given}; give another --out, or delete it"
-            )
     if old.fingerprint != index.fingerprint:
+        changed = f"the model {index.model} has changed since {out} was made with it"
+        other = f"{out} is an index made with the model {old.model}, not {index.model}"
         raise ValueError(
-            f"the model {index.model} has changed since {out} was made with it; give another "
-            "--out, or delete it"
+            f"{changed if old.model == index.model else other}; give another --out, or delete it"
         )
+    if not set(old.sources) <= set(index.sources):
+        named = {(clip.path, clip.start, clip.end) for clip in wanted}
+        others = [c for c in old.clips if (c.path, c.start, c.end) not in named and _remains(c)]
+        if others:
+            raise ValueError(
+                f"{out} is an index of {_listed(old.sources)}; {len(others)} of its clips would be "
+                f"lost, as they are not named now, the first {others[0].path}: name all that it is "
+                "to hold, or give another --out, or delete it"
+            )
     return dict(zip(old.clips, old.embeddings, strict=True))
+
+
+def _remains(clip: IndexedClip) -> bool:
+    """Whether the clip's file is not known to be deleted; its disk may just not be mounted."""
+    return os.path.lexists(clip.path) or not os.path.isdir(os.path.dirname(clip.path))
 
 
 @torch.inference_mode()
@@ -294,16 +405,18 @@ def _embed(
 def _load(model: str | Path, device: str | torch.device) -> tuple[Any, Any]:
     from transformers.utils import logging
 
-    from clipvip.model import CLIPViPModel, CLIPViPProcessor
+    from clipvip.model import load_for_embedding
 
     logging.disable_progress_bar()  # of loading a model: breaks our own
-    network = CLIPViPModel.from_pretrained(model).to(device).eval()
-    return network, CLIPViPProcessor.from_pretrained(model)
+    network: Any
+    network, processor = load_for_embedding(model)
+    return network.to(device), processor
 
 
 def _fingerprint(model: Any) -> str:
-    """SHA-256 of all weights: the same for the same model wherever it lies."""
-    digest = hashlib.sha256()
+    """SHA-256 of all weights and how frames are pooled: the same for the same model wherever it
+    lies."""
+    digest = hashlib.sha256(f"{model.config.vision_config.frame_pooling};".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -312,43 +425,30 @@ def _fingerprint(model: Any) -> str:
 
 def _write(index: Index, out: Path) -> None:
     """Write new data files, point index.json at them, delete the old ones."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    out.mkdir(parents=True, exist_ok=True)
+    clips = b"".join(json_line(asdict(clip)) for clip in index.clips)
     # Named by content: writing the same again changes nothing.
-    state = hashlib.sha256(repr((index.fingerprint, index.clips)).encode()).hexdigest()[:16]
+    state = hashlib.sha256(index.fingerprint.encode() + clips).hexdigest()[:16]
     head: dict[str, Any] = {
         "format": FORMAT,
         "model": index.model,
         "fingerprint": index.fingerprint,
-        "source": index.source,
+        "sources": index.sources,
         "embeddings": f"embeddings-{state}.safetensors",
         "clips": f"clips-{state}.jsonl",
     }
-    _replace(
-        out / head["embeddings"],
-        lambda path: save_file({"embeddings": index.embeddings.contiguous()}, path),
-    )
-    _replace_lines(out / head["clips"], [asdict(clip) for clip in index.clips])
-    _replace_lines(out / "bad_files.jsonl", index.bad_files)
-    _replace(out / "index.json", lambda path: path.write_text(json.dumps(head, indent=1) + "\n"))
+    # Not save_file, whose files nobody else can read whatever the umask is.
+    write_whole(out / head["embeddings"], save({"embeddings": index.embeddings.contiguous()}))
+    write_whole(out / head["clips"], clips)
+    write_whole(out / "bad_files.jsonl", map(json_line, index.bad_files))
+    write_whole(out / "index.json", json.dumps(head, indent=1) + "\n")
     for pattern in ("embeddings-*.safetensors", "clips-*.jsonl"):
         for path in out.glob(pattern):
             if path.name not in (head["embeddings"], head["clips"]):
                 path.unlink()
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def _replace_lines(path: Path, records: list[Any]) -> None:
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         yield from map(json.loads, lines)

@@ -25,7 +25,7 @@ def progress(note: str, total: int) -> Iterator[Callable[[int], None]]:
         )
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TaskProgressColumn(show_speed=True),

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from clipvip.files import shown
 from clipvip.training.checkpoint import truncate_jsonl
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Reporter:
         self.pending, self.failing = b"", False
         self.console = Console(quiet=not self.active, soft_wrap=True, highlight=False)
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} clips/s"),
@@ -51,7 +52,8 @@ class Reporter:
             console=self.console,
             disable=not (self.active and self.console.is_terminal),
         )
-        self.task = self.bar.add_task(out.name, total=total, completed=step, loss=math.nan, rate=0)
+        name = shown(out.name)
+        self.task = self.bar.add_task(name, total=total, completed=step, loss=math.nan, rate=0)
         path = out / "metrics.jsonl"
         if self.active:
             truncate_jsonl(path, step)
@@ -72,7 +74,7 @@ class Reporter:
             try:
                 tracker.finish()
             except Exception as failed:  # must not hide how the run ended
-                logger.warning("%s: %s", tracker.name, failed)
+                logger.warning("%s: %s", tracker.name, shown(failed))
         if self.active:
             self.file.close()
 
@@ -91,7 +93,9 @@ class Reporter:
             self.accelerator.log(row, step=step)
         except Exception as error:  # trackers raise errors of their own
             if not self.failing:
-                logger.warning("step %d: a row of metrics could not be written: %s", step, error)
+                logger.warning(
+                    "step %d: a row of metrics could not be written: %s", step, shown(error)
+                )
             self.failing = True
         else:
             self.failing = False
@@ -112,7 +116,7 @@ class Reporter:
             )
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(shown(text), markup=False)
 
 
 def _duration(seconds: float) -> str:

@@ -33,6 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data.container import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Blob,
     DecodeError,
     File,
     Source,
@@ -58,6 +61,21 @@ from clipvip.data.frame_index import (
 from clipvip.data.pixels import Converter, orientation, read_image
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
 from clipvip.ops.resize_crop import check_compiled, check_resize
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Blob",
+    "DecodeError",
+    "OpenClip",
+    "Source",
+    "VideoInfo",
+    "decode_clip",
+    "is_image",
+    "open_clip",
+    "probe",
+    "read_frames",
+]
 
 
 class VideoInfo(NamedTuple):

@@ -106,16 +106,23 @@ def infer_config(
     )
 
 
-def convert(source: str | os.PathLike, destination: str | os.PathLike, to: str = "clipvip") -> None:
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    to: str = "clipvip",
+    tokenizer: str | os.PathLike | None = None,
+) -> None:
     """Read a checkpoint of any kind `CLIPViPModel.from_pretrained` takes, and write another.
 
-    to="clipvip": a folder with our model and, where the source has a tokenizer, its processor.
+    to="clipvip": a folder with our model and its processor, which reads videos as the source's
+        does. Where there is no tokenizer, that is logged and how videos are read is saved alone.
     to="authors": one file that the authors' code loads.
+    tokenizer: a folder or hub name whose tokenizer is taken; by default the source's.
     Nothing is at `destination` before all of it is there. Raises FileExistsError where something
     already is.
     """
     from clipvip.model.modeling import CLIPViPModel
-    from clipvip.model.processing import CLIPViPProcessor
+    from clipvip.model.processing import CLIPViPProcessor, NoTokenizer, read_settings, save_settings
 
     if to not in ("clipvip", "authors"):
         raise ValueError(f"to is {to!r}; expected 'clipvip' or 'authors'")
@@ -123,26 +130,34 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, to: str =
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
     model = CLIPViPModel.from_pretrained(source)
+    size = model.config.vision_config.image_size
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _written_then_renamed(destination) as unfinished:
         if to == "authors":
+            reading = {"resize": "crop", "sampling": "uniform"} | read_settings(source)
+            if (reading["resize"], reading["sampling"]) != ("squash", "authors"):
+                logger.warning(
+                    f"{source} reads videos by resize={reading['resize']!r} and "
+                    f"sampling={reading['sampling']!r}, which the authors' code does not"
+                )
             torch.save(authors_state_dict(model), unfinished)
             return
         model.save_pretrained(unfinished)
-        if os.path.isfile(source):
+        try:
+            processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
+        except NoTokenizer:
+            if tokenizer is not None:
+                raise
+            save_settings(unfinished, **(read_settings(source) | {"image_size": size}))
             logger.warning(
-                f"{source} holds no tokenizer; add that of the CLIP it was made of: "
-                f"CLIPViPProcessor.from_pretrained(CLIP).save_pretrained({str(destination)!r})"
+                f"{source} holds no tokenizer, so none is saved; convert it again with one (such "
+                "as --tokenizer openai/clip-vit-base-patch32), or add it: CLIPViPProcessor."
+                f"from_pretrained({str(destination)!r}, tokenizer='openai/clip-vit-base-patch32')"
+                f".save_pretrained({str(destination)!r})"
             )
         else:
-            try:
-                processor = CLIPViPProcessor.from_pretrained(source)
-            except OSError as error:
-                logger.warning(f"{source} has no tokenizer that loads, so none is saved: {error}")
-            else:
-                processor.image_size = model.config.vision_config.image_size
-                processor.num_frames = model.config.vision_config.num_frames
-                processor.save_pretrained(unfinished)
+            processor.image_size = size
+            processor.save_pretrained(unfinished)
 
 
 def authors_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:

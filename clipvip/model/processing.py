@@ -1,4 +1,8 @@
-"""From videos and texts to what CLIPViPModel takes."""
+"""From videos and texts to what CLIPViPModel takes.
+
+How a model reads videos and texts is its processor's to say, whoever asks: training, evaluation,
+search. It is saved with the model.
+"""
 
 import json
 import os
@@ -8,14 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
+from clipvip.data.sampling import check_sampling
+from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
+from clipvip.ops.resize_crop import check_resize, resize_frames
 from clipvip.transfer import send
+
+logger = logging.get_logger(__name__)
+
+LONGEST = 77  # tokens that CLIP reads
+READING = ("num_frames", "text_length", "paragraph", "sampling", "resize")
+"""Attributes of a processor that a training run may choose."""
+PROCESSOR_CONFIG = "processor_config.json"
+_SAVED = ("image_size", "image_mean", "image_std", *READING)
 
 # A video: a path, frames as one uint8 array [N, H, W, 3] or [N, 3, H, W], or a list of frames,
 # each a PIL image or an array [H, W, 3] or [3, H, W]. A lone frame is a video of one.
@@ -37,29 +51,19 @@ def normalize_frames(
     return (frames * scale - shift).to(dtype)
 
 
-def resize_and_crop(frames: Tensor, size: int) -> Tensor:
-    """uint8 [N, 3, H, W] → uint8 [N, 3, size, size] as CLIP does it.
-
-    The shorter side becomes `size` (bicubic, antialiased), then the centre is cut out.
-    """
-    height, width = frames.shape[-2:]
-    if len(frames) == 0:
-        return frames.new_empty(0, 3, size, size)
-    short = min(height, width)
-    shape = [height * size // short, width * size // short]
-    if shape != [height, width]:
-        frames = F.interpolate(frames.float(), shape, mode="bicubic", antialias=True)
-        frames = frames.round_().clamp_(0, 255).to(torch.uint8)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    return frames[..., top : top + size, left : left + size]
+class NoTokenizer(OSError):
+    """A processor was asked for where there is no tokenizer; one line that says what to give."""
 
 
 class CLIPViPProcessor(ProcessorMixin):
-    """CLIP's tokenizer, and frames resized, cropped and normalised as CLIP wants them.
+    """CLIP's tokenizer, and how videos are read.
 
     tokenizer: a CLIPTokenizer.
     image_size: pixels, the side of a frame. image_mean, image_std: per channel, of [0, 1].
-    num_frames: frames read of a video given as a path.
+    num_frames: frames that are read of a video. sampling: which, see clipvip.data.sampling.
+    resize: how they become squares, see clipvip.ops.resize_crop.
+    text_length: tokens at which texts are cut off, the end-of-text token kept; None for as many as
+        the tokenizer allows. paragraph: whether all texts of a clip are one.
     """
 
     def __init__(
@@ -69,12 +73,37 @@ class CLIPViPProcessor(ProcessorMixin):
         image_mean: Sequence[float] = OPENAI_CLIP_MEAN,
         image_std: Sequence[float] = OPENAI_CLIP_STD,
         num_frames: int = 12,
+        text_length: int | None = None,
+        paragraph: bool = False,
+        sampling: str = "uniform",
+        resize: str = "crop",
     ) -> None:
         super().__init__(tokenizer)
+        check_sampling(sampling)
+        check_resize(resize)
         self.image_size = image_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.num_frames = num_frames
+        self.text_length = text_length
+        self.paragraph = paragraph
+        self.sampling = sampling
+        self.resize = resize
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens at which texts are cut off."""
+        return self.text_length or min(self.tokenizer.model_max_length, LONGEST)
+
+    def loading(self) -> dict[str, Any]:
+        """How clips are read, as clipvip.data.loader.build_loader takes it."""
+        return {
+            "image_size": self.image_size,
+            "num_frames": self.num_frames,
+            "text_length": self.longest_text,
+            "sampling": self.sampling,
+            "resize": self.resize,
+        }
 
     def __call__(  # type: ignore[override]
         self,
@@ -85,8 +114,7 @@ class CLIPViPProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Make a batch of texts, of videos, or of both.
 
-        text: one or more; HTML entities are resolved. text_length: tokens to truncate at, the
-        end-of-text token kept; by default what the tokenizer allows.
+        text: one or more; HTML entities are resolved. text_length: instead of the processor's own.
         videos: one or more, of any lengths; see `Video`.
         Returns input_ids and attention_mask int64 [n, longest], and pixel_values fp32
         [F, 3, image_size, image_size] with frame_offsets int32 [B+1].
@@ -98,7 +126,7 @@ class CLIPViPProcessor(ProcessorMixin):
             from clipvip.data.loader import tokenize
 
             texts = [text] if isinstance(text, str) else text
-            length = text_length or min(self.tokenizer.model_max_length, 77)
+            length = text_length or self.longest_text
             batch["input_ids"], batch["attention_mask"] = tokenize(self.tokenizer, texts, length)
         if videos is not None:
             clips = [self._frames(video) for video in _as_list_of_videos(videos)]
@@ -113,13 +141,21 @@ class CLIPViPProcessor(ProcessorMixin):
         if isinstance(video, str | os.PathLike):
             from clipvip.data.decode import read_frames
 
-            return read_frames(Path(video), self.num_frames, size=self.image_size)
+            return read_frames(
+                Path(video),
+                self.num_frames,
+                size=self.image_size,
+                resize=self.resize,
+                sampling=self.sampling,
+            )
         if isinstance(video, list | tuple):
             if not video:
                 return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
             return torch.cat([self._frames(frame) for frame in video])
         if isinstance(video, Image.Image):
-            video = np.array(video.convert("RGB"))
+            from clipvip.data.pixels import rgb_of
+
+            video = rgb_of(video)
         frames = torch.as_tensor(video)
         if frames.dtype != torch.uint8:
             raise TypeError(f"frames are {frames.dtype}; expected uint8 of 0 to 255")
@@ -130,44 +166,118 @@ class CLIPViPProcessor(ProcessorMixin):
             raise ValueError(
                 f"frames have shape {list(frames.shape)}; expected [N, H, W, 3] or [N, 3, H, W]"
             )
-        return resize_and_crop(frames, self.image_size)
+        return resize_frames(frames, self.image_size, self.resize)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        tokenizer: str | os.PathLike | None = None,
+        **kwargs: Any,
     ) -> "CLIPViPProcessor":
-        """Load from a folder or hub name, our own or a plain CLIP checkpoint's.
+        """Load what was saved with a model: our own, a plain CLIP, or one of the authors' files.
 
+        Of the authors' files (.pt) frames are read as in their code: resize="squash" and
+        sampling="authors".
+
+        tokenizer: a folder or hub name whose tokenizer is taken, where the model has none.
         kwargs: transformers' hub options (revision, cache_dir, local_files_only, …).
+        Raises NoTokenizer where there is none.
         """
-        if os.path.isfile(pretrained_model_name_or_path):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a file of weights and holds no tokenizer; "
-                "load the processor of the CLIP it was made of"
-            )
         for name in ("trust_remote_code", "_from_auto"):
             kwargs.pop(name, None)
-        tokenizer = CLIPTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        settings: dict[str, Any] = {}
-        for name in ("processor_config.json", "preprocessor_config.json"):
-            file = cached_file(
-                pretrained_model_name_or_path,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                **kwargs,
-            )
-            if file is not None:
-                settings = json.loads(Path(file).read_text())
-                break
-        if "crop_size" in (clip := settings.get("image_processor", settings)):
-            crop = clip["crop_size"]
-            settings = {
-                "image_size": crop if isinstance(crop, int) else crop["height"],
-                "image_mean": clip.get("image_mean", OPENAI_CLIP_MEAN),
-                "image_std": clip.get("image_std", OPENAI_CLIP_STD),
-            }
-        known = ("image_size", "image_mean", "image_std", "num_frames")
-        return cls(tokenizer, **{name: settings[name] for name in known if name in settings})
+        source = pretrained_model_name_or_path
+        loaded = _load_tokenizer(source, tokenizer, kwargs)
+        settings = read_settings(source, **kwargs)
+        if not settings and tokenizer is not None:
+            settings = read_settings(tokenizer)
+        return cls(loaded, **settings)
+
+
+def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
+    """Arguments of CLIPViPProcessor, without the tokenizer, as far as what is saved at `source`
+    says them: a folder or hub name, or one of the authors' files. hub: where on the hub."""
+    if _is_file(source):
+        shapes = infer_config(read_authors_checkpoint(source), source).vision_config
+        return {
+            "image_size": shapes.image_size,
+            "num_frames": shapes.num_frames,
+            "sampling": "authors",
+            "resize": "squash",
+        }
+    own = _read_json(source, PROCESSOR_CONFIG, hub)
+    if "image_size" not in own:
+        clip = own.get("image_processor") or _read_json(source, "preprocessor_config.json", hub)
+        return _settings_of_clip(clip, source)
+    settings = {name: own[name] for name in _SAVED if name in own}
+    # Written beside the model before the processor knew how clips are read.
+    earlier = Path(source, hub.get("subfolder") or "", "reading.json")
+    if "sampling" not in own and earlier.is_file():
+        settings |= json.loads(earlier.read_text())
+    return settings
+
+
+def save_settings(folder: str | os.PathLike, **settings: Any) -> None:
+    """Save arguments of CLIPViPProcessor where there is no tokenizer for one to be saved. Once a
+    tokenizer is there, `from_pretrained` finds them."""
+    whole = {"processor_class": CLIPViPProcessor.__name__, **settings}
+    Path(folder, PROCESSOR_CONFIG).write_text(json.dumps(whole, indent=2) + "\n")
+
+
+def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[str, Any]:
+    """Of a CLIPImageProcessor; what it does and we do not is done as nearly as we can, and said."""
+    settings: dict[str, Any] = {
+        name: clip[name] for name in ("image_mean", "image_std") if name in clip
+    }
+    size, crop = clip.get("size"), clip.get("crop_size")
+    crop = crop if clip.get("do_center_crop", True) else None
+    sides = [
+        given if isinstance(given, int) else given.get("height") or given.get("shortest_edge")
+        for given in (crop, size)
+        if given is not None
+    ]
+    if sides:
+        settings["image_size"] = sides[0]
+    if isinstance(size, dict) and "height" in size:
+        settings["resize"] = "squash"
+        logger.warning(
+            f"{source} squashes whole frames with antialiasing; the nearest is done, which is "
+            "resize='squash', without"
+        )
+    elif size is not None and len(set(sides)) + (crop is None) > 1:
+        logger.warning(
+            f"{source} resizes frames to {size} and crops to {crop}; the nearest is done, which is "
+            f"resize='crop', both to {sides[0]}"
+        )
+    return settings
+
+
+def _load_tokenizer(
+    source: str | os.PathLike, tokenizer: str | os.PathLike | None, hub: dict[str, Any]
+) -> Any:
+    if tokenizer is not None:
+        hub = {name: hub[name] for name in hub if name not in ("revision", "subfolder")}
+    where = source if tokenizer is None else tokenizer
+    if not _is_file(where):
+        loaded = CLIPTokenizer.from_pretrained(where, **hub)
+        # Where there are no files, transformers makes one of the special tokens alone.
+        if len(loaded) > len(loaded.all_special_ids):
+            return loaded
+    raise NoTokenizer(
+        f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, such as "
+        "openai/clip-vit-base-patch32"
+    )
+
+
+def _is_file(source: str | os.PathLike) -> bool:
+    return os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES
+
+
+def _read_json(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """Of a folder or hub name; empty where there is no such file."""
+    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return {} if file is None else json.loads(Path(file).read_text())
 
 
 def _as_list_of_videos(videos: Any) -> Sequence[Video]:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from clipvip.model import CLIPViPModel, CLIPViPProcessor, convert
+from clipvip.model import CLIPViPModel, CLIPViPProcessor, conversion, convert
 from clipvip.model.conversion import authors_state_dict
+from clipvip.model.processing import READING
 
 
 def assert_same_weights(a, b):
@@ -97,3 +98,81 @@ def test_nothing_is_overwritten(make_model, tmp_path):
         convert(tmp_path / "ours", tmp_path / "x.pt", to="authors")
     with pytest.raises(ValueError, match="expected 'clipvip' or 'authors'"):
         convert(tmp_path / "ours", tmp_path / "y", to="clip")
+
+
+def read_by(folder):
+    processor = CLIPViPProcessor.from_pretrained(folder)
+    return {name: getattr(processor, name) for name in READING}
+
+
+CLIPS_WAY = {
+    "num_frames": 12,
+    "text_length": None,
+    "paragraph": False,
+    "sampling": "uniform",
+    "resize": "crop",
+}
+
+
+def test_authors_files_are_read_as_in_their_code(make_model, tokenizer, tmp_path):
+    torch.save(authors_state_dict(make_model()), tmp_path / "x.pt")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    convert(tmp_path / "x.pt", tmp_path / "ours", tokenizer=tmp_path / "tokenizer")
+    authors_way = {**CLIPS_WAY, "sampling": "authors", "resize": "squash"}
+    assert read_by(tmp_path / "ours") == authors_way
+    processor = CLIPViPProcessor.from_pretrained(
+        tmp_path / "x.pt", tokenizer=tmp_path / "tokenizer"
+    )
+    assert {name: getattr(processor, name) for name in READING} == authors_way
+    assert processor.image_size == 32
+
+
+@pytest.mark.parametrize("by", ["the line that is logged", "files put beside it"])
+def test_how_videos_are_read_waits_for_a_tokenizer(
+    make_model, tokenizer, tmp_path, by, monkeypatch
+):
+    torch.save(authors_state_dict(make_model()), tmp_path / "x.pt")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    said = []
+    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    convert(tmp_path / "x.pt", tmp_path / "ours")
+    with pytest.raises(OSError, match="holds no tokenizer"):
+        CLIPViPProcessor.from_pretrained(tmp_path / "ours")
+    if by == "the line that is logged":
+        (line,) = said
+        assert "\n" not in line and "--tokenizer" in line
+        command = line[line.index("CLIPViPProcessor.from_pretrained") :]
+        hub = "openai/clip-vit-base-patch32"
+        eval(command.replace(hub, str(tmp_path / "tokenizer")), {**globals()})
+    else:
+        tokenizer.save_pretrained(tmp_path / "ours")
+    assert read_by(tmp_path / "ours") == {**CLIPS_WAY, "sampling": "authors", "resize": "squash"}
+
+
+def test_how_videos_are_read_is_kept(make_model, clip_folder, tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(clip_folder)
+    convert(clip_folder, tmp_path / "of clip")
+    assert read_by(tmp_path / "of clip") == CLIPS_WAY
+    chosen = {
+        "num_frames": 32,
+        "text_length": 9,
+        "paragraph": True,
+        "sampling": "fps:2",
+        "resize": "pad",
+    }
+    make_model().save_pretrained(tmp_path / "ours")
+    CLIPViPProcessor(tokenizer, image_size=32, **chosen).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "again")
+    assert read_by(tmp_path / "again") == chosen
+    said = []
+    monkeypatch.setattr(conversion.logger, "warning", said.append)
+    convert(tmp_path / "ours", tmp_path / "x.pt", to="authors")
+    assert "resize='pad' and sampling='fps:2'" in said[0]
+
+
+def test_a_tokenizer_that_is_none_leaves_nothing(make_model, tmp_path):
+    torch.save(authors_state_dict(make_model()), tmp_path / "x.pt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="empty holds no tokenizer"):
+        convert(tmp_path / "x.pt", tmp_path / "ours", tokenizer=tmp_path / "empty")
+    assert not (tmp_path / "ours").exists()

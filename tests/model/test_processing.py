@@ -1,14 +1,19 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from clipvip.model import CLIPViPProcessor
-from clipvip.model.processing import normalize_frames, resize_and_crop
+from clipvip.model import CLIPViPProcessor, processing
+from clipvip.model.processing import (
+    NoTokenizer,
+    normalize_frames,
+    read_settings,
+    save_settings,
+)
+from clipvip.ops.resize_crop import RESIZES, resize_frames
 
 
 @pytest.fixture
@@ -30,59 +35,54 @@ def test_normalisation_is_the_formula():
         normalize_frames(expected)
 
 
-@pytest.mark.parametrize("shape", [(40, 60), (61, 33), (32, 32), (20, 31)])
-def test_resizing_is_near_pillow(shape):
-    """Against Pillow's bicubic, which CLIP was trained with, on a smooth picture."""
-    y, x = np.mgrid[: shape[0], : shape[1]] / 8
-    picture = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1) * 100 + 128
-    picture = picture.astype(np.uint8)
-    short = min(shape)
-    scaled = Image.fromarray(picture).resize(
-        (shape[1] * 32 // short, shape[0] * 32 // short), Image.Resampling.BICUBIC
-    )
-    left, top = (scaled.width - 32) // 2, (scaled.height - 32) // 2
-    expected = np.array(scaled.crop((left, top, left + 32, top + 32)))
-    ours = resize_and_crop(torch.from_numpy(picture).permute(2, 0, 1)[None], 32)[0]
-    assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
-
-
-def test_every_form_of_a_video_gives_the_same(processor):
-    clip = noise(2, 40, 60, 3)
+@pytest.mark.parametrize("resize", RESIZES)
+def test_every_form_of_a_video_gives_the_same(processor, resize, tmp_path):
+    processor.resize = resize
+    clip = noise(2, 40, 61, 3)
+    for number, frame in enumerate(clip.numpy()):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
     forms = [
         clip,
         clip.numpy(),
         clip.permute(0, 3, 1, 2),
         list(clip),
         [Image.fromarray(frame.numpy()) for frame in clip],
+        [tmp_path / "0.png", tmp_path / "1.png"],
     ]
     batch = processor(videos=forms)
-    assert batch["frame_offsets"].tolist() == [0, 2, 4, 6, 8, 10]
+    assert batch["frame_offsets"].tolist() == [0, 2, 4, 6, 8, 10, 12]
     assert batch["frame_offsets"].dtype == torch.int32
     first = batch["pixel_values"][:2]
     assert first.shape == (2, 3, 32, 32)
-    assert torch.equal(batch["pixel_values"], first.repeat(5, 1, 1, 1))
+    assert torch.equal(batch["pixel_values"], first.repeat(6, 1, 1, 1))
+    squares = resize_frames(clip.permute(0, 3, 1, 2), 32, resize)
+    assert torch.equal(first, normalize_frames(squares))
     assert torch.equal(processor(videos=clip)["pixel_values"], first)
 
 
 def test_lone_images_and_empty_videos(processor):
-    image = Image.new("L", (50, 40))
+    image = Image.new("I;16", (50, 40), 32896)
+    grey = normalize_frames(torch.full((1, 3, 32, 32), 128, dtype=torch.uint8))
+    assert torch.equal(processor(videos=image)["pixel_values"], grey)
     batch = processor(videos=[image, [], [image, image]])
     assert batch["frame_offsets"].tolist() == [0, 1, 1, 3]
     assert processor(videos=image)["frame_offsets"].tolist() == [0, 1]
     assert processor(videos=[])["pixel_values"].shape == (0, 3, 32, 32)
 
 
-def test_paths_are_decoded(processor, monkeypatch, tmp_path):
+def test_paths_are_decoded_as_the_processor_says(processor, monkeypatch, tmp_path):
     decode = pytest.importorskip("clipvip.data.decode")
     asked = []
 
-    def read_frames(path, num_frames, *, size):
-        asked.append((path, num_frames, size))
-        return noise(num_frames, 3, size, size)
+    def read_frames(path, num_frames, **how):
+        asked.append((path, num_frames, how))
+        return noise(num_frames, 3, how["size"], how["size"])
 
     monkeypatch.setattr(decode, "read_frames", read_frames)
+    processor.resize, processor.sampling = "pad", "fps:2"
     batch = processor(videos=[tmp_path / "a.mp4", "b.mp4"])
-    assert asked == [(tmp_path / "a.mp4", 4, 32), (Path("b.mp4"), 4, 32)]
+    how = {"size": 32, "resize": "pad", "sampling": "fps:2"}
+    assert asked == [(tmp_path / "a.mp4", 4, how), (Path("b.mp4"), 4, how)]
     assert batch["frame_offsets"].tolist() == [0, 4, 8]
 
 
@@ -95,19 +95,74 @@ def test_text_is_unescaped_and_truncated_before_its_end(processor):
     assert long["input_ids"][0, -1] == end
     assert long["attention_mask"].sum(1).tolist() == [6, 3]
     assert processor(text="a " * 40)["input_ids"].shape == (1, 16)
+    processor.text_length = 9
+    assert processor(text="a " * 40)["input_ids"].shape == (1, 9)
 
 
-def test_save_and_load_round_trip(processor, tmp_path):
-    processor.image_mean = [0.1, 0.2, 0.3]
+READ_OTHERWISE = {
+    "image_size": 32,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4, 0.5, 0.6],
+    "num_frames": 4,
+    "text_length": 11,
+    "paragraph": True,
+    "sampling": "authors",
+    "resize": "squash",
+}
+
+
+def test_save_and_load_round_trip(tokenizer, tmp_path):
+    processor = CLIPViPProcessor(tokenizer, **READ_OTHERWISE)
     processor.save_pretrained(tmp_path)
     for loaded in (
         CLIPViPProcessor.from_pretrained(tmp_path),
         AutoProcessor.from_pretrained(tmp_path),
     ):
         assert type(loaded) is CLIPViPProcessor
-        assert (loaded.image_size, loaded.num_frames) == (32, 4)
-        assert loaded.image_mean == [0.1, 0.2, 0.3]
+        assert {name: getattr(loaded, name) for name in READ_OTHERWISE} == READ_OTHERWISE
         assert loaded("a cat")["input_ids"].tolist() == processor("a cat")["input_ids"].tolist()
+
+
+def test_settings_saved_alone_wait_for_a_tokenizer(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "model").mkdir()
+    save_settings(tmp_path / "model", **READ_OTHERWISE)
+    assert read_settings(tmp_path / "model") == READ_OTHERWISE
+    with pytest.raises(NoTokenizer, match="model holds no tokenizer; give tokenizer="):
+        CLIPViPProcessor.from_pretrained(tmp_path / "model")
+    whole = CLIPViPProcessor.from_pretrained(tmp_path / "model", tokenizer=tmp_path / "tokenizer")
+    whole.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for folder in ("model", "whole"):
+        loaded = CLIPViPProcessor.from_pretrained(tmp_path / folder)
+        assert {name: getattr(loaded, name) for name in READ_OTHERWISE} == READ_OTHERWISE
+
+
+def test_what_is_not_said_is_clips(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    processor = CLIPViPProcessor.from_pretrained(tmp_path)
+    assert processor.loading() == {
+        "image_size": 224,
+        "num_frames": 12,
+        "text_length": 16,  # as the tokenizer allows
+        "sampling": "uniform",
+        "resize": "crop",
+    }
+    assert processor.paragraph is False
+
+
+def test_how_older_folders_were_read_is_kept(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    older = {"processor_class": "CLIPViPProcessor", "image_size": 32, "num_frames": 12}
+    (tmp_path / "processor_config.json").write_text(json.dumps(older))
+    reading = {"num_frames": 5, "text_length": 9, "paragraph": True, "sampling": "fps:2"}
+    (tmp_path / "reading.json").write_text(json.dumps(reading))
+    processor = CLIPViPProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(processor, name) for name in reading} == reading
+    assert (processor.image_size, processor.resize) == (32, "crop")
+    processor.num_frames = 7
+    processor.save_pretrained(tmp_path)  # newer than reading.json, whose time is over
+    assert CLIPViPProcessor.from_pretrained(tmp_path).num_frames == 7
 
 
 @pytest.mark.parametrize("crop", [48, {"height": 48, "width": 48}])
@@ -123,12 +178,41 @@ def test_plain_clip_folder_loads(tokenizer, tmp_path, crop, nested):
     assert processor.image_size == 48
     assert processor.image_mean == [0.5] * 3
     assert processor.image_std == [0.4] * 3
+    assert processor.resize == "crop"
+
+
+@pytest.mark.parametrize(
+    ("settings", "resize", "size", "said"),
+    [
+        ({"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}, "crop", 48, ""),
+        ({"size": 48, "crop_size": 48, "do_center_crop": True}, "crop", 48, ""),
+        ({"size": {"shortest_edge": 48}}, "crop", 48, "nearest"),
+        ({"size": {"shortest_edge": 64}, "crop_size": 48}, "crop", 48, "nearest"),
+        ({"size": {"height": 48, "width": 48}, "do_center_crop": False}, "squash", 48, "antialias"),
+        ({"size": {"height": 48, "width": 48}, "crop_size": 48}, "squash", 48, "antialias"),
+    ],
+)
+def test_other_clips_are_read_as_nearly_as_can_be(
+    settings, resize, size, said, tokenizer, tmp_path, monkeypatch
+):
+    warnings = []
+    monkeypatch.setattr(processing.logger, "warning", warnings.append)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    processor = CLIPViPProcessor.from_pretrained(tmp_path)
+    assert (processor.resize, processor.image_size) == (resize, size)
+    assert said in " ".join(warnings) if said else not warnings
 
 
 def test_wrong_input_is_explained(processor, tmp_path):
     (tmp_path / "x.pt").touch()
-    with pytest.raises(ValueError, match="holds no tokenizer"):
-        CLIPViPProcessor.from_pretrained(tmp_path / "x.pt")
+    for source in ("x.pt", "."):
+        with pytest.raises(NoTokenizer, match="holds no tokenizer"):
+            CLIPViPProcessor.from_pretrained(tmp_path / source)
+    for wrong in ({"resize": "fit"}, {"sampling": "best"}):
+        with pytest.raises(ValueError, match="expected"):
+            CLIPViPProcessor(processor.tokenizer, **wrong)
     with pytest.raises(ValueError, match="neither text nor videos"):
         processor()
     with pytest.raises(TypeError, match="expected uint8"):

@@ -38,6 +38,7 @@ from clipvip.data.dali import DaliDecoder, Encoded, Engine, Refused, encode, sta
 from clipvip.data.decode import OpenClip, open_clip, read_frames
 from clipvip.data.sampling import check_sampling
 from clipvip.data.workers import Workers
+from clipvip.ops.resize_crop import check_resize
 
 __all__ = ["Batch", "ClipLoader", "LoaderError", "build_loader", "tokenize"]
 
@@ -67,6 +68,7 @@ def build_loader(
     max_bad_share: float = 0.05,
     bad_files: Path | None = None,
     sampling: str = "uniform",
+    resize: str = "crop",
     decoder: str = "pyav",
 ) -> "ClipLoader":
     """A loader of one rank's batches; batch_size is per rank.
@@ -74,8 +76,9 @@ def build_loader(
     tokenizer: a transformers CLIPTokenizer (None for task "video"). training: shuffle, jitter
     frames, draw one text a clip; else every clip once, in order, with all its texts.
     drop_last: leave out an uneven tail; as `training` unless given. bad_files: where to append
-    unreadable files. sampling: see clipvip.data.sampling. decoder: "pyav", "dali", or "auto" for
-    DALI where there is a GPU on which it starts; clips, frames and order are the same.
+    unreadable files. sampling: see clipvip.data.sampling. resize: see clipvip.ops.resize_crop.
+    decoder: "pyav", "dali", or "auto" for DALI where there is a GPU on which it starts; clips,
+    frames and order are the same.
 
     A batch is a dict of CPU tensors (what DALI decodes on a GPU is there already):
     - pixel_values uint8 [F, 3, S, S], frames of B clips, packed; frame_offsets int32 [B+1],
@@ -95,6 +98,7 @@ def build_loader(
         size=image_size,
         num_frames=num_frames,
         sampling=sampling,
+        resize=resize,
         task=task,
         training=training,
         seed=seed,
@@ -343,6 +347,7 @@ class Reading:
     size: int
     num_frames: int
     sampling: str
+    resize: str = "crop"
     task: str
     training: bool
     seed: int
@@ -354,6 +359,7 @@ class Reading:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; expected 0 or more")
         check_sampling(self.sampling)
+        check_resize(self.resize)
 
     @property
     def tries(self) -> int:
@@ -376,7 +382,7 @@ class Reading:
         sample.middle = omnisource and image is None
         self._read_frames(sample, clip, clip.video if video is None else video, generator)
         if omnisource and image is not None:
-            sample.image = read_frames(image, 1, size=self.size)[0]
+            sample.image = read_frames(image, 1, size=self.size, resize=self.resize)[0]
 
     def _read_frames(
         self, sample: Sample, clip: Clip, video: Source, generator: np.random.Generator
@@ -389,7 +395,8 @@ class Reading:
             "with_middle": sample.middle,
         }
         if is_image(video):
-            sample.frames = read_frames(video, self.num_frames, size=self.size, **settings)
+            squares: dict[str, Any] = {"size": self.size, "resize": self.resize}
+            sample.frames = read_frames(video, self.num_frames, **squares, **settings)
             sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
             return
         with open_clip(video, self.num_frames, **settings) as opened:
@@ -406,7 +413,7 @@ class Reading:
                 refused = isinstance(error, Refused)
                 reason = error.reason if refused else "packets cannot be cut out"
                 sample.decoder = f"PyAV ({reason})"
-        sample.frames = opened.decode(self.size)
+        sample.frames = opened.decode(self.size, resize=self.resize)
 
 
 class FileBatches:
@@ -518,9 +525,10 @@ class _ByDali:
     def __init__(
         self, work: Work, collate: "Collate", num_workers: int, name: Callable[[int], str]
     ) -> None:
-        assert work.reading.engine is not None
+        reading = work.reading
+        assert reading.engine is not None
         self.collate = collate
-        self.decoder = DaliDecoder(work.reading.size, work.reading.engine, num_workers)
+        self.decoder = DaliDecoder(reading.size, reading.engine, num_workers, reading.resize)
         self._again = _Again(work)
         self._processes = min(num_workers, 1)
         self._name = name

@@ -18,9 +18,10 @@ from PIL import Image
 from clipvip.data import loader as loading
 from clipvip.data import workers
 from clipvip.data.annotations import Clip
-from clipvip.data.decode import open_clip
+from clipvip.data.decode import open_clip, read_frames
 from clipvip.data.loader import Batch, ClipLoader, LoaderError, build_loader, tokenize
 from clipvip.data.workers import WorkerError
+from clipvip.ops.resize_crop import RESIZES
 
 SIZE = 16
 Load = Callable[..., ClipLoader]
@@ -154,6 +155,22 @@ def test_frames_are_packed_and_are_the_clips_own(load: Load, clips: list[Clip], 
     for row, place in enumerate(batch["clip_index"].tolist()):
         own = found[5 * row : 5 * row + 5]
         assert own[0] == int(2.5 * place + 1e-6) and len(set(own)) == 5
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_frames_and_images_are_made_square_as_asked(
+    resize: str, load: Load, clips, tmp_path
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (20, 60, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    given = [Clip(tmp_path / "x.png", image=tmp_path / "x.png", text=("a",)), clips[0]]
+    batch = next(iter(load(given, resize=resize, task="omnisource", training=False, batch_size=2)))
+    square = read_frames(tmp_path / "x.png", 1, size=SIZE, resize=resize)[0]
+    assert torch.equal(batch["image"][0], square)
+    assert torch.equal(batch["pixel_values"][0], square)
+    clip = {"start": clips[0].start, "end": clips[0].end}
+    frames = read_frames(clips[0].video, 3, size=SIZE, resize=resize, **clip)
+    assert torch.equal(batch["pixel_values"][-3:], frames)
 
 
 def test_images_and_sparse_clips_make_ragged_batches(
@@ -433,6 +450,7 @@ def test_random_state_of_the_process_is_left_alone(load: Load) -> None:
     [
         ({"task": "retreival"}, "task is 'retreival'; expected one of retrieval, omnisource"),
         ({"sampling": "dense"}, "sampling is 'dense'"),
+        ({"resize": "fit"}, "resize is 'fit'"),
         ({"batch_size": 32}, "20 clips make no batch of 32"),
         ({"seed": -1}, "seed is -1"),
         ({"rank": 2, "world_size": 2}, "rank is 2 of 2"),

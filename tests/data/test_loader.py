@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -285,6 +286,26 @@ def test_training_goes_on_over_bad_files_and_lists_them(
 
 def test_replacement_is_the_same_for_any_number_of_workers(load: Load, spoiled: list[Clip]) -> None:
     assert equal(list(load(spoiled)), list(load(spoiled, num_workers=2)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_elsewhere_costs_no_clip_but_is_listed(
+    workers: int, load: Load, make_video, tmp_path: Path
+) -> None:
+    video = make_video("whole.ts", size=(160, 128), options={"g": "10"})
+    data = bytearray(video.read_bytes())
+    path, out = tmp_path / "damaged.ts", tmp_path / "bad_files.jsonl"
+    data[len(data) // 2 : len(data) * 5 // 8] = b"\xff" * (len(data) * 5 // 8 - len(data) // 2)
+    path.write_bytes(data)
+    given = [Clip(video=path, start=start, end=start + 0.3, line=1) for start in (0.0, 0.2, 2.0)]
+    options: dict[str, Any] = {"task": "video", "training": False, "num_workers": workers}
+    loader = load(given, bad_files=out, **options)
+    expected = load([replace(clip, video=video) for clip in given], **options)
+    assert equal(list(loader), list(expected))
+    assert loader.bad_files == []
+    (written,) = map(json.loads, out.read_text().splitlines())
+    assert written["path"] == str(path) and written["damaged"] is True
+    assert re.fullmatch(r"damaged at 1\.\d–1\.\d s", written["reason"])
 
 
 def test_list_of_bad_files_survives_a_killed_run_and_names_each_once(

@@ -194,21 +194,25 @@ NAL = {"h264": (0, 31, 4), "hevc": (1, 63, 21)}
 PICTURES = {"h264": range(1, 6), "hevc": range(32)}  # types that are part of one
 
 
-def nal_types(packet: Packet, stream: VideoStream) -> Iterator[int]:
-    """Types of the NAL units in a packet of H.264 or HEVC; none where they cannot be told."""
+def nal_units(packet: Packet, stream: VideoStream) -> Iterator[tuple[int, memoryview]]:
+    """Types and bytes of the NAL units in a packet of H.264 or HEVC; none where they cannot be
+    told apart."""
     context = stream.codec_context
     shift, mask, at = NAL[context.codec.canonical_name]
-    head, data = context.extradata or b"", bytes(packet)
+    head, data = context.extradata or b"", memoryview(bytes(packet))
     # Of a file's NAL units (ISO/IEC 14496-15) come their lengths first, of a stream's a 0 0 1.
     size = (head[at] & 3) + 1 if len(head) > at and head[0] == 1 else 0
-    if not size:
-        for found in re.finditer(rb"\x00\x00\x01(.)", data, re.DOTALL):
-            yield found[1][0] >> shift & mask
-        return
-    start = 0
-    while start + size < len(data):
-        yield data[start + size] >> shift & mask
-        start += size + int.from_bytes(data[start : start + size], "big")
+    if size:
+        spans, start = [], 0
+        while start + size < len(data):
+            end = start + size + int.from_bytes(data[start : start + size], "big")
+            spans.append((start + size, end))
+            start = end
+    else:
+        starts = [found.end() for found in re.finditer(rb"\x00\x00\x01(?=.)", data, re.DOTALL)]
+        spans = list(zip(starts, [*(start - 3 for start in starts[1:]), len(data)], strict=False))
+    for start, end in spans:
+        yield data[start] >> shift & mask, data[start:end]
 
 
 def holds_picture(packet: Packet, stream: VideoStream) -> bool:
@@ -217,5 +221,5 @@ def holds_picture(packet: Packet, stream: VideoStream) -> bool:
     codec = stream.codec_context.codec.canonical_name
     if codec not in NAL:
         return True
-    types = list(nal_types(packet, stream))
+    types = [kind for kind, _ in nal_units(packet, stream)]
     return not types or any(kind in PICTURES[codec] for kind in types)

@@ -12,13 +12,13 @@ import ctypes
 import functools
 import io
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import av
@@ -27,14 +27,14 @@ import torch
 from av.codec.codec import UnknownCodecError
 from av.packet import Packet
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data.container import Blob, DecodeError, add_copy, open_video, packets_from
 from clipvip.data.decode import OpenClip, open_clip
+from clipvip.data.headers import CHANGED, difference, resets
 from clipvip.data.pixels import MATRIX_NAMES, orientation
-from clipvip.ops.resize_crop import Axis, Turn, on_black, placed, resize_frames, to_rgb
+from clipvip.ops.resize_crop import Axis, Turn, on_black, placed, resize_frames
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,6 @@ GPU = Engine(
     frozenset({"yuv420p", "yuvj420p"}),
 )
 AV1_SINCE = (8, 6)  # compute capability
-
-CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # nothing refers to beyond a keyframe
-# Where the type of a NAL unit is in its first byte, types of IDR pictures, and where the size of
-# lengths is in the codec's head.
-IDR = {"h264": (0, 31, {5}, 4), "hevc": (1, 63, {19, 20}, 21)}
 
 TICKS = Fraction(1, 1000)  # of the copies
 STEP = 40  # ticks between frames
@@ -168,8 +163,7 @@ class Encoded:
     """Frames of a clip, not decoded yet.
 
     data: uint8 [bytes], a Matroska file; numbers: int32 [N], the frames wanted, counted in the
-    order of showing; width, height: as stored. turn: see decode.orientation; colour_space: as
-    FFmpeg numbers them.
+    order of showing; width, height: as stored. turn: see decode.orientation.
     """
 
     data: Tensor
@@ -177,7 +171,6 @@ class Encoded:
     width: int
     height: int
     turn: Turn
-    colour_space: int
 
 
 class Refused(DecodeError):
@@ -186,28 +179,28 @@ class Refused(DecodeError):
 
 def encode(clip: OpenClip, engine: Engine) -> Encoded:
     """Everything that DALI needs for the clip's frames. Raises Refused, or what PyAV raises."""
-    path = clip.path
-    codec = clip.stream.codec_context.codec.canonical_name
-    on_gpu = engine.device == "gpu"
+    path, head = clip.path, clip.stream.codec_context
+    codec = head.codec.canonical_name
     if codec not in engine.codecs:
         raise Refused(path, f"{codec} on the {engine.device.upper()}")
     if clip.index.by_count:
         raise Refused(path, "no times of showing in the file")
+    _check_colours(path, head.colorspace)
     wanted = clip.index.shown[clip.chosen]
     # Half a tick on, or rounding could lead to the keyframe before.
     first = clip.index.times[clip.chosen.min()] + float(clip.stream.time_base or 0) / 2
     with open_video(clip.source) as (container, stream):
+        given = stream.codec_context.width, stream.codec_context.height
         source = packets_from(container, stream, first)
-        packets = _needed(source, set(wanted.tolist()), _resets(stream))
+        packets = _needed(source, set(wanted.tolist()), resets(stream))
+        if packets and (problem := difference(stream, packets)):
+            raise Refused(path, problem)
         frame = _first_frame(packets)
         if frame is None:
             raise Refused(path, "frames out of order")
-        if frame.format.name not in engine.pixels:
-            raise Refused(path, f"{frame.format.name} pixels on the {engine.device.upper()}")
-        if on_gpu and frame.interlaced_frame:
-            raise Refused(path, "interlaced")
-        if on_gpu and (frame.width % 2 or frame.height % 2):
-            raise Refused(path, "a width or height that is odd")
+        if (frame.width, frame.height) != given:  # DALI makes room for what the file says
+            raise Refused(path, CHANGED)
+        _check_picture(path, frame, engine)
         times = np.array([packet.pts for packet in packets], np.int64)
         shown = np.unique(times)
         if len(shown) < len(times):
@@ -219,12 +212,30 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
         frame.width,
         frame.height,
         orientation(frame),
-        int(frame.colorspace),
     )
 
 
+def _check_picture(path: Path, frame: VideoFrame, engine: Engine) -> None:
+    """Raises Refused where DALI would make other pixels of the frame."""
+    _check_colours(path, frame.colorspace)
+    if frame.format.name not in engine.pixels:
+        raise Refused(path, f"{frame.format.name} pixels on the {engine.device.upper()}")
+    if engine.device == "gpu" and frame.interlaced_frame:
+        raise Refused(path, "interlaced")
+    if engine.device == "gpu" and (frame.width % 2 or frame.height % 2):
+        raise Refused(path, "a width or height that is odd")
+
+
+def _check_colours(path: Path, number: int) -> None:
+    """DALI takes all colours for BT.601's and cuts off at 0 and 255 what is none of its: no later
+    correction brings that back, and saturated colours would be wrong by up to 40 of 255."""
+    name = MATRIX_NAMES.get(int(number))
+    if name != "bt601":
+        raise Refused(path, f"{name or 'other'} colours")
+
+
 def _needed(
-    packets: Iterator[Packet], wanted: set[int], resets: Callable[[Packet], bool]
+    packets: Iterator[Packet], wanted: set[int], is_reset: Callable[[Packet], bool]
 ) -> list[Packet]:
     """In decoding order, from the keyframe on which they start to the last wanted one, less the
     stretches from one reset to the next in which none is wanted; none where they lack one."""
@@ -233,7 +244,7 @@ def _needed(
     for packet in packets:
         if not packet.size or packet.pts is None:
             continue
-        if resets(packet):
+        if is_reset(packet):
             if not used:
                 del needed[stretch:]
             stretch, used = len(needed), False
@@ -245,36 +256,6 @@ def _needed(
         if not wanted:
             return needed
     return []
-
-
-def _resets(stream: VideoStream) -> Callable[[Packet], bool]:
-    """Whether nothing from a packet on, in decoding order, refers to what came before it.
-
-    Any keyframe of most codecs; of H.264 and HEVC an IDR picture, since of open groups of pictures
-    some refer to the group before. Of others nobody knows.
-    """
-    codec, head = stream.codec_context.codec.canonical_name, stream.codec_context.extradata or b""
-    if codec not in IDR:
-        return lambda packet: packet.is_keyframe and codec in CLOSED
-    shift, mask, types, at = IDR[codec]
-    # Of a file's NAL units (ISO/IEC 14496-15) come their lengths first, of a stream's a 0 0 1.
-    size = (head[at] & 3) + 1 if len(head) > at and head[0] == 1 else 0
-
-    def resets(packet: Packet) -> bool:
-        units = _nal_units(bytes(packet), size) if packet.is_keyframe else ()
-        return any(unit >> shift & mask in types for unit in units)
-
-    return resets
-
-
-def _nal_units(data: bytes, size: int) -> Iterator[int]:
-    """The first byte of each; size: bytes of their lengths, 0 for start codes."""
-    if not size:
-        yield from (found[0][3] for found in re.finditer(rb"\x00\x00\x01.", data, re.DOTALL))
-    at = 0
-    while size and at + size < len(data):
-        yield data[at + size]
-        at += size + int.from_bytes(data[at : at + size], "big")
 
 
 def _first_frame(packets: list[Packet]) -> VideoFrame | None:
@@ -353,12 +334,8 @@ class DaliDecoder:
                 return [_reason(error)]
             half = len(clips) // 2
             return [*self._decode(clips[:half]), *self._decode(clips[half:])]
-        return [
-            _turned(_recoloured(frames, clip.colour_space), clip.turn)
-            for frames, clip in zip(
-                packed.split([len(clip.numbers) for clip in clips]), clips, strict=True
-            )
-        ]
+        parts = packed.split([len(clip.numbers) for clip in clips])
+        return [_turned(part, clip.turn) for part, clip in zip(parts, clips, strict=True)]
 
     def _run(self, clips: Sequence[Encoded]) -> Tensor:
         """uint8 [F, 3, size, size]."""
@@ -448,16 +425,6 @@ def _part(clip: Encoded, axes: tuple[Axis, Axis]) -> dict[str, NDArray[np.float3
     whole, first, kept, _ = np.array(tuple(zip(*axes, strict=True)), np.float32)
     unit = np.array([clip.height, clip.width], np.float32) / whole
     return {"size": kept, "begin": first * unit, "end": (first + kept) * unit}
-
-
-def _recoloured(frames: Tensor, colour_space: int) -> Tensor:
-    """RGB [N, 3, S, S] as DALI makes it, to what the frames' own colour space makes."""
-    name = MATRIX_NAMES.get(colour_space, "bt601")  # for which DALI takes all
-    if name == "bt601":
-        return frames
-    matrix = torch.from_numpy(to_rgb(name) @ np.linalg.inv(to_rgb("bt601"))).float()
-    pixels = torch.einsum("ij,njhw->nihw", matrix.to(frames.device), frames.float())
-    return pixels.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _turned(frames: Tensor, turn: Turn) -> Tensor:

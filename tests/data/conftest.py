@@ -64,6 +64,47 @@ def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def changing_video(tmp_path: Path) -> Callable[..., Path]:
+    """changing_video(name, [(width, height), …], codec=…): ten frames of each size in turn, which
+    tell their number by their brightness."""
+
+    def make(
+        name: str,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        codec: str,
+        pixel_format: str = "yuv420p",
+        options: dict[str, str] | None = None,
+    ) -> Path:
+        path, shown = tmp_path / name, 0
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=25, options=options or {})
+            for width, height in sizes:
+                encoder: Any = stream.codec_context
+                if shown:
+                    encoder = av.CodecContext.create(codec, "w")
+                    encoder.framerate, encoder.time_base = 25, Fraction(1, 25)
+                    encoder.options = options or {}
+                encoder.width, encoder.height, encoder.pix_fmt = width, height, pixel_format
+                for number in range(shown, shown + 10):
+                    pixels = np.full((height, width, 3), STEP * number, np.uint8)
+                    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                    frame.pts, frame.time_base = number, Fraction(1, 25)
+                    _mux(container, stream, encoder.encode(frame))
+                _mux(container, stream, encoder.encode(None))
+                shown += 10
+        return path
+
+    return make
+
+
+def _mux(container: Any, stream: Any, packets: list[av.Packet]) -> None:
+    for packet in packets:
+        packet.stream = stream
+        container.mux(packet)
+
+
+@pytest.fixture
 def turned_video(tmp_path: Path) -> Callable[..., Path]:
     """turned_video((a, b, c, d), codec=…): three frames, stored red top left, green top right,
     blue bottom left, with that display matrix."""

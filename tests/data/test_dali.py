@@ -27,7 +27,7 @@ from clipvip.data.loader import Batch, ClipLoader, build_loader
 from clipvip.data.shards import write_shards
 from clipvip.data.streaming import Shards, build_shard_loader
 from clipvip.data.streaming import Source as ShardSource
-from clipvip.ops.resize_crop import RESIZES
+from clipvip.ops.resize_crop import RESIZES, to_rgb
 
 needs_dali = pytest.mark.skipif(
     find_spec("nvidia") is None or find_spec("nvidia.dali") is None,
@@ -124,7 +124,6 @@ def coded_anew(source: Path, path: Path, codec: str, **context: Any) -> Path:
         ("libvpx-vp9", {}),
         ("libvpx", {}),
         ("mjpeg", {}),
-        ("libvpx-vp9", {"colorspace": 1, "color_range": 1}),  # BT.709
         ("libvpx-vp9", {"colorspace": 5, "color_range": 2}),  # BT.601, all 256 values
     ],
 )
@@ -279,6 +278,67 @@ def test_a_frame_past_the_end_is_an_error_not_a_black_frame(vp9: Path, decoder, 
     assert f"out-of-bounds frame index {end + 1}" in said
 
 
+@needs_dali
+def test_a_change_of_size_is_left_to_pyav(changing_video, decoder: DaliDecoder, numbers) -> None:
+    sizes = [STORED, (STORED[0] // 2, STORED[1] // 2)]
+    video = changing_video("changing.webm", sizes, codec="libvpx", options=QUICK)
+    theirs = read_frames(video, 3, size=SIZE, end=0.4)
+    assert numbers(by_dali(video, 3, decoder, end=0.4)) == numbers(theirs)
+    for part in ({}, {"start": 0.3, "end": 0.5}, {"start": 0.6}):
+        with pytest.raises(Refused) as refused, open_clip(video, 3, **part) as clip:
+            encode(clip, dali.CPU)
+        assert refused.value.reason == "its frames change size or format"
+
+
+FLAT = [(r, g, b) for r in (0, 128, 255) for g in (0, 128, 255) for b in (0, 128, 255)]
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    ("matrix", "number", "full", "codec"),
+    [
+        ("bt601", 5, False, "libvpx-vp9"),
+        ("bt601", 5, True, "libvpx-vp9"),
+        ("bt601", 6, False, "libvpx-vp9"),
+        ("bt601", 2, False, "libvpx-vp9"),
+        ("bt601", 5, True, "mjpeg"),
+        ("bt601", 5, False, "libvpx"),
+        ("bt709", 1, False, "libvpx-vp9"),
+        ("bt709", 1, True, "libvpx-vp9"),
+        ("bt2020", 9, False, "libvpx-vp9"),
+    ],
+)
+def test_saturated_colours_are_right_or_left_to_pyav(
+    matrix: str, number: int, full: bool, codec: str, decoder: DaliDecoder, tmp_path: Path
+) -> None:
+    path, scale = tmp_path / "flat.mkv", (255, 255) if full else (219, 224)
+    from_rgb = np.linalg.inv(to_rgb(matrix))
+    options = {"qmin": "1", "qmax": "2"} if codec == "mjpeg" else {"crf": "4", "b": "0", "g": "9"}
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25, options=options)
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.width = stream.height = 64
+        stream.codec_context.colorspace, stream.codec_context.color_range = number, 1 + full
+        for count, colour in enumerate(FLAT):
+            y, u, v = from_rgb @ np.array(colour) / 255
+            luma = y * scale[0] + (0 if full else 16)
+            values = np.clip([luma, 128 + u * scale[1], 128 + v * scale[1]], 0, 255).round()
+            planes = np.repeat(values, (64 * 64, 32 * 32, 32 * 32)).reshape(96, 64)
+            frame = av.VideoFrame.from_ndarray(planes.astype(np.uint8), format=stream.pix_fmt)
+            frame.pts, frame.time_base = count, Fraction(1, 25)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    exact = torch.tensor(FLAT)[:, :, None, None]
+    theirs = read_frames(path, len(FLAT), size=SIZE)
+    assert (theirs.int() - exact).abs().max() <= 3
+    if matrix == "bt601":
+        assert (by_dali(path, len(FLAT), decoder).int() - exact).abs().max() <= 3
+        return
+    with pytest.raises(Refused) as refused, open_clip(path, 2) as clip:
+        encode(clip, dali.CPU)
+    assert refused.value.reason == f"{matrix} colours"
+
+
 def test_what_dali_cannot_decode_is_refused(h264: Path, make_video) -> None:
     uncounted = make_video("dali.avi", codec="mjpeg", pixel_format="yuvj420p")
     full = make_video("full.webm", codec="libvpx-vp9", pixel_format="yuv444p", count=3)
@@ -417,16 +477,19 @@ def test_who_decoded_what_is_told(load: Load, clips: list[Clip], tmp_path: Path,
     ]
 
 
+HEADER = 12  # bytes of a frame
+
+
 @pytest.fixture(scope="module")
 def ruined(vp9: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole container, and in its middle packets of noise: only decoding finds out."""
+    """A whole container, in its middle noise behind frames' headers: only decoding finds out."""
     path = tmp_path_factory.mktemp("ruined") / "ruined.webm"
     noise = np.random.default_rng(0)
     with av.open(str(vp9)) as given, av.open(str(path), "w") as out:
         copy = out.add_stream_from_template(given.streams.video[0])
         for count, packet in enumerate(given.demux(video=0)):
-            if packet.size and 22 <= count < 40:
-                spoiled = av.Packet(noise.bytes(packet.size))
+            if packet.size > HEADER and 22 <= count < 40:
+                spoiled = av.Packet(bytes(packet)[:HEADER] + noise.bytes(packet.size - HEADER))
                 for name in ("pts", "dts", "time_base", "is_keyframe"):
                     setattr(spoiled, name, getattr(packet, name))
                 packet = spoiled

@@ -92,9 +92,8 @@ def predictions() -> dict[str, list[dict[str, float]]]:
             model = CLIPViPModel(shapes)
         rows = []
         for ranks in WORLDS:
-            config = TrainConfig(
-                out="", task="omnisource", batch_size=CLIPS * ranks, data=DataConfig(text_length=70)
-            )
+            data = DataConfig(num_frames=12, text_length=70)
+            config = TrainConfig(out="", task="omnisource", batch_size=CLIPS * ranks, data=data)
             parts = step_seconds(plan(model, config, ranks), H100, ranks, 512, 3)
             seconds = sum(parts.values())
             rows.append(

@@ -89,7 +89,7 @@ class Index:
                 f"clipvip embed MODEL {videos} --out INDEX"
             )
         model, processor = _load(self.model, "cpu")
-        if _fingerprint(model) != self.fingerprint:
+        if _fingerprint(model, processor) != self.fingerprint:
             raise ValueError(
                 f"the model {self.model} has changed since this index was made with it; make the "
                 f"index again: clipvip embed {shlex.quote(self.model)} {videos} --out NEW_INDEX"
@@ -112,11 +112,8 @@ class Index:
             query.encode()
         except UnicodeEncodeError:
             raise ValueError(f"the query {query!r} is not UTF-8; expected a sentence") from None
-        from clipvip.data.loader import tokenize
-
         model, processor = self._encoder
-        length = min(model.config.text_config.max_position_embeddings, 77)
-        features = model.get_text_features(*tokenize(processor.tokenizer, [query], length))
+        features = model.get_text_features(**processor(text=query))
         scores = self.embeddings @ F.normalize(features.float(), dim=-1)[0]
         best = scores.topk(min(k, len(self.clips)))
         return [
@@ -188,8 +185,6 @@ def build_index(
     Raises ValueError where nothing can be embedded, `videos` names something that matches nothing,
     or `out` is the index of another model or of other videos.
     """
-    from clipvip.training.evaluate import Reading
-
     out, workers = Path(out), os.cpu_count() or 1 if num_workers is None else num_workers
     given = [videos] if isinstance(videos, str | os.PathLike) else videos
     sources = [os.fspath(source) for source in given]
@@ -198,7 +193,7 @@ def build_index(
     network, processor = _load(model, device)
     name = str(Path(model).resolve()) if Path(model).exists() else str(model)
     where = sorted(map(os.path.realpath, sources))
-    index = Index(name, _fingerprint(network), where, torch.empty(0), [])
+    index = Index(name, _fingerprint(network, processor), where, torch.empty(0), [])
     known = _known_rows(out, index, wanted)
 
     done = {clip: known[clip] for clip in wanted if clip in known}
@@ -213,10 +208,7 @@ def build_index(
     due = time.monotonic() + SAVE_SECONDS
     reused = f", {len(done)} are in the index already" if done else ""
     with progress(f"embedding {len(todo)} clips{reused}", len(todo)) as advance:
-        reading = Reading.load(model)
-        batches = _embed(
-            network, processor, todo, reading, batch_size, workers, decoder, index.bad_files
-        )
+        batches = _embed(network, processor, todo, batch_size, workers, decoder, index.bad_files)
         for rows in batches:
             done.update(rows)
             advance(len(rows))
@@ -369,7 +361,6 @@ def _embed(
     model: Any,
     processor: Any,
     clips: list[IndexedClip],
-    reading: Any,
     batch_size: int,
     workers: int,
     decoder: str,
@@ -385,17 +376,14 @@ def _embed(
     loader = build_loader(
         [Clip(Path(clip.path), clip.start, clip.end) for clip in clips],
         tokenizer=None,
-        image_size=model.config.vision_config.image_size,
-        num_frames=reading.num_frames,
-        text_length=reading.text_length,
         task="video",
         batch_size=batch_size,
         training=False,
         seed=0,
         num_workers=min(workers, len(clips)),
         max_bad_share=1.0,
-        sampling=reading.sampling,
         decoder=decoder,
+        **processor.loading(),
     )
     for features in embed_batches(model, processor, loader):
         yield {clips[place]: row for place, row in features.items()}
@@ -413,10 +401,13 @@ def _load(model: str | Path, device: str | torch.device) -> tuple[Any, Any]:
     return network.to(device), processor
 
 
-def _fingerprint(model: Any) -> str:
-    """SHA-256 of all weights and how frames are pooled: the same for the same model wherever it
-    lies."""
-    digest = hashlib.sha256(f"{model.config.vision_config.frame_pooling};".encode())
+def _fingerprint(model: Any, processor: Any) -> str:
+    """SHA-256 of all weights and of how videos are read and frames pooled: the same for the same
+    model wherever it lies."""
+    reading = {name: value for name, value in processor.loading().items() if name != "text_length"}
+    colours = processor.image_mean, processor.image_std
+    whole = sorted(reading.items()), colours, model.config.vision_config.frame_pooling
+    digest = hashlib.sha256(f"{whole};".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

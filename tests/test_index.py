@@ -103,7 +103,6 @@ def embedded(monkeypatch):
 def test_a_folder_is_embedded_recursively_as_the_model_embeds_it(build, model, videos, tmp_path):
     from clipvip.data.decode import read_frames
     from clipvip.model import CLIPViPModel, CLIPViPProcessor
-    from clipvip.training.evaluate import Reading
 
     (videos / "notes.txt").write_text("not a video")
     index = build(videos)
@@ -118,7 +117,7 @@ def test_a_folder_is_embedded_recursively_as_the_model_embeds_it(build, model, v
         CLIPViPModel.from_pretrained(model),
         CLIPViPProcessor.from_pretrained(model),
     )
-    frames = read_frames(videos / "b.mp4", Reading.load(model).num_frames, size=32)
+    frames = read_frames(videos / "b.mp4", processor.num_frames, size=32)
     with torch.no_grad():
         alone = network.get_video_features(**processor(videos=[frames]))
     torch.testing.assert_close(index.embeddings[1], F.normalize(alone[0], dim=-1))
@@ -319,8 +318,8 @@ def test_a_build_that_dies_goes_on_where_it_saved(build, videos, embedded, monke
     spied = index_module._embed
 
     def dying(*arguments):
-        model, processor, clips, reading, _, *rest = arguments
-        for number, rows in enumerate(spied(model, processor, clips, reading, 1, *rest)):
+        model, processor, clips, _, *rest = arguments
+        for number, rows in enumerate(spied(model, processor, clips, 1, *rest)):
             if number == 2:
                 raise KeyboardInterrupt
             yield rows

@@ -19,7 +19,8 @@ def load_for_embedding(
 
     source: a folder or hub name that `CLIPViPModel.from_pretrained` takes, its tokenizer with it.
     options: of `CLIPViPModel.from_pretrained`, such as frame_pooling="proxy".
-    Returns the model in eval mode on the CPU. Raises FileNotFoundError where there is no model.
+    Returns the model in eval mode on the CPU, and a processor that fits it. Raises
+    FileNotFoundError where there is no model.
     """
     with found("the model", source, options.get("subfolder") or ""):
         processor = CLIPViPProcessor.from_pretrained(source, **hub_options(options))
@@ -27,4 +28,8 @@ def load_for_embedding(
         given = {**config, **(config.get("vision_config") or {}), **options}
         if is_plain_clip(config) and "frame_pooling" not in given:
             options = {"frame_pooling": "mean", "num_proxies": 1, **options}
-        return CLIPViPModel.from_pretrained(source, **options), processor
+        model = CLIPViPModel.from_pretrained(source, **options)
+    processor.image_size = model.config.vision_config.image_size
+    longest = model.config.text_config.max_position_embeddings
+    processor.text_length = min(processor.longest_text, longest)
+    return model, processor

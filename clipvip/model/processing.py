@@ -265,8 +265,8 @@ def _load_tokenizer(
         if len(loaded) > len(loaded.all_special_ids):
             return loaded
     raise NoTokenizer(
-        f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, such as "
-        "openai/clip-vit-base-patch32"
+        f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, or convert "
+        f"it with one: clipvip convert {where} FOLDER --tokenizer openai/clip-vit-base-patch32"
     )
 
 

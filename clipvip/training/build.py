@@ -4,6 +4,7 @@ import json
 import os
 import uuid
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from clipvip.data.shards import is_shards
 from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
-from clipvip.model.processing import CLIPViPProcessor
+from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer
 from clipvip.model.sources import found
 from clipvip.ops import proxy_attention
 from clipvip.training import checkpoint, parallel, ranks
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
-from clipvip.training.evaluate import Reading, with_texts_read
+from clipvip.training.evaluate import with_texts_read
 from clipvip.training.optimization import freeze
 
 
@@ -113,11 +114,6 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> 
     ranks.first_does(start)
 
 
-def reading_of(config: TrainConfig) -> Reading:
-    data = config.data
-    return Reading(data.num_frames, data.text_length, data.paragraph, data.sampling)
-
-
 def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
     """Training clips, refused where the task has nothing to train on, and validation clips."""
     data = config.data
@@ -140,11 +136,12 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
             f"{config.data.train}: {len(mute)} of {len(clips)} clips have no {needed} for "
             f"task={config.task}; the first is on line {mute[0].line}"
         )
-    return with_texts_read(clips, reading_of(config)), validation
+    return clips, validation
 
 
 def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel, CLIPViPProcessor]:
-    """The model in fp32 and its processor: of the checkpoint, of model.name, or new."""
+    """The model in fp32 and its processor: of the checkpoint, of model.name, or new. What the
+    configuration says of how clips are read, the processor does from here on."""
     source = config.model.name if resumed is None else str(resumed / "model")
     if source is not None:
         with _given("model.name", source):
@@ -153,16 +150,9 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
             model = CLIPViPModel.from_pretrained(
                 source, attention_backend=config.backend, dtype=torch.float32
             )
-        tokenizer = config.model.tokenizer if resumed is None else None
-        with _given("model.tokenizer" if tokenizer else "model.name", tokenizer or source):
-            processor = CLIPViPProcessor.from_pretrained(tokenizer or source)
     else:
-        model, processor = _new_model(config)
-    longest = model.config.text_config.max_position_embeddings
-    if config.data.text_length > longest:
-        raise ConfigError(
-            f"data.text_length is {config.data.text_length}; the model reads at most {longest}"
-        )
+        model = _new_model(config)
+    processor = build_processor(config, model.config, resumed)
     if config.model.gradient_checkpointing:
         # transformers renamed it within version 5
         new = getattr(model, "activation_checkpointing_enable", None)
@@ -171,6 +161,43 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
     if config.compile:
         parallel.compile_layers(model)
     return model.train(), processor
+
+
+def build_processor(
+    config: TrainConfig, shapes: CLIPViPConfig, resumed: Path | None = None
+) -> CLIPViPProcessor:
+    """What build_model makes, for a model of these shapes."""
+    source = config.model.name if resumed is None else str(resumed / "model")
+    tokenizer = config.model.tokenizer if resumed is None else None
+    if source is None:
+        processor = CLIPViPProcessor(_tokenizer(config))
+    else:
+        with _given("model.tokenizer" if tokenizer else "model.name", tokenizer or source):
+            try:
+                processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
+            except NoTokenizer:
+                raise ConfigError(
+                    f"{tokenizer or source} holds no tokenizer: give model.tokenizer=, a folder or "
+                    "hub name that does, such as openai/clip-vit-base-patch32"
+                ) from None
+    processor.image_size = shapes.vision_config.image_size
+    longest = shapes.text_config.max_position_embeddings
+    processor.text_length = min(processor.longest_text, longest)
+    for name in READING:
+        chosen = getattr(config.data, name)
+        if chosen is not None:
+            setattr(processor, name, chosen)
+    if processor.text_length > longest:
+        raise ConfigError(
+            f"data.text_length is {processor.text_length}; the model reads at most {longest}"
+        )
+    return processor
+
+
+def settled(config: TrainConfig, processor: CLIPViPProcessor) -> TrainConfig:
+    """The configuration, with what it leaves to the model's processor filled in."""
+    read = {name: getattr(processor, name) for name in READING}
+    return replace(config, data=replace(config.data, **read))
 
 
 def model_config(config: TrainConfig) -> CLIPViPConfig:
@@ -240,15 +267,12 @@ def _check_heads(key: str, shapes: CLIPViPConfig, backend: str) -> None:
         ) from None
 
 
-def _new_model(config: TrainConfig) -> tuple[CLIPViPModel, CLIPViPProcessor]:
-    tokenizer = _tokenizer(config)
-    shapes = _new_config(config, tokenizer)
+def _new_model(config: TrainConfig) -> CLIPViPModel:
+    shapes = _new_config(config, _tokenizer(config))
     try:
-        model = CLIPViPModel(shapes)
+        return CLIPViPModel(shapes)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.config: {error}") from None
-    size = model.config.vision_config.image_size
-    return model, CLIPViPProcessor(tokenizer=tokenizer, image_size=size)
 
 
 def training_loader(
@@ -265,9 +289,6 @@ def training_loader(
         )
     settings: dict[str, Any] = {
         "tokenizer": processor.tokenizer,
-        "image_size": model.config.vision_config.image_size,
-        "num_frames": data.num_frames,
-        "text_length": data.text_length,
         "task": config.task,
         "batch_size": micro // distributed.world_size(),
         "seed": config.seed,
@@ -276,9 +297,11 @@ def training_loader(
         "world_size": distributed.world_size(),
         "max_bad_share": data.max_bad_share,
         "bad_files": Path(config.out) / "bad_files.jsonl",
-        "sampling": data.sampling,
         "decoder": data.decoder,
+        **processor.loading(),
     }
     if isinstance(clips, Shards):
-        return build_shard_loader(clips, paragraph=data.paragraph, shuffle=data.shuffle, **settings)
-    return build_loader(clips, training=True, **settings)
+        return build_shard_loader(
+            clips, paragraph=processor.paragraph, shuffle=data.shuffle, **settings
+        )
+    return build_loader(with_texts_read(clips, processor.paragraph), training=True, **settings)

@@ -15,6 +15,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clipvip.data.sampling import check_sampling
+from clipvip.ops.resize_crop import RESIZES
 from clipvip.retrieval import METRICS, TABLES
 
 
@@ -70,11 +72,18 @@ class DataConfig:
     validation: str | None = None
     """Annotations that choose the best checkpoint. Not the test set: a figure measured on
     the clips that chose the checkpoint is too good."""
-    num_frames: int = 12
-    text_length: int = 50
-    paragraph: bool = False
+    num_frames: int | None = None
+    """Of a clip. This and the four that follow: by default as the model's processor says (of a
+    plain CLIP 12, 77, false, uniform, crop); they are saved in the processor of the run."""
+    text_length: int | None = None
+    """Tokens at which texts are cut off."""
+    paragraph: bool | None = None
     """Join a clip's texts to one paragraph, in training and evaluation."""
-    sampling: str = "uniform"
+    sampling: str | None = None
+    """Which frames: "uniform", "fps:R", "clip:R", or "authors", as in the authors' code."""
+    resize: str | None = None
+    """How a frame becomes a square: "crop" (CLIP's own), "pad", or "squash", as in the authors'
+    code."""
     num_workers: int = 4
     """Decoding processes of each rank."""
     decoder: str = "auto"
@@ -167,6 +176,7 @@ _CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "backend": ("native", "reference"),
     "data.decoder": ("auto", "dali", "pyav"),
+    "data.resize": RESIZES,
     "best_metric": tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS),
 }
 _POSITIVE = (
@@ -232,11 +242,16 @@ def check(config: TrainConfig) -> None:
         return value
 
     for key, choices in _CHOICES.items():
-        if get(key) not in choices:
+        if get(key) not in (*choices, None):
             raise ConfigError(f"{key} is {get(key)!r}; it must be one of {', '.join(choices)}")
     for key in _POSITIVE:
         if get(key) is not None and get(key) <= 0:
             raise ConfigError(f"{key} is {get(key)}; it must be above 0")
+    if config.data.sampling is not None:
+        try:
+            check_sampling(config.data.sampling)
+        except ValueError as error:
+            raise ConfigError(f"data.{error}") from None
     if (config.epochs is None) == (config.max_steps is None):
         raise ConfigError(
             f"give either epochs or max_steps: epochs is {config.epochs}, "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from clipvip.model import CLIPViPConfig, CLIPViPModel
-from clipvip.training.build import load_clips, model_config
+from clipvip.training.build import build_processor, load_clips, model_config, settled
 from clipvip.training.config import ConfigError, TrainConfig
 from clipvip.training.optimization import freeze, run_steps
 from clipvip.training.plan import plan
@@ -33,6 +33,7 @@ def dry_run(config: TrainConfig, processes: int) -> None:
     clips = len(load_clips(config)[0])
     _, steps = run_steps(config, clips // (config.batch_size // config.accumulation))
     shapes = model_config(config)
+    config = settled(config, build_processor(config, shapes))
     with torch.device("meta"):
         model = CLIPViPModel(shapes)
     freeze(model, config.model.freeze, config.model.unfreeze)
@@ -44,7 +45,8 @@ def dry_run(config: TrainConfig, processes: int) -> None:
 
 @contextmanager
 def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
-    """The configuration of one step that takes all its ways at hardly any width.
+    """The configuration of one step that takes all its ways at hardly any width; `config` says how
+    clips are read.
 
     Its model has the shapes' layers, patches, frames and vocabulary, but 32 channels; its clips
     are made up, two a process and micro-batch; its folder is temporary.
@@ -57,6 +59,7 @@ def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
     for key in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"):
         given.pop(key, None)
     source = config.model.tokenizer or config.model.name
+    assert config.data.num_frames is not None
     clips = 2 * config.accumulation
     with tempfile.TemporaryDirectory() as folder:
         annotations = _made_up(Path(folder), clips, config.data.num_frames)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,18 @@ from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.bad_files import BadFile
 from clipvip.data.loader import ClipLoader, LoaderError, build_loader, tokenize
-from clipvip.model import CLIPViPModel
+from clipvip.model import CLIPViPModel, load_for_embedding
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import METRICS, TABLES, both_directions
 from clipvip.training import ranks
 from clipvip.training.checkpoint import write_text
 from clipvip.training.config import Preempted, TrainConfig
 
-READING = "reading.json"
-
-
-@dataclass
-class Reading:
-    """How clips and texts reach the model; kept beside its weights, so that whoever loads
-    them measures what was trained."""
-
-    num_frames: int = 12
-    text_length: int = 50
-    paragraph: bool = False
-    sampling: str = "uniform"
-
-    def save(self, folder: Path) -> None:
-        write_text(folder / READING, json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Reading":
-        path = Path(folder) / READING
-        return cls(**json.loads(path.read_text())) if path.is_file() else cls()
-
 
 def evaluate(
     model: CLIPViPModel,
     clips: Sequence[Clip],
     processor: CLIPViPProcessor,
-    reading: Reading,
     *,
     batch_size: int = 32,
     num_workers: int = 2,
@@ -64,6 +42,7 @@ def evaluate(
 
     Args:
         clips: those without text are rivals in text→video only.
+        processor: says how clips and texts are read.
         decoder: see clipvip.data.loader.build_loader.
         dtype: autocast the towers to it; None for the weights' own.
         asked_to_stop: asked before each batch.
@@ -77,7 +56,7 @@ def evaluate(
         Preempted: on all ranks, where any was asked to stop.
         LoaderError: too many clips cannot be decoded.
     """
-    clips = with_texts_read(clips, reading)
+    clips = with_texts_read(clips, processor.paragraph)
     texts = [(index, text) for index, clip in enumerate(clips) for text in clip.text]
     if not texts:
         raise ValueError(f"none of the {len(clips)} clips has a text to search with")
@@ -86,10 +65,10 @@ def evaluate(
     device = model.device.type
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
         videos = _embed_videos(
-            *(model, clips, processor, reading, batch_size, num_workers, max_bad_share, decoder),
+            *(model, clips, processor, batch_size, num_workers, max_bad_share, decoder),
             asked_to_stop,
         )
-        sentences = _embed_texts(model, [text for _, text in texts], processor, reading, batch_size)
+        sentences = _embed_texts(model, [text for _, text in texts], processor, batch_size)
     model.train(training)
 
     if not videos:
@@ -125,11 +104,10 @@ def evaluate_checkpoint(
     """What `clipvip eval` does: load, evaluate, print a table, write JSON.
 
     Args:
-        checkpoint: anything CLIPViPModel.from_pretrained takes, with its tokenizer beside it.
+        checkpoint: anything load_for_embedding takes.
         annotations: JSON Lines; texts are the queries.
         out: JSON file for the result; written whole or not at all.
-        num_frames, text_length: by default those the checkpoint was trained with (12 and 50
-            where it does not say).
+        num_frames, text_length: by default as the checkpoint's processor says.
         max_bad_share: of clips that may be unreadable; they are left out and listed.
         decoder: see clipvip.data.loader.build_loader.
 
@@ -138,16 +116,13 @@ def evaluate_checkpoint(
     state = ranks.start(TrainConfig.timeout)
     with ranks.Watch(TrainConfig.lost_after):
         clips = load_annotations(annotations)
-        reading = Reading.load(checkpoint)
-        reading.num_frames = num_frames or reading.num_frames
-        reading.text_length = text_length or reading.text_length
-        processor = CLIPViPProcessor.from_pretrained(checkpoint)
-        model = CLIPViPModel.from_pretrained(checkpoint, attention_backend=backend)
+        model, processor = load_for_embedding(checkpoint, attention_backend=backend)
+        processor.num_frames = num_frames or processor.num_frames
+        processor.text_length = text_length or processor.text_length
         result = evaluate(
             model.to(state.device),
             clips,
             processor,
-            reading,
             batch_size=batch_size,
             num_workers=num_workers,
             max_bad_share=max_bad_share,
@@ -182,9 +157,9 @@ def print_result(result: dict[str, Any]) -> None:
             console.print(f"  {path}", markup=False, soft_wrap=True)
 
 
-def with_texts_read(clips: Sequence[Clip], reading: Reading) -> list[Clip]:
+def with_texts_read(clips: Sequence[Clip], paragraph: bool) -> list[Clip]:
     """The clips with their texts joined to one, if they are to be read as a paragraph."""
-    if not reading.paragraph:
+    if not paragraph:
         return list(clips)
     return [replace(clip, text=(" ".join(clip.text),)) if clip.text else clip for clip in clips]
 
@@ -193,7 +168,6 @@ def _embed_videos(
     model: CLIPViPModel,
     clips: Sequence[Clip],
     processor: CLIPViPProcessor,
-    reading: Reading,
     batch_size: int,
     num_workers: int,
     max_bad_share: float,
@@ -204,9 +178,6 @@ def _embed_videos(
     loader = build_loader(
         clips,
         tokenizer=None,
-        image_size=model.config.vision_config.image_size,
-        num_frames=reading.num_frames,
-        text_length=reading.text_length,
         task="video",
         batch_size=batch_size,
         training=False,
@@ -215,8 +186,8 @@ def _embed_videos(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         max_bad_share=1.0,  # judged by all ranks' clips together
-        sampling=reading.sampling,
         decoder=decoder,
+        **processor.loading(),
     )
     own: dict[int, Tensor] = {}
     stopped = asked_to_stop()
@@ -261,7 +232,6 @@ def _embed_texts(
     model: CLIPViPModel,
     texts: Sequence[str],
     processor: CLIPViPProcessor,
-    reading: Reading,
     batch_size: int,
 ) -> Tensor:
     """Unit features [n, P] in the order of the texts, fp32 on the CPU."""
@@ -269,7 +239,7 @@ def _embed_texts(
     chunks = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     own = []
     for chunk in chunks[rank::world]:  # the same chunks on any number of ranks
-        ids, mask = tokenize(processor.tokenizer, chunk, reading.text_length)
+        ids, mask = tokenize(processor.tokenizer, chunk, processor.longest_text)
         features = model.get_text_features(ids.to(model.device), mask.to(model.device))
         own.append(F.normalize(features.float(), dim=-1).cpu())
     parts: list[Tensor] = [torch.empty(0)] * len(chunks)

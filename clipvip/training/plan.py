@@ -87,15 +87,17 @@ class Plan:
 
 
 def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
-    """Of a model, which may be on the meta device, trained by a configuration."""
+    """Of a model, which may be on the meta device, trained by a configuration that says how clips
+    are read."""
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    frames, proxies = config.data.num_frames, vision.num_proxies
+    frames, length, proxies = config.data.num_frames, config.data.text_length, vision.num_proxies
+    assert frames is not None and length is not None
     with_image = config.task == "omnisource" and config.variant.endswith("fc")
     texts = 1 if config.task == "retrieval" or config.variant == "vs" else 2
     video_tokens = proxies + frames * patches
     image_tokens = (proxies + patches) if with_image else 0
-    text_tokens = texts * config.data.text_length
+    text_tokens = texts * length
 
     towers = {kind: _Tower.of(model, kind) for kind in ("vision", "text")}
 
@@ -103,7 +105,7 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
         pairs = count * patches * (patches + proxies) + proxies * (proxies + count * patches)
         return _Input(towers["vision"], proxies + count * patches, pairs, count * patches)
 
-    length, dimension = config.data.text_length, model.config.projection_dim
+    dimension = model.config.projection_dim
     inputs = [video(frames), *texts * [_Input(towers["text"], length, length * length, 0)]]
     inputs += with_image * [video(1)]
     negatives = config.batch_size // config.accumulation  # of a clip

@@ -30,7 +30,7 @@ from clipvip.training.build import (
     find_resumed,
     load_clips,
     make_accelerator,
-    reading_of,
+    settled,
     start_trackers,
     training_loader,
 )
@@ -81,6 +81,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, preemption: Preemption
     set_seed(config.seed)
     clips, validation = load_clips(config)
     model, processor = build_model(config, resumed)
+    config = settled(config, processor)
     loader = training_loader(config, clips, model, processor)
     epoch_steps, total = run_steps(config, len(loader))
     step_tera = plan(model, config, accelerator.num_processes).step_flops / TERA
@@ -304,7 +305,6 @@ def validate(
                 model,
                 clips,
                 processor,
-                reading_of(config),
                 batch_size=config.eval_batch_size,
                 num_workers=config.data.num_workers,
                 max_bad_share=config.data.max_bad_share,
@@ -359,7 +359,6 @@ def save_state(
     def write(folder: Path) -> None:
         model.save_pretrained(folder / "model", state_dict=weights)
         processor.save_pretrained(folder / "model")
-        reading_of(config).save(folder / "model")
         whole = {
             **state,
             **live,

@@ -30,7 +30,10 @@ def test_every_packaged_config_loads_by_name():
 )
 def test_schedules_are_the_papers(name, text, frames, batch, lr, decay, epochs, clip):
     config = load_config(name, GIVEN)
-    assert (config.data.text_length, config.data.num_frames) == (text, frames)
+    data = config.data
+    assert (data.text_length, data.num_frames) == (text, frames)
+    assert (data.sampling, data.resize) == ("authors", "squash")
+    assert data.paragraph == name.startswith(("didemo", "activitynet"))
     assert (config.batch_size, config.epochs) == (batch, epochs)
     optim = config.optimizer
     assert (optim.lr, optim.weight_decay, optim.max_grad_norm) == (lr, decay, clip)
@@ -114,6 +117,8 @@ def test_a_new_model_is_nested_keys(tmp_path):
         (["model.name=null"], "model.name is empty; expected the folder of a model, "),
         (["model.config={}"], "give either model.name"),
         (["model.config={}"], "model.name=null or model.config=null takes back the one that a"),
+        (["data.resize=fit"], "data.resize is 'fit'; it must be one of crop, squash, pad"),
+        (["data.sampling=best"], "data.sampling is 'best'; expected 'uniform', 'authors', 'fps:R'"),
         (["seed"], "override 'seed' is not of the form key=value"),
         (["data.train=null"], "data.train is required: give it as data.train=VALUE"),
         (

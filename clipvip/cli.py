@@ -52,7 +52,8 @@ def evaluate(
     """Measure text-video retrieval: both directions, with and without dual softmax.
 
     Args:
-        model: A model folder, hub name, or one of the authors' .pt files.
+        model: A model folder or hub name (`clipvip convert` makes a folder of an authors' .pt file);
+            it says how videos and texts are read.
         annotations: JSON Lines, one clip a line, with `video` and `text`.
         out: Also write the figures to this JSON file.
         decoder: Of the videos; auto is DALI where it and a GPU are, else PyAV.
@@ -66,17 +67,23 @@ def convert(
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
     destination: Annotated[Positional[Path], arg(metavar="DESTINATION")],
     to: Literal["clipvip", "authors"] = "clipvip",
+    tokenizer: str | None = None,
 ) -> None:
     """Convert a checkpoint: CLIP or the authors' into ours, or ours into the authors' names.
+
+    `clipvip convert pretrain_clipvip_base_32.pt FOLDER --tokenizer openai/clip-vit-base-patch32`
+    makes all of a model that reads videos as the authors' code does.
 
     Args:
         source: A model folder, hub name, or one of the authors' .pt files.
         destination: A folder (to clipvip) or a .pt file (to authors).
         to: The layout to write.
+        tokenizer: A folder or hub name whose tokenizer is taken, as the authors' files have none;
+            by default the source's.
     """
     from clipvip.model.conversion import convert as convert_checkpoint
 
-    convert_checkpoint(source, destination, to=to)
+    convert_checkpoint(source, destination, to=to, tokenizer=tokenizer)
 
 
 def embed(

@@ -45,14 +45,19 @@ class Blob:
 Source = str | Path | Blob
 
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-
-
+IMAGE_SUFFIXES = frozenset(
+    f".{name}"
+    for name in ("avif", "bmp", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+)
+# Of the names that sound and other files have too, those that videos mostly have: not ogg, not mod.
 VIDEO_SUFFIXES = frozenset(
     f".{name}"
     for name in (
-        *("3gp", "avi", "flv", "m2ts", "m4v", "mkv", "mov", "mp4"),
-        *("mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv"),
+        *("264", "265", "3g2", "3gp", "amv", "asf", "avi", "divx", "dv", "f4v", "flv", "gif"),
+        *("h264", "h265", "hevc", "ivf", "m1v", "m2p", "m2t", "m2ts", "m2v", "m4v", "mjpeg"),
+        *("mjpg", "mk3d", "mkv", "mov", "mp4", "mpe", "mpeg", "mpg", "mpv", "mts", "mxf", "ogm"),
+        *("ogv", "qt", "rm", "rmvb", "tod", "tp", "trp", "ts", "vob", "webm", "wmv", "wtv"),
+        *("xvid", "y4m"),
     )
 )
 

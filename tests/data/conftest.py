@@ -23,11 +23,13 @@ def _write_video(
     options: dict[str, str] | None = None,
     times: Sequence[int] | None = None,
     fps: int = 25,
+    container: str | None = None,
 ) -> Path:
-    """times: pts in 1/1000 s where frames are not evenly spaced."""
+    """times: pts in 1/1000 s where frames are not evenly spaced. container: its format, else as
+    the path's suffix says."""
     height, width = frames[0].shape[:2]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options=options or {})
+    with av.open(str(path), "w", format=container) as out:
+        stream = out.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
@@ -35,8 +37,8 @@ def _write_video(
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts = position if times is None else times[position]
             frame.time_base = Fraction(1, fps) if times is None else Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
     return path
 
 

@@ -349,17 +349,17 @@ def _seek_and_decode(
     inside: dict[int | None, int] = {}
     context = stream.codec_context
     keys = index.keyframes_for(wanted)
-    known = index.pts.tolist() if index.trust is Trust.TABLES else []
+    known = index.pts
     while unfed:
         key = keys[next(iter(unfed.values()))]
         # A seek may land before its keyframe; only a later keyframe is worth another.
         fed, packets = _seek(container, stream, index, key)
         ahead = max(fed, key)
         context.skip_frame, skipping = "NONREF", True
-        last = NO_TIME
+        last, first = NO_TIME, known[fed]
         for packet in packets:
             pts = packet.pts
-            if known and not (fed < len(known) and pts == known[fed]):
+            if fed == len(known) or pts != known[fed]:
                 raise _SeekFailed
             skip = pts not in unfed
             if not skip:
@@ -378,6 +378,8 @@ def _seek_and_decode(
                 frames += context.decode(None)
             for frame in frames:
                 if frame.pts is None or frame.pts <= last:
+                    raise _SeekFailed
+                if frame.pts == first and not frame.key_frame:  # whatever its container says
                     raise _SeekFailed
                 last = frame.pts
                 if frame.pts in inside:

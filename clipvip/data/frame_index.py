@@ -50,6 +50,7 @@ MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out
 DISCONTINUOUS, LONGEST_GAP = frozenset({"mpeg", "mpegts"}), 10.0
 # Their headers give the stamp at the end, not the time from the first stamp to it.
 ENDS_GIVEN = frozenset({"asf", "flv", "matroska,webm"})
+OWN_LENGTHS = frozenset({MP4, "avi", "matroska,webm"})  # that give each stream's own length
 
 
 class Trust(IntEnum):
@@ -215,7 +216,7 @@ def _index_of_tables(container: InputContainer, stream: VideoStream, file: File)
     if not _tell_apart(container, stream, packets):
         return None
     index = _by_stamps(container, stream, packets, file.path)
-    _check_whole(container, stream, index.duration, file.path)
+    _check_whole(container, stream, index.duration, file)
     return replace(index, trust=Trust.TABLES)
 
 
@@ -244,7 +245,7 @@ def read_index(
             packets, whole = _packets_from_first(file, end)
         index = _by_count(stream, packets, file.path)
     if whole:
-        _check_whole(container, stream, index.duration, file.path)
+        _check_whole(container, stream, index.duration, file)
     return index
 
 
@@ -312,8 +313,12 @@ def _by_count(stream: VideoStream, packets: _Packets, path: Path) -> Index:
     tick, visible = _tick(stream, path), ~packets.hidden
     if not visible.any():
         raise DecodeError(path, "no frames in it")
-    stamps = packets.dts if (packets.dts != NO_TIME).all() else packets.pts
-    times, zero = _evened(np.sort(stamps[visible]), stream, tick)
+    pts, dts = packets.pts[visible], packets.dts[visible]
+    # Where libav could tell the order of showing, times of showing are its own; else they are
+    # those of decoding with a delay.
+    reordered = (pts != NO_TIME).all() and (np.diff(pts) < 0).any()
+    stamps = dts if (dts != NO_TIME).all() and not reordered else pts
+    times, zero = _evened(np.sort(stamps), stream, tick)
     return _index(
         packets, np.arange(len(times)), times, times[-1] + _spacing(times, stream), True, tick, zero
     )
@@ -439,7 +444,7 @@ def _gathered(stamps: list[_Stamp]) -> _Packets:
 
 
 def _check_whole(
-    container: InputContainer, stream: VideoStream, duration: float, path: Path
+    container: InputContainer, stream: VideoStream, duration: float, file: File
 ) -> None:
     """DecodeError where the packets end well before the length that the header claims."""
     claimed = 0.0
@@ -449,11 +454,24 @@ def _check_whole(
         claimed = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
     elif container.duration is not None and len(container.streams) == 1:
         claimed = container.duration / av.time_base
+    first = float((stream.start_time or 0) * (stream.time_base or 0))
     if container.format.name in ENDS_GIVEN:
-        claimed -= float((stream.start_time or 0) * (stream.time_base or 0))
+        claimed -= first
     seconds_allowed, share_allowed = MISSING_END
-    if duration < claimed - max(seconds_allowed, share_allowed * claimed):
-        raise DecodeError(path, f"cut off: frames end at {duration:.1f} s of {claimed:.1f} s")
+    allowed = claimed - max(seconds_allowed, share_allowed * claimed)
+    if duration >= allowed:
+        return
+    if container.format.name not in OWN_LENGTHS and len(container.streams) > 1:
+        # What is claimed may be the length of the sound.
+        with open_container(file) as again:
+            ends = [
+                float((packet.dts + (packet.duration or 0)) * packet.time_base)
+                for packet in again.demux()
+                if packet.dts is not None and packet.time_base is not None
+            ]
+        if max(ends, default=0.0) - first >= allowed:
+            return
+    raise DecodeError(file.path, f"cut off: frames end at {duration:.1f} s of {claimed:.1f} s")
 
 
 def window_of(
@@ -579,7 +597,7 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         duration = float(times[-1]) + _spacing(times, stream)
         index = _index(packets, shown_by, times, duration, by_count, tick, 0)
         if not reader.stopped and not starts.any():
-            _check_whole(container, stream, duration, file.path)
+            _check_whole(container, stream, duration, file)
     # At a joint the container misses what would have followed, and says so of one of the last two
     # packets before it: that is no damage.
     lost = np.array(sorted(n for n in reader.lost if not starts[n + 1 : n + 3].any()), np.int64)

@@ -243,7 +243,7 @@ def read_index(
     else:
         if start:  # frames are counted from the first
             packets, whole = _packets_from_first(file, end)
-        index = _by_count(stream, packets, file.path)
+        index = _by_count(container, stream, packets, file.path)
     if whole:
         _check_whole(container, stream, index.duration, file)
     return index
@@ -260,10 +260,10 @@ def _is_edited(container: InputContainer, stream: VideoStream) -> bool:
 
 def _tell_apart(container: InputContainer, stream: VideoStream, packets: _Packets) -> bool:
     """Whether packets' times of showing are such, one for each, and in the order of the frames."""
-    pts, dts = packets.pts, packets.dts
+    pts = packets.pts
     if container.format.name == "avi" or (pts == NO_TIME).any():
         return False
-    if len(pts) > 1 and stream.codec_context.has_b_frames and (pts == dts).all():
+    if len(pts) > 1 and stream.codec_context.has_b_frames and (np.diff(pts) >= 0).all():
         return False  # as they come where a file keeps only times of decoding
     visible = np.sort(pts[~packets.hidden])
     return not (np.diff(visible) == 0).any() and not _starts(container, stream, packets).any()
@@ -301,23 +301,31 @@ def _by_stamps(
     # Frames that refer to what came before the first keyframe cannot be decoded.
     if packets.keyframe.any():
         shown = shown[shown >= packets.pts[packets.keyframe.argmax()]]
-    zero = int(shown[0]) if stream.start_time is None else stream.start_time
+    zero = _zero(container, stream, shown)
     times = (shown - zero) * tick
     last = packets.duration[~packets.hidden][visible.argmax()]
     return _index(packets, shown, times, float(times[-1] + last * tick), False, tick, zero)
 
 
-def _by_count(stream: VideoStream, packets: _Packets, path: Path) -> Index:
+def _zero(container: InputContainer, stream: VideoStream, shown: NDArray[np.int64]) -> int:
+    """The first frame's ticks, also where another part of the file was read."""
+    if container.format.name in SEEKABLE and stream.start_time is not None:
+        return stream.start_time
+    return int(shown[0])
+
+
+def _by_count(
+    container: InputContainer, stream: VideoStream, packets: _Packets, path: Path
+) -> Index:
     """An index of packets that give a frame each, in an order that their stamps do not tell: the
     n-th to be shown has the n-th of all times."""
     tick, visible = _tick(stream, path), ~packets.hidden
     if not visible.any():
         raise DecodeError(path, "no frames in it")
     pts, dts = packets.pts[visible], packets.dts[visible]
-    # Where libav could tell the order of showing, times of showing are its own; else they are
-    # those of decoding with a delay.
-    reordered = (pts != NO_TIME).all() and (np.diff(pts) < 0).any()
-    stamps = dts if (dts != NO_TIME).all() and not reordered else pts
+    # AVI keeps times of decoding. libav makes times of showing of them where it sees reordering.
+    made_up = container.format.name == "avi" and not (np.diff(pts) < 0).any()
+    stamps = dts if (made_up or NO_TIME in pts) and NO_TIME not in dts else pts
     times, zero = _evened(np.sort(stamps), stream, tick)
     return _index(
         packets, np.arange(len(times)), times, times[-1] + _spacing(times, stream), True, tick, zero
@@ -589,8 +597,7 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         pts, starts = packets.pts[numbers], _starts(container, stream, packets)
         in_order = (pts != NO_TIME).all() and (np.diff(pts) > 0).all()
         if in_order and _tell_apart(container, stream, packets):
-            zero = int(pts[0]) if stream.start_time is None else stream.start_time
-            shown_by, times = pts, (pts - zero) * tick
+            shown_by, times = pts, (pts - _zero(container, stream, pts)) * tick
         else:
             shown_by, times = np.arange(len(numbers)), _stitched(numbers, packets, starts, stream)
         by_count = shown_by is not pts

@@ -52,8 +52,8 @@ def evaluate(
     """Measure text-video retrieval: both directions, with and without dual softmax.
 
     Args:
-        model: A model folder or hub name (`clipvip convert` makes a folder of an authors' .pt file);
-            it says how videos and texts are read.
+        model: A model folder or hub name, which says how videos and texts are read. Of one of the
+            authors' .pt files, `clipvip convert` makes a folder.
         annotations: JSON Lines, one clip a line, with `video` and `text`.
         out: Also write the figures to this JSON file.
         decoder: Of the videos; auto is DALI where it and a GPU are, else PyAV.

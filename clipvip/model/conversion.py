@@ -145,7 +145,7 @@ def convert(
         model.save_pretrained(unfinished)
         try:
             processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
-        except NoTokenizer:
+        except (NoTokenizer, FileNotFoundError):
             if tokenizer is not None:
                 raise
             save_settings(unfinished, **(read_settings(source) | {"image_size": size}))

@@ -20,6 +20,7 @@ from transformers.utils import cached_file, logging
 
 from clipvip.data.sampling import check_sampling
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
+from clipvip.model.sources import found
 from clipvip.ops.resize_crop import check_resize, resize_frames
 from clipvip.transfer import send
 
@@ -259,15 +260,17 @@ def _load_tokenizer(
     if tokenizer is not None:
         hub = {name: hub[name] for name in hub if name not in ("revision", "subfolder")}
     where = source if tokenizer is None else tokenizer
-    if not _is_file(where):
-        loaded = CLIPTokenizer.from_pretrained(where, **hub)
-        # Where there are no files, transformers makes one of the special tokens alone.
-        if len(loaded) > len(loaded.all_special_ids):
-            return loaded
-    raise NoTokenizer(
-        f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, or convert "
-        f"it with one: clipvip convert {where} FOLDER --tokenizer openai/clip-vit-base-patch32"
-    )
+    with found("the tokenizer", where, kind="tokenizer"):
+        if not _is_file(where):
+            loaded = CLIPTokenizer.from_pretrained(where, **hub)
+            # Where there are no files, transformers makes one of the special tokens alone.
+            if len(loaded) > len(loaded.all_special_ids):
+                return loaded
+        raise NoTokenizer(
+            f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, or "
+            f"convert it with one: clipvip convert {where} FOLDER "
+            "--tokenizer openai/clip-vit-base-patch32"
+        )
 
 
 def _is_file(source: str | os.PathLike) -> bool:

@@ -38,7 +38,7 @@ from clipvip.data.dali import DaliDecoder, choose_engine, encode
 from clipvip.data.decode import open_clip, read_frames
 from clipvip.data.pixels import ONE_THREAD, planes_of
 from clipvip.data.sampling import choose_frames
-from clipvip.ops.resize_crop import resize_crop_reference
+from clipvip.ops import resize_crop
 
 FRAMES, SIZE, RATE = 12, 224, 25
 SIDES = {"320x240": (320, 240), "640x360": (640, 360), "1280x720": (1280, 720)}
@@ -178,8 +178,8 @@ OURS = ("ours", "ours by DALI")
 
 
 def resized(sides: Any) -> tuple[int, int]:
-    scale = SIZE / min(sides.width, sides.height)
-    return round(sides.width * scale), round(sides.height * scale)
+    height, width = resize_crop.resized(sides.height, sides.width, SIZE)
+    return width, height
 
 
 def one_thread(stream: Any) -> Any:
@@ -246,7 +246,7 @@ def expected(path: Path, positions: list[int]) -> Tensor:
             if position in wanted:
                 yuv = planes_of(frame, chroma_left=True)
                 assert yuv is not None
-                found.append(resize_crop_reference(yuv[0], SIZE, yuv[1]))
+                found.append(resize_crop.resize_crop_reference(yuv[0], SIZE, yuv[1]))
     return torch.from_numpy(np.stack(found))
 
 

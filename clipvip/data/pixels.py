@@ -95,7 +95,7 @@ def _rows(plane: VideoPlane, dtype: type) -> NDArray[Any]:
 
 
 def orientation(frame: VideoFrame) -> Turn:
-    """How the frame is turned to be shown, by its display matrix."""
+    """Turn that shows the frame upright, by its display matrix."""
     data = _display_matrix(frame)
     if not isinstance(data, SideData):
         return UPRIGHT

@@ -95,6 +95,7 @@ def _uniform(
 def _by_number(
     count: int, num_frames: int, generator: np.random.Generator | None
 ) -> NDArray[np.int64]:
+    """The authors' frames: numbers evenly apart, rounded down."""
     first, last = 0, count - 1
     if generator:
         interval = count // max(num_frames - 1, 1)

@@ -131,6 +131,13 @@ def convert(
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
     model = CLIPViPModel.from_pretrained(source)
     size = model.config.vision_config.image_size
+    processor = None
+    if to == "clipvip":
+        try:
+            processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
+        except (NoTokenizer, FileNotFoundError):
+            if tokenizer is not None:
+                raise
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _written_then_renamed(destination) as unfinished:
         if to == "authors":
@@ -143,11 +150,7 @@ def convert(
             torch.save(authors_state_dict(model), unfinished)
             return
         model.save_pretrained(unfinished)
-        try:
-            processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
-        except (NoTokenizer, FileNotFoundError):
-            if tokenizer is not None:
-                raise
+        if processor is None:
             save_settings(unfinished, **(read_settings(source) | {"image_size": size}))
             logger.warning(
                 f"{source} holds no tokenizer, so none is saved; convert it again with one (such "

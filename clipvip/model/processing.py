@@ -97,7 +97,7 @@ class CLIPViPProcessor(ProcessorMixin):
         return self.text_length or min(self.tokenizer.model_max_length, LONGEST)
 
     def loading(self) -> dict[str, Any]:
-        """How clips are read, as clipvip.data.loader.build_loader takes it."""
+        """Arguments of clipvip.data.loader.build_loader that say how clips are read."""
         return {
             "image_size": self.image_size,
             "num_frames": self.num_frames,
@@ -227,7 +227,7 @@ def save_settings(folder: str | os.PathLike, **settings: Any) -> None:
 
 
 def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[str, Any]:
-    """Of a CLIPImageProcessor; what it does and we do not is done as nearly as we can, and said."""
+    """Settings of a CLIPImageProcessor; where we lack the same, the nearest, and a warning."""
     settings: dict[str, Any] = {
         name: clip[name] for name in ("image_mean", "image_std") if name in clip
     }
@@ -278,7 +278,7 @@ def _is_file(source: str | os.PathLike) -> bool:
 
 
 def _read_json(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """Of a folder or hub name; empty where there is no such file."""
+    """Content of a file of a folder or hub name; empty where there is no such file."""
     file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
     return {} if file is None else json.loads(Path(file).read_text())
 

@@ -165,7 +165,7 @@ def resize_frames_by_torch(frames: Tensor, size: int, resize: str = "crop") -> T
 
 
 def on_black(part: Tensor, axes: "tuple[Axis, Axis]", size: int) -> Tensor:
-    """What is shown of frames, [..., H, W], in its place in squares [..., size, size]."""
+    """Squares [..., size, size] with what is shown of frames, [..., H, W], in its place."""
     rows, columns = axes
     sides = [(axis.at, size - axis.at - axis.kept) for axis in (columns, rows)]
     return F.pad(part, (*sides[0], *sides[1]))
@@ -193,8 +193,7 @@ def resized(height: int, width: int, size: int) -> tuple[int, int]:
 def placed(
     height: int, width: int, size: int, resize: str, turn: Turn = UPRIGHT
 ) -> tuple[Axis, Axis]:
-    """Where the rows and the columns of a stored frame go: the geometry of everything that reads
-    frames.
+    """Places of a stored frame's rows and columns: the geometry of everything that reads frames.
 
     Centres are rounded towards the top left, as CLIP's are, of the frame as shown; so they are
     rounded to the other side where `turn` mirrors what is stored.

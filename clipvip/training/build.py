@@ -166,7 +166,7 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
 def build_processor(
     config: TrainConfig, shapes: CLIPViPConfig, resumed: Path | None = None
 ) -> CLIPViPProcessor:
-    """What build_model makes, for a model of these shapes."""
+    """The processor that build_model makes, for a model of these shapes."""
     source = config.model.name if resumed is None else str(resumed / "model")
     tokenizer = config.model.tokenizer if resumed is None else None
     if source is None:

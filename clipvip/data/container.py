@@ -14,7 +14,6 @@ import av
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.stream import Disposition
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 
@@ -186,11 +185,6 @@ def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
     # PyAV's own generator leaks a packet where it is left early and not closed. This one closes it
     # when nobody holds it any more.
     yield from container.demux(stream)
-
-
-def frames_of(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for packet in demux(container, stream):
-        yield from packet.decode()  # type: ignore[misc]
 
 
 # Of a NAL unit's first byte (H.264, 7.3.1; HEVC, 7.3.1.2): where its type lies, how much of it

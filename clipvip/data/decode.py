@@ -16,6 +16,7 @@ Times are seconds from the video's first frame.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -42,7 +43,6 @@ from clipvip.data.container import (
     as_decode_errors,
     demux,
     file_of,
-    frames_of,
     is_image,
     open_container,
     open_video,
@@ -55,7 +55,6 @@ from clipvip.data.frame_index import (
     InOrder,
     Trust,
     known_index,
-    read_index,
     window_of,
 )
 from clipvip.data.pixels import Converter, orientation, read_image
@@ -276,10 +275,12 @@ def probe(path: Source) -> VideoInfo:
             return VideoInfo(width, height, 1, 0.0, 0.0, codec)
         with open_container(file) as container:
             stream = video_stream(container, path)
-            index = read_index(container, stream, file)
+            index = known_index(container, stream, file, trust=Trust.PACKETS)
+            if index.by_count:
+                index = known_index(container, stream, file, trust=Trust.DECODER)
         with open_container(file) as container:
             stream = video_stream(container, path)
-            frame = next(frames_of(container, stream), None)
+            frame = next((frame for _, frame in InOrder(container, stream)), None)
             if frame is None:
                 raise DecodeError(path, "no frame could be decoded")
             width, height = frame.width, frame.height
@@ -350,6 +351,11 @@ def _seek_and_decode(
     context = stream.codec_context
     keys = index.keyframes_for(wanted)
     known = index.pts
+    if context.name == "h264" and "444" in (context.pix_fmt or ""):
+        # Before 2018 x264 coded these in a way of its own, and only a file's first packet says so.
+        coder = re.search(rb"x264 - core (\d+)", bytes(next(demux(container, stream))))
+        if coder and int(coder[1]) < 151:
+            raise _SeekFailed
     while unfed:
         key = keys[next(iter(unfed.values()))]
         # A seek may land before its keyframe; only a later keyframe is worth another.
@@ -420,16 +426,18 @@ def _decode_in_order(
     reader = InOrder(container, stream)
     position, due, given = -1, 0, 0
     for number, frame in reader:
+        this = given if index.by_count else reader.pts(number)
         given += 1
-        if not index.by_count:
-            pts = reader.pts(number)
-            if position < 0 and pts < index.shown[0]:  # before the part that was indexed
+        if position + 1 == len(index.shown) or this != index.shown[position + 1]:
+            # What was decoded to make the index is known to have more than is listed.
+            if index.trust is Trust.DECODER or (position < 0 and this < index.shown[0]):
                 continue
-            if position + 1 == len(index.shown) or pts != index.shown[position + 1]:
-                raise IndexWrong
+            raise IndexWrong
         position += 1
         if due < len(wanted) and position == wanted[due]:
-            if index.damaged is None and reader.lost:  # who knows what refers to it
+            if index.damaged is None and (
+                reader.lost or reader.doubtful
+            ):  # who knows what refers to it
                 raise IndexWrong
             if index.damaged is not None and index.damaged[position]:
                 raise DecodeError(path, f"damaged at {index.times[position]:.2f} s")

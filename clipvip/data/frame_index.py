@@ -48,8 +48,6 @@ MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out
 # Recordings and broadcasts: a jump ahead by more than this many seconds is a new start (ffmpeg's
 # dts_delta_threshold), since no player waits for it.
 DISCONTINUOUS, LONGEST_GAP = frozenset({"mpeg", "mpegts"}), 10.0
-# Their headers give the stamp at the end, not the time from the first stamp to it.
-ENDS_GIVEN = frozenset({"asf", "flv", "matroska,webm"})
 OWN_LENGTHS = frozenset({MP4, "avi", "matroska,webm"})  # that give each stream's own length
 
 
@@ -215,6 +213,7 @@ def _index_of_tables(container: InputContainer, stream: VideoStream, file: File)
     packets = _Packets(pts, dts, duration, flags != 0, nothing, nothing)
     if not _tell_apart(container, stream, packets):
         return None
+    packets = _without_lost_leaders(packets, file, None)
     index = _by_stamps(container, stream, packets, file.path)
     _check_whole(container, stream, index.duration, file)
     return replace(index, trust=Trust.TABLES)
@@ -237,7 +236,9 @@ def read_index(
         start = None
         packets, whole = _packets_from_first(file, end)
     if _tell_apart(container, stream, packets):
-        index = _by_stamps(container, stream, packets, file.path)
+        index = _by_stamps(
+            container, stream, _without_lost_leaders(packets, file, start), file.path
+        )
     elif _starts(container, stream, packets).any() or not _one_order(packets):
         return _index_by_decoding(file, end)
     else:
@@ -247,6 +248,31 @@ def read_index(
     if whole:
         _check_whole(container, stream, index.duration, file)
     return index
+
+
+def _without_lost_leaders(packets: _Packets, file: File, start: float | None) -> _Packets:
+    """The packets, less those shown before the first keyframe that refer to what came before it:
+    these cannot be decoded. Of others, as in a closed group of pictures, the decoder tells."""
+    leading = ~packets.hidden
+    if packets.keyframe.any():
+        key = int(packets.keyframe.argmax())
+        leading &= packets.pts < packets.pts[key]
+        leading[:key] = ~packets.hidden[:key]
+    if not packets.keyframe.any() or not leading.any():
+        return packets
+    come_out: set[int] = set()
+    if not start:
+        with open_container(file) as container:
+            reader = InOrder(container, video_stream(container, file.path))
+            for number, _ in reader:
+                if number == key:
+                    break
+                come_out.add(number)
+            come_out -= reader.lost | reader.doubtful
+    lost = [number for number in np.flatnonzero(leading).tolist() if number not in come_out]
+    hidden = packets.hidden.copy()
+    hidden[lost] = True
+    return packets._replace(hidden=hidden)
 
 
 def _is_edited(container: InputContainer, stream: VideoStream) -> bool:
@@ -298,9 +324,6 @@ def _by_stamps(
     if not len(visible):
         raise DecodeError(path, "no frames in it")
     shown = np.sort(visible)
-    # Frames that refer to what came before the first keyframe cannot be decoded.
-    if packets.keyframe.any():
-        shown = shown[shown >= packets.pts[packets.keyframe.argmax()]]
     zero = _zero(container, stream, shown)
     times = (shown - zero) * tick
     last = packets.duration[~packets.hidden][visible.argmax()]
@@ -462,12 +485,11 @@ def _check_whole(
         claimed = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
     elif container.duration is not None and len(container.streams) == 1:
         claimed = container.duration / av.time_base
-    first = float((stream.start_time or 0) * (stream.time_base or 0))
-    if container.format.name in ENDS_GIVEN:
-        claimed -= first
     seconds_allowed, share_allowed = MISSING_END
     allowed = claimed - max(seconds_allowed, share_allowed * claimed)
-    if duration >= allowed:
+    # Some give the time from the first stamp to the end, others the stamp at the end.
+    first = float((stream.start_time or 0) * (stream.time_base or 0))
+    if max(duration, first + duration) >= allowed:
         return
     if container.format.name not in OWN_LENGTHS and len(container.streams) > 1:
         # What is claimed may be the length of the sound.
@@ -477,7 +499,7 @@ def _check_whole(
                 for packet in again.demux()
                 if packet.dts is not None and packet.time_base is not None
             ]
-        if max(ends, default=0.0) - first >= allowed:
+        if max(ends, default=0.0) >= allowed:
             return
     raise DecodeError(file.path, f"cut off: frames end at {duration:.1f} s of {claimed:.1f} s")
 
@@ -501,14 +523,16 @@ class InOrder:
     """Every frame of a file, from its start, in the order of showing, with the number of the packet
     it was in, in decoding order. A packet that cannot be decoded is passed over, as players do.
 
-    lost: numbers of packets that came damaged or could not be decoded. keys: of those, or of
-    frames, that say they are keyframes.
+    lost: numbers of packets that came damaged or could not be decoded. doubtful: of those whose
+    frames the decoder does not vouch for. keys: of those, or of frames, that say they are
+    keyframes.
     """
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self.container = container
         self.stream = stream
         self.lost: set[int] = set()
+        self.doubtful: set[int] = set()
         self.keys: set[int] = set()
         self.error: av.FFmpegError | None = None
         self.stopped = False
@@ -572,10 +596,12 @@ class InOrder:
 
     def _numbered(self, frame: VideoFrame) -> tuple[int, VideoFrame]:
         number = len(self._stamps) - 1 if frame.pts is None else frame.pts
+        pts = self._stamps[number][0]
+        frame.pts = None if pts == NO_TIME else pts
         if frame.key_frame:
             self.keys.add(number)
         if frame.is_corrupt:
-            self.lost.add(number)
+            self.doubtful.add(number)
         return number, frame
 
 
@@ -602,18 +628,33 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
             shown_by, times = np.arange(len(numbers)), _stitched(numbers, packets, starts, stream)
         by_count = shown_by is not pts
         duration = float(times[-1]) + _spacing(times, stream)
-        index = _index(packets, shown_by, times, duration, by_count, tick, 0)
         if not reader.stopped and not starts.any():
             _check_whole(container, stream, duration, file)
     # At a joint the container misses what would have followed, and says so of one of the last two
     # packets before it: that is no damage.
-    lost = np.array(sorted(n for n in reader.lost if not starts[n + 1 : n + 3].any()), np.int64)
+    lost = {number for number in reader.lost if not starts[number + 1 : number + 3].any()}
+    doubtful = np.isin(numbers, list(reader.doubtful))
+    head = 0
+    if 2 * doubtful.sum() < len(
+        found
+    ):  # of some encoders' files the decoder vouches for hardly any
+        # Of a recording that starts anywhere the first frames are made of what is not there.
+        head = int(doubtful.argmin())
+        lost |= set(numbers[head:][doubtful[head:]].tolist())
+    missing = np.array(sorted(lost), np.int64)
+    damaged = _damaged(numbers, missing, np.array(sorted(reader.keys), np.int64))
+    # Less at the end than would make a file count as cut off is cut off with it.
+    tail = damaged & (numbers > numbers[~damaged].max(initial=-1))
+    tail &= times > duration - max(MISSING_END[0], MISSING_END[1] * duration)
+    kept = (np.arange(len(numbers)) >= head) & ~tail
     order = np.argsort(numbers, kind="stable")
+    index = _index(packets, shown_by[kept], times[kept], duration, by_count, tick, 0)
     return replace(
         index,
+        times=index.times - (times[head] if by_count else 0.0),
         trust=Trust.DECODER,
-        lost=_stretches(np.interp(lost, numbers[order], times[order])),
-        damaged=_damaged(numbers, lost, np.array(sorted(reader.keys), np.int64)),
+        lost=_stretches(np.interp(missing, numbers[order], times[order])),
+        damaged=damaged[kept],
     )
 
 

@@ -332,8 +332,9 @@ def _by_stamps(
 
 def _zero(container: InputContainer, stream: VideoStream, shown: NDArray[np.int64]) -> int:
     """The first frame's ticks, also where another part of the file was read."""
-    if container.format.name in SEEKABLE and stream.start_time is not None:
-        return stream.start_time
+    start = stream.start_time  # what libav makes up while it reads may come later
+    if container.format.name in SEEKABLE and start is not None and start <= shown[0]:
+        return start
     return int(shown[0])
 
 

@@ -116,10 +116,11 @@ def _of_sets(head: bytes, found: list[list[bytes]], packets: Sequence[Packet]) -
     it has one; an MP4 file may have other heads from some packets on."""
     sets = {parameters for each in found for parameters in each}
     alike = len(sets) <= 1 and (not head or all(parameters in head for parameters in sets))
-    return None if alike and not any(map(_has_new_head, packets)) else CHANGED
+    return None if alike and not any(map(has_new_head, packets)) else CHANGED
 
 
-def _has_new_head(packet: Packet) -> bool:
+def has_new_head(packet: Packet) -> bool:
+    """Whether an MP4 file has other settings of the codec from this packet on."""
     return hasattr(packet, "has_sidedata") and packet.has_sidedata("new_extradata")  # PyAV 16
 
 

@@ -25,7 +25,7 @@ import json
 import logging
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -44,9 +44,16 @@ from clipvip.data.annotations import (
     write_annotations,
 )
 from clipvip.data.bad_files import BadFile, BadFiles, Failure
-from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Blob, DecodeError, Source
+from clipvip.data.container import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Blob,
+    DecodeError,
+    Source,
+    is_image,
+)
 from clipvip.data.decode import read_frames
-from clipvip.data.transcode import cut, reencode, whole
+from clipvip.data.transcode import Cut, cut, reencode, whole
 from clipvip.data.workers import Workers
 from clipvip.files import decode_text, json_line, only_run, shown, write_whole
 from clipvip.progress import progress
@@ -93,7 +100,8 @@ def write_shards(
     """Write a folder of shards, or what a killed run left of it to do.
 
     cut: store of each clip's video only what its part needs, packets unchanged. size: store
-    the part coded anew as H.264, the shortest side this. Else whole files are stored. Every
+    the part coded anew as H.264, the shortest side this. Else whole files are stored, as are
+    those that cannot be cut or coded so that they show the same; the log counts them. Every
     clip is decoded in three places first; what fails is left out, listed, and stops the run
     where more than max_bad_share of at least 100 clips do.
 
@@ -121,6 +129,7 @@ def write_shards(
         for shard in finished.values():
             places = plan[int(shard.shard.removesuffix(".tar"))]
             bad.resume(places.tolist(), shard.bad)
+        instead: Counter[str] = Counter()
         count = sum(len(plan[number]) for number in todo)
         note = f"writing {len(todo)} shards of {count} clips"
         with progress(
@@ -136,6 +145,9 @@ def write_shards(
                 _append_line(out / MANIFEST, asdict(written.shard))
                 finished[written.shard.shard] = written.shard
                 bad.note(plan[number].tolist(), written.failures)
+                instead += written.instead
+        for why, times in instead.most_common():
+            logger.warning("%d %s %s", times, "clips" if times > 1 else "clip", why)
         bad.note((), (), final=True)
         shards = [finished[shard_name(number)] for number in range(len(plan))]
         _write_manifest(out / MANIFEST, shards)
@@ -216,8 +228,11 @@ def _append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 class _Written(NamedTuple):
+    """instead: how many clips are stored otherwise than was asked for, and how, by why."""
+
     shard: Shard
     failures: list[Failure]
+    instead: Counter[str]
 
 
 class _Hashed:
@@ -265,6 +280,7 @@ class _Writer:
         name = shard_name(number)
         partial = self.out / f"{name}.partial"
         failures: list[Failure] = []
+        instead: Counter[str] = Counter()
         counts = {"clips": 0, "texts": 0, "subtitles": 0, "captions": 0}
         with partial.open("wb") as file:
             hashed = _Hashed(file)
@@ -275,7 +291,9 @@ class _Writer:
                     try:
                         if place in condemned:
                             raise DecodeError(clip.video, workers.CONDEMNED)
-                        tar.write({"__key__": f"{place:09d}", **self._sample(clip)})
+                        stored = self._stored(clip)
+                        tar.write({"__key__": f"{place:09d}", **_sample(clip, stored)})
+                        instead.update([stored.instead] if stored.instead else ())
                         counts["clips"] += 1
                         counts["texts"] += bool(clip.text)
                         counts["subtitles"] += clip.subtitle is not None
@@ -296,41 +314,50 @@ class _Writer:
             bad=len(failures),
             **counts,
         )
-        return _Written(shard, failures)
+        return _Written(shard, failures, instead)
 
-    def _sample(self, clip: Clip) -> dict[str, bytes]:
-        if clip.video.suffix.lower() in IMAGE_SUFFIXES:
-            stored = whole(clip.video)
-        elif self.size is not None:
-            stored = reencode(clip.video, self.size, clip.start, clip.end)
-        elif self.cut:
-            stored = cut(clip.video, clip.start, clip.end)
-        else:
-            stored = whole(clip.video, clip.start, clip.end)
-        record = {
-            "text": list(clip.text) or None,
-            "subtitle": clip.subtitle,
-            "caption": clip.caption,
-            "start": stored.start,
-            "end": stored.end,
-            "source": {
-                "video": os.path.abspath(clip.video),
-                "start": clip.start,
-                "end": clip.end,
-                "image": clip.image and os.path.abspath(clip.image),
-                "line": clip.line,
-            },
-        }
-        sample = {
-            "json": json_line(_given(record)),
-            Path(stored.blob.name).suffix.lower().removeprefix("."): stored.blob.data,
-        }
-        image: Blob | None = None
-        if clip.image is not None:
-            image = Blob(str(clip.image), whole(clip.image).blob.data)
-            sample[f"image{clip.image.suffix.lower()}"] = image.data
-        check_decodes(replace(clip, start=stored.start, end=stored.end), stored.blob, image)
-        return sample
+    def _stored(self, clip: Clip) -> Cut:
+        if is_image(clip.video):
+            return whole(clip.video)
+        if self.size is not None:
+            return reencode(clip.video, self.size, clip.start, clip.end)
+        if self.cut:
+            return cut(clip.video, clip.start, clip.end)
+        return whole(clip.video, clip.start, clip.end)
+
+
+def _sample(clip: Clip, stored: Cut) -> dict[str, bytes]:
+    """Members of a tar. Raises DecodeError where they cannot be read."""
+    record = {
+        "text": list(clip.text) or None,
+        "subtitle": clip.subtitle,
+        "caption": clip.caption,
+        "start": stored.start,
+        "end": stored.end,
+        "source": {
+            "video": os.path.abspath(clip.video),
+            "start": clip.start,
+            "end": clip.end,
+            "image": clip.image and os.path.abspath(clip.image),
+            "line": clip.line,
+        },
+    }
+    sample = {
+        "json": json_line(_given(record)),
+        _suffix(stored.blob.name, ".mp4"): stored.blob.data,
+    }
+    image: Blob | None = None
+    if clip.image is not None:
+        image = Blob(str(clip.image), whole(clip.image).blob.data)
+        sample[f"image.{_suffix(image.name, '.jpg')}"] = image.data
+    check_decodes(replace(clip, start=stored.start, end=stored.end), stored.blob, image)
+    return sample
+
+
+def _suffix(name: str, otherwise: str) -> str:
+    """Of a member, without its dot: readers know media by it, though not what format they are."""
+    suffix = Path(name).suffix.lower()
+    return (suffix if suffix in MEDIA else otherwise)[1:]
 
 
 def _given(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
+
+from clipvip.ops.resize_crop import to_rgb
 
 STEP = 4  # brightness from one frame to the next, so that lossy coding cannot confuse them
 
@@ -104,6 +107,42 @@ def _mux(container: Any, stream: Any, packets: list[av.Packet]) -> None:
     for packet in packets:
         packet.stream = stream
         container.mux(packet)
+
+
+@pytest.fixture
+def flat_video(tmp_path: Path) -> Callable[..., tuple[Path, Tensor]]:
+    """flat_video(matrix, number, full_range, codec) → a video of the cube of colours, a frame
+    each, and what is right of it: int [27, 3, 1, 1]. number: what the file says the matrix is."""
+
+    def make(
+        matrix: str, number: int, full_range: bool, codec: str = "libvpx-vp9"
+    ) -> tuple[Path, Tensor]:
+        cube = np.stack(np.meshgrid(*[[0, 128, 255]] * 3), -1).reshape(-1, 3)
+        path, from_rgb = tmp_path / "flat.mkv", np.linalg.inv(to_rgb(matrix))
+        black, luma, chroma = (0, 255, 255) if full_range else (16, 219, 224)
+        jpeg = codec == "mjpeg"
+        options = {"qmin": "1", "qmax": "2"} if jpeg else {"crf": "4", "b": "0", "g": "9"}
+        with av.open(str(path), "w") as out:
+            stream = out.add_stream(codec, rate=25, options=options)
+            stream.pix_fmt = "yuvj420p" if jpeg else "yuv420p"
+            stream.width = stream.height = 64
+            stream.codec_context.colorspace, stream.codec_context.color_range = (
+                number,
+                1 + full_range,
+            )
+            for count, colour in enumerate(cube):
+                y, u, v = from_rgb @ colour / 255
+                values = np.array([black + luma * y, 128 + chroma * u, 128 + chroma * v])
+                planes = np.repeat(values.round().clip(0, 255), (64 * 64, 32 * 32, 32 * 32))
+                frame = av.VideoFrame.from_ndarray(
+                    planes.astype(np.uint8).reshape(96, 64), format=stream.pix_fmt
+                )
+                frame.pts, frame.time_base = count, Fraction(1, 25)
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+        return path, torch.from_numpy(cube)[:, :, None, None]
+
+    return make
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from clipvip.data.loader import Batch, ClipLoader, build_loader
 from clipvip.data.shards import write_shards
 from clipvip.data.streaming import Shards, build_shard_loader
 from clipvip.data.streaming import Source as ShardSource
-from clipvip.ops.resize_crop import RESIZES, to_rgb
+from clipvip.ops.resize_crop import RESIZES
 
 needs_dali = pytest.mark.skipif(
     find_spec("nvidia") is None or find_spec("nvidia.dali") is None,
@@ -290,9 +290,6 @@ def test_a_change_of_size_is_left_to_pyav(changing_video, decoder: DaliDecoder, 
         assert refused.value.reason == "its frames change size or format"
 
 
-FLAT = [(r, g, b) for r in (0, 128, 255) for g in (0, 128, 255) for b in (0, 128, 255)]
-
-
 @needs_dali
 @pytest.mark.parametrize(
     ("matrix", "number", "full", "codec"),
@@ -309,30 +306,13 @@ FLAT = [(r, g, b) for r in (0, 128, 255) for g in (0, 128, 255) for b in (0, 128
     ],
 )
 def test_saturated_colours_are_right_or_left_to_pyav(
-    matrix: str, number: int, full: bool, codec: str, decoder: DaliDecoder, tmp_path: Path
+    matrix: str, number: int, full: bool, codec: str, decoder: DaliDecoder, flat_video
 ) -> None:
-    path, scale = tmp_path / "flat.mkv", (255, 255) if full else (219, 224)
-    from_rgb = np.linalg.inv(to_rgb(matrix))
-    options = {"qmin": "1", "qmax": "2"} if codec == "mjpeg" else {"crf": "4", "b": "0", "g": "9"}
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=25, options=options)
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.width = stream.height = 64
-        stream.codec_context.colorspace, stream.codec_context.color_range = number, 1 + full
-        for count, colour in enumerate(FLAT):
-            y, u, v = from_rgb @ np.array(colour) / 255
-            luma = y * scale[0] + (0 if full else 16)
-            values = np.clip([luma, 128 + u * scale[1], 128 + v * scale[1]], 0, 255).round()
-            planes = np.repeat(values, (64 * 64, 32 * 32, 32 * 32)).reshape(96, 64)
-            frame = av.VideoFrame.from_ndarray(planes.astype(np.uint8), format=stream.pix_fmt)
-            frame.pts, frame.time_base = count, Fraction(1, 25)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    exact = torch.tensor(FLAT)[:, :, None, None]
-    theirs = read_frames(path, len(FLAT), size=SIZE)
-    assert (theirs.int() - exact).abs().max() <= 3
+    path, exact = flat_video(matrix, number, full, codec)
+    theirs = read_frames(path, len(exact), size=SIZE)
+    assert (theirs - exact).abs().max() <= 3
     if matrix == "bt601":
-        assert (by_dali(path, len(FLAT), decoder).int() - exact).abs().max() <= 3
+        assert (by_dali(path, len(exact), decoder) - exact).abs().max() <= 3
         return
     with pytest.raises(Refused) as refused, open_clip(path, 2) as clip:
         encode(clip, dali.CPU)

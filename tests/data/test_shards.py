@@ -230,6 +230,66 @@ def test_of_two_runs_at_once_the_second_is_told_of_the_first(
 
 
 @pytest.fixture
+def mixed(make_video, changing_video, tmp_path: Path) -> Path:
+    """Parts of videos of several formats and names, and an image."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    coded = {
+        "A.GIF": ("gif", {"codec": "gif", "pixel_format": "gray"}),
+        "b.ts": ("mpegts", {"codec": "libx264"}),
+        "c.Ts": ("mpegts", {"codec": "libx264"}),
+        "d.mov": ("mov", {"codec": "prores_ks", "pixel_format": "yuv422p10le"}),
+        "without a suffix": ("mp4", {"options": {"g": "10"}}),
+    }
+    for name, (container, coding) in coded.items():
+        made = make_video(f"mixed-{name}", container=container, **coding)
+        (folder / name).write_bytes(made.read_bytes())
+    sizes = [(80, 60), (60, 80)]
+    changing_video("z.webm", sizes, codec="libvpx").rename(folder / "z.webm")
+    names = sorted(path.name for path in folder.iterdir())
+    records = [{"video": name, "text": name, "start": 0.1, "end": 0.7} for name in names]
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(folder / "P.TIFF")
+    records.append({"video": "P.TIFF", "text": "P.TIFF"})
+    return write_lines(folder / "clips.jsonl", records)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, []),
+        (
+            {"cut": True},
+            [
+                "2 clips stored whole: their container (mpegts) cannot be cut",
+                "1 clip stored whole: their container (gif) cannot be cut",
+            ],
+        ),
+        ({"size": 24}, ["1 clip not coded anew: their frames change shape"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_videos_of_every_format_come_back_and_what_is_stored_otherwise_is_counted(
+    options: dict[str, Any], told: list[str], workers: int, mixed: Path, tmp_path: Path, caplog
+) -> None:
+    out, clips = tmp_path / "shards", load_annotations(mixed)
+    write_shards(mixed, out, clips_per_shard=3, num_workers=workers, **options)
+    assert sorted(caplog.messages) == sorted(told)
+    found = stored(out)
+    assert sorted(found) == list(range(len(clips)))
+    for place, clip in enumerate(clips):
+        there = found[place]
+        part = {"size": 16, "start": there.clip.start, "end": there.clip.end}
+        frames = read_frames(there.video, 9, **part)
+        expected = read_frames(clip.video, 9, size=16, start=clip.start, end=clip.end)
+        if "size" in options:
+            assert (frames.float() - expected.float()).abs().mean() < 3, clip.video
+        else:
+            assert torch.equal(frames, expected), clip.video
+    assert verify_shards(str(out), num_workers=0) == (len(clips), [])
+
+
+@pytest.fixture
 def spoiled(annotations: Path, tmp_path: Path, make_video) -> Path:
     """Twenty clips of which one file is missing and one is cut off."""
     records = [json.loads(line) for line in annotations.read_text().splitlines()]

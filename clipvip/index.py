@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from clipvip.files import files_in, json_line, shown, write_whole
+from clipvip.files import files_in, json_line, only_run, shown, write_whole
 from clipvip.progress import progress
 
 FORMAT = 2
@@ -194,6 +194,32 @@ def build_index(
     name = str(Path(model).resolve()) if Path(model).exists() else str(model)
     where = sorted(map(os.path.realpath, sources))
     index = Index(name, _fingerprint(network, processor), where, torch.empty(0), [])
+    with only_run(out, "embeds"):
+        _update(index, out, wanted, network, processor, batch_size, workers, decoder)
+    if not index.clips:
+        first = index.bad_files[0]
+        raise ValueError(
+            f"none of {len(wanted)} clips in {_listed(sources)} could be read; the first: "
+            f"{first['path']}: {first['reason']}"
+        )
+    bad = f"; {len(index.bad_files)} unreadable files, see {out / 'bad_files.jsonl'}"
+    line = f"{out}: {len(index.clips)} clips" + (bad if index.bad_files else "")
+    print(shown(line), file=sys.stderr)
+    return index
+
+
+def _update(
+    index: Index,
+    out: Path,
+    wanted: list[IndexedClip],
+    network: Any,
+    processor: Any,
+    batch_size: int,
+    workers: int,
+    decoder: str,
+) -> None:
+    """Fill an index with what `out` holds of these clips already and with what it lacks; save it
+    there, now and then and at the end."""
     known = _known_rows(out, index, wanted)
 
     done = {clip: known[clip] for clip in wanted if clip in known}
@@ -218,16 +244,6 @@ def build_index(
                 # However large the index grows, saving takes at most a twentieth of the time.
                 due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - started))
     save()
-    if not index.clips:
-        first = index.bad_files[0]
-        raise ValueError(
-            f"none of {len(wanted)} clips in {_listed(sources)} could be read; the first: "
-            f"{first['path']}: {first['reason']}"
-        )
-    bad = f"; {len(index.bad_files)} unreadable files, see {out / 'bad_files.jsonl'}"
-    line = f"{out}: {len(index.clips)} clips" + (bad if index.bad_files else "")
-    print(shown(line), file=sys.stderr)
-    return index
 
 
 def _list_clips(sources: Sequence[str]) -> list[IndexedClip]:

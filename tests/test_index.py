@@ -13,6 +13,7 @@ from PIL import Image
 
 from clipvip import cli
 from clipvip import index as index_module
+from clipvip.files import only_run
 from clipvip.index import build_index, load_index, search
 
 
@@ -331,6 +332,14 @@ def test_a_build_that_dies_goes_on_where_it_saved(build, videos, embedded, monke
     monkeypatch.setattr(index_module, "_embed", spied)
     assert len(build(videos).clips) == 3
     assert len(embedded) < 3
+
+
+def test_a_second_build_into_a_folder_is_told_of_the_first(build, videos, tmp_path):
+    before = build(videos)
+    told = rf"another run embeds there .*process {os.getpid()}"
+    with only_run(tmp_path / "index", "embeds"), pytest.raises(ValueError, match=told):
+        build(videos)
+    assert build(videos).clips == before.clips
 
 
 def test_bad_files_are_listed_and_left_out(build, videos, tmp_path):

@@ -1,5 +1,8 @@
 """The demo's data and start: what its figures rest on."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -63,3 +66,43 @@ def test_the_tokenizer_and_the_untrained_models_fit_each_other(tmp_path):
             both = [model.get_video_features(x) for x in (video, video.flip(1))]
         # To the baseline a clip is the same played backwards; to CLIP-ViP it is not.
         assert torch.allclose(*both, atol=1e-4) == (name == "mean_pool")
+
+
+def test_the_last_search_finds_its_clip_first_and_is_the_readmes_where_that_does(capsys):
+    pytest.importorskip("matplotlib")
+    from demo import run
+
+    others = {"a blue cross moves up": 0.2, "a green cross moves up": 0.3}
+    assert run.to_search({run.QUERY: 0.1, **others}) == run.QUERY
+    assert capsys.readouterr().out == ""
+    for margin in (-0.1, 0.0, 1e-7):  # another is first, or it is by rounding alone
+        assert run.to_search({run.QUERY: margin, **others}) == "a green cross moves up"
+        said = capsys.readouterr().out
+        assert f"“{run.QUERY}”" in said and "2 of 3 sentences do" in said
+    with pytest.raises(SystemExit, match="none of 2 held-out sentences finds its clip first"):
+        run.to_search({run.QUERY: -0.1, "a blue cross moves up": -0.2})
+
+
+def test_the_readmes_search_is_the_demos_of_a_held_out_clip():
+    pytest.importorskip("matplotlib")
+    from demo import run
+
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f'clipvip search "{run.QUERY}"' in readme
+    assert run.QUERY in {scene.text for scene in scenes(run.SEED)["heldout"]}
+
+
+def test_a_margin_is_the_distance_to_the_best_other_clip(tmp_path):
+    pytest.importorskip("matplotlib")
+    from clipvip.data.annotations import Clip
+    from clipvip.index import Hit
+    from demo import run
+
+    scores = {"one": {"1.mp4": 0.7, "2.mp4": 0.4}, "two": {"2.mp4": 0.1, "1.mp4": 0.6}}
+
+    def search(query, k):
+        return [Hit(score, tmp_path / name, None, None) for name, score in scores[query].items()]
+
+    index = SimpleNamespace(search=search, clips=["1.mp4", "2.mp4"])
+    clips = [Clip(tmp_path / "1.mp4", text=("one",)), Clip(tmp_path / "2.mp4", text=("two",))]
+    assert run.margins(clips, index) == pytest.approx({"one": 0.3, "two": -0.5})

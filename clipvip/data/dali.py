@@ -5,7 +5,8 @@ worker, does all but decoding: it opens the file, chooses the frames as any read
 copies the packets that they need into a small Matroska file in memory, in which frames are
 numbered by their order of showing. So one demuxer, PyAV's, says which frame is which, whatever
 edit lists, times or cut ends the file has. `DaliDecoder`, in the main process, decodes batches of
-those on its device. What DALI cannot decode there, PyAV decodes in the worker.
+those on its device. What DALI cannot decode there, or would decode wrong (frames that change size,
+colours that are not BT.601's), PyAV decodes in the worker.
 """
 
 import ctypes

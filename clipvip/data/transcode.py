@@ -50,13 +50,15 @@ BT601 = 6  # as H.273 numbers matrices
 class Cut(NamedTuple):
     """A video in memory; the clip is what it shows in [start, end).
 
-    instead: what it is and why, where it is not what was asked for.
+    instead: what it is and why, where it is not what was asked for. compared: whether its first,
+    middle and last picture have been decoded, and are the file's.
     """
 
     blob: Blob
     start: float | None = None
     end: float | None = None
     instead: str | None = None
+    compared: bool = False
 
 
 class _Impossible(DecodeError):
@@ -98,7 +100,7 @@ def cut(path: Path, start: float | None, end: float | None) -> Cut:
     if not same:
         reason = "their packets show other frames by themselves"
         return whole(path, start, end)._replace(instead=f"stored whole: {reason}")
-    return part
+    return part._replace(compared=True)
 
 
 def _copied(path: Path, start: float | None, end: float | None) -> Cut:

@@ -538,6 +538,7 @@ class InOrder:
         self.error: av.FFmpegError | None = None
         self.stopped = False
         self.seconds = 0.0  # fed so far
+        self.unstamped = True  # all of them
         self._stamps: list[_Stamp] = []
 
     def stop(self) -> None:
@@ -588,6 +589,7 @@ class InOrder:
             self.lost.add(number)
         if packet.is_keyframe:
             self.keys.add(number)
+        self.unstamped &= stamp[1] == NO_TIME
         step = -1.0
         if self._stamps and NO_TIME not in (stamp[1], self._stamps[-1][1]):
             step = (stamp[1] - self._stamps[-1][1]) * float(self.stream.time_base or 0)
@@ -613,7 +615,9 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         reader, found = InOrder(container, stream), []
         for number, _ in reader:
             found.append(number)
-            if end is not None and reader.seconds > end + MARGIN:
+            # Without stamps packets tell nothing: each may hold but half a frame.
+            past = len(found) * _frame_time(stream) if reader.unstamped else reader.seconds
+            if end is not None and past > end + MARGIN:
                 reader.stop()
         if not found:
             reason = "no frame could be decoded"

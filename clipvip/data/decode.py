@@ -48,15 +48,8 @@ from clipvip.data.container import (
     open_video,
     video_stream,
 )
-from clipvip.data.frame_index import (
-    NO_TIME,
-    Index,
-    IndexWrong,
-    InOrder,
-    Trust,
-    known_index,
-    window_of,
-)
+from clipvip.data.frame_index import Index, IndexWrong, Trust, known_index, window_of
+from clipvip.data.in_order import NO_TIME, InOrder
 from clipvip.data.pixels import Converter, orientation, read_image
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
 from clipvip.ops.resize_crop import check_compiled, check_resize

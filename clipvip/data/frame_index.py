@@ -11,17 +11,14 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.packet import Packet
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -31,23 +28,26 @@ from clipvip.data.container import (
     DecodeError,
     File,
     Unseekable,
-    demux,
-    holds_picture,
     open_container,
     packets_from,
     video_stream,
+)
+from clipvip.data.in_order import (
+    DISCONTINUOUS,
+    LONGEST_GAP,
+    NO_TIME,
+    InOrder,
+    Packets,
+    frame_time,
+    gathered,
+    stamp_of,
 )
 from clipvip.data.mp4 import composition_offsets
 
 KEYFRAME = 1  # the flag of an entry of libav's index
 MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 7,000 of ten seconds
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
-SMALL = 64  # bytes of a packet that may hold no picture
-NO_TIME = np.iinfo(np.int64).min
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
-# Recordings and broadcasts: a jump ahead by more than this many seconds is a new start (ffmpeg's
-# dts_delta_threshold), since no player waits for it.
-DISCONTINUOUS, LONGEST_GAP = frozenset({"mpeg", "mpegts"}), 10.0
 OWN_LENGTHS = frozenset({MP4, "avi", "matroska,webm"})  # that give each stream's own length
 
 
@@ -61,20 +61,6 @@ class Trust(IntEnum):
 
 class IndexWrong(Exception):
     """An index does not agree with what the decoder gives."""
-
-
-class _Packets(NamedTuple):
-    """What is kept of packets, in decoding order: not their data. NO_TIME where one has none.
-
-    hidden: gives no frame to show. lost: came damaged, or could not be decoded.
-    """
-
-    pts: NDArray[np.int64]
-    dts: NDArray[np.int64]
-    duration: NDArray[np.int64]
-    keyframe: NDArray[np.bool_]
-    hidden: NDArray[np.bool_]
-    lost: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +196,7 @@ def _index_of_tables(container: InputContainer, stream: VideoStream, file: File)
     pts = pts - pts.min() + stream.start_time
     duration = np.diff(dts, append=2 * dts[-1] - dts[max(len(dts) - 2, 0)])
     nothing = np.zeros(len(dts), np.bool_)
-    packets = _Packets(pts, dts, duration, flags != 0, nothing, nothing)
+    packets = Packets(pts, dts, duration, flags != 0, nothing, nothing)
     if not _tell_apart(container, stream, packets):
         return None
     packets = _without_lost_leaders(packets, file, None)
@@ -250,7 +236,7 @@ def read_index(
     return index
 
 
-def _without_lost_leaders(packets: _Packets, file: File, start: float | None) -> _Packets:
+def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> Packets:
     """The packets, less those shown before the first keyframe that refer to what came before it:
     these cannot be decoded. Of others, as in a closed group of pictures, the decoder tells."""
     leading = ~packets.hidden
@@ -284,7 +270,7 @@ def _is_edited(container: InputContainer, stream: VideoStream) -> bool:
     return any(entry.flags & ~KEYFRAME for entry in entries)
 
 
-def _tell_apart(container: InputContainer, stream: VideoStream, packets: _Packets) -> bool:
+def _tell_apart(container: InputContainer, stream: VideoStream, packets: Packets) -> bool:
     """Whether packets' times of showing are such, one for each, and in the order of the frames."""
     pts = packets.pts
     if container.format.name == "avi" or (pts == NO_TIME).any():
@@ -295,14 +281,14 @@ def _tell_apart(container: InputContainer, stream: VideoStream, packets: _Packet
     return not (np.diff(visible) == 0).any() and not _starts(container, stream, packets).any()
 
 
-def _one_order(packets: _Packets) -> bool:
+def _one_order(packets: Packets) -> bool:
     """Whether one of both stamps, or neither, is there for all packets."""
     return any((stamps != NO_TIME).all() for stamps in (packets.pts, packets.dts)) or bool(
         (packets.pts == NO_TIME).all() and (packets.dts == NO_TIME).all()
     )
 
 
-def _starts(container: InputContainer, stream: VideoStream, packets: _Packets) -> NDArray[np.bool_]:
+def _starts(container: InputContainer, stream: VideoStream, packets: Packets) -> NDArray[np.bool_]:
     """For each packet, whether stamps start anew there: time runs backwards, or leaps ahead as no
     player waits for."""
     dts, known = packets.dts, packets.dts != NO_TIME
@@ -316,7 +302,7 @@ def _starts(container: InputContainer, stream: VideoStream, packets: _Packets) -
 
 
 def _by_stamps(
-    container: InputContainer, stream: VideoStream, packets: _Packets, path: Path
+    container: InputContainer, stream: VideoStream, packets: Packets, path: Path
 ) -> Index:
     """An index of packets that tell their frames apart."""
     tick = _tick(stream, path)
@@ -339,7 +325,7 @@ def _zero(container: InputContainer, stream: VideoStream, shown: NDArray[np.int6
 
 
 def _by_count(
-    container: InputContainer, stream: VideoStream, packets: _Packets, path: Path
+    container: InputContainer, stream: VideoStream, packets: Packets, path: Path
 ) -> Index:
     """An index of packets that give a frame each, in an order that their stamps do not tell: the
     n-th to be shown has the n-th of all times."""
@@ -365,20 +351,16 @@ def _evened(
     places = np.flatnonzero(highest > np.append(NO_TIME, highest[:-1]))
     every = np.arange(len(stamps), dtype=np.float64)
     if not len(places):
-        return every * _frame_time(stream), 0
+        return every * frame_time(stream), 0
     times = np.interp(every, places, (stamps[places] - stamps[places[0]]) * tick)
-    times += np.minimum(every - places[0], 0) * _frame_time(stream)
-    times += np.maximum(every - places[-1], 0) * _frame_time(stream)
+    times += np.minimum(every - places[0], 0) * frame_time(stream)
+    times += np.maximum(every - places[-1], 0) * frame_time(stream)
     return times - times[0], int(stamps[places[0]])
-
-
-def _frame_time(stream: VideoStream) -> float:
-    return float(1 / stream.average_rate) if stream.average_rate else 0.04
 
 
 def _spacing(times: NDArray[Any], stream: VideoStream) -> float:
     """Seconds from one frame to the next, as a rule."""
-    return float(np.median(np.diff(times))) if len(times) > 1 else _frame_time(stream)
+    return float(np.median(np.diff(times))) if len(times) > 1 else frame_time(stream)
 
 
 def _tick(stream: VideoStream, path: Path) -> float:
@@ -388,7 +370,7 @@ def _tick(stream: VideoStream, path: Path) -> float:
 
 
 def _index(
-    packets: _Packets,
+    packets: Packets,
     shown: NDArray[np.int64],
     times: NDArray[Any],
     duration: float,
@@ -425,7 +407,7 @@ def _packets(
     stream: VideoStream,
     start: float | None,
     end: float | None,
-) -> tuple[_Packets, bool]:
+) -> tuple[Packets, bool]:
     """Packets in decoding order, and whether they reach to the end of the file.
 
     Of a part of a long video only that part is read, where the format is good at seeking.
@@ -437,42 +419,16 @@ def _packets(
     for packet in packets_from(container, stream, start):
         dts = packet.dts
         if packet.size:
-            found.append(_stamp(packet, stream))
+            found.append(stamp_of(packet, stream))
         if dts is not None and dts > last:
             whole = False
             break
-    return _gathered(found), whole
+    return gathered(found), whole
 
 
-def _packets_from_first(file: File, end: float | None) -> tuple[_Packets, bool]:
+def _packets_from_first(file: File, end: float | None) -> tuple[Packets, bool]:
     with open_container(file) as container:
         return _packets(container, video_stream(container, file.path), None, end)
-
-
-_Stamp = tuple[int, int, int, bool, bool, bool]
-
-
-def _stamp(packet: Packet, stream: VideoStream) -> _Stamp:
-    """A packet's part of _Packets."""
-    pts, dts = packet.pts, packet.dts
-    hidden = packet.is_discard
-    if stream.codec_context.name == "vp8":  # what is decoded but not shown says so (RFC 6386, 9.1)
-        hidden = hidden or not memoryview(packet)[0] & 0x10
-    elif packet.size <= SMALL:
-        hidden = hidden or not holds_picture(packet, stream)
-    return (
-        NO_TIME if pts is None else pts,
-        NO_TIME if dts is None else dts,
-        packet.duration or 0,
-        packet.is_keyframe,
-        hidden,
-        packet.is_corrupt,
-    )
-
-
-def _gathered(stamps: list[_Stamp]) -> _Packets:
-    pts, dts, duration, keyframe, hidden, lost = np.array(stamps, np.int64).reshape(-1, 6).T
-    return _Packets(pts, dts, duration, keyframe != 0, hidden != 0, lost != 0)
 
 
 def _check_whole(
@@ -520,94 +476,6 @@ def window_of(
 # --- by decoding ----------------------------------------------------------------------------
 
 
-class InOrder:
-    """Every frame of a file, from its start, in the order of showing, with the number of the packet
-    it was in, in decoding order. A packet that cannot be decoded is passed over, as players do.
-
-    lost: numbers of packets that came damaged or could not be decoded. doubtful: of those whose
-    frames the decoder does not vouch for. keys: of those, or of frames, that say they are
-    keyframes.
-    """
-
-    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
-        self.container = container
-        self.stream = stream
-        self.lost: set[int] = set()
-        self.doubtful: set[int] = set()
-        self.keys: set[int] = set()
-        self.error: av.FFmpegError | None = None
-        self.stopped = False
-        self.seconds = 0.0  # fed so far
-        self.unstamped = True  # all of them
-        self._stamps: list[_Stamp] = []
-
-    def stop(self) -> None:
-        """Feed no more packets: only what waits in the decoder follows."""
-        self.stopped = True
-
-    @property
-    def packets(self) -> _Packets:
-        """Those fed so far."""
-        return _gathered(self._stamps)
-
-    def pts(self, number: int) -> int:
-        return self._stamps[number][0]
-
-    def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
-        for packet in self._fed():
-            number = len(self._stamps)
-            self._feed(packet, number)
-            packet.pts = number  # comes out with the frame, whatever stamps the file has
-            try:
-                frames = packet.decode()
-            except av.FFmpegError as error:
-                if holds_picture(packet, self.stream):
-                    self.error = error
-                    self.lost.add(number)
-                continue
-            yield from map(self._numbered, frames)  # type: ignore[arg-type]
-        try:
-            frames = self.stream.codec_context.decode(None)
-        except av.FFmpegError as error:
-            self.error = error
-            return
-        yield from map(self._numbered, frames)  # type: ignore[arg-type]
-
-    def _fed(self) -> Iterator[Packet]:
-        try:
-            for packet in demux(self.container, self.stream):
-                if self.stopped:
-                    return
-                if packet.size:  # an empty one would end the decoding
-                    yield packet
-        except av.FFmpegError as error:  # what follows cannot be found
-            self.error = error
-
-    def _feed(self, packet: Packet, number: int) -> None:
-        stamp = _stamp(packet, self.stream)
-        if packet.is_corrupt:
-            self.lost.add(number)
-        if packet.is_keyframe:
-            self.keys.add(number)
-        self.unstamped &= stamp[1] == NO_TIME
-        step = -1.0
-        if self._stamps and NO_TIME not in (stamp[1], self._stamps[-1][1]):
-            step = (stamp[1] - self._stamps[-1][1]) * float(self.stream.time_base or 0)
-        leap = step > LONGEST_GAP and self.container.format.name in DISCONTINUOUS
-        self.seconds += _frame_time(self.stream) if step < 0 or leap else step
-        self._stamps.append(stamp)
-
-    def _numbered(self, frame: VideoFrame) -> tuple[int, VideoFrame]:
-        number = len(self._stamps) - 1 if frame.pts is None else frame.pts
-        pts = self._stamps[number][0]
-        frame.pts = None if pts == NO_TIME else pts
-        if frame.key_frame:
-            self.keys.add(number)
-        if frame.is_corrupt:
-            self.doubtful.add(number)
-        return number, frame
-
-
 def _index_by_decoding(file: File, end: float | None) -> Index:
     """The frames that come out of the decoder, those shown before `end` seconds at least."""
     with open_container(file) as container:
@@ -616,7 +484,7 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         for number, _ in reader:
             found.append(number)
             # Without stamps packets tell nothing: each may hold but half a frame.
-            past = len(found) * _frame_time(stream) if reader.unstamped else reader.seconds
+            past = len(found) * frame_time(stream) if reader.unstamped else reader.seconds
             if end is not None and past > end + MARGIN:
                 reader.stop()
         if not found:
@@ -679,7 +547,7 @@ def _damaged(
 
 def _stitched(
     numbers: NDArray[np.int64],
-    packets: _Packets,
+    packets: Packets,
     starts: NDArray[np.bool_],
     stream: VideoStream,
 ) -> NDArray[np.float64]:

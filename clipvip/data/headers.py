@@ -15,7 +15,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from clipvip.data.container import NAL, holds_picture, nal_units
-from clipvip.data.frame_index import SMALL
+from clipvip.data.in_order import SMALL
 
 CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # nothing refers to beyond a keyframe
 # Types of NAL units: of IDR pictures, and of the parameter sets that hold the size.

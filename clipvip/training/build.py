@@ -22,6 +22,7 @@ from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loader import ClipLoader, build_loader
 from clipvip.data.shards import is_shards
 from clipvip.data.streaming import Shards, Source, build_shard_loader
+from clipvip.files import write_whole
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer
@@ -108,8 +109,8 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> 
         except Exception as error:  # of services not logged in to, or not reached
             raise ConfigError(f"trackers: {' '.join(str(error).split())}") from error
         if ids:
-            checkpoint.write_text(remembered, json.dumps(ids) + "\n")
-        checkpoint.write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+            write_whole(remembered, json.dumps(ids) + "\n")
+        write_whole(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     ranks.first_does(start)
 

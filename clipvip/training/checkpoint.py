@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from clipvip.data.shards import is_shards
+from clipvip.files import write_whole
 from clipvip.training.config import TrainConfig, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
         temporary.mkdir()
         with _failed_writes():
             write(temporary)
-        write_text(temporary / MANIFEST, json.dumps(_hash_and_flush(temporary), indent=1) + "\n")
+        write_whole(temporary / MANIFEST, json.dumps(_hash_and_flush(temporary), indent=1) + "\n")
         for parent, _, _ in os.walk(temporary, topdown=False):
             _flush(Path(parent))
     except BaseException:
@@ -206,15 +207,6 @@ def point(link: Path, target: Path) -> None:
     temporary.replace(link)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
-
-
 def truncate_jsonl(path: Path, step: int) -> None:
     """Drop the rows of later steps, and a half-written last one: a resumed run writes them
     again."""
@@ -227,7 +219,7 @@ def truncate_jsonl(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             break
-    write_text(path, "".join(kept))
+    write_whole(path, "".join(kept))
 
 
 def _flush(path: Path) -> None:

@@ -14,11 +14,11 @@ from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.bad_files import BadFile
 from clipvip.data.loader import ClipLoader, LoaderError, build_loader, tokenize
+from clipvip.files import write_whole
 from clipvip.model import CLIPViPModel, load_for_embedding
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import METRICS, TABLES, both_directions
 from clipvip.training import ranks
-from clipvip.training.checkpoint import write_text
 from clipvip.training.config import Preempted, TrainConfig
 
 
@@ -131,7 +131,7 @@ def evaluate_checkpoint(
     result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
     if state.is_main_process:
         if out is not None:
-            write_text(Path(out), json.dumps(result, indent=2) + "\n")
+            write_whole(Path(out), json.dumps(result, indent=2) + "\n")
         if print_table:
             print_result(result)
     return result

@@ -25,6 +25,7 @@ resume=latest, the run goes on. One more SIGTERM, over 5 seconds later, ends at 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train by a configuration; an error is one line and exit status 1."""
+    from clipvip.files import shown
     from clipvip.training.config import (
         ConfigError,
         Preempted,
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         alike = isinstance(error, ConfigError | TrainingError)  # on all ranks
         if rank == "0" or not alike:
             name = "clipvip" if rank == "0" else f"clipvip, rank {rank}"
-            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(shown(f"{name}: error: {' '.join(str(error).split())}"), file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -14,7 +14,7 @@ from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.bad_files import BadFile
 from clipvip.data.loader import ClipLoader, LoaderError, build_loader, tokenize
-from clipvip.files import write_whole
+from clipvip.files import shown, write_whole
 from clipvip.model import CLIPViPModel, load_for_embedding
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
 from clipvip.retrieval import METRICS, TABLES, both_directions
@@ -154,7 +154,7 @@ def print_result(result: dict[str, Any]) -> None:
     if result["missing"]:
         console.print(f"{len(result['missing'])} clips could not be read and were left out:")
         for path in result["missing"]:
-            console.print(f"  {path}", markup=False, soft_wrap=True)
+            console.print(f"  {shown(path)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def with_texts_read(clips: Sequence[Clip], paragraph: bool) -> list[Clip]:

@@ -137,6 +137,9 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
         if stream.codec_context is None:
             raise DecodeError(path, "no decoder for its video")
         if stream.codec_context.name != "ansi":
+            # With threads, PyAV's default, what comes of a damaged file varies.
+            stream.codec_context.thread_count = 1
+            stream.codec_context.thread_type = "NONE"
             return stream
     kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
     raise DecodeError(path, f"no video in it (only {', '.join(kinds)})" if kinds else "not a video")

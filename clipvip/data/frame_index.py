@@ -11,6 +11,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -201,7 +202,7 @@ def _index_of_tables(container: InputContainer, stream: VideoStream, file: File)
         return None
     packets = _without_lost_leaders(packets, file, None)
     index = _by_stamps(container, stream, packets, file.path)
-    _check_whole(container, stream, index.duration, file)
+    _check_whole(container, stream, packets, index.duration, file)
     return replace(index, trust=Trust.TABLES)
 
 
@@ -221,6 +222,8 @@ def read_index(
     except Unseekable:
         start = None
         packets, whole = _packets_from_first(file, end)
+    except av.FFmpegError:  # midway: what comes before is still to be had
+        return _index_by_decoding(file, end)
     if _tell_apart(container, stream, packets):
         index = _by_stamps(
             container, stream, _without_lost_leaders(packets, file, start), file.path
@@ -232,7 +235,7 @@ def read_index(
             packets, whole = _packets_from_first(file, end)
         index = _by_count(container, stream, packets, file.path)
     if whole:
-        _check_whole(container, stream, index.duration, file)
+        _check_whole(container, stream, packets, index.duration, file)
     return index
 
 
@@ -333,13 +336,18 @@ def _by_count(
     if not visible.any():
         raise DecodeError(path, "no frames in it")
     pts, dts = packets.pts[visible], packets.dts[visible]
-    # AVI keeps times of decoding. libav makes times of showing of them where it sees reordering.
-    made_up = container.format.name == "avi" and not (np.diff(pts) < 0).any()
-    stamps = dts if (made_up or NO_TIME in pts) and NO_TIME not in dts else pts
+    by_dts = (_made_up(container, pts) or NO_TIME in pts) and NO_TIME not in dts
+    stamps = dts if by_dts else pts
     times, zero = _evened(np.sort(stamps), stream, tick)
     return _index(
         packets, np.arange(len(times)), times, times[-1] + _spacing(times, stream), True, tick, zero
     )
+
+
+def _made_up(container: InputContainer, pts: NDArray[np.int64]) -> bool:
+    """Whether the pts of packets, in decoding order, are dts moved: AVI keeps dts alone, and libav
+    makes pts of them where it sees reordering."""
+    return container.format.name == "avi" and not (np.diff(pts) < 0).any()
 
 
 def _evened(
@@ -432,9 +440,9 @@ def _packets_from_first(file: File, end: float | None) -> tuple[Packets, bool]:
 
 
 def _check_whole(
-    container: InputContainer, stream: VideoStream, duration: float, file: File
+    container: InputContainer, stream: VideoStream, packets: Packets, duration: float, file: File
 ) -> None:
-    """DecodeError where the packets end well before the length that the header claims."""
+    """Raise DecodeError where the packets end well before the length that the header claims."""
     claimed = 0.0
     if stream.duration is not None and stream.time_base is not None:
         claimed = float(stream.duration * stream.time_base)
@@ -445,8 +453,9 @@ def _check_whole(
     seconds_allowed, share_allowed = MISSING_END
     allowed = claimed - max(seconds_allowed, share_allowed * claimed)
     # Some give the time from the first stamp to the end, others the stamp at the end.
-    first = float((stream.start_time or 0) * (stream.time_base or 0))
-    if max(duration, first + duration) >= allowed:
+    ends = np.where(packets.pts == NO_TIME, packets.dts, packets.pts) + packets.duration
+    last = float(ends.max(initial=0)) * _tick(stream, file.path)
+    if max(duration, last) >= allowed:
         return
     if container.format.name not in OWN_LENGTHS and len(container.streams) > 1:
         # What is claimed may be the length of the sound.
@@ -495,14 +504,16 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         numbers = np.array(found, np.int64)
         pts, starts = packets.pts[numbers], _starts(container, stream, packets)
         in_order = (pts != NO_TIME).all() and (np.diff(pts) > 0).all()
-        if in_order and _tell_apart(container, stream, packets):
+        if in_order and _tell_apart(container, stream, _all_packets(container, reader, file)):
             shown_by, times = pts, (pts - _zero(container, stream, pts)) * tick
         else:
-            shown_by, times = np.arange(len(numbers)), _stitched(numbers, packets, starts, stream)
+            shown_by = np.arange(len(numbers))
+            times = _stitched(numbers, packets, starts, container, stream)
         by_count = shown_by is not pts
         duration = float(times[-1]) + _spacing(times, stream)
         if not reader.stopped and not starts.any():
-            _check_whole(container, stream, duration, file)
+            shown = Packets(*(each[numbers] for each in packets))
+            _check_whole(container, stream, shown, duration, file)
     # At a joint the container misses what would have followed, and says so of one of the last two
     # packets before it: that is no damage.
     lost = {number for number in reader.lost if not starts[number + 1 : number + 3].any()}
@@ -531,6 +542,15 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
     )
 
 
+def _all_packets(container: InputContainer, reader: InOrder, file: File) -> Packets:
+    """Those that a seek may lead to: where files were joined, some that were not decoded may have
+    the stamps of others that were."""
+    if reader.stopped and container.format.name not in SEEKABLE:
+        with suppress(av.FFmpegError):
+            return _packets_from_first(file, None)[0]
+    return reader.packets
+
+
 def _damaged(
     numbers: NDArray[np.int64], lost: NDArray[np.int64], keys: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
@@ -549,6 +569,7 @@ def _stitched(
     numbers: NDArray[np.int64],
     packets: Packets,
     starts: NDArray[np.bool_],
+    container: InputContainer,
     stream: VideoStream,
 ) -> NDArray[np.float64]:
     """Seconds from the first of the frames of these packets, in the order of showing, where stamps
@@ -559,12 +580,11 @@ def _stitched(
         mine = numbers[part_of == part]
         pts, dts = packets.pts[mine], packets.dts[mine]
         known = pts[pts != NO_TIME]
-        if len(known) and (np.diff(known) > 0).all():
+        rising = len(known) and (np.diff(known) > 0).all()
+        if rising and not _made_up(container, packets.pts[np.sort(mine)]):
             stamps = pts
-        elif (dts != NO_TIME).all():
-            stamps = np.sort(dts)
         else:
-            stamps = np.sort(pts)
+            stamps = np.sort(pts if NO_TIME in dts else dts)
         times, _ = _evened(stamps, stream, float(stream.time_base or 0))
         parts.append(times + offset)
         offset = float(parts[-1][-1]) + _spacing(times, stream)

@@ -81,7 +81,7 @@ class InOrder:
         self.keys: set[int] = set()
         self.error: av.FFmpegError | None = None
         self.stopped = False
-        self.seconds = 0.0  # fed so far
+        self.seconds = 0.0  # fed so far, without leaps
         self.unstamped = True  # all of them
         self._stamps: list[Stamp] = []
 
@@ -137,8 +137,8 @@ class InOrder:
         step = -1.0
         if self._stamps and NO_TIME not in (stamp[1], self._stamps[-1][1]):
             step = (stamp[1] - self._stamps[-1][1]) * float(self.stream.time_base or 0)
-        leap = step > LONGEST_GAP and self.container.format.name in DISCONTINUOUS
-        self.seconds += frame_time(self.stream) if step < 0 or leap else step
+        # Where a leap leads to stamps that start anew, no time passes.
+        self.seconds += step if 0 <= step <= LONGEST_GAP else frame_time(self.stream)
         self._stamps.append(stamp)
 
     def _numbered(self, frame: VideoFrame) -> tuple[int, VideoFrame]:

@@ -17,9 +17,9 @@ import pytest
 from av.packet import Packet
 from torch import Tensor
 
-from clipvip.data.container import DecodeError
+from clipvip.data.container import DecodeError, file_of, open_video
 from clipvip.data.decode import decode_clip, open_clip, read_frames
-from clipvip.data.frame_index import Trust
+from clipvip.data.frame_index import Trust, known_index
 
 Numbers = Callable[[Tensor], list[int]]
 CODED = {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}}
@@ -133,6 +133,18 @@ def test_avi_with_gaps(make_video, numbers: Numbers) -> None:
         check(path, numbers, seconds)
 
 
+@pytest.mark.parametrize("reordered", ["0", "2"])
+def test_avi_has_the_same_times_by_packets_and_by_decoding(reordered: str, make_video) -> None:
+    times = [40 * i for i in range(30)] + [2000 + 40 * i for i in range(30)]
+    options = {"g": "10", "bf": reordered}
+    path = make_video(f"gap-{reordered}.avi", times=times, fps=50, options=options)
+    found = []
+    for trust in (Trust.PACKETS, Trust.DECODER):
+        with open_video(path) as (container, stream):
+            found.append(known_index(container, stream, file_of(path), trust=trust).times)
+    assert np.allclose(*found)
+
+
 @pytest.mark.parametrize("container", ["avi", "mkv", "mp4"])
 def test_packets_that_give_no_frame(
     container: str, make_video, numbers: Numbers, tmp_path: Path
@@ -202,7 +214,46 @@ def test_a_recording_joined_to_a_later_one_has_no_hole(
     assert sorted(found) == sorted(2 * list(range(60)))
 
 
-@pytest.mark.parametrize("name", ["wmv", "flv", "mkv", "ts", "mp4", "mov", "webm"])
+def test_a_part_of_joined_files_is_that_of_the_first(
+    write_video, numbers: Numbers, tmp_path: Path
+) -> None:
+    path, data = tmp_path / "both.ogv", b""
+    for first in (0, 40):  # the same stamps, twice
+        frames = [np.full((32, 48, 3), 4 * (first + i), np.uint8) for i in range(40 - first // 2)]
+        part = write_video(tmp_path / f"{first}.ogv", frames, codec="libvpx", options={"g": "10"})
+        data += part.read_bytes()
+    path.write_bytes(data)
+    for first, stop in ((4, 8), (10, 14)):
+        part = {"start": first / 25 + 0.01, "end": stop / 25 - 0.01}
+        assert sorted(set(all_of(path, numbers, 8, **part))) == list(range(first, stop))
+
+
+def test_a_part_after_a_leap_to_other_stamps(make_video, numbers: Numbers, tmp_path: Path) -> None:
+    first = make_video("leap.ogv", codec="libvpx", options={"g": "10"})
+
+    def later(packet: Packet, number: int) -> None:
+        packet.pts, packet.dts = packet.pts + 12500, packet.dts + 12500
+
+    second = remux(first, tmp_path / "later.ogv", later)
+    path = tmp_path / "both.ogv"
+    path.write_bytes(first.read_bytes() + second.read_bytes() + first.read_bytes())
+    found = numbers(read_frames(path, 10, size=16, start=5.21, end=5.59))
+    assert found == list(range(10, 20))
+
+
+def test_frames_before_what_no_demuxer_can_read_are_read(
+    make_video, numbers: Numbers, tmp_path: Path
+) -> None:
+    data = make_video("gop10.nut", **CODED).read_bytes()
+    path = tmp_path / "noise.nut"
+    noise = np.random.default_rng(0).integers(0, 256, 600, np.uint8).tobytes()
+    path.write_bytes(data[:-600] + noise)
+    with open_clip(path, 60) as clip:
+        found = sorted(set(numbers(clip.decode(16))))
+    assert len(found) >= 40 and found == list(range(len(found)))
+
+
+@pytest.mark.parametrize("name", ["wmv", "asf", "flv", "mkv", "nut", "ts", "mp4", "mov", "webm"])
 def test_a_late_first_stamp_moves_nothing(
     name: str, make_video, numbers: Numbers, tmp_path: Path
 ) -> None:

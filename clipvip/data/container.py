@@ -193,7 +193,8 @@ def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
 # Of a NAL unit's first byte (H.264, 7.3.1; HEVC, 7.3.1.2): where its type lies, how much of it
 # there is, and where in the codec's head the size of lengths is.
 NAL = {"h264": (0, 31, 4), "hevc": (1, 63, 21)}
-PICTURES = {"h264": range(1, 6), "hevc": range(32)}  # types that are part of one
+# Types that are no part of a picture: settings, messages, ends, filler. Others may hold one.
+SILENT = {"h264": range(6, 14), "hevc": range(32, 41)}
 
 
 def nal_units(packet: Packet, stream: VideoStream) -> Iterator[tuple[int, memoryview]]:
@@ -224,4 +225,4 @@ def holds_picture(packet: Packet, stream: VideoStream) -> bool:
     if codec not in NAL:
         return True
     types = [kind for kind, _ in nal_units(packet, stream)]
-    return not types or any(kind in PICTURES[codec] for kind in types)
+    return not types or any(kind not in SILENT[codec] for kind in types)

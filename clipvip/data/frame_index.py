@@ -43,11 +43,12 @@ from clipvip.data.in_order import (
     gathered,
     stamp_of,
 )
-from clipvip.data.mp4 import composition_offsets
+from clipvip.data.mp4 import composition_offsets, is_whole_in_fragments
 
 KEYFRAME = 1  # the flag of an entry of libav's index
 MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 7,000 of ten seconds
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
+FEW = 2  # damaged frames in a row that those beside them stand for
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
 OWN_LENGTHS = frozenset({MP4, "avi", "matroska,webm"})  # that give each stream's own length
 
@@ -457,6 +458,10 @@ def _check_whole(
     last = float(ends.max(initial=0)) * _tick(stream, file.path)
     if max(duration, last) >= allowed:
         return
+    if container.format.name == MP4:
+        with file.binary() as source:
+            if is_whole_in_fragments(source):  # a part of what its head speaks of, as in DASH
+                return
     if container.format.name not in OWN_LENGTHS and len(container.streams) > 1:
         # What is claimed may be the length of the sound.
         with open_container(file) as again:
@@ -512,7 +517,7 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         by_count = shown_by is not pts
         duration = float(times[-1]) + _spacing(times, stream)
         if not reader.stopped and not starts.any():
-            shown = Packets(*(each[numbers] for each in packets))
+            shown = Packets._make(each[numbers] for each in packets)
             _check_whole(container, stream, shown, duration, file)
     # At a joint the container misses what would have followed, and says so of one of the last two
     # packets before it: that is no damage.
@@ -530,7 +535,8 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
     # Less at the end than would make a file count as cut off is cut off with it.
     tail = damaged & (numbers > numbers[~damaged].max(initial=-1))
     tail &= times > duration - max(MISSING_END[0], MISSING_END[1] * duration)
-    kept = (np.arange(len(numbers)) >= head) & ~tail
+    kept = (np.arange(len(numbers)) >= head) & ~tail & ~_alone(damaged)
+    kept |= not kept.any()
     order = np.argsort(numbers, kind="stable")
     index = _index(packets, shown_by[kept], times[kept], duration, by_count, tick, 0)
     return replace(
@@ -549,6 +555,13 @@ def _all_packets(container: InputContainer, reader: InOrder, file: File) -> Pack
         with suppress(av.FFmpegError):
             return _packets_from_first(file, None)[0]
     return reader.packets
+
+
+def _alone(damaged: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which damaged frames have others for neighbours, in the order of showing, that are as good as
+    they for any sampling: runs of at most FEW between whole ones."""
+    run = np.cumsum(np.diff(damaged, prepend=False))  # odd while in a run
+    return damaged & (np.bincount(run, minlength=1)[run] <= FEW)
 
 
 def _damaged(

@@ -48,20 +48,37 @@ def _offsets(table: memoryview | None) -> NDArray[np.int64]:
     return np.repeat(runs[:, 1], runs[:, 0]).astype(np.int64)
 
 
+def is_whole_in_fragments(file: BinaryIO) -> bool:
+    """Whether samples are in fragments, and the file ends where its last box does."""
+    names = set()
+    try:
+        for name, _, _ in _outermost(file):
+            names.add(name)
+    except (OSError, ValueError, struct.error):
+        return False
+    return b"moof" in names
+
+
 def _movie(file: BinaryIO) -> memoryview:
     """The box of all tables, wherever it lies among the file's outermost boxes."""
+    for name, start, size in _outermost(file):
+        if name == b"moov":
+            if size > MAX_TABLES:
+                break
+            file.seek(start)
+            return memoryview(file.read(size))
+    raise ValueError("no tables")
+
+
+def _outermost(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Name of each box that is in no other, where its content starts, and its size in bytes."""
     end = file.seek(0, os.SEEK_END)
     at = 0
     while at + 8 <= end:
         file.seek(at)
         size, name, header = _box(file.read(16), end - at)
-        if name == b"moov":
-            if size > MAX_TABLES:
-                break
-            file.seek(at + header)
-            return memoryview(file.read(size - header))
+        yield name, at + header, size - header
         at += size
-    raise ValueError("no tables")
 
 
 def _inside(box: memoryview, wanted: bytes) -> Iterator[memoryview]:

@@ -413,3 +413,41 @@ def test_hidden_frames_of_vp8_are_not_counted(make_video, numbers: Numbers, tmp_
     with open_clip(path, 60) as clip:
         assert numbers(clip.decode(16)) == right
         assert len(clip.index.times) == 60 and clip.index.trust is Trust.PACKETS
+
+
+def test_a_fragment_of_a_longer_movie_is_no_file_cut_off(make_video, numbers, tmp_path) -> None:
+    source = make_video("gop10.mp4", **CODED)
+    options = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+    data = remux(source, tmp_path / "x.mp4", options=options).read_bytes()
+    # The length of all that the head speaks of, in its first box (mvhd) and in the track's.
+    long = bytearray(data)
+    for box in (b"mvhd", b"mdhd"):
+        start = long.index(box) + 4
+        assert long[start] == 0  # version: times of four bytes
+        struct.pack_into(
+            ">I", long, start + 16, struct.unpack_from(">I", long, start + 12)[0] * 900
+        )
+    path = tmp_path / "long.mp4"
+    path.write_bytes(long)
+    assert numbers(read_frames(path, 60, size=16)) == list(range(60))
+    path.write_bytes(long[: len(long) * 2 // 3])
+    with pytest.raises(DecodeError, match="cut off"):
+        read_frames(path, 60, size=16)
+
+
+def test_one_damaged_frame_among_whole_ones_is_left_out(make_video, numbers, tmp_path) -> None:
+    # The last picture before a keyframe, which no other refers to.
+    source = make_video("p.mkv", options={"g": "10", "bf": "0", "sc_threshold": "0"})
+
+    def spoiled(packet: Packet, number: int) -> list[Packet] | None:
+        if number != 29:
+            return None
+        broken = Packet(bytes(packet)[:6] + b"\xff" * (packet.size - 6))
+        broken.pts, broken.dts = packet.pts, packet.pts
+        return [broken]
+
+    path = remux(source, tmp_path / "x.mkv", spoiled)
+    with open_clip(path, 60) as clip:
+        found = numbers(clip.decode(16))
+    assert len(found) == 60 and set(found) >= set(range(60)) - {29}
+    assert abs(found[29] - 29) <= 1

@@ -51,6 +51,9 @@ MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before i
 FEW = 2  # damaged frames in a row that those beside them stand for
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
 OWN_LENGTHS = frozenset({MP4, "avi", "matroska,webm"})  # that give each stream's own length
+# How MPEG-4's user data says that packets hold two frames each and the next none, as DivX and XviD
+# made them for AVI.
+PACKED = re.compile(rb"DivX\d+b(?:uild)?\d+p", re.IGNORECASE)
 
 
 class Trust(IntEnum):
@@ -279,6 +282,8 @@ def _tell_apart(container: InputContainer, stream: VideoStream, packets: Packets
     pts = packets.pts
     if container.format.name == "avi" or (pts == NO_TIME).any():
         return False
+    if PACKED.search(stream.codec_context.extradata or b""):
+        return False
     if len(pts) > 1 and stream.codec_context.has_b_frames and (np.diff(pts) >= 0).all():
         return False  # as they come where a file keeps only times of decoding
     visible = np.sort(pts[~packets.hidden])
@@ -454,8 +459,8 @@ def _check_whole(
     seconds_allowed, share_allowed = MISSING_END
     allowed = claimed - max(seconds_allowed, share_allowed * claimed)
     # Some give the time from the first stamp to the end, others the stamp at the end.
-    ends = np.where(packets.pts == NO_TIME, packets.dts, packets.pts) + packets.duration
-    last = float(ends.max(initial=0)) * _tick(stream, file.path)
+    stamps = np.where(packets.pts == NO_TIME, packets.dts, packets.pts)
+    last = float((stamps + packets.duration).max(initial=0)) * _tick(stream, file.path)
     if max(duration, last) >= allowed:
         return
     if container.format.name == MP4:

@@ -3,6 +3,7 @@
 Frames of made videos say which they are; what a plain decode gives, in order, is what is right.
 """
 
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -394,6 +395,41 @@ def test_what_decodes_to_other_frames_than_its_packets_say_is_read_by_decoding(
     check(path, numbers, np.arange(60) / 25)
     path = remux(make_video("gop10.mp4", **CODED), tmp_path / "x.mkv", by_decoding_time)
     check(path, numbers, np.arange(60) / 25)
+
+
+def test_two_frames_in_one_packet_and_none_in_the_next(
+    make_video, numbers: Numbers, tmp_path: Path
+) -> None:
+    options = {"g": "12", "bf": "1", "sc_threshold": "1000000000", "qmin": "1", "qmax": "2"}
+    source = make_video("b.mkv", codec="mpeg4", options=options)
+    with av.open(str(source)) as container:
+        coded = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    vop = b"\0\0\1\xb6"
+    nothing = vop + b"\x50\0\0"
+    for number, data in enumerate(coded):
+        # Every other B-frame goes into the packet before: not all stamps are in decoding order.
+        if data[data.index(vop) + 4] >> 6 == 2 and number // 2 % 2:
+            coded[number - 1] += data
+            coded[number] = nothing
+    assert coded.count(nothing) > 10
+
+    def packed(packet: Packet, number: int) -> list[Packet]:
+        changed = Packet(coded[number])
+        changed.pts, changed.dts = packet.pts + 40, packet.dts + 40
+        if nothing in coded[number : number + 2]:
+            changed.pts, changed.dts = 40 * number + 40, 40 * number
+        changed.is_keyframe = packet.is_keyframe
+        return [changed]
+
+    path = remux(source, tmp_path / "packed.mkv", packed)
+    mark = re.search(rb"Lavc[0-9.]+", path.read_bytes())
+    assert mark is not None
+    by_divx = b"DivX503b" + b"1" * (len(mark[0]) - 9) + b"p"
+    path.write_bytes(path.read_bytes().replace(mark[0], by_divx))
+    check(path, numbers, np.arange(60) / 25)
+    for number in range(60):
+        at = number / 25
+        assert all_of(path, numbers, 1, start=at + 2e-3, end=at + 1e-2) == [number]
 
 
 def test_hidden_frames_of_vp8_are_not_counted(make_video, numbers: Numbers, tmp_path: Path) -> None:

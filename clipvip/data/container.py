@@ -178,10 +178,9 @@ def packets_from(
         head = next(source, None)
         if head is None:
             raise Unseekable(container.name, "seeking in it leads to its end")
-        source = itertools.chain([head], source)
         if head.is_keyframe and head.pts is not None and head.pts <= first:
-            break
-    return source
+            return itertools.chain([head], source)
+    raise Unseekable(container.name, "seeking in it leads to no keyframe before")
 
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:

@@ -49,6 +49,7 @@ KEYFRAME = 1  # the flag of an entry of libav's index
 MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 7,000 of ten seconds
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
 FEW = 2  # damaged frames in a row that those beside them stand for
+BEGINNING = 20.0  # seconds of a file that tell whether its stamps are those of showing
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
 OWN_LENGTHS = frozenset({MP4, "avi", "matroska,webm"})  # that give each stream's own length
 # How MPEG-4's user data says that packets hold two frames each and the next none, as DivX and XviD
@@ -173,7 +174,8 @@ def _read(
         if index is not None:
             return index
     if trust <= Trust.PACKETS:
-        return read_index(container, stream, file, start, end)
+        with suppress(av.FFmpegError):  # midway: what comes before it can still be decoded
+            return read_index(container, stream, file, start, end)
     return _index_by_decoding(file, end)
 
 
@@ -202,7 +204,7 @@ def _index_of_tables(container: InputContainer, stream: VideoStream, file: File)
     duration = np.diff(dts, append=2 * dts[-1] - dts[max(len(dts) - 2, 0)])
     nothing = np.zeros(len(dts), np.bool_)
     packets = Packets(pts, dts, duration, flags != 0, nothing, nothing)
-    if not _tell_apart(container, stream, packets):
+    if _may_be_dts(stream, packets) or not _tell_apart(container, stream, packets):
         return None
     packets = _without_lost_leaders(packets, file, None)
     index = _by_stamps(container, stream, packets, file.path)
@@ -226,9 +228,10 @@ def read_index(
     except Unseekable:
         start = None
         packets, whole = _packets_from_first(file, end)
-    except av.FFmpegError:  # midway: what comes before is still to be had
-        return _index_by_decoding(file, end)
-    if _tell_apart(container, stream, packets):
+    doubt = _may_be_dts(stream, packets)
+    if doubt and start and container.format.name in SEEKABLE:  # a part may have no B-frames
+        doubt = _may_be_dts(stream, _packets_from_first(file, BEGINNING)[0])
+    if not doubt and _tell_apart(container, stream, packets):
         index = _by_stamps(
             container, stream, _without_lost_leaders(packets, file, start), file.path
         )
@@ -277,6 +280,13 @@ def _is_edited(container: InputContainer, stream: VideoStream) -> bool:
     return any(entry.flags & ~KEYFRAME for entry in entries)
 
 
+def _may_be_dts(stream: VideoStream, packets: Packets) -> bool:
+    """Whether pts are in decoding order although frames need not be, as where a file keeps only
+    dts."""
+    in_order = len(packets.pts) > 1 and (np.diff(packets.pts) >= 0).all()
+    return bool(in_order and stream.codec_context.has_b_frames)
+
+
 def _tell_apart(container: InputContainer, stream: VideoStream, packets: Packets) -> bool:
     """Whether packets' times of showing are such, one for each, and in the order of the frames."""
     pts = packets.pts
@@ -284,8 +294,6 @@ def _tell_apart(container: InputContainer, stream: VideoStream, packets: Packets
         return False
     if PACKED.search(stream.codec_context.extradata or b""):
         return False
-    if len(pts) > 1 and stream.codec_context.has_b_frames and (np.diff(pts) >= 0).all():
-        return False  # as they come where a file keeps only times of decoding
     visible = np.sort(pts[~packets.hidden])
     return not (np.diff(visible) == 0).any() and not _starts(container, stream, packets).any()
 

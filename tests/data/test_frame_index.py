@@ -16,6 +16,7 @@ import av.bitstream
 import numpy as np
 import pytest
 from av.packet import Packet
+from av.video.frame import PictureType
 from torch import Tensor
 
 from clipvip.data.container import DecodeError, file_of, open_video
@@ -277,11 +278,36 @@ def test_a_late_first_stamp_moves_nothing(
         read_frames(path, 2, size=16, start=62, end=63)
 
 
-def test_matroska_without_keyframe_flags(make_video, numbers: Numbers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [30, 60])
+def test_matroska_without_keyframe_flags(
+    first: int, make_video, numbers: Numbers, tmp_path: Path
+) -> None:
     def unflagged(packet: Packet, number: int) -> None:
-        packet.is_keyframe = False
+        packet.is_keyframe = packet.is_keyframe and number >= first
 
     path = remux(make_video("gop10.mp4", **CODED), tmp_path / "x.mkv", unflagged)
+    check(path, numbers, np.arange(60) / 25)
+
+
+@pytest.mark.parametrize("name", ["mkv", "mp4"])
+def test_a_part_without_reordering_is_not_read_from_the_first_frame(
+    name: str, numbers: Numbers, tmp_path: Path
+) -> None:
+    path = tmp_path / f"x.{name}"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25, options=CODED["options"])
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(60):
+            pixels = np.full((32, 48, 3), 4 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = number
+            if number >= 25:
+                frame.pict_type = PictureType.P
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    with open_clip(path, 5, start=1.601, end=1.799) as clip:
+        assert clip.index.pts.min() >= 1.0 / clip.stream.time_base
+        assert numbers(clip.decode(16)) == [40, 41, 42, 43, 44]
     check(path, numbers, np.arange(60) / 25)
 
 

@@ -186,7 +186,12 @@ def packets_from(
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
     # PyAV's own generator leaks a packet where it is left early and not closed. This one closes it
     # when nobody holds it any more.
-    yield from container.demux(stream)
+    while True:
+        try:
+            yield from container.demux(stream)
+            return
+        except IndexError:  # by PyAV, once for a stream that begins in the middle of a file
+            continue
 
 
 # Of a NAL unit's first byte (H.264, 7.3.1; HEVC, 7.3.1.2): where its type lies, how much of it

@@ -241,7 +241,7 @@ def _every(
     """Frames of successive positions in index.shown, in order, from the first on again where
     seeking failed."""
     try:
-        if index.by_count:
+        if index.by_count or _goes_in_order_only(stream, file):
             raise _SeekFailed
         found = _seek_and_decode(container, stream, index, index.shown[wanted].tolist())
         for due, (position, frame) in enumerate(found):
@@ -307,7 +307,7 @@ def _decode(
     pixels = frames.numpy()
     converter = Converter(size, stream.codec_context.name, resize)
     try:
-        if index.by_count:
+        if index.by_count or _goes_in_order_only(stream, file):
             raise _SeekFailed
         _set_threads(stream, threads)
         found = _seek_and_decode(container, stream, index, index.shown[wanted].tolist())
@@ -331,6 +331,16 @@ def _set_threads(stream: VideoStream, threads: int) -> None:
     stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
 
 
+def _goes_in_order_only(stream: VideoStream, file: File) -> bool:
+    """Before 2018 x264 coded 4:4:4 in a way of its own, and only a file's first packet says so."""
+    if stream.codec_context.name != "h264" or "444" not in (stream.codec_context.pix_fmt or ""):
+        return False
+    with open_container(file) as container:
+        head = next(demux(container, video_stream(container, file.path)))
+    coder = re.search(rb"x264 - core (\d+)", bytes(head))
+    return coder is not None and int(coder[1]) < 151
+
+
 def _seek_and_decode(
     container: InputContainer, stream: VideoStream, index: Index, wanted: list[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
@@ -344,11 +354,6 @@ def _seek_and_decode(
     context = stream.codec_context
     keys = index.keyframes_for(wanted)
     known = index.pts
-    if context.name == "h264" and "444" in (context.pix_fmt or ""):
-        # Before 2018 x264 coded these in a way of its own, and only a file's first packet says so.
-        coder = re.search(rb"x264 - core (\d+)", bytes(next(demux(container, stream))))
-        if coder and int(coder[1]) < 151:
-            raise _SeekFailed
     while unfed:
         key = keys[next(iter(unfed.values()))]
         # A seek may land before its keyframe; only a later keyframe is worth another.
@@ -378,12 +383,13 @@ def _seek_and_decode(
             for frame in frames:
                 if frame.pts is None or frame.pts <= last:
                     raise _SeekFailed
-                if frame.pts == first and not frame.key_frame:  # whatever its container says
-                    raise _SeekFailed
+                if frame.pts >= first:  # what is shown before it may refer to what was not read
+                    # What its container calls a keyframe need not be one.
+                    key = frame.pts == first and frame.key_frame
+                    if frame.is_corrupt or (last < first and not key):
+                        raise _SeekFailed
                 last = frame.pts
                 if frame.pts in inside:
-                    if frame.is_corrupt:
-                        raise _SeekFailed
                     yield inside.pop(frame.pts), frame
             if leave:
                 break

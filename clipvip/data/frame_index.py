@@ -29,6 +29,7 @@ from clipvip.data.container import (
     DecodeError,
     File,
     Unseekable,
+    demux,
     open_container,
     packets_from,
     video_stream,
@@ -50,6 +51,7 @@ MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 7,000
 MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
 FEW = 2  # damaged frames in a row that those beside them stand for
 BEGINNING = 20.0  # seconds of a file that tell whether its stamps are those of showing
+BACK = 1.0  # seconds
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
 OWN_LENGTHS = frozenset({MP4, "avi", "matroska,webm"})  # that give each stream's own length
 # How MPEG-4's user data says that packets hold two frames each and the next none, as DivX and XviD
@@ -257,7 +259,7 @@ def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> 
     if not packets.keyframe.any() or not leading.any():
         return packets
     come_out: set[int] = set()
-    if not start:
+    if not start or key:  # where the first packet is a keyframe, what leads it is before the part
         with open_container(file) as container:
             reader = InOrder(container, video_stream(container, file.path))
             for number, _ in reader:
@@ -306,15 +308,17 @@ def _one_order(packets: Packets) -> bool:
 
 
 def _starts(container: InputContainer, stream: VideoStream, packets: Packets) -> NDArray[np.bool_]:
-    """For each packet, whether stamps start anew there: time runs backwards, or leaps ahead as no
-    player waits for."""
+    """For each packet, whether stamps start anew there: time runs back by more than BACK seconds,
+    or to a keyframe that is shown before what came before it; or leaps ahead as no player waits
+    for. Smaller steps back are inaccuracies of who wrote the file."""
     dts, known = packets.dts, packets.dts != NO_TIME
-    starts = np.zeros(len(dts), np.bool_)
+    starts, second = np.zeros(len(dts), np.bool_), 1 / float(stream.time_base or 1)
     step = np.diff(dts[known])
-    longest = math.inf
+    latest = np.maximum.accumulate(packets.pts[known])[:-1]
+    again = packets.keyframe[known][1:] & (packets.pts[known][1:] <= latest)
+    starts[np.flatnonzero(known)[1:]] = ((step < 0) & again) | (step < -BACK * second)
     if container.format.name in DISCONTINUOUS:
-        longest = LONGEST_GAP / float(stream.time_base or 1)
-    starts[np.flatnonzero(known)[1:]] = (step < 0) | (step > longest)
+        starts[np.flatnonzero(known)[1:]] |= step > LONGEST_GAP * second
     return starts
 
 
@@ -436,6 +440,9 @@ def _packets(
     """
     last = math.inf
     if container.format.name in SEEKABLE and stream.start_time is not None and stream.time_base:
+        head = next(demux(container, stream), None) if start else None
+        if head is not None and (head.pts is None or head.pts < stream.start_time):
+            raise Unseekable(container.name, "its first stamps are missing")
         last = math.inf if end is None else stream.start_time + end / float(stream.time_base)
     whole, found = True, []
     for packet in packets_from(container, stream, start):
@@ -522,12 +529,15 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         numbers = np.array(found, np.int64)
         pts, starts = packets.pts[numbers], _starts(container, stream, packets)
         in_order = (pts != NO_TIME).all() and (np.diff(pts) > 0).all()
-        if in_order and _tell_apart(container, stream, _all_packets(container, reader, file)):
-            shown_by, times = pts, (pts - _zero(container, stream, pts)) * tick
+        by_count = not _tell_apart(container, stream, _all_packets(container, reader, file))
+        # A leap of a broadcast is none of time.
+        if in_order and not (container.format.name in DISCONTINUOUS and starts.any()):
+            times = (pts - _zero(container, stream, pts)) * tick
         else:
-            shown_by = np.arange(len(numbers))
+            by_count = True
             times = _stitched(numbers, packets, starts, container, stream)
-        by_count = shown_by is not pts
+        shown_by = np.arange(len(numbers)) if by_count else pts
+        seekable = container.format.name in SEEKABLE
         duration = float(times[-1]) + _spacing(times, stream)
         if not reader.stopped and not starts.any():
             shown = Packets._make(each[numbers] for each in packets)
@@ -537,14 +547,16 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
     lost = {number for number in reader.lost if not starts[number + 1 : number + 3].any()}
     doubtful = np.isin(numbers, list(reader.doubtful))
     head = 0
-    if 2 * doubtful.sum() < len(
-        found
-    ):  # of some encoders' files the decoder vouches for hardly any
+    # Of some encoders' files the decoder vouches for hardly any frame.
+    if 2 * doubtful.sum() < len(found):
         # Of a recording that starts anywhere the first frames are made of what is not there.
         head = int(doubtful.argmin())
         lost |= set(numbers[head:][doubtful[head:]].tolist())
     missing = np.array(sorted(lost), np.int64)
     damaged = _damaged(numbers, missing, np.array(sorted(reader.keys), np.int64))
+    whole = int(damaged.argmin())
+    if times[whole] - times[0] < MISSING_END[0]:
+        head = max(head, whole)
     # Less at the end than would make a file count as cut off is cut off with it.
     tail = damaged & (numbers > numbers[~damaged].max(initial=-1))
     tail &= times > duration - max(MISSING_END[0], MISSING_END[1] * duration)
@@ -554,7 +566,7 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
     index = _index(packets, shown_by[kept], times[kept], duration, by_count, tick, 0)
     return replace(
         index,
-        times=index.times - (times[head] if by_count else 0.0),
+        times=index.times - (index.times[0] if by_count or not seekable else 0.0),
         trust=Trust.DECODER,
         lost=_stretches(np.interp(missing, numbers[order], times[order])),
         damaged=damaged[kept],

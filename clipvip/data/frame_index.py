@@ -24,6 +24,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from clipvip.data.container import (
+    MATROSKA,
     MP4,
     SEEKABLE,
     DecodeError,
@@ -53,7 +54,7 @@ FEW = 2  # damaged frames in a row that those beside them stand for
 BEGINNING = 20.0  # seconds of a file that tell whether its stamps are those of showing
 BACK = 1.0  # seconds
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
-OWN_LENGTHS = frozenset({MP4, "avi", "matroska,webm"})  # that give each stream's own length
+OWN_LENGTHS = frozenset({MP4, "avi", MATROSKA})  # that give each stream's own length
 # How MPEG-4's user data says that packets hold two frames each and the next none, as DivX and XviD
 # made them for AVI.
 PACKED = re.compile(rb"DivX\d+b(?:uild)?\d+p", re.IGNORECASE)
@@ -467,7 +468,9 @@ def _check_whole(
     claimed = 0.0
     if stream.duration is not None and stream.time_base is not None:
         claimed = float(stream.duration * stream.time_base)
-    elif tag := re.match(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", "")):
+    elif container.format.name == MATROSKA and (  # others may have it from a file they copy
+        tag := re.match(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+    ):
         claimed = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
     elif container.duration is not None and len(container.streams) == 1:
         claimed = container.duration / av.time_base

@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 
 
 class DecodeError(RuntimeError):
-    """A file whose frames cannot be had: `path` and `reason`."""
+    """A file whose frames cannot be read: `path` says which, `reason` why."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(str(path), reason)
@@ -48,7 +48,7 @@ IMAGE_SUFFIXES = frozenset(
     f".{name}"
     for name in ("avif", "bmp", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 )
-# Of the names that sound and other files have too, those that videos mostly have: not ogg, not mod.
+# Without ogg and mod, which are mostly names of sound files.
 VIDEO_SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -70,16 +70,16 @@ SEEKABLE = frozenset({MP4, MATROSKA})
 PYAV = int(av.__version__.split(".")[0])
 
 
-# Titles need not be UTF-8. From 19 on PyAV takes them as they are and has no such option.
+# Titles need not be UTF-8. PyAV 19 and newer accepts any and has no such option.
 _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}
 
 
-# Or a stream for copies would need an encoder of the decoder's name; AV1's decoder is none.
+# Otherwise PyAV looks for an encoder with the decoder's name, and libdav1d is only a decoder.
 _AS_IT_IS: dict[str, Any] = {"opaque": True} if PYAV >= 15 else {}
 
 
 def add_copy(out: OutputContainer, stream: VideoStream) -> VideoStream:
-    """A stream for the packets of another, unchanged."""
+    """Add a stream for the packets of another, unchanged."""
     return out.add_stream_from_template(stream, **_AS_IT_IS)
 
 
@@ -110,6 +110,7 @@ def open_container(file: File) -> InputContainer:
 
 @contextmanager
 def as_decode_errors(file: File) -> Iterator[None]:
+    """Turn what goes wrong while the file is read into a DecodeError."""
     path = file.path
     try:
         if file.data is None and not path.exists():
@@ -137,7 +138,7 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
         if stream.codec_context is None:
             raise DecodeError(path, "no decoder for its video")
         if stream.codec_context.name != "ansi":
-            # With threads, PyAV's default, what comes of a damaged file varies.
+            # PyAV's default is a thread per core: what comes of a damaged file then varies.
             stream.codec_context.thread_count = 1
             stream.codec_context.thread_type = "NONE"
             return stream
@@ -147,14 +148,14 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
 
 @contextmanager
 def open_video(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """An opened file and its video; what goes wrong within is a DecodeError."""
+    """Open a file and find its video; what goes wrong within is a DecodeError."""
     file = file_of(source)
     with as_decode_errors(file), open_container(file) as container:
         yield container, video_stream(container, file.path)
 
 
 def is_image(source: Source) -> bool:
-    """Whether its name says so."""
+    """Return whether the name is that of an image."""
     return file_of(source).path.suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -162,7 +163,8 @@ def packets_from(
     container: InputContainer, stream: VideoStream, start: float | None
 ) -> Iterator[Packet]:
     """Packets from the keyframe at or before `start` seconds where the format is good at
-    seeking, else from the first. Raises Unseekable: only a newly opened file gives them all."""
+    seeking, else from the first. Raises Unseekable where seeking fails: to read them all, open the
+    file anew."""
     source = demux(container, stream)
     known = stream.start_time is not None and stream.time_base
     if not (start and known and container.format.name in SEEKABLE):
@@ -194,8 +196,8 @@ def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
             continue
 
 
-# Of a NAL unit's first byte (H.264, 7.3.1; HEVC, 7.3.1.2): where its type lies, how much of it
-# there is, and where in the codec's head the size of lengths is.
+# NAL units (H.264, 7.3.1; HEVC, 7.3.1.2): shift and mask of the type in their first byte, and where
+# the codec's extradata has the size of their lengths.
 NAL = {"h264": (0, 31, 4), "hevc": (1, 63, 21)}
 # Types that are no part of a picture: settings, messages, ends, filler. Others may hold one.
 SILENT = {"h264": range(6, 14), "hevc": range(32, 41)}
@@ -207,7 +209,7 @@ def nal_units(packet: Packet, stream: VideoStream) -> Iterator[tuple[int, memory
     context = stream.codec_context
     shift, mask, at = NAL[context.codec.canonical_name]
     head, data = context.extradata or b"", memoryview(bytes(packet))
-    # Of a file's NAL units (ISO/IEC 14496-15) come their lengths first, of a stream's a 0 0 1.
+    # In files (ISO/IEC 14496-15) each follows its length, in streams the bytes 0 0 1.
     size = (head[at] & 3) + 1 if len(head) > at and head[0] == 1 else 0
     if size:
         spans, start = [], 0
@@ -223,8 +225,8 @@ def nal_units(packet: Packet, stream: VideoStream) -> Iterator[tuple[int, memory
 
 
 def holds_picture(packet: Packet, stream: VideoStream) -> bool:
-    """False for a packet of H.264 or HEVC without a part of a picture: of settings, messages or
-    filler alone, which decoders call an error."""
+    """Return False for a packet of H.264 or HEVC that has settings, messages or filler alone, for
+    which decoders report an error."""
     codec = stream.codec_context.codec.canonical_name
     if codec not in NAL:
         return True

@@ -69,11 +69,11 @@ AT_ONCE = 1 << 30  # bytes of full-size frames
 
 
 class DaliError(ValueError):
-    """DALI was asked for and cannot be had."""
+    """DALI was asked for and is not available."""
 
 
 def choose_engine(decoder: str) -> Engine | None:
-    """What is to decode for `decoder`, one of DECODERS; None for PyAV.
+    """Choose the engine for `decoder`, one of DECODERS; None for PyAV.
 
     "auto" takes DALI where there is a GPU with a video engine. Raises DaliError for "dali" where
     it is not installed, or cannot reach the GPU's video engine.
@@ -100,7 +100,7 @@ def choose_engine(decoder: str) -> Engine | None:
 
 
 def start_engine(decoder: str) -> Engine | None:
-    """The engine that choose_engine chooses, once DALI has decoded a small clip there.
+    """Return the engine that choose_engine chooses, once DALI has decoded a small clip on it.
 
     Where it cannot, "auto" leaves the run to PyAV (None), and one line in the log says why; with
     "dali" that is a DaliError.
@@ -117,14 +117,14 @@ def start_engine(decoder: str) -> Engine | None:
 
 @functools.cache
 def _problem(engine: Engine) -> str | None:
-    """Why DALI cannot decode there, None where it can."""
+    """Return why DALI cannot decode there; None where it can."""
     try:
         with open_clip(Blob("the clip that DALI starts with", _sample(engine)), 1) as clip:
             encoded = encode(clip, engine)
         (frames,) = DaliDecoder(encoded.height, engine).decode([encoded])
     except UnknownCodecError:  # PyAV was built without the encoder: nothing to try it with
         return None
-    except Exception as error:  # of DALI, of its libraries, of the driver
+    except Exception as error:  # raised by DALI, its libraries or the driver
         return _reason(error)
     return frames if isinstance(frames, str) else None
 
@@ -135,7 +135,7 @@ def _warn_once(text: str) -> None:
 
 
 def _sample(engine: Engine) -> bytes:
-    """A file of one frame that DALI decodes where it can start."""
+    """Make a file of one frame to try DALI with."""
     buffer = io.BytesIO()
     codec, pixels = ("libx264", "yuv420p") if engine.device == "gpu" else ("mjpeg", "yuvj420p")
     with av.open(buffer, "w", format="matroska") as out:
@@ -179,7 +179,7 @@ class Refused(DecodeError):
 
 
 def encode(clip: OpenClip, engine: Engine) -> Encoded:
-    """Everything that DALI needs for the clip's frames. Raises Refused, or what PyAV raises."""
+    """Prepare all that DALI needs for the clip's frames. Raises Refused, or what PyAV raises."""
     path, head = clip.path, clip.stream.codec_context
     codec = head.codec.canonical_name
     if codec not in engine.codecs:
@@ -217,7 +217,7 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
 
 
 def _check_picture(path: Path, frame: VideoFrame, engine: Engine) -> None:
-    """Raises Refused where DALI would make other pixels of the frame."""
+    """Raise Refused where DALI would make other pixels of the frame."""
     _check_colours(path, frame.colorspace)
     if frame.format.name not in engine.pixels:
         raise Refused(path, f"{frame.format.name} pixels on the {engine.device.upper()}")
@@ -228,8 +228,8 @@ def _check_picture(path: Path, frame: VideoFrame, engine: Engine) -> None:
 
 
 def _check_colours(path: Path, number: int) -> None:
-    """DALI takes all colours for BT.601's and cuts off at 0 and 255 what is none of its: no later
-    correction brings that back, and saturated colours would be wrong by up to 40 of 255."""
+    """Raise Refused for colours other than BT.601's. DALI takes all for those and clips the result
+    to 0 to 255, which no later correction undoes: saturated colours would be off by up to 40."""
     name = MATRIX_NAMES.get(int(number))
     if name != "bt601":
         raise Refused(path, f"{name or 'other'} colours")
@@ -238,8 +238,8 @@ def _check_colours(path: Path, number: int) -> None:
 def _needed(
     packets: Iterator[Packet], wanted: set[int], is_reset: Callable[[Packet], bool]
 ) -> list[Packet]:
-    """In decoding order, from the keyframe on which they start to the last wanted one, less the
-    stretches from one reset to the next in which none is wanted; none where they lack one."""
+    """Packets in decoding order, from the first keyframe to the last wanted packet, without the
+    stretches between resets in which none is wanted; none where a wanted one is missing."""
     needed: list[Packet] = []
     stretch, used = 0, False  # where the packets since the last reset begin, if any is wanted
     for packet in packets:
@@ -292,7 +292,7 @@ def _matroska(stream: Any, packets: list[Packet], order: NDArray[np.int64]) -> m
 class DaliDecoder:
     """Decodes frames and makes squares of them, as clipvip.ops.resize_crop says.
 
-    threads: of the CPU's decoding. Uses the GPU that is current when it is made.
+    threads: for decoding on the CPU. Uses the GPU that is current when it is made.
     """
 
     def __init__(self, size: int, engine: Engine, threads: int = 1, resize: str = "crop") -> None:
@@ -379,7 +379,7 @@ class DaliDecoder:
         with pipeline:
             data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, no_copy=True)
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-            # "none": a frame past the end is an error; otherwise it would be a black one.
+            # "none": a frame past the end is an error instead of a black frame.
             decoded = fn.decoders.video(
                 data,
                 frames=frames,
@@ -387,7 +387,7 @@ class DaliDecoder:
                 device="mixed" if gpu else "cpu",
                 affine=False,  # or the processes of one machine would share the same few cores
             )
-            if self.resize != "squash":  # which no filter of DALI's is
+            if self.resize != "squash":  # DALI has no filter like it
                 size, begin, end = (
                     fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in PART
                 )

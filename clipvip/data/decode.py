@@ -71,7 +71,7 @@ __all__ = [
 
 
 class VideoInfo(NamedTuple):
-    """What `probe` says; width and height as shown, with the rotation flag applied."""
+    """Facts about a video, by `probe`; width and height as shown, after the rotation flag."""
 
     width: int
     height: int
@@ -99,7 +99,7 @@ def read_frames(
     resize: how a frame becomes a square, see clipvip.ops.resize_crop.
     start, end: seconds; the clip is what is shown in [start, end). sampling: see
     clipvip.data.sampling; a generator means training. with_middle: the clip's middle frame
-    follows as one more. threads: for the decoder, 0 for one a core.
+    follows as one more. threads: for the decoder, 0 for one per core.
     Returns uint8 [N, 3, size, size] with N = num_frames (fewer only with "fps:R"; frames of
     a shorter clip repeat). An image is one frame, N = 1, whatever was asked.
     Raises DecodeError for files that are missing, empty, cut off, damaged or no video.
@@ -127,9 +127,9 @@ def read_frames(
 
 @dataclass(slots=True)
 class OpenClip:
-    """An opened video and what is wanted of it: `chosen` are positions among all frames that
-    `index` lists in the order of showing. Decoding puts a surer index in its place where the
-    decoder does not give what it says."""
+    """An opened video and the frames wanted: `chosen` are positions among all frames that `index`
+    lists in the order of showing. Decoding replaces the index by a more reliable one where the
+    decoder's frames differ from it."""
 
     source: Source
     container: InputContainer
@@ -145,7 +145,7 @@ class OpenClip:
 
     @property
     def damage(self) -> str | None:
-        """What is known to be lost of the video, in words."""
+        """Describe what is known to be lost of the video; None where nothing is."""
         if not self.index.lost:
             return None
         stretches = ", ".join(f"{first:.1f}–{last:.1f} s" for first, last in self.index.lost[:5])
@@ -182,7 +182,7 @@ def open_clip(
     generator: np.random.Generator | None = None,
     with_middle: bool = False,
 ) -> Iterator[OpenClip]:
-    """The frames of a video that read_frames would decode; what goes wrong within is a
+    """Open a video and choose the frames that read_frames would decode; what goes wrong within is a
     DecodeError."""
     file = file_of(source)
     check_compiled()  # or every file would seem to be bad
@@ -238,8 +238,8 @@ def _every(
     wanted: NDArray[np.int64],
     file: File,
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames of successive positions in index.shown, in order, from the first on again where
-    seeking failed."""
+    """Frames of successive positions in index.shown, in order; where seeking fails, from the first
+    on again."""
     try:
         if index.by_count or _goes_in_order_only(stream, file):
             raise _SeekFailed
@@ -369,7 +369,7 @@ def _seek_and_decode(
             if not skip:
                 inside[pts] = unfed.pop(pts)
                 key = keys[next(iter(unfed.values()))] if unfed else 0
-            if skip != skipping:  # setting it costs more than passing over a packet does
+            if skip != skipping:  # setting it costs more than skipping a packet
                 context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
             fed += 1
             ahead = max(fed, ahead)
@@ -400,7 +400,7 @@ def _seek_and_decode(
 def _seek(
     container: InputContainer, stream: VideoStream, index: Index, key: int
 ) -> tuple[int, Iterator[Packet]]:
-    """Moves to keyframe `key` or before it: the position reached, and the packets from there."""
+    """Seek to keyframe `key` or before it; return the position reached and packets from there."""
     for offset in (index.pts[key], index.dts[key]):
         container.seek(int(offset), stream=stream)
         packets = demux(container, stream)
@@ -428,15 +428,14 @@ def _decode_in_order(
         this = given if index.by_count else reader.pts(number)
         given += 1
         if position + 1 == len(index.shown) or this != index.shown[position + 1]:
-            # What was decoded to make the index is known to have more than is listed.
+            # An index made by decoding lists fewer frames than decoding gives.
             if index.trust is Trust.DECODER or (position < 0 and this < index.shown[0]):
                 continue
             raise IndexWrong
         position += 1
         if due < len(wanted) and position == wanted[due]:
-            if index.damaged is None and (
-                reader.lost or reader.doubtful
-            ):  # who knows what refers to it
+            # Without it nobody knows which frames refer to damaged ones.
+            if index.damaged is None and (reader.lost or reader.doubtful):
                 raise IndexWrong
             if index.damaged is not None and index.damaged[position]:
                 raise DecodeError(path, f"damaged at {index.times[position]:.2f} s")

@@ -1,9 +1,9 @@
 """Which frames a video has and when each is shown.
 
-There are three ways to know, each slower and surer than the one before: an MP4's tables, the
-packets' stamps, and decoding everything in order. Whoever decodes by an index compares what comes
-out with it, and where they differ asks for a surer one (`Trust`): a file's stamps may be missing,
-start again in the middle, be those of decoding, or belong to packets that give no frame.
+There are three sources, each slower and more reliable than the one before: an MP4's tables, the
+packets' stamps, and decoding everything in order. Decoding compares its frames with the index, and
+where they differ asks for a more reliable one (`Trust`): a file's stamps may be missing, start
+again in the middle, be those of decoding, or belong to packets that give no frame.
 """
 
 import math
@@ -49,8 +49,11 @@ from clipvip.data.mp4 import composition_offsets, is_whole_in_fragments
 
 KEYFRAME = 1  # the flag of an entry of libav's index
 MOST_KNOWN = 1 << 26  # bytes of files' indices that a process keeps: some 7,000 of ten seconds
-MISSING_END = (1.0, 0.05)  # seconds and share of a video that may lack before it counts as cut off
-FEW = 2  # damaged frames in a row that those beside them stand for
+MISSING_END = (
+    1.0,
+    0.05,
+)  # seconds and share of a video that may be missing before it counts as cut off
+FEW = 2  # damaged frames in a row that their neighbours stand in for
 BEGINNING = 20.0  # seconds of a file that tell whether its stamps are those of showing
 BACK = 1.0  # seconds
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
@@ -61,7 +64,7 @@ PACKED = re.compile(rb"DivX\d+b(?:uild)?\d+p", re.IGNORECASE)
 
 
 class Trust(IntEnum):
-    """What an index was made of."""
+    """The source of an index, the most reliable last."""
 
     TABLES = 0
     PACKETS = 1
@@ -77,10 +80,10 @@ class Index:
     """The packets of a video, and its frames.
 
     In decoding order: pts and dts of packets in ticks, keyframe. In the order of showing: `times`
-    of frames in seconds from the video's first, and `shown`, by which the decoder's frames are
-    known again: their ticks, or, with `by_count`, 0, 1, 2, … as they come out of it, where ticks
-    do not tell frames apart. lost: stretches, in seconds, of damaged packets. damaged: for each
-    frame, once all were decoded.
+    of frames in seconds from the video's first, and `shown`, which identifies the decoder's frames:
+    their pts, or, with `by_count`, where pts do not tell frames apart, 0, 1, 2, … as they come out
+    of it. lost: stretches, in seconds, of damaged packets. damaged: for each frame whether it is;
+    None where not all were decoded.
     """
 
     pts: NDArray[np.int64]
@@ -100,18 +103,18 @@ class Index:
         return 1024 + sum(array.nbytes for array in arrays)  # and the objects themselves
 
     def keyframes_for(self, wanted: list[int]) -> list[int]:
-        """For each pts, the position of the last-shown keyframe from which its frame decodes."""
+        """Return, for each pts, the position of the last keyframe shown at or before it."""
         keys = np.flatnonzero(self.keyframe)
         keys = keys[np.argsort(self.pts[keys])]
         found = np.searchsorted(self.pts[keys], wanted, side="right") - 1
         return [int(keys[position]) if position >= 0 else 0 for position in found]
 
 
-# --- what was found out already -------------------------------------------------------------
+# --- cache ----------------------------------------------------------------------------------
 
 
 class _Known:
-    """This process's indices of files: MOST_KNOWN bytes of them, the last used at the end."""
+    """Indices that this process keeps: MOST_KNOWN bytes of them, the last used at the end."""
 
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple[Any, ...], Index] = OrderedDict()
@@ -135,7 +138,7 @@ class _Known:
 
 
 _known = _Known()
-# A forked worker is alone in its copy, which another thread may have been holding.
+# Another thread may hold the lock while the process forks; nobody would free the copy.
 os.register_at_fork(after_in_child=lambda: setattr(_known, "lock", threading.Lock()))
 
 
@@ -148,8 +151,8 @@ def known_index(
     *,
     trust: Trust = Trust.TABLES,
 ) -> Index:
-    """What is shown in [start, end), made of what `trust` says or of something surer. It is not
-    made anew in every epoch of a file that stays as it is."""
+    """Return the index of what is shown in [start, end), at least as reliable as `trust`. It is
+    kept for later epochs, while the file stays as it is."""
     if file.data is not None:
         return _read(container, stream, file, start, end, trust)
     status = os.stat(file.path)
@@ -158,7 +161,7 @@ def known_index(
     index = _known.get(key)
     if index is None or index.trust < trust:
         index = _read(container, stream, file, start, end, trust)
-        # To seek well, other formats have to be read through each time.
+        # In other formats libav seeks well only after it has read through the file.
         if container.format.name in SEEKABLE or index.by_count or index.trust is Trust.DECODER:
             _known.keep(key, index)
     return index
@@ -172,7 +175,7 @@ def _read(
     end: float | None,
     trust: Trust,
 ) -> Index:
-    if trust is Trust.TABLES and start is None and end is None:  # of a part, that part is read
+    if trust is Trust.TABLES and start is None and end is None:  # a part's packets are read
         index = _index_of_tables(container, stream, file)
         if index is not None:
             return index
@@ -188,7 +191,7 @@ def _read(
 def _index_of_tables(container: InputContainer, stream: VideoStream, file: File) -> Index | None:
     """All packets of an MP4 file, without reading them; None where its tables leave a doubt.
 
-    What they say of a packet is compared when that packet is decoded.
+    Each packet is compared with them when it is decoded.
     """
     entries = getattr(stream, "index_entries", None)  # PyAV 17 and newer
     if not entries or container.format.name != MP4 or stream.start_time is None:
@@ -250,8 +253,8 @@ def read_index(
 
 
 def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> Packets:
-    """The packets, less those shown before the first keyframe that refer to what came before it:
-    these cannot be decoded. Of others, as in a closed group of pictures, the decoder tells."""
+    """Hide the packets shown before the first keyframe that refer to what came before it: they
+    cannot be decoded. Decoding tells them from others, as in a closed group of pictures."""
     leading = ~packets.hidden
     if packets.keyframe.any():
         key = int(packets.keyframe.argmax())
@@ -275,8 +278,8 @@ def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> 
 
 
 def _is_edited(container: InputContainer, stream: VideoStream) -> bool:
-    """Whether an MP4's edit lists leave samples out, or show them in another order: seeking then
-    does not lead where times say."""
+    """Return whether an MP4's edit lists leave samples out, or show them in another order: seeking
+    then does not lead where times say."""
     if container.format.name != MP4:
         return False
     entries = getattr(stream, "index_entries", None) or ()
@@ -284,14 +287,14 @@ def _is_edited(container: InputContainer, stream: VideoStream) -> bool:
 
 
 def _may_be_dts(stream: VideoStream, packets: Packets) -> bool:
-    """Whether pts are in decoding order although frames need not be, as where a file keeps only
-    dts."""
+    """Return whether pts are in decoding order although frames need not be, as where a file keeps
+    only dts."""
     in_order = len(packets.pts) > 1 and (np.diff(packets.pts) >= 0).all()
     return bool(in_order and stream.codec_context.has_b_frames)
 
 
 def _tell_apart(container: InputContainer, stream: VideoStream, packets: Packets) -> bool:
-    """Whether packets' times of showing are such, one for each, and in the order of the frames."""
+    """Return whether each packet has a pts of its own, so that pts identify frames."""
     pts = packets.pts
     if container.format.name == "avi" or (pts == NO_TIME).any():
         return False
@@ -302,16 +305,16 @@ def _tell_apart(container: InputContainer, stream: VideoStream, packets: Packets
 
 
 def _one_order(packets: Packets) -> bool:
-    """Whether one of both stamps, or neither, is there for all packets."""
+    """Return whether all packets have a pts, all have a dts, or none has either."""
     return any((stamps != NO_TIME).all() for stamps in (packets.pts, packets.dts)) or bool(
         (packets.pts == NO_TIME).all() and (packets.dts == NO_TIME).all()
     )
 
 
 def _starts(container: InputContainer, stream: VideoStream, packets: Packets) -> NDArray[np.bool_]:
-    """For each packet, whether stamps start anew there: time runs back by more than BACK seconds,
-    or to a keyframe that is shown before what came before it; or leaps ahead as no player waits
-    for. Smaller steps back are inaccuracies of who wrote the file."""
+    """Return, for each packet, whether stamps start anew there: time runs back by more than BACK
+    seconds, or to a keyframe that is shown before what came before it; or leaps ahead by more than
+    players wait. Smaller steps back are inaccuracies of the program that wrote the file."""
     dts, known = packets.dts, packets.dts != NO_TIME
     starts, second = np.zeros(len(dts), np.bool_), 1 / float(stream.time_base or 1)
     step = np.diff(dts[known])
@@ -326,7 +329,7 @@ def _starts(container: InputContainer, stream: VideoStream, packets: Packets) ->
 def _by_stamps(
     container: InputContainer, stream: VideoStream, packets: Packets, path: Path
 ) -> Index:
-    """An index of packets that tell their frames apart."""
+    """Return the index of packets whose pts identify their frames."""
     tick = _tick(stream, path)
     visible = packets.pts[~packets.hidden]
     if not len(visible):
@@ -339,8 +342,8 @@ def _by_stamps(
 
 
 def _zero(container: InputContainer, stream: VideoStream, shown: NDArray[np.int64]) -> int:
-    """The first frame's ticks, also where another part of the file was read."""
-    start = stream.start_time  # what libav makes up while it reads may come later
+    """Return the pts of the file's first frame, also where only a later part was read."""
+    start = stream.start_time  # one that libav makes up while it reads may be later
     if container.format.name in SEEKABLE and start is not None and start <= shown[0]:
         return start
     return int(shown[0])
@@ -349,8 +352,8 @@ def _zero(container: InputContainer, stream: VideoStream, shown: NDArray[np.int6
 def _by_count(
     container: InputContainer, stream: VideoStream, packets: Packets, path: Path
 ) -> Index:
-    """An index of packets that give a frame each, in an order that their stamps do not tell: the
-    n-th to be shown has the n-th of all times."""
+    """Return the index of packets that give a frame each, in an order that their stamps do not
+    tell: the n-th frame shown has the n-th of all times."""
     tick, visible = _tick(stream, path), ~packets.hidden
     if not visible.any():
         raise DecodeError(path, "no frames in it")
@@ -364,16 +367,17 @@ def _by_count(
 
 
 def _made_up(container: InputContainer, pts: NDArray[np.int64]) -> bool:
-    """Whether the pts of packets, in decoding order, are dts moved: AVI keeps dts alone, and libav
-    makes pts of them where it sees reordering."""
+    """Return whether the pts of packets, in decoding order, are shifted dts: AVI keeps dts alone,
+    and libav makes pts of them where it sees reordering."""
     return container.format.name == "avi" and not (np.diff(pts) < 0).any()
 
 
 def _evened(
     stamps: NDArray[np.int64], stream: VideoStream, tick: float
 ) -> tuple[NDArray[np.float64], int]:
-    """Seconds from the first of stamps that do not fall, NO_TIME where one is missing; where one
-    is missing or repeated, times between its neighbours, or by the frame rate. And the first."""
+    """Return seconds from the first of stamps that do not fall, and that first one. Where one is
+    missing (NO_TIME) or repeated, its time lies between its neighbours', at the ends by the frame
+    rate."""
     highest = np.maximum.accumulate(stamps)
     places = np.flatnonzero(highest > np.append(NO_TIME, highest[:-1]))
     every = np.arange(len(stamps), dtype=np.float64)
@@ -386,7 +390,7 @@ def _evened(
 
 
 def _spacing(times: NDArray[Any], stream: VideoStream) -> float:
-    """Seconds from one frame to the next, as a rule."""
+    """Return the median of seconds between frames."""
     return float(np.median(np.diff(times))) if len(times) > 1 else frame_time(stream)
 
 
@@ -421,7 +425,7 @@ def _index(
 
 
 def _stretches(seconds: NDArray[np.float64]) -> tuple[tuple[float, float], ...]:
-    """Sorted seconds to (first, last) of what lies within a second of each other."""
+    """Return (first, last) of each group of seconds that lie within a second of each other."""
     if not len(seconds):
         return ()
     seconds = np.sort(seconds)
@@ -435,9 +439,9 @@ def _packets(
     start: float | None,
     end: float | None,
 ) -> tuple[Packets, bool]:
-    """Packets in decoding order, and whether they reach to the end of the file.
+    """Return packets in decoding order, and whether they reach to the end of the file.
 
-    Of a part of a long video only that part is read, where the format is good at seeking.
+    For a part of a video only that part is read, where the format is good at seeking.
     """
     last = math.inf
     if container.format.name in SEEKABLE and stream.start_time is not None and stream.time_base:
@@ -514,13 +518,13 @@ def window_of(
 
 
 def _index_by_decoding(file: File, end: float | None) -> Index:
-    """The frames that come out of the decoder, those shown before `end` seconds at least."""
+    """Return the index of the frames that decoding gives, at least those before `end` seconds."""
     with open_container(file) as container:
         stream = video_stream(container, file.path)
         reader, found = InOrder(container, stream), []
         for number, _ in reader:
             found.append(number)
-            # Without stamps packets tell nothing: each may hold but half a frame.
+            # Without stamps packets tell nothing: each may hold only half a frame.
             past = len(found) * frame_time(stream) if reader.unstamped else reader.seconds
             if end is not None and past > end + MARGIN:
                 reader.stop()
@@ -545,14 +549,14 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         if not reader.stopped and not starts.any():
             shown = Packets._make(each[numbers] for each in packets)
             _check_whole(container, stream, shown, duration, file)
-    # At a joint the container misses what would have followed, and says so of one of the last two
-    # packets before it: that is no damage.
+    # At a joint libav misses what would have followed, and marks one of the last two packets before
+    # it as corrupt: that is no damage.
     lost = {number for number in reader.lost if not starts[number + 1 : number + 3].any()}
     doubtful = np.isin(numbers, list(reader.doubtful))
     head = 0
-    # Of some encoders' files the decoder vouches for hardly any frame.
+    # The decoder marks nearly all frames of some encoders' files as corrupt: there it is ignored.
     if 2 * doubtful.sum() < len(found):
-        # Of a recording that starts anywhere the first frames are made of what is not there.
+        # A recording that starts anywhere begins with frames that refer to missing ones.
         head = int(doubtful.argmin())
         lost |= set(numbers[head:][doubtful[head:]].tolist())
     missing = np.array(sorted(lost), np.int64)
@@ -560,7 +564,7 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
     whole = int(damaged.argmin())
     if times[whole] - times[0] < MISSING_END[0]:
         head = max(head, whole)
-    # Less at the end than would make a file count as cut off is cut off with it.
+    # Damage at the end is left out where no more is damaged than may be missing.
     tail = damaged & (numbers > numbers[~damaged].max(initial=-1))
     tail &= times > duration - max(MISSING_END[0], MISSING_END[1] * duration)
     kept = (np.arange(len(numbers)) >= head) & ~tail & ~_alone(damaged)
@@ -577,8 +581,8 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
 
 
 def _all_packets(container: InputContainer, reader: InOrder, file: File) -> Packets:
-    """Those that a seek may lead to: where files were joined, some that were not decoded may have
-    the stamps of others that were."""
+    """Return all packets that a seek may lead to: where files were joined, some that were not
+    decoded may have the stamps of others that were."""
     if reader.stopped and container.format.name not in SEEKABLE:
         with suppress(av.FFmpegError):
             return _packets_from_first(file, None)[0]
@@ -586,8 +590,8 @@ def _all_packets(container: InputContainer, reader: InOrder, file: File) -> Pack
 
 
 def _alone(damaged: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which damaged frames have others for neighbours, in the order of showing, that are as good as
-    they for any sampling: runs of at most FEW between whole ones."""
+    """Return which damaged frames their neighbours in the order of showing can replace in any
+    sampling: runs of at most FEW between undamaged ones."""
     run = np.cumsum(np.diff(damaged, prepend=False))  # odd while in a run
     return damaged & (np.bincount(run, minlength=1)[run] <= FEW)
 
@@ -595,9 +599,9 @@ def _alone(damaged: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _damaged(
     numbers: NDArray[np.int64], lost: NDArray[np.int64], keys: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Whether the frame of each packet, in the order of showing, is lost or refers to one that is:
-    to anything since the keyframe before it, or since the one before that where it is shown before
-    its keyframe."""
+    """Return whether the frame of each packet, in the order of showing, is lost or may refer to a
+    lost one: to any since the keyframe before it, or, where it is shown before that keyframe, since
+    the one before."""
     shown_at = dict(zip(numbers.tolist(), range(len(numbers)), strict=True))
     late = np.array([shown_at.get(key, -1) for key in keys.tolist()], np.int64)
     before = np.searchsorted(keys, numbers, side="right") - 1
@@ -613,7 +617,7 @@ def _stitched(
     container: InputContainer,
     stream: VideoStream,
 ) -> NDArray[np.float64]:
-    """Seconds from the first of the frames of these packets, in the order of showing, where stamps
+    """Return seconds from the first of these packets' frames, in the order of showing, where stamps
     start anew in between, are those of decoding, or are missing."""
     part_of = np.maximum.accumulate(np.cumsum(starts)[numbers])
     parts, offset = [], 0.0

@@ -18,7 +18,7 @@ from clipvip.data.container import NAL, holds_picture, nal_units
 from clipvip.data.in_order import SMALL
 
 CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # nothing refers to beyond a keyframe
-# Types of NAL units: of IDR pictures, and of the parameter sets that hold the size.
+# Types of NAL units that are IDR pictures, and of parameter sets that hold the size.
 IDR = {"h264": (5,), "hevc": (19, 20)}
 SEQUENCES = {"h264": 7, "hevc": 33}
 
@@ -28,10 +28,10 @@ UNREADABLE = "headers of its frames cannot be read"
 
 
 def resets(stream: VideoStream) -> Callable[[Packet], bool]:
-    """Whether nothing from a packet on, in decoding order, refers to what came before it.
+    """Return a test of whether nothing from a packet on, in decoding order, refers to earlier ones.
 
-    Any keyframe of most codecs; of H.264 and HEVC an IDR picture, since of open groups of pictures
-    some refer to the group before. Of others nobody knows.
+    For most codecs that is any keyframe; for H.264 and HEVC an IDR picture, since in open groups of
+    pictures some refer to the group before. For other codecs it is unknown.
     """
     codec = stream.codec_context.codec.canonical_name
     if codec not in IDR:
@@ -67,7 +67,7 @@ def _reader(codec: str, head: bytes) -> "Callable[[bytes], list[_Frame]]":
 
 
 class _Frame(NamedTuple):
-    """What a frame's header says; form: None where it is as that of a frame before."""
+    """Facts from a frame's header. form: None where it is that of an earlier frame."""
 
     shown: bool
     form: object
@@ -84,7 +84,7 @@ def _of_frames(read: Callable[[bytes], list[_Frame]], packets: Sequence[Packet])
 
 
 class _Bits:
-    """Bits of a header, from the first on."""
+    """Reader of a header's bits, from the first on."""
 
     def __init__(self, data: bytes) -> None:
         self.value = int.from_bytes(data, "big")
@@ -112,15 +112,15 @@ def _layers(data: bytes) -> list[bytes]:
 
 
 def _of_sets(head: bytes, found: list[list[bytes]], packets: Sequence[Packet]) -> str | None:
-    """Parameter sets within packets are to be one and the same, also that of the codec's head if
-    it has one; an MP4 file may have other heads from some packets on."""
+    """Return CHANGED unless all parameter sets are the same, in the packets and in the codec's
+    extradata if any; an MP4 file may have other extradata from some packets on."""
     sets = {parameters for each in found for parameters in each}
     alike = len(sets) <= 1 and (not head or all(parameters in head for parameters in sets))
     return None if alike and not any(map(has_new_head, packets)) else CHANGED
 
 
 def has_new_head(packet: Packet) -> bool:
-    """Whether an MP4 file has other settings of the codec from this packet on."""
+    """Return whether an MP4 file has other extradata from this packet on."""
     return hasattr(packet, "has_sidedata") and packet.has_sidedata("new_extradata")  # PyAV 16
 
 
@@ -181,7 +181,7 @@ def _vp9_frame(bits: _Bits) -> _Frame:
         bits.take(8)
         return _Frame(shown, (colours, bits.take(32)))
     bits.take(8 + 3 * 4)
-    if any(bits.take(1) for _ in range(3)):  # of the size of one of those it refers to
+    if any(bits.take(1) for _ in range(3)):  # its size is that of a frame that it refers to
         return _Frame(shown, None)
     return _Frame(shown, (None, bits.take(32)))
 
@@ -218,9 +218,8 @@ class _Av1:
 
     def __init__(self, head: bytes) -> None:
         self.form, self.sequence = b"", _Sequence(True, BY_FRAME, BY_FRAME, 0)
-        self(
-            head[4:] if head[:1] == b"\x81" else head
-        )  # what of it describes it to MP4 comes first
+        # In MP4 and Matroska four bytes that describe it come first.
+        self(head[4:] if head[:1] == b"\x81" else head)
 
     def __call__(self, data: bytes) -> list[_Frame]:
         frames = []

@@ -21,7 +21,7 @@ DISCONTINUOUS, LONGEST_GAP = frozenset({"mpeg", "mpegts"}), 10.0
 
 
 class Packets(NamedTuple):
-    """What is kept of packets, in decoding order: not their data. NO_TIME where one has none.
+    """Facts about packets, in decoding order, without their data. NO_TIME: no stamp.
 
     hidden: gives no frame to show. lost: came damaged, or could not be decoded.
     """
@@ -38,7 +38,7 @@ Stamp = tuple[int, int, int, bool, bool, bool]
 
 
 def stamp_of(packet: Packet, stream: VideoStream) -> Stamp:
-    """A packet's part of Packets."""
+    """One packet's entries in Packets."""
     pts, dts = packet.pts, packet.dts
     hidden = packet.is_discard
     if stream.codec_context.name == "vp8":  # what is decoded but not shown says so (RFC 6386, 9.1)
@@ -65,12 +65,12 @@ def frame_time(stream: VideoStream) -> float:
 
 
 class InOrder:
-    """Every frame of a file, from its start, in the order of showing, with the number of the packet
-    it was in, in decoding order. A packet that cannot be decoded is passed over, as players do.
+    """Every frame of a file, from its start, in the order of showing, with the number of its packet
+    in decoding order. A packet that cannot be decoded is skipped, as players do.
 
-    lost: numbers of packets that came damaged or could not be decoded. doubtful: of those whose
-    frames the decoder does not vouch for. keys: of those, or of frames, that say they are
-    keyframes.
+    lost: numbers of packets that came damaged or could not be decoded. doubtful: numbers of packets
+    whose frames the decoder marks as corrupt. keys: numbers of packets that are keyframes, by the
+    container or by the decoder.
     """
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
@@ -86,12 +86,12 @@ class InOrder:
         self._stamps: list[Stamp] = []
 
     def stop(self) -> None:
-        """Feed no more packets: only what waits in the decoder follows."""
+        """Feed no more packets; only frames that wait in the decoder follow."""
         self.stopped = True
 
     @property
     def packets(self) -> Packets:
-        """Those fed so far."""
+        """The packets fed so far."""
         return gathered(self._stamps)
 
     def pts(self, number: int) -> int:

@@ -74,7 +74,7 @@ def build_loader(
     """A loader of one rank's batches; batch_size is per rank.
 
     tokenizer: a transformers CLIPTokenizer (None for task "video"). training: shuffle, jitter
-    frames, draw one text a clip; else every clip once, in order, with all its texts.
+    frames, draw one text per clip; else every clip once, in order, with all its texts.
     drop_last: leave out an uneven tail; as `training` unless given. bad_files: where to append
     unreadable files. sampling: see clipvip.data.sampling. resize: see clipvip.ops.resize_crop.
     decoder: "pyav", "dali", or "auto" for DALI where there is a GPU on which it starts; clips,
@@ -116,7 +116,7 @@ def build_loader(
 
 
 class Order(Protocol):
-    """What is asked of the workers, a task a batch; `epoch` and `skipped` are of the next
+    """What is asked of the workers, a task per batch; `epoch` and `skipped` are of the next
     iteration, which sets skipped back to 0. lane: see Workers.run's worker_of."""
 
     epoch: int

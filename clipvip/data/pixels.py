@@ -1,6 +1,6 @@
 """Pixels: decoded frames and images to RGB squares, upright and in their right colours.
 
-An image file is one frame: of an animated one (WebP, PNG) the first. A GIF is a video.
+An image file is one frame, the first of an animated one (WebP, PNG). A GIF is a video.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Converter:
         self.reformatter = VideoReformatter()
 
     def convert(self, frame: VideoFrame, out: NDArray[np.uint8]) -> None:
-        """Writes the frame as it is to be shown into out [3, size, size]."""
+        """Write the frame, as it is to be shown, into out [3, size, size]."""
         planes, colours = planes_of(frame, self.chroma_left) or self._by_swscale(frame)
         turn = orientation(frame)
         resize_crop(planes, self.size, colours, out, resize=self.resize, turn=turn)
@@ -53,13 +53,13 @@ class Converter:
         return [np.ascontiguousarray(rows[:, c::3]) for c in range(3)], Colours("rgb")
 
 
-# The alpha of a format that has it is not looked at, as in images.
+# Alpha is ignored, as in images.
 _PLANAR_YUV = re.compile(r"yuv([aj]?)4(?:20|22|44)p(?:(9|10|12|14|16)le)?")
 _PLANAR_RGB = re.compile(r"gbra?p(?:(9|10|12|14|16)le)?")
 
 
-# By their numbers in H.273, table 4. BT.601 where a file does not say; of BT.2020's two forms the
-# one of constant luminance is treated as the other.
+# Matrices by their numbers in H.273, table 4. BT.601 where a file does not say; BT.2020 of constant
+# luminance is treated as the other form.
 MATRIX_NAMES = dict.fromkeys((0, 2, 3, 5, 6), "bt601")
 MATRIX_NAMES |= {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 
@@ -90,7 +90,7 @@ def planes_of(frame: VideoFrame, chroma_left: bool) -> tuple[list[NDArray[Any]],
 
 
 def _rows(plane: VideoPlane, dtype: type) -> NDArray[Any]:
-    """With what pads them."""
+    """Rows of a plane, with their padding."""
     return np.frombuffer(memoryview(plane), dtype).reshape(plane.height, -1)
 
 
@@ -107,7 +107,7 @@ def orientation(frame: VideoFrame) -> Turn:
 
 
 def _display_matrix(frame: VideoFrame) -> Any:
-    """The frame's own; None where it has none.
+    """Return the frame's display matrix; None where it has none.
 
     PyAV raises "31 is not a valid Type" over side data that it has no name for, such as EXIF or
     the views of spatial video, and then lists none. That is removed, wherever it stands.
@@ -148,13 +148,13 @@ def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
 def rgb_of(image: "Image") -> NDArray[np.uint8]:
     """Pixels [H, W, 3] of an image of any mode, upright by its EXIF.
 
-    Alpha is dropped and the colours below it are seen, as by CLIP's own preprocessing. Greys of
-    16 bits, which Pillow would clip, are scaled; floating-point ones are of 0 to 255.
+    Alpha is dropped and the colours below it are seen, as in CLIP's own preprocessing. Greys of
+    16 bits, which Pillow would clip, are scaled; floating-point ones range from 0 to 255.
     """
     from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # I;16 and, of files, I
+    if upright.mode.startswith("I"):  # I;16, or I where a file was read
         grey = np.clip(np.asarray(upright), 0, 65535).astype(np.float32) / 257
         return np.repeat(grey.round().astype(np.uint8)[..., None], 3, 2)
     if upright.mode == "La":  # Pillow turns this one into no other
@@ -164,5 +164,5 @@ def rgb_of(image: "Image") -> NDArray[np.uint8]:
     return np.array(upright.convert("RGB"))
 
 
-# From 17 on PyAV starts a thread a core for every converter where it is not told how many.
+# PyAV 17 and newer starts a thread per core for each converter unless told how many.
 ONE_THREAD: dict[str, Any] = {"threads": 1} if PYAV >= 17 else {}

@@ -1,17 +1,17 @@
-"""Which frames of a clip are looked at, given the times at which its frames are shown.
+"""Choice of a clip's frames, given the times at which they are shown.
 
 A sampling is a word, so that a configuration can hold it:
 
 - `"uniform"`: num_frames over the whole clip, first and last frame included; in training both
   ends move inwards by up to one interval (arXiv 2209.06430, section 4.1).
-- `"authors"`: the same as the authors' code has it, which goes by the number of a frame and not by
-  its time: numbers evenly apart, rounded down. In training both ends move by whole frames.
-- `"fps:R"`: R frames a second. A clip too short for num_frames gives fewer; one too long for
+- `"authors"`: the same by frame number instead of time, as in the authors' code: numbers evenly
+  apart, rounded down. In training both ends move by whole frames.
+- `"fps:R"`: R frames per second. A clip too short for num_frames gives fewer; one too long for
   them is sampled uniformly instead.
-- `"clip:R"`: num_frames at R a second from one place of the clip: a random one in training,
+- `"clip:R"`: num_frames at R per second from one place of the clip: a random one in training,
   its middle otherwise. Past the clip's end the last frame is repeated.
 
-But for "authors", a wanted time takes the frame nearest to it, so varying frame rates and clips
+Except for "authors", a wanted time takes the frame nearest to it, so varying frame rates and clips
 with fewer frames than wanted (frames then repeat) need no special case.
 """
 
@@ -68,14 +68,14 @@ def choose_frames(
 
 
 def middle_frame(times: NDArray[np.float64], sampling: str = "uniform") -> int:
-    """Index of the frame nearest to the middle of the clip; of the "authors", by its number."""
+    """Index of the frame nearest to the middle of the clip; with "authors", by its number."""
     if sampling == "authors":
         return len(times) // 2
     return int(nearest(times, np.array([(times[0] + times[-1]) / 2]))[0])
 
 
 def nearest(times: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.int64]:
-    """For each wanted time the index of the nearest of `times` (increasing)."""
+    """Return, for each wanted time, the index of the nearest of `times` (increasing)."""
     boundaries = (times[1:] + times[:-1]) / 2
     return np.searchsorted(boundaries, wanted + TIE, side="right").astype(np.int64)
 
@@ -101,6 +101,6 @@ def _by_number(
         interval = count // max(num_frames - 1, 1)
         start = int(generator.integers(0, interval, endpoint=True))
         end = int(generator.integers(last - interval, last, endpoint=True))
-        # Of few frames, or with few wanted, the ends may leave the clip or cross.
+        # With few frames in the clip, or few wanted, the ends may leave the clip or cross.
         first, last = sorted((min(start, last), max(end, 0)))
     return np.linspace(first, last, num_frames).astype(np.int64)

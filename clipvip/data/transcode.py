@@ -1,7 +1,7 @@
 """Clips cut out of videos, into memory: their packets copied, or coded anew at a training size.
 
-What is made is compared with the file before it is given. Where it cannot be made or shows anything
-else, the clip comes in another way, and `Cut.instead` says so.
+The result is compared with the file before it is returned. Where it cannot be made or shows
+anything else, the clip is stored in another way, and `Cut.instead` says so.
 """
 
 import io
@@ -36,8 +36,8 @@ from clipvip.data.headers import has_new_head
 from clipvip.data.pixels import MATRIX_NAMES, ONE_THREAD, orientation
 from clipvip.ops.resize_crop import UPRIGHT, Turn, resized, to_rgb
 
-# Which may hold the packets of each (PyAV's names), the best first: QuickTime's has codecs that MP4
-# has not, and Matroska rounds times to milliseconds.
+# Containers for the packets of each format (PyAV's names), the best first: QuickTime takes codecs
+# that MP4 does not, and Matroska rounds times to milliseconds.
 CONTAINERS = {MP4: ("mp4", "mov", "matroska"), MATROSKA: ("matroska",)}
 SUFFIXES = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv"}
 TICKS = Fraction(1, 90000)
@@ -50,8 +50,8 @@ BT601 = 6  # as H.273 numbers matrices
 class Cut(NamedTuple):
     """A video in memory; the clip is what it shows in [start, end).
 
-    instead: what it is and why, where it is not what was asked for. compared: whether its first,
-    middle and last picture have been decoded, and are the file's.
+    instead: how it was stored and why, where that is not what was asked for. compared: whether its
+    first, middle and last picture have been decoded, and are the file's.
     """
 
     blob: Blob
@@ -62,7 +62,7 @@ class Cut(NamedTuple):
 
 
 class _Impossible(DecodeError):
-    """A clip that cannot be stored in some way: `reason` says why of the frames of many."""
+    """A clip that cannot be stored in some way; `reason` is worded for the frames of many clips."""
 
 
 def whole(path: Path, start: float | None = None, end: float | None = None) -> Cut:
@@ -104,7 +104,7 @@ def cut(path: Path, start: float | None, end: float | None) -> Cut:
 
 
 def _copied(path: Path, start: float | None, end: float | None) -> Cut:
-    """The packets as they are, not compared with the file. Raises DecodeError."""
+    """Copy the packets, without comparing them with the file. Raises DecodeError."""
     with open_video(path) as (container, stream):
         kinds = CONTAINERS.get(container.format.name, ())
         tick, zero = stream.time_base, stream.start_time
@@ -230,7 +230,7 @@ def reencode(path: Path, size: int, start: float | None = None, end: float | Non
 
 
 class _Larger(Exception):
-    """A frame whose shortest side, `side`, is more than what the first ones were made."""
+    """A frame whose shortest side, `side`, is longer than that of the frames coded so far."""
 
     def __init__(self, side: int) -> None:
         super().__init__(side)
@@ -240,8 +240,8 @@ class _Larger(Exception):
 def _coded(
     path: Path, size: int, short: int | None, start: float | None, end: float | None
 ) -> bytes:
-    """short: the side to make the shortest one, else as of the first frame. Raises _Larger,
-    DecodeError."""
+    """Code the clip as H.264. short: length of the shortest side, else that of the first frame.
+    Raises _Larger, DecodeError."""
     buffer, times, shrink = io.BytesIO(), [], _Shrink()
     try:
         with av.open(buffer, "w", format="mp4", options=PLAIN) as out:
@@ -266,7 +266,7 @@ def _coded(
             out.mux(stream.encode())
     except (DecodeError, _Larger):
         raise
-    except Exception as error:  # of swscale, x264, the muxer: decode_clip's are DecodeErrors
+    except Exception as error:  # by swscale, x264 or the muxer; decode_clip's are DecodeErrors
         raise _Impossible(path, "their frames cannot be coded") from error
     data = buffer.getvalue()
     with open_clip(Blob(str(path), data), 1) as clip:
@@ -309,7 +309,7 @@ class _Shrink:
     def _reformat(
         self, frame: VideoFrame, width: int, height: int, pixels: str, **colours: int
     ) -> VideoFrame:
-        # PyAV 15 goes on with the colours of a reformatter's first frame.
+        # PyAV 15 keeps the colours of a reformatter's first frame.
         now = (frame.format.name, frame.colorspace, frame.color_range, pixels)
         reformatter = self.reformatters.setdefault(now, VideoReformatter())
         return reformatter.reformat(
@@ -326,8 +326,8 @@ class _Shrink:
 def _in_bt601(planes: NDArray[Any], matrix: str, full_range: bool) -> NDArray[np.uint8]:
     """Y, U and V, [3, H, W], as if their matrix had been BT.601's, of the limited range.
 
-    swscale goes by RGB of 8 bits, and would cut off colours that one matrix has and the other has
-    not.
+    swscale converts by way of RGB of 8 bits, which would clip colours that only one of the matrices
+    has.
     """
     black, luma, chroma = (0, 255, 255) if full_range else (16, 219, 224)
     change = np.linalg.inv(to_rgb("bt601")) @ to_rgb(matrix) / [luma, chroma, chroma]

@@ -40,7 +40,7 @@ MATRICES = {
     "smpte240m": (0.212, 0.087),
     "bt2020": (0.2627, 0.0593),
 }
-"""The shares of red and blue in luma, K_R and K_B."""
+"""Shares of red and blue in luma, K_R and K_B."""
 
 Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -49,8 +49,8 @@ class Colours(NamedTuple):
     """How a frame's numbers stand for colours.
 
     matrix: one of MATRICES, or "rgb" where the planes are red, green and blue themselves, of full
-    range. full_range: black is 0 and not 16 (of 8 bits). chroma_left: of luma columns that share
-    chroma it lies on the left one (MPEG-2, H.264 and newer), else between them (JPEG, MPEG-1).
+    range. full_range: black is 0 and not 16 (of 8 bits). chroma_left: chroma lies on the left of
+    the luma columns that share it (MPEG-2, H.264 and newer), else between them (JPEG, MPEG-1).
     """
 
     matrix: str = "bt601"
@@ -68,13 +68,13 @@ UPRIGHT: Turn = (False, False, False)
 
 
 def check_resize(resize: str) -> None:
-    """Raises ValueError for anything but one of RESIZES."""
+    """Raise ValueError for anything but one of RESIZES."""
     if resize not in RESIZES:
         raise ValueError(f"resize is {resize!r}; expected one of {', '.join(RESIZES)}")
 
 
 def check_compiled() -> None:
-    """Raises RuntimeError or ValueError, with what to do, where the kernel cannot run."""
+    """Raise RuntimeError or ValueError, with what to do, where the kernel cannot run."""
     _native.module().cpu_capability()
 
 
@@ -90,7 +90,7 @@ def resize_crop(
     """A decoded frame as a square in RGB, upright.
 
     planes: Y [H, W], U and V [H or ⌈H/2⌉, W or ⌈W/2⌉]; uint8, or uint16 where colours.bits is
-    more than 8. Rows may lie apart. Of luma rows that share chroma it lies between.
+    more than 8. Rows may lie apart. Chroma lies between the luma rows that share it.
     resize: one of RESIZES. turn: what makes the frame upright.
     Returns uint8 [3, size, size]: `out`, contiguous, where given.
     Raises ValueError or TypeError for anything else.
@@ -220,7 +220,7 @@ def _axis(whole: int, size: int, mirrored: bool) -> Axis:
 
 
 def _place(part: NDArray[Any], axes: tuple[Axis, Axis], turn: Turn, out: NDArray[Any]) -> None:
-    """Writes the part of a stored frame that is shown into the square, upright, on black."""
+    """Write the part of a stored frame that is shown into the square, upright, on black."""
     rows, columns = axes
     swapped, mirrored_x, mirrored_y = turn
     stored = out[:, :: -1 if mirrored_y else 1, :: -1 if mirrored_x else 1]
@@ -252,7 +252,7 @@ def _both_axes(
     colours: Colours,
     resize: str,
 ) -> tuple[Filter, Filter]:
-    """For the rows and for the columns of a plane of a frame, sides of both given."""
+    """Filters for the rows and the columns of a plane; plane, frame: their [height, width]."""
     if resize == "squash":
         rows, columns = (_of_four(*sides) for sides in zip(plane, frame, axes, strict=True))
     else:
@@ -264,8 +264,8 @@ def _both_axes(
 def _widened(length: int, luma: int, axis: Axis, aside: float) -> Filter:
     """Bicubic with a = -½, as wide as what one output stands for, less what lies beyond the edges.
 
-    length: elements of the plane, of luma's that the frame has. Where they are fewer, each lies
-    `aside` of its own elements before the middle of those that share it.
+    length: elements of the plane; luma: of the frame. Where they are fewer, each lies `aside` of
+    its own elements before the middle of the luma elements that share it.
     """
     shared = 1 if length == luma else 2
     step = luma / axis.whole / shared  # of the plane's own elements, per output
@@ -283,8 +283,8 @@ def _widened(length: int, luma: int, axis: Axis, aside: float) -> Filter:
 def _of_four(length: int, luma: int, axis: Axis) -> Filter:
     """Bicubic with a = -¾ over four elements of luma, the last ones repeated beyond the edges.
 
-    Where the plane has fewer elements, of RGB as it was in 2022: each shared as it is, not
-    interpolated.
+    A plane with fewer elements is enlarged by repeating them first, as conversion to RGB did in
+    2022.
     """
     centre = (np.arange(axis.kept) + 0.5) * (luma / axis.whole) - 0.5
     taps = np.floor(centre)[:, None] + np.arange(-1, 3)
@@ -339,7 +339,7 @@ class _Filters(NamedTuple):
 
 
 def _check(planes: Sequence[Pixels], size: int, colours: Colours) -> None:
-    """Raises ValueError or TypeError."""
+    """Raise ValueError or TypeError for what resize_crop does not take."""
     if len(planes) != 3 or any(plane.ndim != 2 for plane in planes):
         shapes = [list(plane.shape) for plane in planes]
         raise ValueError(f"planes are {shapes}, expected three matrices: Y, U, V")

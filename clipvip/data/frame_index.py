@@ -567,7 +567,8 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
     # Damage at the end is left out where no more is damaged than may be missing.
     tail = damaged & (numbers > numbers[~damaged].max(initial=-1))
     tail &= times > duration - max(MISSING_END[0], MISSING_END[1] * duration)
-    kept = (np.arange(len(numbers)) >= head) & ~tail & ~_alone(damaged)
+    alone = _alone(damaged, times, _spacing(times, stream))
+    kept = (np.arange(len(numbers)) >= head) & ~tail & ~alone
     kept |= not kept.any()
     order = np.argsort(numbers, kind="stable")
     index = _index(packets, shown_by[kept], times[kept], duration, by_count, tick, 0)
@@ -589,11 +590,16 @@ def _all_packets(container: InputContainer, reader: InOrder, file: File) -> Pack
     return reader.packets
 
 
-def _alone(damaged: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _alone(
+    damaged: NDArray[np.bool_], times: NDArray[np.float64], spacing: float
+) -> NDArray[np.bool_]:
     """Return which damaged frames their neighbours in the order of showing can replace in any
-    sampling: runs of at most FEW between undamaged ones."""
-    run = np.cumsum(np.diff(damaged, prepend=False))  # odd while in a run
-    return damaged & (np.bincount(run, minlength=1)[run] <= FEW)
+    sampling: those where undamaged frames lie as close as if FEW were gone between them."""
+    (whole,) = np.nonzero(~damaged)
+    after = np.searchsorted(whole, np.arange(len(damaged)))
+    between = (after > 0) & (after < len(whole))
+    gap = np.diff(times[whole], prepend=0, append=0)[after]
+    return damaged & between & (gap < (FEW + 1.5) * spacing)
 
 
 def _damaged(

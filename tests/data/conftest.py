@@ -53,17 +53,18 @@ def write_video() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def make_video(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_video(name, count=…, size=(width, height), **write_video's options) → path."""
-    folder = tmp_path_factory.mktemp("videos")
+    made: dict[str, Path] = {}
 
     def make(
         name: str, *, count: int = 60, size: tuple[int, int] = (48, 32), **options: Any
     ) -> Path:
-        path = folder / name
-        if not path.exists():
+        video = repr((name, count, size, sorted(options.items())))
+        if video not in made:
             width, height = size
             frames = [np.full((height, width, 3), STEP * i, np.uint8) for i in range(count)]
-            _write_video(path, frames, **options)
-        return path
+            path = tmp_path_factory.mktemp("video") / name
+            made[video] = _write_video(path, frames, **options)
+        return made[video]
 
     return make
 

@@ -590,9 +590,7 @@ def _all_packets(container: InputContainer, reader: InOrder, file: File) -> Pack
     return reader.packets
 
 
-def _alone(
-    damaged: NDArray[np.bool_], times: NDArray[np.float64], spacing: float
-) -> NDArray[np.bool_]:
+def _alone(damaged: NDArray[np.bool_], times: NDArray[Any], spacing: float) -> NDArray[np.bool_]:
     """Return which damaged frames their neighbours in the order of showing can replace in any
     sampling: those where undamaged frames lie as close as if FEW were gone between them."""
     (whole,) = np.nonzero(~damaged)

@@ -537,14 +537,15 @@ def _index_by_decoding(file: File, end: float | None) -> Index:
         pts, starts = packets.pts[numbers], _starts(container, stream, packets)
         in_order = (pts != NO_TIME).all() and (np.diff(pts) > 0).all()
         by_count = not _tell_apart(container, stream, _all_packets(container, reader, file))
-        # A leap of a broadcast is none of time.
-        if in_order and not (container.format.name in DISCONTINUOUS and starts.any()):
+        seekable = container.format.name in SEEKABLE
+        made_up = _made_up(container, packets.pts[np.sort(numbers)])
+        # Other files may be joined: a leap to where stamps start anew is none of time.
+        if in_order and not made_up and (seekable or not starts.any()):
             times = (pts - _zero(container, stream, pts)) * tick
         else:
             by_count = True
             times = _stitched(numbers, packets, starts, container, stream)
         shown_by = np.arange(len(numbers)) if by_count else pts
-        seekable = container.format.name in SEEKABLE
         duration = float(times[-1]) + _spacing(times, stream)
         if not reader.stopped and not starts.any():
             shown = Packets._make(each[numbers] for each in packets)

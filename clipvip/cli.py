@@ -238,10 +238,10 @@ def shard(
         max_bad_share=max_bad_share,
     )
     bad = sum(shard.bad for shard in shards)
-    left_out = f", {bad} left out (see {out / 'bad_files.jsonl'})" if bad else ""
+    left_out = f", {bad} left out (see {shown(out / 'bad_files.jsonl')})" if bad else ""
     gigabytes = sum(shard.bytes for shard in shards) / 1e9
     print(
-        f"{out}: {len(shards)} shards, {sum(shard.clips for shard in shards)} clips, "
+        f"{shown(out)}: {len(shards)} shards, {sum(shard.clips for shard in shards)} clips, "
         f"{gigabytes:.3g} GB{left_out}"
     )
 

@@ -138,9 +138,16 @@ def load_index(path: str | Path) -> Index:
             f"{folder} has index format {head.get('format')}; this version reads {FORMAT}: make "
             "the index again with clipvip embed and another --out, or delete it"
         )
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-    embeddings = load_file(folder / head["embeddings"])["embeddings"]
+    data = (folder / head["embeddings"]).read_bytes()  # not load_file, which takes names of UTF-8
+    try:
+        embeddings = load(data)["embeddings"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{folder / head['embeddings']} is damaged ({error}); delete {folder} and make it again"
+        ) from error
     clips = [IndexedClip(**record) for record in _read_lines(folder / head["clips"])]
     if len(clips) != len(embeddings):
         raise ValueError(

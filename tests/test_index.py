@@ -396,3 +396,19 @@ def test_an_index_of_something_else_is_refused(build, videos, tmp_path):
 def test_a_query_without_sense_is_refused(build, videos, query, k, said):
     with pytest.raises(ValueError, match=said):
         search(build(videos), query, k)
+
+
+def test_an_index_lies_in_a_folder_of_any_name(build, videos, tmp_path):
+    out = tmp_path / os.fsdecode(b"caf\xe9 [/b]\n")
+    build(videos, out)
+    assert len(search(out, "a", 9)) == len(load_index(out).embeddings) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"{", bytes(64)], ids=repr)
+def test_damaged_embeddings_are_told_in_one_line(build, videos, tmp_path, content):
+    build(videos)
+    (file,) = (tmp_path / "index").glob("embeddings-*")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name} is damaged .*make it again") as error:
+        load_index(tmp_path / "index")
+    assert "\n" not in str(error.value)

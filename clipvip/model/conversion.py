@@ -38,8 +38,12 @@ def read_authors_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a PyTorch file of weights: {reason}") from error
+        # Not what PyTorch then says: to run the code that a file may hold.
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(
+            f"{path} cannot be read as a PyTorch file of weights: {reason}; fetch it again, or "
+            "save its state dict alone"
+        ) from error
     while isinstance(content, dict) and (inner := [k for k in _NESTED if k in content]):
         content = content[inner[0]]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
@@ -135,6 +139,7 @@ def convert(
     if to == "clipvip":
         try:
             processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
+            processor.check_tokens(model.config)
         except (NoTokenizer, FileNotFoundError):
             if tokenizer is not None:
                 raise

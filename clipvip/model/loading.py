@@ -29,7 +29,5 @@ def load_for_embedding(
         if is_plain_clip(config) and "frame_pooling" not in given:
             options = {"frame_pooling": "mean", "num_proxies": 1, **options}
         model = CLIPViPModel.from_pretrained(source, **options)
-    processor.image_size = model.config.vision_config.image_size
-    longest = model.config.text_config.max_position_embeddings
-    processor.text_length = min(processor.longest_text, longest)
+    processor.fit(model.config)
     return model, processor

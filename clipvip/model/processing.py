@@ -19,6 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file, logging
 
 from clipvip.data.sampling import check_sampling
+from clipvip.model.configuration import CLIPViPConfig
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.sources import found
 from clipvip.ops.resize_crop import check_resize, resize_frames
@@ -90,6 +91,21 @@ class CLIPViPProcessor(ProcessorMixin):
         self.paragraph = paragraph
         self.sampling = sampling
         self.resize = resize
+
+    def check_tokens(self, config: CLIPViPConfig) -> None:
+        """Raises ValueError where the tokenizer has more tokens than a model."""
+        tokens, known = len(self.tokenizer), config.text_config.vocab_size
+        if tokens > known:
+            raise ValueError(
+                f"the tokenizer has {tokens} tokens, the model {known}; expected the tokenizer "
+                "that the model was trained with"
+            )
+
+    def fit(self, config: CLIPViPConfig) -> None:
+        """Read frames of a model's size and texts no longer than it takes; see check_tokens."""
+        self.check_tokens(config)
+        self.image_size = config.vision_config.image_size
+        self.text_length = min(self.longest_text, config.text_config.max_position_embeddings)
 
     @property
     def longest_text(self) -> int:
@@ -189,7 +205,11 @@ class CLIPViPProcessor(ProcessorMixin):
         for name in ("trust_remote_code", "_from_auto"):
             kwargs.pop(name, None)
         source = pretrained_model_name_or_path
-        loaded = _load_tokenizer(source, tokenizer, kwargs)
+        if tokenizer is None:
+            loaded = load_tokenizer(source, **kwargs)
+        else:  # which lies elsewhere
+            hub = {name: kwargs[name] for name in kwargs if name not in ("revision", "subfolder")}
+            loaded = load_tokenizer(tokenizer, **hub)
         settings = read_settings(source, **kwargs)
         if not settings and tokenizer is not None:
             settings = read_settings(tokenizer)
@@ -233,6 +253,9 @@ def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[s
     }
     size, crop = clip.get("size"), clip.get("crop_size")
     crop = crop if clip.get("do_center_crop", True) else None
+    for given in (crop, size):
+        if not isinstance(given, int | dict | None):
+            raise ValueError(f"{source} resizes frames to {given!r}; expected pixels by side")
     sides = [
         given if isinstance(given, int) else given.get("height") or given.get("shortest_edge")
         for given in (crop, size)
@@ -254,12 +277,9 @@ def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[s
     return settings
 
 
-def _load_tokenizer(
-    source: str | os.PathLike, tokenizer: str | os.PathLike | None, hub: dict[str, Any]
-) -> Any:
-    if tokenizer is not None:
-        hub = {name: hub[name] for name in hub if name not in ("revision", "subfolder")}
-    where = source if tokenizer is None else tokenizer
+def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
+    """The tokenizer of a folder or hub name. Raises NoTokenizer where there is none in it, and
+    FileNotFoundError where there is no such thing."""
     with found("the tokenizer", where, kind="tokenizer"):
         if not _is_file(where):
             loaded = CLIPTokenizer.from_pretrained(where, **hub)
@@ -280,7 +300,10 @@ def _is_file(source: str | os.PathLike) -> bool:
 def _read_json(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any]:
     """Content of a file of a folder or hub name; empty where there is no such file."""
     file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-    return {} if file is None else json.loads(Path(file).read_text())
+    content = {} if file is None else json.loads(Path(file).read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no object; expected a processor's settings")
+    return content
 
 
 def _as_list_of_videos(videos: Any) -> Sequence[Video]:

@@ -1,5 +1,7 @@
 """Where models are loaded from: folders, the authors' files, names on the Hugging Face hub."""
 
+import json
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from clipvip.model.conversion import AUTHORS_SUFFIXES
@@ -20,6 +23,13 @@ _HUB_OPTIONS = (
     "subfolder",
     "token",
 )
+_DAMAGED = (
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    EOFError,
+)
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -32,7 +42,8 @@ def found(
     kind: Literal["model", "tokenizer"] = "model",
     error: type[Exception] = FileNotFoundError,
 ) -> Iterator[None]:
-    """Around a load of `source`: one line that says what is wrong where there is no such thing.
+    """Around a load of `source`: one line that says what is wrong where there is no such thing, or
+    where one of its files is damaged (ValueError).
 
     transformers takes whatever is no folder for a name on the hub, and speaks of that alone.
 
@@ -59,6 +70,14 @@ def found(
             f"{what} is {value!r}, which does not exist here, nor could it be had from the hub "
             f"(it is not there, it needs a login, or this machine is offline); {wanted}"
         ) from failed
+    except Exception as failed:
+        # tokenizers raises a bare Exception; other errors say themselves what they are about.
+        if type(failed) is not Exception and not isinstance(failed, _DAMAGED):
+            raise
+        reason = str(failed).partition("\n")[0].partition(". ")[0] or type(failed).__name__
+        raise ValueError(
+            f"{what} is {value!r}, of which a file is damaged ({reason}); save or fetch it again"
+        ) from failed
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +90,10 @@ def read_config(source: str | PathLike, options: dict[str, Any]) -> dict[str, An
 
     options: of `from_pretrained`; those that say where on the hub are used.
     """
-    return PretrainedConfig.get_config_dict(source, **hub_options(options))[0]
+    config: Any = PretrainedConfig.get_config_dict(source, **hub_options(options))[0]
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json of {fspath(source)!r} holds no object; expected a model's")
+    return config
 
 
 def is_plain_clip(config: dict[str, Any]) -> bool:

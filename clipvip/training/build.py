@@ -3,7 +3,8 @@
 import json
 import os
 import uuid
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.files import write_whole
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
-from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer
+from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
 from clipvip.model.sources import found
 from clipvip.ops import proxy_attention
 from clipvip.training import checkpoint, parallel, ranks
@@ -174,16 +175,9 @@ def build_processor(
         processor = CLIPViPProcessor(_tokenizer(config))
     else:
         with _given("model.tokenizer" if tokenizer else "model.name", tokenizer or source):
-            try:
-                processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
-            except NoTokenizer:
-                raise ConfigError(
-                    f"{tokenizer or source} holds no tokenizer: give model.tokenizer=, a folder or "
-                    "hub name that does, such as openai/clip-vit-base-patch32"
-                ) from None
-    processor.image_size = shapes.vision_config.image_size
+            processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
+    processor.fit(shapes)
     longest = shapes.text_config.max_position_embeddings
-    processor.text_length = min(processor.longest_text, longest)
     for name in READING:
         chosen = getattr(config.data, name)
         if chosen is not None:
@@ -216,13 +210,24 @@ def model_config(config: TrainConfig) -> CLIPViPConfig:
 
 def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
     with _given("model.tokenizer", str(config.model.tokenizer)):
-        return CLIPTokenizer.from_pretrained(str(config.model.tokenizer))
+        return load_tokenizer(str(config.model.tokenizer))
 
 
-def _given(key: str, value: str) -> AbstractContextManager[None]:
-    """Around a load of `value`: ConfigError, which names the key, where there is no such thing."""
+@contextmanager
+def _given(key: str, value: str) -> Iterator[None]:
+    """Around a load of `value`: ConfigError, which names the key, where there is no such thing, or
+    no tokenizer in it."""
     kind: Any = "tokenizer" if key == "model.tokenizer" else "model"
-    return found(key, value, kind=kind, error=ConfigError)
+    with found(key, value, kind=kind, error=ConfigError):
+        try:
+            yield
+        except NoTokenizer:
+            if not Path(value).exists():
+                raise  # says found
+            raise ConfigError(
+                f"{value} holds no tokenizer: give model.tokenizer=, a folder or hub name that "
+                "does, such as openai/clip-vit-base-patch32"
+            ) from None
 
 
 def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:

@@ -1,5 +1,9 @@
 """How a model that is not there is told."""
 
+import copy
+import shutil
+from itertools import product
+
 import huggingface_hub.constants
 import pytest
 
@@ -35,6 +39,45 @@ def test_a_model_that_is_not_there_is_told_in_one_line(
     assert said.startswith(message) and "such as openai/clip-vit-base-patch32" in said
     assert "\n" not in said
     assert not list(tmp_path.iterdir())
+
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [*product(FILES, (b"", b"{", b"\xff" * 64)), ("config.json", b"[]")],
+)
+def test_a_damaged_model_is_told_in_one_line(name, content, clip_folder, tokenizer, tmp_path):
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, OSError)) as error:
+        load_for_embedding(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"size": "big"}', '{"crop_size": [8, 8]}'])
+def test_a_damaged_image_processor_is_told_in_one_line(content, clip_folder, tokenizer, tmp_path):
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").unlink(missing_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match=tmp_path.name):
+        load_for_embedding(tmp_path)
+
+
+def test_more_tokens_than_the_model_knows_are_refused(clip_folder, tokenizer, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["one", "more"])
+    larger.save_pretrained(tmp_path / "larger")
+    larger.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens, the model \d+"):
+        load_for_embedding(tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens, the model \d+"):
+        convert(clip_folder, tmp_path / "ours", tokenizer=tmp_path / "larger")
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_subfolder_is_looked_for_where_it_is(make_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -112,6 +113,15 @@ def test_authors_files_are_trained_as_they_were(make_config, authors):
     assert (processor.sampling, processor.resize) == ("authors", "crop")
     with pytest.raises(ConfigError, match=r"authors.pt holds no tokenizer: give model.tokenizer="):
         build_model(make_config(*authors, "model.tokenizer=null"), None)
+
+
+@pytest.mark.parametrize("name", ["absent", "empty"])
+def test_a_tokenizer_that_is_none_is_told(make_config, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"model\.tokenizer"):
+        build_model(make_config(f"model.tokenizer={name}"), None)
 
 
 def test_a_dry_run_plans_for_what_the_processor_says(make_config, authors, capsys):

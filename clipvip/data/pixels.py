@@ -138,10 +138,13 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
 
 def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
     """uint8 [1, 3, size, size]."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(file.readable()) as image:
-        pixels = torch.from_numpy(rgb_of(image))
+    try:
+        with Image.open(file.readable()) as image:
+            pixels = torch.from_numpy(rgb_of(image))
+    except UnidentifiedImageError:  # which names an object where a file lies in memory
+        raise OSError("not an image of a known format") from None
     return resize_frames(pixels.permute(2, 0, 1)[None], size, resize)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from clipvip.data.container import DecodeError
+from clipvip.data.container import Blob, DecodeError
 from clipvip.data.decode import probe, read_frames
 from clipvip.data.pixels import Converter, rgb_of
 from clipvip.ops.resize_crop import RESIZES, resize_frames
@@ -188,3 +188,6 @@ def test_images_that_cannot_be_read_are_errors_of_their_files(tmp_path: Path, mo
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(DecodeError, match=r"x.png: .*truncated"):
         read_frames(path, 1, size=8)
+    path.write_text("no image")
+    with pytest.raises(DecodeError, match="not an image of a known format"):
+        read_frames(Blob(path.name, path.read_bytes()), 1, size=8)

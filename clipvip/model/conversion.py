@@ -127,10 +127,12 @@ def convert(
     """
     from clipvip.model.modeling import CLIPViPModel
     from clipvip.model.processing import CLIPViPProcessor, NoTokenizer, read_settings, save_settings
+    from clipvip.model.sources import check_name
 
     if to not in ("clipvip", "authors"):
         raise ValueError(f"to is {to!r}; expected 'clipvip' or 'authors'")
     destination = Path(destination)
+    check_name("the destination", destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
     model = CLIPViPModel.from_pretrained(source)

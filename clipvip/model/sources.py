@@ -56,6 +56,7 @@ def found(
     wanted += " or a name on the Hugging Face hub such as openai/clip-vit-base-patch32"
     if not value.strip():
         raise error(f"{what} is empty; {wanted}")
+    check_name(what, value)
     named = _HUB_NAME.fullmatch(value) and path.suffix not in AUTHORS_SUFFIXES
     if not path.exists() and not named:
         raise error(f"{what} is {value!r}, which does not exist; {wanted}")
@@ -78,6 +79,17 @@ def found(
         raise ValueError(
             f"{what} is {value!r}, of which a file is damaged ({reason}); save or fetch it again"
         ) from failed
+
+
+def check_name(what: str, path: str | PathLike) -> None:
+    """Raise a ValueError where a path is not UTF-8, which the library of weights takes alone."""
+    try:
+        fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{what} is {fspath(path)!r}, a name that is not UTF-8, as those of models must be; "
+            "rename it"
+        ) from None
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:

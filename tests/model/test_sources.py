@@ -1,6 +1,7 @@
 """How a model that is not there is told."""
 
 import copy
+import os
 import shutil
 from itertools import product
 
@@ -78,6 +79,18 @@ def test_more_tokens_than_the_model_knows_are_refused(clip_folder, tokenizer, tm
     with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens, the model \d+"):
         convert(clip_folder, tmp_path / "ours", tokenizer=tmp_path / "larger")
     assert not (tmp_path / "ours").exists()
+
+
+def test_names_of_models_are_utf8(clip_folder, tokenizer, tmp_path):
+    named = tmp_path / os.fsdecode(b"caf\xe9")
+    for act in (
+        lambda: load_for_embedding(named),
+        lambda: CLIPViPModel.from_pretrained(named),
+        lambda: convert(clip_folder, named),
+    ):
+        with pytest.raises(ValueError, match=r"caf.*a name that is not UTF-8"):
+            act()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_subfolder_is_looked_for_where_it_is(make_model, tmp_path):

@@ -126,6 +126,7 @@ def _scan(path: Path) -> Iterator[tuple[int, Clip]]:
         raise AnnotationError(f"{name}: {error.strerror}; expected a JSON Lines file") from error
     if problems:
         tail = f"; and {bad - MAX_REPORTED} more bad lines" if bad > MAX_REPORTED else ""
+        tail += "" if clips else "; expected JSON Lines, a clip's object a line"
         raise AnnotationError("; ".join(problems) + tail)
     if not clips:
         raise AnnotationError(f"{name}: holds no clips; expected one JSON object a line")

@@ -87,7 +87,16 @@ def test_several_bad_lines_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError) as caught:
         load_annotations(path)
     message = str(caught.value)
-    assert message.count("no 'video'") == 5 and message.endswith("and 3 more bad lines")
+    assert message.count("no 'video'") == 5 and "and 3 more bad lines" in message
+
+
+def test_a_file_of_another_kind_is_told_what_is_expected(tmp_path: Path) -> None:
+    pretty = write(tmp_path, "[", '  {"video": "a.mp4"},', "]")
+    with pytest.raises(AnnotationError, match="expected JSON Lines"):
+        load_annotations(pretty)
+    with pytest.raises(AnnotationError) as caught:
+        load_annotations(write(tmp_path, '{"video": "a.mp4"}', "{"))
+    assert "expected JSON Lines" not in str(caught.value)
 
 
 def test_missing_or_empty_file_is_an_error(tmp_path: Path) -> None:

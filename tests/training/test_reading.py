@@ -71,6 +71,16 @@ def test_what_a_run_chooses_is_read_by_all_that_load_its_model(
     assert len(loaded) == 2
 
 
+def test_figures_are_shown_where_their_file_is_refused(make_config, world, tmp_path, capsys):
+    train(make_config("max_steps=1"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        evaluation.evaluate_checkpoint(
+            tmp_path / "run/last", world / "annotations.jsonl", out=tmp_path / "file/figures.json"
+        )
+    assert "text → video" in capsys.readouterr().out
+
+
 def test_a_new_model_is_read_as_clip_as_far_as_it_reads(make_config):
     options = [f"data.{name}=null" for name in CHOSEN]
     _, processor = build_model(make_config(*options), None)

@@ -452,7 +452,7 @@ def _write(index: Index, out: Path) -> None:
         "embeddings": f"embeddings-{state}.safetensors",
         "clips": f"clips-{state}.jsonl",
     }
-    # Not save_file, whose files nobody else can read whatever the umask is.
+    # save_file would make a file that only its owner can read, regardless of the umask.
     write_whole(out / head["embeddings"], save({"embeddings": index.embeddings.contiguous()}))
     write_whole(out / head["clips"], clips)
     write_whole(out / "bad_files.jsonl", map(json_line, index.bad_files))

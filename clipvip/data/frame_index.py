@@ -490,7 +490,7 @@ def _check_whole(
             if is_whole_in_fragments(source):  # a part of what its head speaks of, as in DASH
                 return
     if container.format.name not in OWN_LENGTHS and len(container.streams) > 1:
-        # What is claimed may be the length of the sound.
+        # The claimed length may be that of the sound.
         with open_container(file) as again:
             ends = [
                 float((packet.dts + (packet.duration or 0)) * packet.time_base)

@@ -114,7 +114,7 @@ def _clip(item: Item, find: "_Finder", done: Prepared) -> Clip | None:
     elif video in (None, NOWHERE):
         done.missing.append(item.key)
     else:
-        # What is written now must be read again: the rules are those of annotations.
+        # Checked by the rules of annotations, so that the file can be read again.
         with done.tolerate(item.key):
             clip = parse_record(record | {"video": str(video)}, Path())
             if clip.repaired:

@@ -356,7 +356,7 @@ def _sample(clip: Clip, stored: Cut) -> dict[str, bytes]:
 
 
 def _suffix(name: str, otherwise: str) -> str:
-    """Of a member, without its dot: readers know media by it, though not what format they are."""
+    """The suffix of a member, without its dot. Readers know media by it, not their format."""
     suffix = Path(name).suffix.lower()
     return (suffix if suffix in MEDIA else otherwise)[1:]
 

@@ -73,7 +73,7 @@ class DataConfig:
     """Annotations that choose the best checkpoint. Not the test set: a figure measured on
     the clips that chose the checkpoint is too good."""
     num_frames: int | None = None
-    """Of a clip. This and the four that follow: by default as the model's processor says (of a
+    """Frames of a clip. This and the next four: by default as the model's processor says (of a
     plain CLIP 12, 77, false, uniform, crop); they are saved in the processor of the run."""
     text_length: int | None = None
     """Tokens at which texts are cut off."""

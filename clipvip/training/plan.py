@@ -87,8 +87,8 @@ class Plan:
 
 
 def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
-    """Of a model, which may be on the meta device, trained by a configuration that says how clips
-    are read."""
+    """Plan the training of a model, which may be on the meta device, by a configuration that says
+    how clips are read."""
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     frames, length, proxies = config.data.num_frames, config.data.text_length, vision.num_proxies

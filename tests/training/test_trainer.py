@@ -439,7 +439,7 @@ def test_a_model_that_is_not_there_is_told_in_one_line(
 def test_heads_that_the_kernels_do_not_take_are_refused_at_the_start(
     make_config, world, tmp_path, capsys, size
 ):
-    """A new model and a checkpoint are refused alike, in a run and a dry run; not with reference."""
+    """A new model and a checkpoint are refused alike, in a run and dry; not with reference."""
     from clipvip.training.__main__ import main
 
     new = [f"model.config.vision_config.hidden_size={2 * size}", "max_steps=1"]

@@ -241,10 +241,7 @@ def _every(
     """Frames of successive positions in index.shown, in order; where seeking fails, from the first
     on again."""
     try:
-        if index.by_count or _goes_in_order_only(stream, file):
-            raise _SeekFailed
-        found = _seek_and_decode(container, stream, index, index.shown[wanted].tolist())
-        for due, (position, frame) in enumerate(found):
+        for due, (position, frame) in enumerate(_quickly(container, stream, index, wanted, file)):
             if position != due:
                 raise _SeekFailed
             yield position, frame
@@ -307,11 +304,8 @@ def _decode(
     pixels = frames.numpy()
     converter = Converter(size, stream.codec_context.name, resize)
     try:
-        if index.by_count or _goes_in_order_only(stream, file):
-            raise _SeekFailed
         _set_threads(stream, threads)
-        found = _seek_and_decode(container, stream, index, index.shown[wanted].tolist())
-        for position, frame in found:
+        for position, frame in _quickly(container, stream, index, wanted, file):
             converter.convert(frame, pixels[position])
     except (_SeekFailed, av.FFmpegError):
         if index.trust is Trust.TABLES:
@@ -329,6 +323,20 @@ def _decode(
 def _set_threads(stream: VideoStream, threads: int) -> None:
     stream.codec_context.thread_count = threads
     stream.codec_context.thread_type = "NONE" if threads == 1 else "AUTO"
+
+
+def _quickly(
+    container: InputContainer,
+    stream: VideoStream,
+    index: Index,
+    wanted: NDArray[np.int64],
+    file: File,
+) -> Iterator[tuple[int, VideoFrame]]:
+    """As _seek_and_decode, with positions in index.shown; raises _SeekFailed where the file can
+    only be decoded in order."""
+    if index.by_count or _goes_in_order_only(stream, file):
+        raise _SeekFailed
+    yield from _seek_and_decode(container, stream, index, index.shown[wanted].tolist())
 
 
 def _goes_in_order_only(stream: VideoStream, file: File) -> bool:

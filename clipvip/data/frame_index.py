@@ -227,7 +227,7 @@ def read_index(
 ) -> Index:
     """The frames shown in [start, end) seconds, or all of them, by the stamps of their packets;
     by decoding where those leave a doubt."""
-    if _is_edited(container, stream):
+    if (start is not None or end is not None) and _is_edited(container, stream):
         start = end = None
     try:
         packets, whole = _packets(container, stream, start, end)

@@ -116,8 +116,8 @@ def build_loader(
 
 
 class Order(Protocol):
-    """What is asked of the workers, a task per batch; `epoch` and `skipped` are of the next
-    iteration, which sets skipped back to 0. lane: see Workers.run's worker_of."""
+    """Tasks for the workers, one per batch; `epoch` and `skipped` apply to the next iteration,
+    which sets skipped back to 0. lane: see Workers.run's worker_of."""
 
     epoch: int
     skipped: int

@@ -41,6 +41,7 @@ from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_author
 from clipvip.model.lean import bare, norm_linear, residual_linear, residual_mlp
 from clipvip.model.sources import found, is_plain_clip, read_config
 from clipvip.ops import proxy_attention
+from clipvip.ops.proxy_attention import takes_heads_of
 
 logger = logging.get_logger(__name__)
 
@@ -214,8 +215,7 @@ class CLIPViPAttention(CLIPAttention):
     def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
         super().__init__(config)
         self.patches_per_frame = patches_per_frame
-        native = self.head_dim % 16 == 0 and self.head_dim <= 128
-        if config.attention_backend == "native" and not native:
+        if config.attention_backend == "native" and not takes_heads_of(self.head_dim):
             raise ValueError(
                 f"vision_config has heads of {self.head_dim} (hidden_size {config.hidden_size} / "
                 f"num_attention_heads {config.num_attention_heads}); the compiled attention takes "

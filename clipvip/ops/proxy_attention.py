@@ -9,6 +9,11 @@ from torch import Tensor
 from clipvip.ops import _native
 
 
+def takes_heads_of(head_dim: int) -> bool:
+    """Return whether the compiled op takes heads of this size, D."""
+    return head_dim % 16 == 0 and 16 <= head_dim <= 128
+
+
 def proxy_attention(
     qkv: Tensor,
     frame_offsets: Tensor,
@@ -71,7 +76,7 @@ def proxy_attention(
         raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
     _native.check_device(qkv, frame_offsets)
     _native.check_dtype("qkv", qkv)
-    if qkv.shape[-1] % 16 or not 16 <= qkv.shape[-1] <= 128:
+    if not takes_heads_of(qkv.shape[-1]):
         raise ValueError(
             f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 16 up to 128; "
             "backend='reference' takes others"

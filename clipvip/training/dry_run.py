@@ -45,8 +45,8 @@ def dry_run(config: TrainConfig, processes: int) -> None:
 
 @contextmanager
 def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
-    """The configuration of one step that takes all its ways at hardly any width; `config` says how
-    clips are read.
+    """The configuration of one step through all parts of a run, with a 32-channel model; `config`
+    says how clips are read.
 
     Its model has the shapes' layers, patches, frames and vocabulary, but 32 channels; its clips
     are made up, two a process and micro-batch; its folder is temporary.

@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
+
+from clipvip.data.limits import MAX_FRAME, too_large
+from clipvip.data.mp4 import Impossible, check_claims
 
 
 class DecodeError(RuntimeError):
@@ -61,6 +65,27 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
+# libav's formats that hold video, all of it in the one file. It knows others by a file's content,
+# whatever its name: playlists (hls, dash, concat, imf) and numbered images, which read other files,
+# session descriptions (sdp), which listen to the network, and devices.
+FORMATS = ",".join(
+    (
+        *("3dostr", "4xm", "apng", "apv", "asf", "asf_o", "av1", "avi", "avs", "avs2", "avs3"),
+        *("bethsoftvid", "bfi", "bink", "bmp_pipe", "bmv", "c93", "cavsvideo", "cdxl", "cine"),
+        *("dfa", "dhav", "dirac", "dnxhd", "dv", "dxa", "ea", "evc", "film_cpk", "flic", "flv"),
+        *("gdv", "gif", "gif_pipe", "gxf", "h261", "h263", "h264", "hevc", "hxvs", "idcin", "iff"),
+        *("ipu", "ivf", "ivr", "j2k_pipe", "jpeg_pipe", "jpegls_pipe", "jpegxl_anim"),
+        *("jpegxl_pipe", "jv", "kux", "live_flv", "lmlm4", "lxf", "m4v", "matroska", "mjpeg"),
+        *("mjpeg_2000", "mlv", "mm", "moflex", "mov", "mpeg", "mpegts", "mpegtsraw", "mpegvideo"),
+        *("mpjpeg", "mtv", "mv", "mvi", "mxf", "mxg", "nsv", "nut", "nuv", "obu", "ogg"),
+        *("png_pipe", "pmp", "pva", "rl2", "rm", "roq", "rpl", "ser", "sga", "siff", "smjpeg"),
+        *("smk", "smush", "swf", "thp", "tiff_pipe", "tmv", "ty", "usm", "vc1", "vc1test"),
+        *("vividas", "vivo", "vmd", "vvc", "wc3movie", "webm", "webp_pipe", "wsvqa", "wtv", "xmv"),
+        *("yop", "yuv4mpegpipe"),
+    )
+)
+
+
 MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
 
 
@@ -83,6 +108,9 @@ def add_copy(out: OutputContainer, stream: VideoStream) -> VideoStream:
     return out.add_stream_from_template(stream, **_AS_IT_IS)
 
 
+BOUNDS = {"max_pixels": str(MAX_FRAME)}
+
+
 class File(NamedTuple):
     """Where bytes come from: a path, or memory that has a path for a name."""
 
@@ -103,9 +131,18 @@ def file_of(source: Source) -> File:
 
 
 def open_container(file: File) -> InputContainer:
+    """Open a video so that libav reads nothing else, and allocates no more than it may hold."""
+    with file.binary() as source:
+        check_claims(source)
     # "file:" keeps a colon in a name from being read as a protocol.
-    source = f"file:{file.path}" if file.data is None else file.readable()
-    return av.open(source, mode="r", **_LENIENT)
+    given = f"file:{file.path}" if file.data is None else file.readable()
+    protocols = "file" if file.data is None else "none"
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": protocols, **BOUNDS}
+    try:
+        return av.open(given, mode="r", options=options, **_LENIENT)
+    except av.ArgumentError:
+        reason = "not a video: sound, text, a playlist or another format that holds none"
+        raise DecodeError(file.path, reason) from None
 
 
 @contextmanager
@@ -113,21 +150,35 @@ def as_decode_errors(file: File) -> Iterator[None]:
     """Turn what goes wrong while the file is read into a DecodeError."""
     path = file.path
     try:
-        if file.data is None and not path.exists():
-            raise DecodeError(path, "no such file")
-        if file.data is None and path.is_dir():
-            raise DecodeError(path, "a folder, not a video")
-        if (os.path.getsize(path) if file.data is None else len(file.data)) == 0:
+        if (_size_of(path) if file.data is None else len(file.data)) == 0:
             raise DecodeError(path, "empty file (0 bytes)")
         yield
     except DecodeError:
         raise
+    except Impossible as error:
+        raise DecodeError(path, f"damaged: {error}") from error
     except av.InvalidDataError as error:
         raise DecodeError(path, f"not a video, cut off or damaged ({error.strerror})") from error
     except (OSError, av.FFmpegError) as error:
         raise DecodeError(path, error.strerror or str(error)) from error
     except Exception as error:  # damaged files break libraries in ways those do not name
         raise DecodeError(path, f"{type(error).__name__}: {error}") from error
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes of a file. Raises DecodeError where it is none that can be read: opening a
+    pipe or a device would wait, or never end."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise DecodeError(path, "no such file") from None
+    except ValueError:  # NUL, or half a character
+        raise DecodeError(path, "a name that no file can have") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise DecodeError(path, "a folder, not a video")
+    if not stat.S_ISREG(status.st_mode):
+        raise DecodeError(path, "a pipe, socket or device, not a file")
+    return status.st_size
 
 
 def video_stream(container: InputContainer, path: Path) -> VideoStream:
@@ -141,6 +192,10 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
             # PyAV's default is a thread per core: what comes of a damaged file then varies.
             stream.codec_context.thread_count = 1
             stream.codec_context.thread_type = "NONE"
+            stream.codec_context.options = BOUNDS
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MAX_FRAME:
+                raise DecodeError(path, too_large(width, height, MAX_FRAME))
             return stream
     kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
     raise DecodeError(path, f"no video in it (only {', '.join(kinds)})" if kinds else "not a video")

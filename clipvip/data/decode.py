@@ -50,7 +50,7 @@ from clipvip.data.container import (
 )
 from clipvip.data.frame_index import Index, IndexWrong, Trust, known_index, window_of
 from clipvip.data.in_order import NO_TIME, InOrder
-from clipvip.data.pixels import Converter, orientation, read_image
+from clipvip.data.pixels import Converter, open_image, orientation, read_image
 from clipvip.data.sampling import check_sampling, choose_frames, middle_frame
 from clipvip.ops.resize_crop import check_compiled, check_resize
 
@@ -257,9 +257,9 @@ def probe(path: Source) -> VideoInfo:
     path = file.path
     with as_decode_errors(file):
         if is_image(file.path):
-            from PIL import Image, ImageOps
+            from PIL import ImageOps
 
-            with Image.open(file.readable()) as image:
+            with open_image(file) as image:
                 codec = str(image.format).lower()
                 width, height = ImageOps.exif_transpose(image).size
             return VideoInfo(width, height, 1, 0.0, 0.0, codec)

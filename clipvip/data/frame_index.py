@@ -197,9 +197,9 @@ def _index_of_tables(container: InputContainer, stream: VideoStream, file: File)
     if not entries or container.format.name != MP4 or stream.start_time is None:
         return None
     with file.binary() as source:
-        offsets = composition_offsets(source, stream.id)
+        offsets = composition_offsets(source, stream.id, len(entries))
         length = source.seek(0, os.SEEK_END)
-    if offsets is None or len(offsets) not in (0, len(entries)):
+    if offsets is None:
         return None
     found = [(e.timestamp, e.flags, e.size, e.pos + e.size) for e in entries]
     dts, flags, size, stop = np.array(found, np.int64).T

@@ -1,12 +1,16 @@
-"""When the samples of an MP4 are shown, out of its tables (ISO/IEC 14496-12).
+"""An MP4's tables (ISO/IEC 14496-12): what they claim, and when its samples are shown.
 
 libav gives what it reads of those tables, sample by sample, but not the offsets from times of
-decoding to times of showing ("ctts"); without them every packet would have to be read.
+decoding to times of showing ("ctts"); without them every packet would have to be read. And it
+allocates what tables claim before it reads them.
 """
 
 import os
 import struct
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
@@ -15,10 +19,175 @@ from numpy.typing import NDArray
 MAX_TABLES = 1 << 28  # bytes; a claim of more is damage
 
 
-def composition_offsets(file: BinaryIO, track: int) -> NDArray[np.int64] | None:
-    """Time of showing minus time of decoding of each sample of a track, in its ticks.
+class Impossible(ValueError):
+    """A file whose tables claim more than it can hold."""
 
-    [0] long where all are 0. None where the file has no such table that can be read.
+
+def check_claims(file: BinaryIO) -> None:
+    """Raise Impossible where the tables of an MP4 claim more than its bytes can hold.
+
+    Boxes are looked for where libav reads them, in damaged files too. Other formats pass.
+    """
+    length = file.seek(0, os.SEEK_END)
+    _Claims(file, length, length).check(0, length)
+
+
+# Boxes in which libav reads others, and how deep.
+_HOLDERS = frozenset(
+    (b"moov", b"hoov", b"trak", b"edts", b"mdia", b"minf", b"dinf", b"stbl", b"udta", b"tref")
+    + (b"mvex", b"moof", b"traf", b"sinf", b"schi")
+)
+_DEEPEST = 10
+# Tables that begin with a count of entries, after a version and flags, and an entry's bytes.
+_ENTRIES = {
+    **dict.fromkeys((b"stco", b"stss", b"stps"), 4),
+    **dict.fromkeys((b"stts", b"ctts", b"co64", b"keys"), 8),
+    **dict.fromkeys((b"stsc", b"elst"), 12),
+}
+# A sample has a byte at least; of coded sound, one byte may stand for many, of which libav takes 160
+# or more at a time. A few samples may be empty.
+_SLACK, _SOUND = 1 << 16, 160
+_KINDS = frozenset((b"soun", b"vide", b"subp", b"clcp"))
+_MOST_INFLATED = 1 << 26  # bytes of tables that were compressed
+
+
+@dataclass
+class _Track:
+    kinds: set[bytes] = field(default_factory=set)
+    samples: int = 0  # where all have one size, and no table of sizes stands for them
+    one_tick: bool = False  # each lasts a tick
+    chunks: int = 0
+    runs: NDArray[np.int64] | None = None  # first chunk, samples per chunk
+
+
+class _Claims:
+    """Walks through boxes as libav does and adds up what they claim.
+
+    length: bytes of the file, which are those of `file` except for compressed tables.
+    """
+
+    def __init__(self, file: BinaryIO, end: int, length: int) -> None:
+        self.file = file
+        self.end = end
+        self.length = length
+        self.total = 0
+        self.track = _Track()
+
+    def check(self, start: int, stop: int, depth: int = 0) -> None:
+        if depth > _DEEPEST:  # libav gives up
+            return
+        for name, at, size in self._boxes(start, stop):
+            if name == b"trak":
+                self.track = _Track()
+            if name in _HOLDERS or (
+                name == b"free" and self._peek(at + 4, 4) in (b"mvhd", b"cmov")
+            ):
+                self.check(at, at + size, depth + 1)
+            elif name == b"meta":
+                handler = self._peek(at, size).find(b"hdlr")
+                if handler >= 4:
+                    self.check(at + handler - 4, at + size, depth + 1)
+            elif name == b"cmov":
+                self._check_inflated(at, size)
+            else:
+                self._note(name, at, size)
+            if name == b"trak":
+                self._close()
+
+    def _boxes(self, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
+        """Name, start and size of the content of each box; sizes that lead too far are cut."""
+        at = start
+        while at + 8 <= stop:
+            head = self._peek(at, 16)
+            if len(head) < 8:
+                return
+            size, name = struct.unpack_from(">I4s", head)
+            header = 8
+            if size == 1 and at + 16 <= stop and len(head) == 16:
+                (size,) = struct.unpack_from(">Q", head, 8)
+                header = 16
+            size = (size or stop - at) - header
+            if size < 0:
+                return
+            size = min(size, stop - at - header)
+            yield name, at + header, size
+            at += header + size
+
+    def _peek(self, at: int, size: int) -> bytes:
+        self.file.seek(at)
+        return self.file.read(min(size, MAX_TABLES))
+
+    def _note(self, name: bytes, at: int, size: int) -> None:
+        track = self.track
+        if name == b"hdlr":
+            track.kinds |= {self._peek(at + 8, 4)} & _KINDS
+        elif name in (b"stsz", b"stz2"):
+            each, count = _words(self._peek(at + 4, 8), 2)
+            if name == b"stz2" or not each:
+                self._refuse_above(2 * self.length, name, count)
+            else:
+                track.samples = max(track.samples, count)
+        elif name == b"trun":
+            self._add(_words(self._peek(at + 4, 4), 1)[0], name)
+        elif name in _ENTRIES:
+            (count,) = _words(self._peek(at + 4, 4), 1)
+            self._refuse_above(self.length // _ENTRIES[name], name, count)
+            if name in (b"stco", b"co64"):
+                track.chunks = max(track.chunks, count)
+            elif name == b"stts":
+                track.one_tick = count == 1 and _words(self._peek(at + 8, 8), 2)[1] == 1
+            elif name == b"stsc":
+                table = np.frombuffer(self._peek(at + 8, 12 * count), ">u4")
+                track.runs = table[: len(table) // 3 * 3].reshape(-1, 3)[:, :2].astype(np.int64)
+
+    def _close(self) -> None:
+        """At the end of a track libav makes an entry of its index for each sample, or for many at
+        once of sound that is cut by the tick."""
+        track = self.track
+        if track.kinds != {b"soun"} or not track.one_tick:
+            self._add(track.samples, b"stsz")
+        elif track.runs is not None and len(track.runs):
+            firsts, counts = track.runs.T
+            chunks = np.diff(firsts, append=max(track.chunks + 1, firsts[-1])).clip(0, track.chunks)
+            self._refuse_above(_SOUND * self.length, b"stsc", int((chunks * counts).sum()))
+
+    def _check_inflated(self, at: int, size: int) -> None:
+        """Check a movie box that is compressed (QuickTime)."""
+        for name, inside, length in self._boxes(at, at + size):
+            if name == b"cmvd":
+                (claimed,) = _words(self._peek(inside, 4), 1)
+                self._refuse_above(_MOST_INFLATED, name, claimed)
+                try:
+                    unpacked = zlib.decompressobj().decompress(
+                        self._peek(inside + 4, length), _MOST_INFLATED
+                    )
+                except zlib.error:  # for libav too
+                    return
+                whole = self.length + len(unpacked)
+                _Claims(BytesIO(unpacked), len(unpacked), whole).check(0, len(unpacked))
+
+    def _add(self, count: int, name: bytes) -> None:
+        self.total += count
+        self._refuse_above(self.length, name, self.total)
+
+    def _refuse_above(self, limit: int, name: bytes, count: int) -> None:
+        if count > limit + _SLACK:
+            raise Impossible(
+                f"its table {name.decode()!r} claims {count:,} entries, more than the file's "
+                f"{self.length:,} bytes can hold"
+            )
+
+
+def _words(data: bytes, count: int) -> tuple[int, ...]:
+    """Numbers of four bytes; 0 for what is cut off."""
+    return struct.unpack(f">{count}I", data[: 4 * count].ljust(4 * count, b"\0"))
+
+
+def composition_offsets(file: BinaryIO, track: int, samples: int) -> NDArray[np.int64] | None:
+    """Time of showing minus time of decoding of each of a track's samples, in its ticks.
+
+    [0] long where all are 0. None where the file has no such table that can be read, or one for
+    another number of samples.
     """
     try:
         movie = _movie(file)
@@ -32,19 +201,19 @@ def composition_offsets(file: BinaryIO, track: int) -> NDArray[np.int64] | None:
                 table = trak
                 for name in (b"mdia", b"minf", b"stbl"):
                     table = next(_inside(table, name))
-                return _offsets(next(_inside(table, b"ctts"), None))
+                return _offsets(next(_inside(table, b"ctts"), None), samples)
     except (OSError, ValueError, StopIteration, IndexError, struct.error):
         pass
     return None
 
 
-def _offsets(table: memoryview | None) -> NDArray[np.int64]:
+def _offsets(table: memoryview | None, samples: int) -> NDArray[np.int64]:
     if table is None:
         return np.zeros(0, np.int64)
     (count,) = struct.unpack_from(">I", table, 4)
     runs = np.frombuffer(table, ">i4", 2 * count, 8).reshape(-1, 2)
-    if runs[:, 0].min(initial=0) < 0 or runs[:, 0].sum() > MAX_TABLES:
-        raise ValueError("runs of absurd length")
+    if runs[:, 0].min(initial=0) < 0 or runs[:, 0].sum(dtype=np.int64) != samples:
+        raise ValueError("runs for another number of samples")
     return np.repeat(runs[:, 1], runs[:, 0]).astype(np.int64)
 
 

@@ -5,6 +5,9 @@ An image file is one frame, the first of an animated one (WebP, PNG). A GIF is a
 
 import functools
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,8 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipvip.data.container import PYAV, File
+from clipvip.data.container import PYAV, DecodeError, File
+from clipvip.data.limits import MAX_IMAGE, too_large
 from clipvip.ops.resize_crop import UPRIGHT, Colours, Turn, resize_crop, resize_frames
 
 if TYPE_CHECKING:
@@ -136,15 +140,33 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
     return found
 
 
-def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
-    """uint8 [1, 3, size, size]."""
+# Pillow knows others, by a file's content and whatever its name; for EPS it starts Ghostscript.
+IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP")
+
+
+@contextmanager
+def open_image(file: File) -> "Iterator[Image]":
+    """Open an image of one of IMAGE_FORMATS, of MAX_IMAGE pixels at most, without decoding it."""
     from PIL import Image, UnidentifiedImageError
 
+    Image.init()  # some formats are left out of some builds
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
     try:
-        with Image.open(file.readable()) as image:
-            pixels = torch.from_numpy(rgb_of(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file.readable(), formats=formats)
     except UnidentifiedImageError:  # which names an object where a file lies in memory
-        raise OSError("not an image of a known format") from None
+        raise DecodeError(file.path, "not an image of a known format") from None
+    with image:
+        if image.width * image.height > MAX_IMAGE:
+            raise DecodeError(file.path, too_large(*image.size, MAX_IMAGE))
+        yield image
+
+
+def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
+    """uint8 [1, 3, size, size]."""
+    with open_image(file) as image:
+        pixels = torch.from_numpy(rgb_of(image))
     return resize_frames(pixels.permute(2, 0, 1)[None], size, resize)
 
 

@@ -1,0 +1,34 @@
+"""What one file may ask for, whatever its header claims: checked before memory is allocated.
+
+A few bytes can claim a picture of a billion pixels. Frames and images that are larger than these
+limits are refused like damaged ones, and the reason names the environment variable
+CLIPVIP_MAX_MEGAPIXELS, which raises or lowers both (Pillow refuses images of 179 million pixels
+and more in any case).
+"""
+
+import os
+
+VARIABLE = "CLIPVIP_MAX_MEGAPIXELS"
+
+
+def _megapixels() -> float:
+    given = os.environ.get(VARIABLE, "67.2")  # 8192 × 8192
+    try:
+        megapixels = float(given)
+    except ValueError:
+        megapixels = 0.0
+    if not 0 < megapixels <= 500:
+        raise ValueError(f"{VARIABLE} is {given!r}; expected a number from 0 to 500, such as 67.2")
+    return megapixels
+
+
+MAX_FRAME = int(_megapixels() * 1e6)  # pixels; a decoder holds up to 17 frames
+MAX_IMAGE = 2 * MAX_FRAME  # of which one is held
+
+
+def too_large(width: int, height: int, limit: int) -> str:
+    """Return the reason why a picture of this size is refused."""
+    return (
+        f"{width} × {height} pixels, more than the {limit / 1e6:.0f} million allowed; "
+        f"{VARIABLE} changes that"
+    )

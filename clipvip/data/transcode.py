@@ -27,6 +27,8 @@ from clipvip.data.container import (
     DecodeError,
     Source,
     add_copy,
+    as_decode_errors,
+    file_of,
     open_video,
     packets_from,
 )
@@ -41,8 +43,9 @@ from clipvip.ops.resize_crop import UPRIGHT, Turn, resized, to_rgb
 CONTAINERS = {MP4: ("mp4", "mov", "matroska"), MATROSKA: ("matroska",)}
 SUFFIXES = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv"}
 TICKS = Fraction(1, 90000)
-# Visually lossless at such sizes; a keyframe about every second, since few frames are wanted.
-CODING = {"crf": "20", "preset": "fast", "threads": "1", "g": "25"}
+# Visually lossless at such sizes; a keyframe about every second, since few frames are wanted. With
+# x264's macroblock tree, the bytes of a clip would depend on what the process coded before it.
+CODING = {"crf": "20", "preset": "fast", "threads": "1", "g": "25", "mbtree": "0"}
 PLAIN = {"fflags": "+bitexact"}  # no random identifiers
 BT601 = 6  # as H.273 numbers matrices
 
@@ -67,12 +70,8 @@ class _Impossible(DecodeError):
 
 def whole(path: Path, start: float | None = None, end: float | None = None) -> Cut:
     """The file as it is. Raises DecodeError."""
-    try:
+    with as_decode_errors(file_of(path)):
         return Cut(Blob(path.name, path.read_bytes()), start, end)
-    except FileNotFoundError:
-        raise DecodeError(path, "no such file") from None
-    except OSError as error:
-        raise DecodeError(path, error.strerror or str(error)) from error
 
 
 # --- copying packets ------------------------------------------------------------------------
@@ -126,12 +125,12 @@ def _copied(path: Path, start: float | None, end: float | None) -> Cut:
                 break
         else:
             raise _Impossible(path, f"their codec ({codec}) cannot be cut")
-    offset = float((stamps[0].pts - zero) * tick)
-    return Cut(
-        Blob(path.with_suffix(SUFFIXES[kind]).name, data),
-        None if start is None else max(start - offset, 0.0),
-        None if end is None else end - offset,
-    )
+        offset = float((stamps[0].pts - zero) * tick)
+        return Cut(
+            Blob(path.with_suffix(SUFFIXES[kind]).name, data),
+            None if start is None else max(start - offset, 0.0),
+            None if end is None else end - offset,
+        )
 
 
 def _needed(source: Iterable[Packet], last: float | None) -> list[Packet]:
@@ -176,7 +175,7 @@ def _file_of(
                 packet.duration, packet.time_base = stamp.duration, tick
                 packet.stream = copy
                 out.mux(packet)
-    except (av.FFmpegError, ValueError):
+    except Exception:  # by the muxer: of times, sizes and codecs there is no end
         return None
     return buffer.getvalue()
 
@@ -269,8 +268,11 @@ def _coded(
     except Exception as error:  # by swscale, x264 or the muxer; decode_clip's are DecodeErrors
         raise _Impossible(path, "their frames cannot be coded") from error
     data = buffer.getvalue()
-    with open_clip(Blob(str(path), data), 1) as clip:
-        found = clip.index.times
+    try:
+        with open_clip(Blob(path.with_suffix(".mp4").name, data), 1) as clip:
+            found = clip.index.times
+    except DecodeError as error:
+        raise _Impossible(path, "their frames cannot be read once they are coded") from error
     if len(found) != len(times) or not np.allclose(found, times, rtol=0, atol=2 * float(TICKS)):
         raise _Impossible(path, "their times cannot be kept")
     return data

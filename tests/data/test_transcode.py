@@ -1,16 +1,18 @@
+import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 
 from clipvip.data import transcode
 from clipvip.data.container import DecodeError
 from clipvip.data.decode import probe, read_frames
-from clipvip.data.transcode import Cut, cut, reencode
+from clipvip.data.transcode import Cut, cut, reencode, whole
 
 CODINGS = {
     "gop10.mp4": {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}},
@@ -221,3 +223,63 @@ def test_what_the_encoder_cannot_take_is_stored_otherwise(make_video, monkeypatc
     assert part.instead == "not coded anew: their frames cannot be coded"
     found = read_frames(part.blob, 15, size=16, start=part.start, end=part.end)
     assert torch.equal(found, read_frames(path, 15, size=16, start=0.5, end=1.2))
+
+
+def test_coding_anew_gives_the_same_bytes_whatever_was_coded_before(write_video, tmp_path) -> None:
+    """Videos of many lengths whose content moves: flat ones hide what differs."""
+    noise = np.random.default_rng(0)
+    paths = []
+    for number in range(40):
+        height, width, count = 32 + 2 * (number % 7), 48 + 2 * (number % 5), 3 + number % 23
+        ground = noise.integers(0, 256, (8, 8, 3), np.uint8).repeat(12, 0).repeat(12, 1)
+        frames = [
+            np.ascontiguousarray(
+                np.roll(ground, (i * (number % 3), 2 * i), (0, 1))[:height, :width]
+            )
+            for i in range(count)
+        ]
+        paths.append(
+            write_video(tmp_path / f"{number}.mp4", frames, options={"preset": "ultrafast"})
+        )
+    first = [reencode(path, 32).blob.data for path in paths]
+    for _ in range(2):
+        order = noise.permutation(len(paths)).tolist()
+        again = {place: reencode(paths[place], 32).blob.data for place in order}
+        assert [place for place in order if again[place] != first[place]] == []
+
+
+def test_a_gap_of_hours_is_stored(write_video, tmp_path: Path, numbers) -> None:
+    frames = [np.full((32, 48, 3), 4 * i, np.uint8) for i in range(6)]
+    times = [40 * i + 25_200_000 * (i > 2) for i in range(6)]
+    path = write_video(tmp_path / "gap.mkv", frames, times=times)
+    for store in (lambda *part: reencode(path, 16, *part), lambda *part: cut(path, *part)):
+        for part in [(None, None), (0.04, None), (0.04, 30_000.0), (25_200.0, None)]:
+            found = store(*part)
+            shown = read_frames(found.blob, 6, size=16, start=found.start, end=found.end)
+            expected = read_frames(path, 6, size=16, start=part[0], end=part[1])
+            assert numbers(shown) == numbers(expected)
+
+
+@pytest.mark.parametrize("error", [OverflowError, MemoryError, IndexError, RecursionError])
+@pytest.mark.parametrize("place", ["_stamps", "_file_of", "_Shrink", "has_new_head"])
+def test_what_no_way_of_storing_foresees_leads_to_the_next(
+    place: str, error: type[Exception], make_video, monkeypatch
+) -> None:
+    path = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
+
+    def fail(*arguments: Any) -> Any:
+        raise error("of no importance")
+
+    monkeypatch.setattr(transcode, place, fail)
+    assert cut(path, 0.5, 1.2).instead is None or stored_whole(cut(path, 0.5, 1.2), path)
+    monkeypatch.setattr(transcode, "_Shrink", lambda: fail)
+    part = reencode(path, 32, 0.5, 1.2)
+    assert part.instead == "not coded anew: their frames cannot be coded"
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", Path("/dev/zero"), Path("a\0.mp4"), Path("a" * 300)):
+        for store in (whole, lambda path: cut(path, 0.5, 1.0), lambda path: reencode(path, 32)):
+            with pytest.raises(DecodeError):
+                store(path)

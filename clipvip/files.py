@@ -6,17 +6,22 @@ written by `json_line` holds those as escapes, so a name read back names the sam
 """
 
 import codecs
+import errno
 import fcntl
+import hashlib
+import itertools
 import json
 import logging
 import os
+import re
 import socket
+import stat
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +39,9 @@ LOCK = ".lock"
 # Seconds to wait for a run that holds a folder: its process may be killed and not quite gone. A
 # server of files keeps the locks of a machine that is gone for as long as its lease, 90 s in NFS.
 HERE_WAIT, ELSEWHERE_WAIT = 10.0, 100.0
+_NOTE = re.compile(r"(host \S+, process \d+, since .*\s*)?")  # all that a lock file of ours holds
+
+NOT_A_FILE = "a pipe, socket or device, not a file"
 
 
 class OtherRunError(ValueError):
@@ -47,31 +55,142 @@ def json_line(record: Any) -> bytes:
 
 
 def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
-    """Write a file whole or not at all, on disk before it has its name.
+    """Write a file whole or not at all, on disk before it has its name; then the name is too.
 
     data: text becomes UTF-8; an iterable is written piece by piece.
+    Processes that write the same file do not meet: the last one's stays. What a killed one leaves
+    is deleted when the same file is written next. An OSError names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with _told_of(path), _open_partial(path) as file:
+        try:
+            _write_out(file, data)
+            os.replace(file.name, path)  # while locked, or it would be taken for left behind
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    _flush_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file that is not there yet, and flush it and its name. Nothing stays of one that
+    cannot be written whole, unless this process is killed. Raises FileExistsError where it is there
+    already; an OSError names `path`."""
+    with _told_of(path), path.open("xb") as file:
+        try:
+            _write_out(file, data)
+        except BaseException:
+            path.unlink()
+            raise
+    _flush_folder(path.parent)
+
+
+def read_own(path: Path) -> bytes:
+    """Read a file that is one itself: a link may lead anywhere, a pipe or device never end.
+
+    Raises OSError, whose strerror says what it is instead.
+    """
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = ((stat.S_ISLNK, "a link, not a file"), (stat.S_ISDIR, "a folder, not a file"))
+        what = next((what for is_it, what in kinds if is_it(mode)), NOT_A_FILE)
+        raise OSError(errno.EINVAL, what, str(path))
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        return file.read()
+
+
+def _write_out(file: BinaryIO, data: str | bytes | Iterable[bytes]) -> None:
     if isinstance(data, str):
         data = data.encode()
+    file.writelines([data] if isinstance(data, bytes) else data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Name the file in errors of writing it, which name none, or its partial one."""
     try:
-        with partial.open("wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None or not str(error.filename or ".partial").endswith(".partial"):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def files_in(folder: Path, keep: Callable[[str], bool] = lambda name: True) -> list[Path]:
+def _open_partial(path: Path) -> BinaryIO:
+    """Create and lock the file that becomes `path` once it is whole.
+
+    Its name is a hash, so that no file but one of ours has it, however long the name of `path` is.
+    One that is there and not locked was left behind by a killed run.
+    """
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    for number in itertools.count():
+        partial = path.with_name(f".{name}-{number}.partial")
+        _delete_unlocked(partial)
+        with suppress(FileExistsError):
+            file = partial.open("xb")
+            if _keeps(file, partial):
+                return file
+            file.close()
+    raise AssertionError
+
+
+def _keeps(file: BinaryIO, path: Path) -> bool:
+    """Lock a new file before another process takes it for left behind; whether that succeeded."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no such locks here, for nobody
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _delete_unlocked(path: Path) -> None:
+    """Delete a file that no process has locked."""
+    with suppress(OSError):  # there is none, it is locked, or there are no such locks here
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                os.unlink(path)
+        finally:
+            os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Put names of new files on disk, where the file system can be told to."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _warn_of(path: str, reason: str) -> None:
+    logger.warning("left out %s: %s", shown(path), shown(reason))
+
+
+def files_in(
+    folder: Path,
+    keep: Callable[[str], bool] = lambda name: True,
+    left_out: Callable[[str, str], None] = _warn_of,
+) -> list[Path]:
     """Every file below a folder, sorted; links are followed, but no folder is entered twice.
 
     A folder that can be reached with and without links is listed without. macOS's shadows of
-    files (`._name`) are left out, and folders that cannot be read, with a warning.
+    files (`._name`) are left out.
 
     keep: says by a file's name whether it is wanted.
+    left_out: is told the path of each folder that cannot be read, and of each pipe, socket or
+        device with a name that is wanted, and the reason.
     """
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
@@ -86,7 +205,7 @@ def files_in(folder: Path, keep: Callable[[str], bool] = lambda name: True) -> l
             entered.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
-            logger.warning("left out %s: %s", shown(here), error.strerror)
+            left_out(here, error.strerror or str(error))
             continue
         for entry in entries:
             if entry.is_symlink() and os.path.isdir(entry.path):
@@ -95,9 +214,17 @@ def files_in(folder: Path, keep: Callable[[str], bool] = lambda name: True) -> l
                 folders.append(entry.path)
             elif entry.name.startswith("._") or not keep(entry.name):
                 continue
-            elif entry.is_symlink() or entry.is_file():
-                found.append(Path(entry.path))  # a link to nowhere too: told when it is opened
+            elif _may_be_file(entry):
+                found.append(Path(entry.path))
+            else:
+                left_out(entry.path, NOT_A_FILE)
     return sorted(found)
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    if entry.is_symlink():  # to nowhere: told when it is opened
+        return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+    return entry.is_file()
 
 
 def decode_text(data: bytes) -> tuple[str, bool]:
@@ -145,14 +272,19 @@ def only_run(folder: Path, what: str, error: type[ValueError] = OtherRunError) -
     """Keep other runs out of a folder, which is made if absent, until this one ends, however it
     ends: the lock dies with its process.
 
-    A file system without locks keeps nobody out. what: the work, such as "trains"; it stands in
+    A file system without locks keeps nobody out. A file `.lock` that says something else than who
+    holds the folder is locked, but not written to. what: the work, such as "trains"; it stands in
     the message after "another run".
 
     Raises:
-        error: another process of any machine, or another caller in this one, holds the folder.
+        error: another process of any machine, or another caller in this one, holds the folder; or
+            its `.lock` is a link, a pipe or a device.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    path = folder / LOCK
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise error(f"{shown(path)} is no file to lock; delete it or give another out")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     _locks.add(lock)
     try:
         holder = _take(lock)
@@ -198,6 +330,8 @@ def _take(lock: int) -> str | None:
             return None
     note = f"{here}process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}\n"
     with suppress(OSError):  # the disk may be full
+        if not _NOTE.fullmatch(os.pread(lock, 1000, 0).decode(errors="replace")):
+            return None
         os.ftruncate(lock, 0)
         os.pwrite(lock, note.encode(), 0)
         os.fsync(lock)  # for readers on other machines

@@ -1,11 +1,30 @@
 import codecs
+import errno
+import itertools
 import json
 import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from clipvip.files import decode_text, files_in, json_line, shown, write_whole
+from clipvip import files
+from clipvip.files import (
+    NOT_A_FILE,
+    OtherRunError,
+    decode_text,
+    files_in,
+    json_line,
+    only_run,
+    read_own,
+    shown,
+    write_new,
+    write_whole,
+)
 
 
 def test_a_name_that_is_not_utf8_comes_back_from_json() -> None:
@@ -27,6 +46,139 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_whole(path, broken())
     assert path.read_text() == "first\n"
     assert [entry.name for entry in path.parent.iterdir()] == ["x.txt"]
+
+
+def test_a_strangers_partial_file_is_let_be(tmp_path: Path) -> None:
+    stranger = tmp_path / "x.txt.partial"
+    stranger.write_text("mine")
+    write_whole(tmp_path / "x.txt", "new")
+    assert stranger.read_text() == "mine"
+    assert (tmp_path / "x.txt").read_text() == "new"
+    write_whole(tmp_path / ("é" * 127), "the longest name")
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch, locks: bool) -> None:
+    if not locks:
+        refused = OSError(errno.ENOLCK, "no locks")
+        monkeypatch.setattr("fcntl.flock", lambda *given: (_ for _ in ()).throw(refused))
+    path, failed = tmp_path / "x", []
+
+    def write(mark: bytes) -> None:
+        try:
+            for _ in range(50):
+                write_whole(path, [mark * 5000] * 4)
+                content = path.read_bytes()
+                assert len(content) == 20000 and len(set(content)) == 1
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(mark,)) for mark in (b"a", b"b", b"c", b"d")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_killed_writers_leave_does_not_pile_up(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_whole(path, b"0" * 100_000)
+    for delay in (0.02, 0.023, 0.027, 0.031, 0.04):
+        child = os.fork()
+        if not child:
+            with suppress(BaseException):
+                for number in itertools.count():
+                    write_whole(path, [str(number % 10).encode() * 5000] * 20)
+            os._exit(1)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        content = path.read_bytes()
+        assert len(content) == 100_000 and len(set(content)) == 1
+        assert len(list(tmp_path.iterdir())) <= 2
+    write_whole(path, "done")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("write", [write_whole, write_new])
+def test_a_full_disk_is_told_by_the_files_own_name(tmp_path: Path, monkeypatch, write) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.txt'") as error:
+        write(tmp_path / "x.txt", [b"new"])
+    assert error.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_file_takes_no_others_place(tmp_path: Path) -> None:
+    write_new(tmp_path / "a", [b"1", b"2"])
+    with pytest.raises(FileExistsError):
+        write_new(tmp_path / "a", b"3")
+    assert read_own(tmp_path / "a") == b"12"
+
+
+def test_a_folder_or_missing_file_is_told_by_name(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        write_whole(tmp_path, "x")
+    with pytest.raises(FileNotFoundError):
+        read_own(tmp_path / "none")
+
+
+def make_special(folder: Path) -> dict[str, Path]:
+    """A pipe, a socket, and links to a pipe and to a device, all named like videos."""
+    made = {name: folder / f"{name}.mp4" for name in ("pipe", "socket", "piped", "device")}
+    os.mkfifo(made["pipe"])
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(made["socket"]))
+    made["piped"].symlink_to("pipe.mp4")
+    made["device"].symlink_to("/dev/zero")
+    return made
+
+
+def test_only_what_is_a_file_itself_is_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # names of sockets must be short
+    (tmp_path / "real").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("real")
+    assert read_own(Path("real")) == b"x"
+    for path in [*make_special(Path()).values(), Path("link"), tmp_path]:
+        with pytest.raises(OSError, match="not a file") as error:
+            read_own(path)
+        assert error.value.filename == str(path)
+
+
+def test_pipes_and_devices_among_files_are_told_and_left_out(
+    tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    special = make_special(Path())
+    assert files_in(Path(), lambda name: name.endswith(".mp4")) == [Path("a.mp4")]
+    said = sorted(f"left out ./{path}: {NOT_A_FILE}" for path in special.values())
+    assert sorted(caplog.messages) == said
+    told: list[tuple[str, str]] = []
+    files_in(Path(), left_out=lambda path, reason: told.append((path, reason)))
+    assert sorted(told) == sorted((f"./{path}", NOT_A_FILE) for path in special.values())
+
+
+@pytest.mark.parametrize("content", ["the pumps are locked\n", "host", "x" * 3000])
+def test_a_strangers_lock_file_keeps_its_content(tmp_path: Path, monkeypatch, content: str) -> None:
+    monkeypatch.setattr(files, "HERE_WAIT", 0.0)
+    monkeypatch.setattr(files, "ELSEWHERE_WAIT", 0.0)
+    (tmp_path / ".lock").write_text(content)
+    with only_run(tmp_path, "writes"), pytest.raises(OtherRunError), only_run(tmp_path, "writes"):
+        pass
+    assert (tmp_path / ".lock").read_text() == content
+
+
+def test_a_lock_file_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OtherRunError, match=r"\.lock is no file"), only_run(tmp_path, "writes"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:

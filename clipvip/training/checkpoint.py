@@ -6,18 +6,21 @@ power cut. `point` moves a link the same way. What disks and people do to it lat
 the sizes and checksums in its manifest.json.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import random
+import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,12 +28,21 @@ import torch
 from safetensors import SafetensorError
 
 from clipvip.data.shards import is_shards
-from clipvip.files import write_whole
+from clipvip.files import shown, write_whole
 from clipvip.training.config import TrainConfig, TrainingError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+REQUIRED = (  # one of each; the later names are those that earlier versions and transformers wrote
+    ("state.pt",),
+    ("model/config.json",),
+    ("model/model.safetensors", "model/model.safetensors.index.json"),
+    ("model/tokenizer.json", "model/vocab.json"),
+    ("model/tokenizer_config.json",),
+    ("model/processor_config.json", "model/reading.json", "model/preprocessor_config.json"),
+)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = ".unfinished-"
 _DAMAGED = "damaged-"
 
@@ -59,7 +71,10 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
         temporary.mkdir()
         with _failed_writes():
             write(temporary)
-        write_whole(temporary / MANIFEST, json.dumps(_hash_and_flush(temporary), indent=1) + "\n")
+        manifest = _hash_and_flush(temporary)
+        if absent := _absent(manifest):
+            raise OSError(f"{absent} is gone; something else removes files of {shown(folder)}")
+        write_whole(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for parent, _, _ in os.walk(temporary, topdown=False):
             _flush(Path(parent))
     except BaseException:
@@ -91,7 +106,7 @@ def newest_good(folder: Path) -> Path | None:
         if problem is None:
             for worse, reason in damaged.items():
                 aside = worse.with_name(_DAMAGED + worse.name)
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove(aside)
                 worse.rename(aside)
                 logger.warning("%s: %s; set aside, going on from %s", worse, reason, path.name)
             return path
@@ -119,21 +134,56 @@ def appears(path: Path, within: float = 60.0) -> bool:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint by its manifest; None where nothing is."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _read_manifest(path)
+        if absent := _absent(manifest):
+            return f"{MANIFEST} does not name {absent}"
         for name, entry in manifest.items():
-            size = (path / name).stat().st_size
-            if size != entry["bytes"]:
-                return f"{name} has {size} bytes of {entry['bytes']}"
+            status = (path / name).stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a device or a pipe may never end
+                return f"{shown(name)} is no file"
+            if status.st_size != entry["bytes"]:
+                return f"{shown(name)} has {status.st_size} bytes of {entry['bytes']}"
         found = _checksums(path / name for name in manifest)
         for (name, entry), checksum in zip(manifest.items(), found, strict=True):
             if checksum != entry["sha256"]:
-                return f"{name} is not what was written (its checksum is another)"
+                return f"{shown(name)} is not what was written (its checksum is another)"
+        for name in manifest:
+            if name.endswith(".index.json"):
+                weights = json.loads((path / name).read_text(encoding="utf-8"))["weight_map"]
+                if lost := {f"model/{file}" for file in weights.values()} - set(manifest):
+                    return f"{MANIFEST} does not name {shown(min(lost))}"
     except OSError as error:
         missing = Path(error.filename).name if error.filename else "a file"
-        return f"{missing}: {error.strerror}"
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{shown(missing)}: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     return None
+
+
+def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file by its path in the checkpoint. Raises ValueError for anything
+    else, such as a path that leads out of it."""
+    file = path / MANIFEST
+    if not file.is_file() and file.exists():
+        raise ValueError("no file")
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    for name, entry in manifest.items():
+        inside = PurePosixPath(name)
+        fits = (
+            name == str(inside)
+            and not inside.is_absolute()
+            and ".." not in inside.parts
+            and type(entry["bytes"]) is int
+            and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        )
+        if not fits:
+            raise ValueError(name)
+    return manifest
+
+
+def _absent(manifest: Collection[str]) -> str | None:
+    """What of REQUIRED a manifest does not name."""
+    return next((names[0] for names in REQUIRED if not set(names) & set(manifest)), None)
 
 
 def whole_or_none(folder: Path, step: int | None) -> int | None:
@@ -177,26 +227,63 @@ def _failed_writes() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     except RuntimeError as error:
         if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise
+        if isinstance(error.__context__, OSError):  # of the file that torch writes to
+            raise error.__context__ from None
         raise OSError("a file could not be written to its end") from error
 
 
 def _clear(folder: Path) -> None:
     """Remove what a killed writer left."""
     for leftover in folder.glob(_TEMPORARY + "*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link but not what it shows; what cannot be removed stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int, protect: Collection[int | None] = ()) -> None:
     """Delete all but the last `keep` checkpoints and the protected steps'."""
     for path in checkpoints(folder)[:-keep]:
         if checkpoint_step(path) not in protect:
-            # Under another name first: a kill halfway must not leave half a checkpoint.
-            doomed = path.rename(path.with_name(_TEMPORARY + "old-" + path.name))
-            shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again
+            _delete(path)
+
+
+def make_room(
+    folder: Path, error: OSError, keep: int, protect: Collection[int | None] = ()
+) -> list[Path]:
+    """After a save that failed for lack of room: delete what prune would have deleted after it, and
+    return that. The newest checkpoint that is whole stays, and where there is none, all do."""
+    if error.errno not in _NO_ROOM:
+        return []
+    found = checkpoints(folder)
+    whole = next((path for path in reversed(found) if damage(path) is None), None)
+    if whole is None:
+        return []
+    kept = {whole, *found[max(0, len(found) - keep + 1) :]}
+    doomed = [path for path in found if path not in kept and checkpoint_step(path) not in protect]
+    for path in doomed:
+        _delete(path)
+    return doomed
+
+
+def _delete(path: Path) -> None:
+    # Under another name first: a kill halfway must not leave half a checkpoint.
+    try:
+        _remove(path.rename(path.with_name(_TEMPORARY + "old-" + path.name)))
+    except OSError as error:  # the next save tries again
+        logger.warning("%s is not deleted: %s", shown(path), error.strerror)
 
 
 def point(link: Path, target: Path) -> None:
@@ -231,12 +318,16 @@ def _flush(path: Path) -> None:
 
 
 def move_links(out: Path, step: int, best_step: int | None) -> None:
-    """Make OUT/last, and OUT/best where there is one, show those steps' models."""
-    for link, shown in (("last", step), ("best", best_step)):
-        if shown is not None:
-            point(out / link, checkpoint_path(out / "checkpoints", shown) / "model")
-        else:
-            (out / link).unlink(missing_ok=True)
+    """Make OUT/last, and OUT/best where there is one, show those steps' models. A link that cannot
+    be moved is told of: the checkpoints are there without."""
+    for link, target in ((out / "last", step), (out / "best", best_step)):
+        try:
+            if target is not None:
+                point(link, checkpoint_path(out / "checkpoints", target) / "model")
+            else:
+                link.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s is not moved to step %s: %s", shown(link), target, error.strerror)
 
 
 def random_state() -> dict[str, Any]:

@@ -4,9 +4,10 @@ import functools
 import itertools
 import logging
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,29 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     check(config)
     accelerator = make_accelerator(config)
-    alone = only_run(Path(config.out), "trains", ConfigError)
     with (
         Preemption() as preemption,
         ranks.Watch(config.lost_after),
-        ranks.first_enters(alone),
+        ranks.first_enters(alone_in(Path(config.out))),
     ):
         return _train(config, accelerator, preemption)
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder, and of its checkpoints where a link leads to them."""
+    try:
+        with ExitStack() as locks:
+            for folder in (out, out / "checkpoints"):
+                locks.enter_context(only_run(folder, "trains", ConfigError))
+            entered = locks.pop_all()
+    except OSError as error:
+        raise ConfigError(
+            f"out is {shown(out)}, where no run can be written ({error.strerror}: "
+            f"{shown(error.filename)}); give a folder that can be made and written to"
+        ) from None
+    with entered:
+        yield
 
 
 def _train(config: TrainConfig, accelerator: Accelerator, preemption: Preemption) -> dict[str, Any]:
@@ -357,7 +374,8 @@ def save_state(
             weights = parallel.whole_weights(model)
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder / "model", state_dict=weights)
+        # A copy, as transformers empties it: the write may be tried again.
+        model.save_pretrained(folder / "model", state_dict=dict(weights))
         processor.save_pretrained(folder / "model")
         whole = {
             **state,
@@ -366,19 +384,30 @@ def save_state(
             "random": random_states,
             "course": checkpoint.course(config, accelerator.num_processes),
         }
-        torch.save(whole, folder / "state.pt")
+        with (folder / "state.pt").open("wb") as file:  # whose errors say why
+            torch.save(whole, file)
 
     def save() -> str | None:
-        out, best_step = Path(config.out), state.get("best_step")
+        out, step, best_step = Path(config.out), state["step"], state.get("best_step")
+        folder, keep = out / "checkpoints", config.keep_checkpoints
         protected = {best_step}
-        if best_step == state["step"]:  # the one before it stays, should this one be damaged
+        if best_step == step:  # the one before it stays, should this one be damaged
             protected.add(state["best_before"]["best_step"])
         try:
-            checkpoint.save(out / "checkpoints", state["step"], write)
-            checkpoint.move_links(out, state["step"], best_step)
-            checkpoint.prune(out / "checkpoints", config.keep_checkpoints, protected)
+            try:
+                checkpoint.save(folder, step, write)
+            except OSError as error:
+                doomed = checkpoint.make_room(folder, error, keep, protected)
+                if not doomed:
+                    raise
+                names = ", ".join(path.name for path in doomed)
+                told = "step %d: the disk is full; deleted %s, which had been next, and tries again"
+                logger.warning(told, step, names)
+                checkpoint.save(folder, step, write)
         except OSError as error:
             return " ".join(str(error).split())
+        checkpoint.move_links(out, step, best_step)
+        checkpoint.prune(folder, keep, protected)
         return None
 
     problem = ranks.first_does(save)
@@ -402,13 +431,22 @@ def load_state(
 ) -> dict[str, Any]:
     """Restore optimiser and random states; the model was already built from `resumed`, and is
     the average where the checkpoint holds other weights beside it."""
-    state = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
-    parallel.load_moments(model, optimizer, state.pop("optimizer"))
-    if "weights" in state:
-        parallel.load_weights(model, state.pop("weights"))
-    random_states, then = state.pop("random"), state.pop("course")
-    if len(random_states) == accelerator.num_processes:
-        checkpoint.set_random_state(random_states[accelerator.process_index])
+    try:
+        state = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
+        parallel.load_moments(model, optimizer, state.pop("optimizer"))
+        if "weights" in state:
+            parallel.load_weights(model, state.pop("weights"))
+        random_states, then = state.pop("random"), state.pop("course")
+        if len(random_states) == accelerator.num_processes:
+            checkpoint.set_random_state(random_states[accelerator.process_index])
+        state["step"], state["clips"], then = int(state["step"]), int(state["clips"]), dict(then)
+    except (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError,
+            ValueError, pickle.UnpicklingError) as error:  # fmt: skip
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise TrainingError(
+            f"{shown(resumed / 'state.pt')} does not hold the state of a run of this model "
+            f"({reason}); give another out to start anew"
+        ) from error
     best = ranks.first_does(
         lambda: checkpoint.whole_or_none(Path(config.out) / "checkpoints", state.get("best_step"))
     )

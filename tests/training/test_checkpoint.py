@@ -1,6 +1,8 @@
 """A checkpoint is whole or absent; the log agrees with it."""
 
+import errno
 import json
+import os
 import random
 import threading
 import time
@@ -12,10 +14,14 @@ import torch
 from clipvip.training import checkpoint
 from clipvip.training.config import TrainingError
 
+WEIGHTS = "model/model.safetensors"
+FILES = [names[0] for names in checkpoint.REQUIRED]
+
 
 def write_one(folder):
     (folder / "model").mkdir()
-    (folder / "model" / "weights").write_text("w" * 1000)
+    for name in FILES:
+        (folder / name).write_text("w" * 1000)
 
 
 def test_a_half_written_checkpoint_is_never_taken(tmp_path):
@@ -45,9 +51,9 @@ def flip(path):
 @pytest.mark.parametrize(
     ("harm", "name", "told"),
     [
-        (truncate, "model/weights", "model/weights has 500 bytes of 1000"),
-        (flip, "model/weights", "model/weights is not what was written"),
-        (lambda path: path.unlink(), "model/weights", "weights: No such file"),
+        (truncate, WEIGHTS, f"{WEIGHTS} has 500 bytes of 1000"),
+        (flip, WEIGHTS, f"{WEIGHTS} is not what was written"),
+        (lambda path: path.unlink(), WEIGHTS, "model.safetensors: No such file"),
         (lambda path: path.unlink(), "manifest.json", "manifest.json: No such file"),
         (truncate, "manifest.json", "manifest.json cannot be read"),
         (lambda path: path.write_text("[1]"), "manifest.json", "manifest.json cannot be read"),
@@ -66,13 +72,133 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, harm
     assert checkpoint.newest_good(tmp_path) == third
 
 
+def change(path, how):
+    manifest = json.loads((path / "manifest.json").read_text())
+    how(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", [None, *FILES])
+def test_a_manifest_names_all_that_a_checkpoint_must_have(tmp_path, name):
+    """Else two runs that remove each other's files leave what is called whole and cannot be loaded;
+    None: it names nothing."""
+    path = checkpoint.save(tmp_path, 1, write_one)
+    change(path, lambda manifest: manifest.pop(name) if name else manifest.clear())
+    assert checkpoint.damage(path) == f"manifest.json does not name {name or FILES[0]}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_vanishes_while_it_is_saved_is_no_checkpoint(tmp_path, name):
+    def robbed(folder):
+        write_one(folder)
+        (folder / name).unlink()
+
+    first = checkpoint.save(tmp_path, 1, write_one)
+    with pytest.raises(OSError, match=f"{name} is gone"):
+        checkpoint.save(tmp_path, 2, robbed)
+    assert list(tmp_path.iterdir()) == [first]
+
+
+def test_checkpoints_of_several_weight_files_and_of_earlier_versions_are_whole(tmp_path):
+    def earlier(folder):
+        write_one(folder)
+        for new, old in (
+            ("tokenizer.json", "vocab.json"),
+            ("processor_config.json", "reading.json"),
+        ):
+            (folder / "model" / new).rename(folder / "model" / old)
+        (folder / WEIGHTS).rename(folder / "model" / "part-1")
+        index = {"weight_map": {"a": "part-1", "b": "part-1"}}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+    path = checkpoint.save(tmp_path, 1, earlier)
+    assert checkpoint.damage(path) is None
+    change(path, lambda manifest: manifest.pop("model/part-1"))
+    assert checkpoint.damage(path) == "manifest.json does not name model/part-1"
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"../outside": {"bytes": 1000, "sha256": "0" * 64}},
+        {"model/../../outside": {"bytes": 1000, "sha256": "0" * 64}},
+        {"/etc/hostname": {"bytes": 1, "sha256": "0" * 64}},
+        {"state.pt": {"bytes": "1000", "sha256": "0" * 64}},
+        {"state.pt": {"bytes": True, "sha256": "0" * 64}},
+        {"state.pt": {"bytes": 1000, "sha256": 5}},
+        {"state.pt": {"bytes": 1000}},
+        {"state.pt": [1000]},
+        {"state.pt": None},
+        {"a\0b": {"bytes": 1000, "sha256": "0" * 64}},
+        {"\ud800": {"bytes": 1000, "sha256": "0" * 64}},
+    ],
+)
+def test_a_manifest_of_anything_else_is_damage(tmp_path, entries):
+    path = checkpoint.save(tmp_path / "a", 1, write_one)
+    (tmp_path / "a" / "outside").write_text("w" * 1000)
+    change(path, lambda manifest: manifest.update(entries))
+    assert checkpoint.damage(path) == "manifest.json cannot be read"
+
+
+def test_no_manifest_makes_the_check_wait_or_fail(tmp_path):
+    path = checkpoint.save(tmp_path, 1, write_one)
+    (path / "manifest.json").write_text("[" * 100_000)
+    assert checkpoint.damage(path) == "manifest.json cannot be read"
+    (path / "manifest.json").unlink()
+    os.mkfifo(path / "manifest.json")
+    assert checkpoint.damage(path) == "manifest.json cannot be read"
+    path = checkpoint.save(tmp_path, 2, write_one)
+    (path / WEIGHTS).unlink()
+    os.mkfifo(path / WEIGHTS)
+    assert checkpoint.damage(path) == f"{WEIGHTS} is no file"
+
+
+def test_what_is_pruned_anyway_makes_room_but_never_the_newest_whole_checkpoint(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def steps_left(keep, protect=(), error=full, damaged=()):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for step in (1, 2, 3):
+            path = checkpoint.save(folder, step, write_one)
+            if step in damaged:
+                truncate(path / "state.pt")
+        gone = checkpoint.make_room(folder, error, keep, protect)
+        left = [checkpoint.checkpoint_step(path) for path in checkpoint.checkpoints(folder)]
+        assert len(gone) + len(left) == 3
+        return left
+
+    assert steps_left(keep=2) == [3]
+    assert steps_left(keep=3) == [2, 3]
+    assert steps_left(keep=9) == [1, 2, 3]
+    assert steps_left(keep=1) == [3]
+    assert steps_left(keep=2, protect={1, None}) == [1, 3]
+    assert steps_left(keep=2, damaged={3}) == [2, 3]
+    assert steps_left(keep=1, damaged={3}) == [2]
+    assert steps_left(keep=1, damaged={1, 2, 3}) == [1, 2, 3]
+    assert steps_left(keep=1, error=OSError(errno.EIO, "")) == [1, 2, 3]
+
+
+def test_a_link_among_checkpoints_is_removed_and_what_it_shows_stays(tmp_path):
+    other = checkpoint.save(tmp_path / "other", 1, write_one)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    checkpoint.checkpoint_path(folder, 1).symlink_to(other)
+    for step in (2, 3):
+        checkpoint.save(folder, step, write_one)
+    checkpoint.prune(folder, keep=1)
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-00000003"]
+    checkpoint.save(folder, 4, write_one)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
+    assert checkpoint.damage(other) is None
+
+
 def test_with_no_good_checkpoint_the_error_says_what_is_wrong_with_each(tmp_path):
     for step in (1, 2):
-        truncate(checkpoint.save(tmp_path, step, write_one) / "model" / "weights")
+        truncate(checkpoint.save(tmp_path, step, write_one) / WEIGHTS)
     with pytest.raises(TrainingError) as caught:
         checkpoint.newest_good(tmp_path)
     said = str(caught.value)
-    assert "step-00000001: model/weights has" in said and "step-00000002: " in said
+    assert f"step-00000001: {WEIGHTS} has" in said and "step-00000002: " in said
     assert "\n" not in said
     assert len(checkpoint.checkpoints(tmp_path)) == 2
 
@@ -91,7 +217,7 @@ def test_a_checkpoint_that_another_machine_wrote_is_waited_for(tmp_path):
 
 def test_a_kill_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     paths = [checkpoint.save(tmp_path, step, write_one) for step in (1, 2, 3)]
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **given: None)
+    monkeypatch.setattr(checkpoint, "_remove", lambda path: None)
     checkpoint.prune(tmp_path, keep=1)
     assert checkpoint.checkpoints(tmp_path) == paths[2:]
 
@@ -112,7 +238,7 @@ def test_links_move_and_survive_moving_the_whole_run(tmp_path):
     run.rename(tmp_path / "moved")
     moved = tmp_path / "moved"
     assert (moved / "last").resolve().parent.name == "step-00000002"
-    assert (moved / "best" / "weights").read_text() == "w" * 1000
+    assert (moved / "best" / "model.safetensors").read_text() == "w" * 1000
     assert not list(moved.glob("*.new"))
 
 

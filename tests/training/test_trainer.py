@@ -1,5 +1,7 @@
 """Training: its loss falls, its resumed run is the unbroken one, its parts are METHOD's."""
 
+import errno
+import hashlib
 import json
 import math
 import os
@@ -14,9 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from clipvip.data.loader import LoaderError
+from clipvip.model import CLIPViPModel
 from clipvip.training.config import ConfigError, Preempted, TrainingError
 from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import train
@@ -72,7 +76,6 @@ def test_training_on_frames_from_dali_is_training_on_pyavs(task, make_config, vp
 def test_a_run_leaves_what_it_promises(make_config, world):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from clipvip.model import CLIPViPModel
     from clipvip.model.processing import CLIPViPProcessor
 
     annotations = world / "annotations.jsonl"
@@ -238,13 +241,82 @@ def test_a_full_disk_costs_only_the_checkpoints_that_found_it_full(
     assert [line[:7] for line in warned] == ["step 2:", "step 3:"]
     assert all("could not be written" in line and "\n" not in line for line in warned)
     out = Path(config.out)
-    kept = {path.name for path in (out / "checkpoints").iterdir()}
+    kept = {path.name for path in (out / "checkpoints").iterdir()} - {".lock"}
     assert {"step-00000004", "step-00000005"} <= kept <= {f"step-0000000{n}" for n in (1, 4, 5)}
     assert (out / "last" / "config.json").exists() and (out / "best" / "config.json").exists()
 
     monkeypatch.setattr(checkpoint, "save", save)
     train(make_config(*overrides, "resume=latest"))
     assert list(losses(out)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_disk_with_room_for_the_checkpoints_that_are_kept_is_large_enough(
+    make_config, monkeypatch, caplog
+):
+    from clipvip.training import checkpoint
+
+    flush = checkpoint._hash_and_flush
+
+    def flush_to_a_small_disk(folder):
+        if len(list(folder.parent.glob("*step-*"))) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return flush(folder)
+
+    monkeypatch.setattr(checkpoint, "_hash_and_flush", flush_to_a_small_disk)
+    config = make_config("save_every=1", "max_steps=4", "keep_checkpoints=2")
+    train(config)
+    out = Path(config.out)
+    left = checkpoint.checkpoints(out / "checkpoints")
+    assert [checkpoint.checkpoint_step(path) for path in left] == [3, 4]
+    assert [checkpoint.damage(path) for path in left] == [None, None]
+    CLIPViPModel.from_pretrained(out / "last")
+    told = [record.getMessage() for record in caplog.records]
+    assert ["the disk is full; deleted step-" in line for line in told] == [True, True]
+
+
+def test_links_that_cannot_be_moved_cost_no_checkpoint(make_config, caplog):
+    """As after a copy that followed links, which makes folders of them."""
+    from clipvip.training import checkpoint
+
+    config = make_config("save_every=1", "max_steps=3", "keep_checkpoints=1")
+    last = Path(config.out) / "last"
+    last.mkdir(parents=True)
+    (last / "copied").touch()
+    train(config)
+    (left,) = checkpoint.checkpoints(Path(config.out) / "checkpoints")
+    assert left.name == "step-00000003" and list(last.iterdir()) == [last / "copied"]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{last} is not moved to step {n}: Is a directory" for n in (1, 2, 3)]
+    train(make_config("save_every=1", "max_steps=4", "resume=latest"))
+
+
+@pytest.mark.parametrize("kind", ["file", "file above", "checkpoints are a file"])
+def test_an_out_that_cannot_be_is_told_in_one_line(make_config, tmp_path, kind):
+    (tmp_path / "taken").mkdir()
+    file = tmp_path / "taken" / ("checkpoints" if kind.startswith("checkpoints") else "a")
+    file.touch()
+    out = {"file": file, "file above": file / "run"}.get(kind, file.parent)
+    with pytest.raises(ConfigError, match="where no run can be written") as error:
+        train(make_config(f"out={out}"))
+    assert str(error.value).startswith(f"out is {out}, ") and "\n" not in str(error.value)
+    assert list((tmp_path / "taken").glob("[!.]*")) == [file]
+
+
+def test_a_state_of_something_else_is_told_in_one_line(make_config):
+    from clipvip.training import checkpoint
+
+    config = make_config("save_every=1", "max_steps=1")
+    train(config)
+    (path,) = checkpoint.checkpoints(Path(config.out) / "checkpoints")
+    manifest = json.loads((path / "manifest.json").read_text())
+    for content in ({}, [1], {"optimizer": {}, "random": 1, "course": 2}):
+        torch.save(content, path / "state.pt")
+        data = (path / "state.pt").read_bytes()
+        entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (path / "manifest.json").write_text(json.dumps({**manifest, "state.pt": entry}))
+        with pytest.raises(TrainingError, match=r"state\.pt does not hold the state of a") as error:
+            train(make_config("max_steps=2", "resume=latest"))
+        assert "\n" not in str(error.value)
 
 
 def test_what_was_best_is_there_or_is_best_no_more(make_config, world, monkeypatch, caplog):
@@ -584,7 +656,7 @@ def test_sigterm_leaves_a_validation_which_the_next_start_makes_up_for(
             patch.setattr(where, name, sending(getattr(where, name), call))
             with pytest.raises(Preempted, match=f"SIGTERM: ends after step {step} of 4"):
                 train(given)
-        found = sorted(path.name for path in (broken / "checkpoints").glob("*"))
+        found = sorted(path.name for path in (broken / "checkpoints").glob("[!.]*"))
         assert (found[-1:] == [f"step-0000000{step}"]) if step else not found
     assert train(given) == whole
     assert losses(broken) == losses(unbroken)

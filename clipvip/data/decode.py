@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -360,14 +360,14 @@ def _seek_and_decode(
     unfed: dict[int | None, int] = {pts: position for position, pts in enumerate(wanted)}
     inside: dict[int | None, int] = {}
     context = stream.codec_context
+    # In VP8, frames that none refers to can still change the segments of later ones.
+    unwanted: Literal["DEFAULT", "NONREF"] = "DEFAULT" if context.name == "vp8" else "NONREF"
     keys = index.keyframes_for(wanted)
     known = index.pts
     while unfed:
         key = keys[next(iter(unfed.values()))]
-        # A seek may land before its keyframe; only a later keyframe is worth another.
-        fed, packets = _seek(container, stream, index, key)
-        ahead = max(fed, key)
-        context.skip_frame, skipping = "NONREF", True
+        fed, packets = key, _seek(container, stream, index, key)
+        context.skip_frame, skipping = unwanted, True
         last, first = NO_TIME, known[fed]
         for packet in packets:
             pts = packet.pts
@@ -378,10 +378,9 @@ def _seek_and_decode(
                 inside[pts] = unfed.pop(pts)
                 key = keys[next(iter(unfed.values()))] if unfed else 0
             if skip != skipping:  # setting it costs more than skipping a packet
-                context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
+                context.skip_frame, skipping = unwanted if skip else "DEFAULT", skip
             fed += 1
-            ahead = max(fed, ahead)
-            leave = not unfed or key > ahead
+            leave = not unfed or key > fed  # only a later keyframe is worth another seek
             if packet.is_corrupt:
                 raise _SeekFailed
             frames = packet.decode()
@@ -407,8 +406,12 @@ def _seek_and_decode(
 
 def _seek(
     container: InputContainer, stream: VideoStream, index: Index, key: int
-) -> tuple[int, Iterator[Packet]]:
-    """Seek to keyframe `key` or before it; return the position reached and packets from there."""
+) -> Iterator[Packet]:
+    """Packets from keyframe `key` on.
+
+    A seek may land before it, on where else depends on what the container has read so far. The
+    packets between are not decoded: pictures of a damaged file would depend on them.
+    """
     for offset in (index.pts[key], index.dts[key]):
         container.seek(int(offset), stream=stream)
         packets = demux(container, stream)
@@ -417,7 +420,12 @@ def _seek(
             continue
         reached = np.flatnonzero((index.pts == first.pts) & index.keyframe)
         if len(reached) == 1 and reached[0] <= key:
-            return int(reached[0]), itertools.chain([first], packets)
+            packets = itertools.chain([first], packets)
+            for passed in itertools.islice(packets, int(key - reached[0])):
+                if passed.pts != index.pts[reached[0]]:
+                    raise _SeekFailed
+                reached[0] += 1
+            return packets
     raise _SeekFailed
 
 

@@ -1,6 +1,7 @@
 import ctypes
 import gc
 import os
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -118,25 +119,51 @@ def test_seeks_only_where_a_keyframe_lies_between(
     assert len(calls) == jumps
 
 
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The pts of packets fed after the last seek."""
+    seek, fed = decode._seek, []
+
+    def counting(*given):
+        source = seek(*given)
+        fed.clear()
+        return (fed.append(packet.pts) or packet for packet in source)
+
+    monkeypatch.setattr(decode, "_seek", counting)
+    return fed
+
+
 @pytest.mark.parametrize("name", ["one_key.mp4", "gop10.mp4", "open.mp4"])
 def test_no_packet_is_read_after_the_last_that_is_needed(
-    name: str, make_video, monkeypatch: pytest.MonkeyPatch
+    name: str, make_video, fed: list[int]
 ) -> None:
     path = make_video(name, **CODINGS[name])
     with av.open(str(path)) as container:
         packets = [packet.pts for packet in container.demux(video=0) if packet.size]
         tick = container.streams.video[0].time_base
-    seek, fed = decode._seek, []
-
-    def counting(*given):
-        reached, source = seek(*given)
-        fed.clear()
-        return reached, (fed.append(packet.pts) or packet for packet in source)
-
-    monkeypatch.setattr(decode, "_seek", counting)
     for wanted in (0, 7, 23, 59):
         read_frames(path, 1, size=16, start=wanted / 25, end=(wanted + 1) / 25)
         assert fed[-1] == round(wanted / 25 / tick) + min(packets)
+
+
+def test_later_reads_feed_the_decoder_what_the_first_did(
+    make_video, tmp_path: Path, fed: list[int]
+) -> None:
+    coding = {"g": "5", "deadline": "realtime", "cpu-used": "8"}
+    whole = make_video("cues.webm", codec="libvpx", options=coding).read_bytes()
+    # Without one of its cues, the file can be sought in well only by who has read through it.
+    cues = whole.index(b"\x1c\x53\xbb\x6b")
+    for number in range(1, 8):
+        places = [found.start() for found in re.finditer(rb"\xbb.\xb3", whole[cues:], re.DOTALL)]
+        damaged = bytearray(whole)
+        damaged[cues + places[number]] = 0xEC  # an element without meaning
+        path = tmp_path / f"{number}.webm"
+        path.write_bytes(damaged)
+        reads = []
+        for _ in range(2):
+            read_frames(path, 1, size=16, start=number / 5 + 0.1, end=number / 5 + 0.14)
+            reads.append(list(fed))
+        assert reads[0] == reads[1]
 
 
 def packed(source: Path, target: Path, **options: str) -> Path:

@@ -16,8 +16,8 @@
 
 A key that is null counts as absent; blank lines are skipped. A file name that is not UTF-8 stands
 as json.dumps writes what os.fsdecode makes of it: each such byte as an escape from \\udc80 to
-\\udcff. Any other half of a character (a lone surrogate) is refused in a name; in a text U+FFFD
-takes its place, with one warning per file.
+\\udcff. A name that no file can have, with NUL or any other half of a character (a lone surrogate),
+makes a clip that cannot be read; in a text U+FFFD takes a half's place, with one warning per file.
 """
 
 import difflib
@@ -168,7 +168,7 @@ def parse_record(record: Any, folder: Path, number: int = 0) -> Clip:
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(KEYS)}"
             raise ValueError(f"unknown key '{key}' ({hint})")
-    video, image = _name(record, "video"), _name(record, "image")
+    video, image = _string(record, "video"), _string(record, "image")
     if video is None:
         raise ValueError("no 'video'")
     start, end = _seconds(record, "start"), _seconds(record, "end")
@@ -233,19 +233,6 @@ def _string(record: dict[str, Any], key: str) -> str | None:
         raise ValueError(f"'{key}' must be a string, got {kind_of(value)}")
     if not value.strip():
         raise ValueError(f"'{key}' is empty; leave the key out instead")
-    return value
-
-
-def _name(record: dict[str, Any], key: str) -> str | None:
-    value = _string(record, key)
-    if value is not None:
-        try:
-            if "\0" in value:
-                raise ValueError(f"'{key}' holds a NUL character, as no file name can")
-            value.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError as error:
-            half = value[error.start]
-            raise ValueError(f"'{key}' holds half a character ({half}), not a file name") from error
     return value
 
 

@@ -29,6 +29,6 @@ MAX_IMAGE = 2 * MAX_FRAME  # of which one is held
 def too_large(width: int, height: int, limit: int) -> str:
     """Return the reason why a picture of this size is refused."""
     return (
-        f"{width} × {height} pixels, more than the {limit / 1e6:.0f} million allowed; "
+        f"{width} × {height} pixels, more than the {limit / 1e6:g} million allowed; "
         f"{VARIABLE} changes that"
     )

@@ -44,8 +44,8 @@ _ENTRIES = {
     **dict.fromkeys((b"stts", b"ctts", b"co64", b"keys"), 8),
     **dict.fromkeys((b"stsc", b"elst"), 12),
 }
-# A sample has a byte at least; of coded sound, one byte may stand for many, of which libav takes 160
-# or more at a time. A few samples may be empty.
+# A sample has a byte at least, but for a few empty ones. A byte of coded sound may stand for many
+# samples, of which libav takes 160 or more at a time.
 _SLACK, _SOUND = 1 << 16, 160
 _KINDS = frozenset((b"soun", b"vide", b"subp", b"clcp"))
 _MOST_INFLATED = 1 << 26  # bytes of tables that were compressed
@@ -137,8 +137,9 @@ class _Claims:
             elif name == b"stts":
                 track.one_tick = count == 1 and _words(self._peek(at + 8, 8), 2)[1] == 1
             elif name == b"stsc":
-                table = np.frombuffer(self._peek(at + 8, 12 * count), ">u4")
-                track.runs = table[: len(table) // 3 * 3].reshape(-1, 3)[:, :2].astype(np.int64)
+                table = self._peek(at + 8, 12 * count)
+                runs = np.frombuffer(table, ">u4", len(table) // 12 * 3).reshape(-1, 3)
+                track.runs = runs[:, :2].astype(np.int64)
 
     def _close(self) -> None:
         """At the end of a track libav makes an entry of its index for each sample, or for many at

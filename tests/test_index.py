@@ -1,8 +1,13 @@
 """Properties of the search index."""
 
+import errno
 import json
 import os
 import shutil
+import signal
+import threading
+import time
+from contextlib import suppress
 
 import av
 import numpy as np
@@ -11,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clipvip import cli
+from clipvip import cli, files
 from clipvip import index as index_module
 from clipvip.files import only_run
-from clipvip.index import build_index, load_index, search
+from clipvip.index import Index, IndexedClip, build_index, load_index, search
 
 
 def write_clip(path, colour, frames=6, size=32):
@@ -224,7 +229,7 @@ def test_files_folders_patterns_and_lists_are_embedded_alike(build, videos, tmp_
         (["videos", "empty"], "no videos in empty; looked for "),
         (["videos", "em*"], r"no videos in em\*; looked for "),
         ("notes.srt", "no videos in notes.srt; looked for .*; 1 other file skipped: 1 .srt"),
-        ("captions.txt", "captions.txt names no file; .* not 'a red square'"),
+        ("captions.txt", "captions.txt: names no file; .* not 'a red square'"),
         ([], "no videos were named"),
     ],
 )
@@ -334,7 +339,8 @@ def test_a_build_that_dies_goes_on_where_it_saved(build, videos, embedded, monke
     assert len(embedded) < 3
 
 
-def test_a_second_build_into_a_folder_is_told_of_the_first(build, videos, tmp_path):
+def test_a_second_build_into_a_folder_is_told_of_the_first(build, videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HERE_WAIT", 0.1)
     before = build(videos)
     told = rf"another run embeds there .*process {os.getpid()}"
     with only_run(tmp_path / "index", "embeds"), pytest.raises(ValueError, match=told):
@@ -409,6 +415,462 @@ def test_damaged_embeddings_are_told_in_one_line(build, videos, tmp_path, conten
     build(videos)
     (file,) = (tmp_path / "index").glob("embeddings-*")
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file.name} is damaged .*make it again") as error:
+    with pytest.raises(ValueError, match=f"{file.name} is damaged .*clipvip embed ") as error:
         load_index(tmp_path / "index")
     assert "\n" not in str(error.value)
+
+
+def content(folder):
+    """Every file of a folder and what is in it."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def made_index(rows=3, seed=0, model="/models/mine"):
+    """An index that was not embedded."""
+    torch.manual_seed(seed)
+    clips = [IndexedClip(f"/videos/{seed}-{row}.mp4", None, 1.5, 9, 7) for row in range(rows)]
+    embeddings = F.normalize(torch.randn(rows, 16), dim=-1)
+    return Index(model, "0" * 64, ["/videos"], embeddings, clips)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a saved index."""
+    index_module._write(made_index(), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Builds that load a model fail."""
+
+    def refused(*given, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(index_module, "_load", refused)
+
+
+STRANGE = {
+    "a video": {"a.mp4": b"x"},
+    "files like an index's": {"clips-test.jsonl": b"", "embeddings-old.safetensors": b"x"},
+    "another index.json": {"index.json": b'{"pages": ["index.html"]}'},
+    "an index.json that is no JSON": {"index.json": b"<html>"},
+    "an index.json of null bytes": {"index.json": bytes(100)},
+    "an index.json nested deeply": {"index.json": b"[" * 100_000},
+    "a training run": {".lock": b"", "bad_files.jsonl": b'{"path":"a","reason":"b","line":3}\n'},
+    "a list that is none": {"bad_files.jsonl": b"my own notes"},
+}
+
+
+@pytest.mark.parametrize("there", STRANGE.values(), ids=STRANGE)
+def test_a_folder_of_something_else_is_refused_before_all(build, videos, tmp_path, no_model, there):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, data in there.items():
+        (out / name).write_bytes(data)
+    with pytest.raises(ValueError, match=str(out)) as error:
+        build(videos, out)
+    assert "\n" not in str(error.value)
+    assert "give " in str(error.value)
+    assert content(out) == there
+
+
+def test_an_index_does_not_land_in_files_or_links_to_nowhere(
+    build, videos, tmp_path, no_model, monkeypatch
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="file is a file; expected the folder of an index"):
+        build(videos, tmp_path / "file")
+    with pytest.raises(ValueError, match="link is a link to nowhere"):
+        build(videos, tmp_path / "link")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="locked cannot be written to"):
+        build(videos, tmp_path / "locked")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_strangers_files_beside_an_index_are_let_be(build, videos, tmp_path):
+    out = tmp_path / "real"
+    out.mkdir()
+    for name in (".lock", ".DS_Store", "index.json.partial"):
+        (out / name).write_text("x")
+    (out / "bad_files.jsonl").write_text('{"path": "a.mp4", "reason": "gone"}\n')
+    (tmp_path / "index").symlink_to(out)  # a link to a folder is one
+    build(videos)
+    strange = {
+        "clips-test.jsonl": b"",
+        "clips-0123456789abcdef.jsonl": b"mine",
+        "embeddings-old.safetensors": b"x",
+    }
+    for name, data in strange.items():
+        (out / name).write_bytes(data)
+    write_clip(videos / "d.mp4", 90)
+    build(videos)
+    there = content(out)
+    assert all(there[name] == data for name, data in strange.items())
+    assert there["index.json.partial"] == there[".DS_Store"] == there[".lock"] == b"x"
+    assert len(there) == 4 + len(strange) + 3  # and nothing is left of the first build
+
+
+def test_the_same_build_again_writes_nothing(build, videos, tmp_path):
+    (videos / "broken.mp4").write_bytes(b"no video at all")
+    build(videos)
+    before = content(tmp_path / "index")
+    for _ in range(2):
+        build(videos)
+        assert content(tmp_path / "index") == before
+    assert [bad["path"] for bad in load_index(tmp_path / "index").bad_files] == [
+        str(videos / "broken.mp4")
+    ]
+
+
+def test_killed_saves_lose_nothing_and_leave_nothing(tmp_path):
+    out = tmp_path / "index"
+    index_module._write(made_index(2000, seed=1), out)
+    for attempt in range(8):
+        child = os.fork()
+        if not child:
+            with suppress(BaseException):
+                index = made_index(2000, seed=2 + attempt % 2)
+                while True:
+                    index_module._write(index, out)
+            os._exit(1)
+        time.sleep(0.02 + 0.004 * attempt)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        index = load_index(out)
+        assert torch.equal(
+            index.embeddings, made_index(2000, int(index.clips[0].path[8])).embeddings
+        )
+        assert len(content(out)) <= 2 * 2 + 2 + 2  # a save's data, those it replaced, partials
+    index_module._write(made_index(), out)
+    assert len(content(out)) == 4
+
+
+def test_readers_never_fail_while_an_index_is_saved(tmp_path):
+    out = tmp_path / "index"
+    made = [made_index(seed=seed) for seed in range(4)]
+    index_module._write(made[0], out)
+    failed, loads, ends = [], [], time.monotonic() + 1.5
+
+    def read():
+        while time.monotonic() < ends and not failed:
+            try:
+                index = load_index(out)
+                expected = made[int(index.clips[0].path[8])]
+                assert torch.equal(index.embeddings, expected.embeddings)
+                assert index.clips == expected.clips
+                loads.append(1)
+            except BaseException as error:
+                failed.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    saves = 0
+    while time.monotonic() < ends:
+        saves += 1
+        index_module._write(made[saves % 4], out)
+    for reader in readers:
+        reader.join()
+    assert not failed
+    assert saves > 5 and len(loads) > 20
+    assert len(content(out)) == 4
+
+
+def change(folder, **values):
+    head = json.loads((folder / "index.json").read_bytes())
+    (folder / "index.json").write_text(json.dumps({**head, **values}))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"embeddings": "../secret"},
+        {"embeddings": "/etc/passwd"},
+        {"clips": "../saved/clips-0123456789abcdef.jsonl"},
+        {"clips": None},
+        {"embeddings": 3},
+        {"embeddings": ["embeddings-0123456789abcdef.safetensors"]},
+        {"spare": ["../x"]},
+        {"spare": "index.json"},
+        {"spare": None},
+        {"model": None},
+        {"model": ["a"]},
+        {"fingerprint": 7},
+        {"sources": "videos"},
+        {"sources": [1]},
+        {"format": "2"},
+        {"format": None},
+        {"format": [2]},
+        {"format": 99},
+        {"format": 2.5},
+    ],
+    ids=repr,
+)
+def test_an_index_that_says_something_else_is_refused_in_one_line(saved, values):
+    change(saved, **values)
+    with pytest.raises(ValueError, match="saved") as error:
+        load_index(saved)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("which", ["index.json", "embeddings", "clips"])
+def test_links_and_pipes_in_an_index_are_not_followed(saved, tmp_path, which):
+    (file,) = saved.glob(which + "*")
+    shutil.move(file, tmp_path / "outside")
+    file.symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=f"{file.name}.*a link, not a file"):
+        load_index(saved)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"{file.name}.*a pipe"):
+        load_index(saved)
+
+
+CLIP = {"path": "/a.mp4", "start": None, "end": None, "size": 1, "mtime_ns": 1}
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [
+        [],
+        "a.mp4",
+        {"path": "a.mp4"},
+        {**CLIP, "path": 3},
+        {**CLIP, "path": None},
+        {**CLIP, "start": "0"},
+        {**CLIP, "end": float("nan")},
+        {**CLIP, "end": 10**400},
+        {**CLIP, "size": 1.5},
+        {**CLIP, "size": True},
+        {**CLIP, "mtime_ns": None},
+        {**CLIP, "more": 1},
+    ],
+    ids=lambda clip: repr(clip)[:60],
+)
+def test_a_line_that_is_no_clips_is_told(saved, clip):
+    (file,) = saved.glob("clips-*")
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([lines[0], json.dumps(clip).encode() + b"\n", lines[2]]))
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged \(line 2 .*clipvip embed "):
+        load_index(saved)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"embeddings": torch.full((3, 16), float("nan"))},
+        {"embeddings": torch.zeros(3, 16)},
+        {"embeddings": torch.zeros(3, 0)},
+        {"embeddings": torch.eye(3, 16, dtype=torch.float64)},
+        {"embeddings": torch.eye(2, 16)},
+        {"embeddings": torch.ones(3)},
+        {"others": torch.eye(3, 16)},
+        {},
+    ],
+    ids=repr,
+)
+def test_embeddings_that_are_none_are_told(saved, tensors):
+    from safetensors.torch import save_file
+
+    (file,) = saved.glob("embeddings-*")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"is damaged \(.*clipvip embed ") as error:
+        load_index(saved)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["embeddings", "clips"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_the_same_build_again_repairs_an_index(
+    build, videos, tmp_path, embedded, caplog, which, damage
+):
+    before = build(videos)
+    (file,) = (tmp_path / "index").glob(which + "-*")
+    data = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(data[: len(data) // 2 * (damage == "cut")])
+    with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+        load_index(tmp_path / "index")
+    with pytest.raises(ValueError, match=f"{file.name} is damaged .* name all that it is to hold"):
+        build(videos / "a.mp4")
+    embedded.clear()
+    caplog.clear()
+    assert build(videos).clips == before.clips
+    assert embedded == ["a.mp4", "b.mp4", "c.mp4"]
+    assert any(
+        f"{file.name} is damaged" in message and "is embedded again" in message
+        for message in caplog.messages
+    )
+    after = load_index(tmp_path / "index")
+    assert torch.equal(after.embeddings, before.embeddings)
+    assert len(content(tmp_path / "index")) == 5
+
+
+def test_rows_of_another_length_are_embedded_again(build, videos, tmp_path):
+    before = build(videos)
+    wide = F.pad(before.embeddings, (0, 4))
+    index_module._write(Index(**{**vars(before), "embeddings": wide}), tmp_path / "index")
+    with pytest.raises(ValueError, match="have 20 values each, those of its model 16"):
+        search(tmp_path / "index", "a square")
+    assert torch.equal(build(videos).embeddings, before.embeddings)
+
+
+def in_cache(model, cache, name):
+    """Put a model into a cache of the hub."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(model, folder / "snapshots" / ("0" * 40))
+
+
+def test_search_takes_models_from_this_machine_alone(build, model, videos, tmp_path, monkeypatch):
+    import socket
+
+    def refused(*given):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    build(videos)
+    hits = search(tmp_path / "index", "a square")
+
+    shutil.copytree(model, tmp_path / "someone" / "model")  # brought along with an index
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "someone/model",
+        "./someone/model",
+        "https://a.b/c",
+        "--model",
+        "",
+        "a\0",
+        "\ud83d",
+    ):
+        change(tmp_path / "index", model=name)
+        with pytest.raises(ValueError, match=r"is not on this machine.*hf download ") as error:
+            search(tmp_path / "index", "a square")
+        assert str(error.value).isprintable()
+    change(tmp_path / "index", model="/a\0\ud83d")
+    with pytest.raises(ValueError, match="is no longer there"):
+        search(tmp_path / "index", "a square")
+
+    in_cache(model, tmp_path / "cache", "someone/model")
+    change(tmp_path / "index", model="someone/model")
+    assert search(tmp_path / "index", "a square") == hits
+
+
+def test_features_that_are_not_finite_become_no_rows(build, videos, tmp_path, monkeypatch, model):
+    from safetensors.torch import load_file, save_file
+
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    weights = load_file(own / "model.safetensors")
+    weights["visual_projection.weight"] *= float("nan")
+    save_file(weights, own / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="weights give no finite features of any of 3 clips"):
+        build(videos, model=own)
+    assert [*content(tmp_path / "index")] == [".lock"]
+
+    embed = index_module._embed
+
+    def one_not_finite(*arguments):
+        for rows in embed(*arguments):
+            yield {
+                clip: row * (float("inf") if clip.path.endswith("b.mp4") else 1)
+                for clip, row in rows.items()
+            }
+
+    monkeypatch.setattr(index_module, "_embed", one_not_finite)
+    index = build(videos)
+    assert names(index) == ["a.mp4", "c.mp4"]
+    assert index.bad_files == [{"path": str(videos / "b.mp4"), "reason": index_module.NOT_FINITE}]
+    monkeypatch.setattr(index_module, "_embed", embed)
+    assert names(build(videos)) == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+def test_a_query_without_finite_features_is_refused(saved, monkeypatch):
+    class Model:
+        def get_text_features(self, **inputs):
+            return torch.full((1, 16), float("nan"))
+
+    index = load_index(saved)
+    index.__dict__["_encoder"] = Model(), lambda text: {}
+    with pytest.raises(ValueError, match="gives the query no finite features"):
+        index.search("a")
+
+
+def test_a_full_disk_leaves_the_index_as_it_was(build, videos, tmp_path, monkeypatch):
+    before = build(videos)
+    there = content(tmp_path / "index")
+    write_clip(videos / "d.mp4", 90)
+    fsync, room = os.fsync, [0]
+
+    def full(descriptor):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    for steps in (1, 4, 6, 9):  # the lock's note is the first
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            room[0] = steps
+            with pytest.raises(
+                OSError, match=r"cannot be saved .*No space left on device"
+            ) as error:
+                build(videos)
+        assert "\n" not in str(error.value)
+        assert load_index(tmp_path / "index").clips == before.clips
+    assert there.keys() - content(tmp_path / "index").keys() == set()
+    assert len(build(videos).clips) == 4
+    assert len(content(tmp_path / "index")) == len(there)
+
+
+def test_names_that_no_file_can_have_cost_themselves_alone(build, videos, tmp_path):
+    lines = [b"a.mp4", b"nul\0.mp4", b"x" * 300 + b".mp4", b"f\0lder/b.mp4", b"\xff.mp4"]
+    (videos / "list.txt").write_bytes(b"\n".join(lines))
+    records = [
+        {"video": "b.mp4"},
+        {"video": "nul\0.mp4"},
+        {"video": "half\ud83d.mp4"},
+        {"video": "y" * 300 + "/c.mp4"},
+        {"vidoe": "deep/c.mp4"},
+        {"video": "deep/c.mp4", "start": 0.25},
+    ]
+    with (videos / "clips.jsonl").open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    (videos / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    (videos / "binary.jsonl").write_bytes(bytes(range(256)) * 10)
+    (videos / "texts.txt").write_text("a red square")
+    os.mkfifo(videos / "pipe.mp4")
+    os.mkfifo(videos / "pipe.txt")
+    (videos / "zero.mp4").symlink_to("/dev/zero")
+    (videos / "gone.mkv").symlink_to("nowhere")
+    for given in (videos / "*", [videos, *sorted(videos.iterdir())]):
+        out = tmp_path / str(len(str(given)))
+        index = build(given, out)
+        assert sorted(set(names(index))) == ["a.mp4", "b.mp4", "c.mp4"]
+        assert load_index(out).bad_files == index.bad_files
+        bad = [os.path.relpath(file["path"], videos) for file in index.bad_files]
+        assert len(set(bad)) == len(bad)
+        assert set(bad) == {
+            *("nul\0.mp4", "x" * 300 + ".mp4", "f\0lder/b.mp4", "\udcff.mp4"),
+            *("half\ud83d.mp4", "y" * 300 + "/c.mp4", "clips.jsonl:5"),
+            *("binary.txt", "binary.jsonl", "texts.txt"),
+            *("pipe.mp4", "pipe.txt", "zero.mp4", "gone.mkv"),
+        }
+        assert build(given, out).bad_files == index.bad_files
+
+
+def test_only_what_can_be_no_clip_is_an_error(build, videos, no_model):
+    os.mkfifo(videos / "pipe.mp4")
+    for name in ("binary.txt", "binary.jsonl"):
+        (videos / name).write_bytes(bytes(range(256)) * 10)
+    for name in ("pipe.mp4", "binary.txt", "binary.jsonl"):
+        with pytest.raises(ValueError, match=name) as error:
+            build(videos / name)
+        assert str(error.value).isprintable()

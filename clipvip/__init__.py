@@ -1,10 +1,18 @@
 """CLIP-ViP: video-text models from image-text CLIP, with kernels of their own.
 
-Importing this package loads torch and the compiled kernels; the model, the data
-path and the trainer are imported from their own modules when they are used.
+`clipvip.ops` loads torch and the compiled kernels on first use, so that a command can answer a
+signal before; the model, the data path and the trainer are imported from their own modules.
 """
 
-from clipvip import ops
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("ops", "_C"):
+        raise AttributeError(f"module 'clipvip' has no attribute {name!r}")
+    ops = importlib.import_module("clipvip.ops")  # and torch, whose libraries _C needs
+    return ops if name == "ops" else importlib.import_module("clipvip._C")

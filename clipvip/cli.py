@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from clipvip.training.preemption import leave_on_sigterm
+
+if Path(sys.argv[0]).stem == "clipvip" and sys.argv[1:2] == ["train"]:
+    leave_on_sigterm()  # before the imports that take their time
+
 import tyro
 from tyro.conf import Positional, arg
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import subprocess
 import time
@@ -33,7 +32,7 @@ def examine() -> Iterator[Finding]:
 
 def _core() -> Iterator[Finding]:
     try:
-        native = importlib.import_module("clipvip._C")
+        from clipvip import _C as native
     except ImportError as error:
         yield Finding("problem", "compiled core", f"{error}; build it with `pip install .`")
         return

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from clipvip.training.preemption import EXIT_STATUS, leave_on_sigterm
+
 USAGE = """usage: python -m clipvip.training CONFIG [key=value …] [--dry-run [--processes N]]
 
 CONFIG is a YAML file or the name of a packaged configuration: {names}.
@@ -25,6 +27,7 @@ resume=latest, the run goes on. One more SIGTERM, over 5 seconds later, ends at 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train by a configuration; an error is one line and exit status 1."""
+    leave_on_sigterm()
     from clipvip.files import shown
     from clipvip.training.config import (
         ConfigError,
@@ -33,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load_config,
         packaged_configs,
     )
-    from clipvip.training.preemption import EXIT_STATUS
 
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):

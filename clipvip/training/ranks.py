@@ -47,8 +47,8 @@ def meet(timeout: float) -> dict[str, Any]:
     store.set_timeout(patience)
     own = token = uuid.uuid4().hex
     store.set(f"clipvip-here-{rank}", own)
+    until = time.monotonic() + timeout
     if rank == 0:
-        until = time.monotonic() + timeout
         awaited = set(range(1, world))
         while awaited:
             for other in sorted(awaited):
@@ -60,7 +60,10 @@ def meet(timeout: float) -> dict[str, Any]:
                 raise RuntimeError(f"ranks {sorted(awaited)} did not come within {timeout:.0f} s")
             time.sleep(0.02)
     else:
-        token = store.get(f"clipvip-answer-{own}").decode()
+        answer = f"clipvip-answer-{own}"
+        while not store.check([answer]) and time.monotonic() < until:
+            time.sleep(0.02)  # rather than wait in the store, where no signal is heard
+        token = store.get(answer).decode()
         store.set(f"{token}-{rank}", "")
     _store = dist.PrefixStore(token, store)
     return {"store": _store, "rank": rank, "world_size": world}

@@ -623,6 +623,45 @@ with preemption.Preemption() as run:
     assert ended.stdout == b"lives\n" and ended.returncode == -signal.SIGTERM
 
 
+SIGTERM_AT_IMPORT = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == wanted:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+wanted, run = sys.argv[1:3]
+sys.argv = sys.argv[2:]
+sys.meta_path.insert(0, Finder())
+if run == "clipvip":
+    from clipvip.cli import main
+    main()
+runpy.run_module(run, run_name="__main__")
+"""
+
+
+def test_sigterm_before_the_first_step_ends_with_75_too(make_config, tmp_path):
+    """However early it comes; the first rank alone says so."""
+    overrides = [str(make_config.path), f"out={tmp_path / 'absent'}"]
+    starts = [
+        *(("clipvip", name, "0") for name in ("tyro", "omegaconf")),
+        *(("clipvip.training", name, "0") for name in ("omegaconf", "torch", "accelerate")),
+        ("clipvip.training", "torch", "1"),
+    ]
+    runs = []
+    for program, name, rank in starts:
+        given = ["train"] * (program == "clipvip") + overrides
+        command = [sys.executable, "-c", SIGTERM_AT_IMPORT, name, program, *given]
+        ranked = environment() | {"RANK": rank}
+        runs.append(subprocess.Popen(command, env=ranked, stderr=subprocess.PIPE, text=True))
+    for run, (*_, rank) in zip(runs, starts, strict=True):
+        said = run.communicate(timeout=60)[1]
+        assert run.returncode == 75, said
+        assert said == "clipvip: SIGTERM: ends, as no step is under way\n" * (rank == "0")
+    assert not (tmp_path / "absent").exists()
+
+
 def test_sigterm_leaves_a_validation_which_the_next_start_makes_up_for(
     make_config, tmp_path, world, monkeypatch
 ):

@@ -16,6 +16,7 @@ from clipvip.files import json_line, shown
 
 logger = logging.getLogger(__name__)
 
+_START = b'{"path": "'  # of each line
 COUNTED_FROM = 100  # distinct clips tried before their share of bad ones means anything
 
 
@@ -149,16 +150,20 @@ class _List:
     def _append(self, record: dict[str, Any], key: tuple[str, bool]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(OSError):  # no such locks here
+                fcntl.flock(file, fcntl.LOCK_EX)
             if file.seek(0, os.SEEK_END) < self.read_to:  # another file by now
                 self.read_to, self.listed = 0, set()
             file.seek(self.read_to)
-            whole, end, _ = file.read().rpartition(b"\n")
+            whole, end, rest = file.read().rpartition(b"\n")
             self.read_to += len(whole + end)
-            file.truncate(self.read_to)  # a run killed while writing leaves part of a line
+            if rest.startswith(_START) or _START.startswith(rest):
+                file.truncate(self.read_to)  # a run killed while writing leaves part of a line
+            else:  # somebody else's, who ends no lines
+                file.write(b"\n")
             for line in whole.splitlines():
-                with suppress(ValueError, TypeError, KeyError):  # damaged: at worst named twice
-                    known = json.loads(line)
+                with suppress(ValueError, TypeError, KeyError, RecursionError):
+                    known = json.loads(line)  # damaged: at worst named twice
                     self.listed.add((known["path"], bool(known.get("damaged"))))
             if key not in self.listed:
                 file.write(json_line(record))

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from pathlib import Path
@@ -47,6 +48,26 @@ def test_a_list_that_was_damaged_or_replaced_is_gone_on_with(left: str, tmp_path
     lines = path.read_text().splitlines()
     assert [loads["path"] for loads in map(json.loads, lines[-2:])] == ["2.mp4", "3.mp4"]
     assert len(lines) == 2 + left.endswith("\n")
+
+
+@pytest.mark.parametrize("last", [b"my own notes", b'{"seen": 1}', b"\xff\0"])
+def test_a_list_that_somebody_else_began_loses_nothing(last: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad_files.jsonl"
+    path.write_bytes(b"first\n" + last)
+    BadFiles(10, 1.0, path).note([], [failure(0), failure(1)])
+    lines = path.read_bytes().split(b"\n")
+    assert lines[:2] == [b"first", last]
+    assert [json.loads(line)["path"] for line in lines[2:-1]] == ["0.mp4", "1.mp4"]
+
+
+def test_where_a_file_system_has_no_locks_files_are_listed(tmp_path: Path, monkeypatch) -> None:
+    def refused(*given: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    path = tmp_path / "bad_files.jsonl"
+    BadFiles(10, 1.0, path).note([], [failure(0), failure(1)])
+    assert listed(path) == ["0.mp4", "1.mp4"]
 
 
 def test_names_come_back_from_the_list_and_are_logged_safely(tmp_path: Path, caplog) -> None:

@@ -24,9 +24,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,29 +41,34 @@ from clipvip.data.annotations import (
     REPAIRED,
     Annotations,
     Clip,
+    kind_of,
     parse_record,
     write_annotations,
 )
 from clipvip.data.bad_files import BadFile, BadFiles, Failure
 from clipvip.data.container import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
     Blob,
     DecodeError,
     Source,
+    as_decode_errors,
+    file_of,
     is_image,
 )
 from clipvip.data.decode import read_frames
+from clipvip.data.tars import MEDIA, Packed, open_url, read_samples
 from clipvip.data.transcode import Cut, cut, reencode, whole
 from clipvip.data.workers import Workers
 from clipvip.files import decode_text, json_line, only_run, shown, write_whole
+from clipvip.ops.resize_crop import check_compiled
 from clipvip.progress import progress
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "clipvip shards 1"
 MANIFEST = "manifest.jsonl"
-MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+MANIFEST_BYTES = 1 << 28  # a million shards
+MOST_CLIPS = 10**10  # of all shards of a manifest
+LEAST_BYTES = 512  # of a clip in a tar
 
 
 class ShardError(ValueError):
@@ -121,9 +127,9 @@ def write_shards(
         "seed": seed,
     }
     with only_run(out, "writes shards", ShardError), _settled(out, settings):
-        finished = _resume(out)
         order = np.random.default_rng(seed).permutation(len(clips))
         plan = np.split(order, range(clips_per_shard, len(clips), clips_per_shard))
+        finished = _resume(out, {shard_name(number) for number in range(len(plan))})
         todo = [number for number in range(len(plan)) if shard_name(number) not in finished]
         bad = BadFiles(len(clips), max_bad_share, out / "bad_files.jsonl")
         for shard in finished.values():
@@ -142,9 +148,11 @@ def write_shards(
                 done,
             )
             for number, written in crew.run(todo, ahead=1, ordered=False):
-                _append_line(out / MANIFEST, asdict(written.shard))
+                try:  # in this order, since what is noted as finished is not looked at again
+                    bad.note(plan[number].tolist(), written.failures)
+                finally:
+                    _append_line(out / MANIFEST, asdict(written.shard))
                 finished[written.shard.shard] = written.shard
-                bad.note(plan[number].tolist(), written.failures)
                 instead += written.instead
         for why, times in instead.most_common():
             logger.warning("%d %s %s", times, "clips" if times > 1 else "clip", why)
@@ -178,7 +186,9 @@ def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     if path.exists():
         try:
             old = json.loads(path.read_bytes())
-        except ValueError as error:
+            if not isinstance(old, dict):
+                raise ValueError(f"expected an object in braces, got {kind_of(old)}")
+        except (ValueError, RecursionError) as error:
             raise ShardError(f"{path}: {error}; give another folder, or delete this one") from error
         for key, value in settings.items():
             if old.get(key) != value:
@@ -188,12 +198,23 @@ def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
                     "annotations and options to go on with these"
                 )
     else:
-        write_whole(path, json.dumps(settings, indent=1) + "\n")
+        with _on_disk(path):
+            write_whole(path, json.dumps(settings, indent=1) + "\n")
     yield
 
 
-def _resume(out: Path) -> dict[str, Shard]:
-    """The finished shards; sweeps away what a killed run left half done."""
+@contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    """Say in an error of the disk which file it struck, and that the run can be resumed."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}; what is finished stays: mend that and run again"
+        raise OSError(error.errno, reason, os.fspath(path)) from error
+
+
+def _resume(out: Path, names: Collection[str]) -> dict[str, Shard]:
+    """The finished shards of these; sweeps away what a killed run left half done."""
     for partial in out.glob("*.partial"):
         partial.unlink()
     path = out / MANIFEST
@@ -204,7 +225,9 @@ def _resume(out: Path) -> dict[str, Shard]:
             shards = _parse_manifest(text, str(path))
         except ShardError as error:
             raise ShardError(f"{error}; delete that line, and its shard is written again") from None
-        finished = {s.shard: s for s in shards if _size(out / s.shard) == s.bytes}
+        finished = {
+            s.shard: s for s in shards if s.shard in names and _size(out / s.shard) == s.bytes
+        }
         _write_manifest(path, finished.values())
     return finished
 
@@ -217,11 +240,12 @@ def _size(path: Path) -> int:
 
 
 def _write_manifest(path: Path, shards: Iterable[Shard]) -> None:
-    write_whole(path, (json_line(asdict(shard)) for shard in shards))
+    with _on_disk(path):
+        write_whole(path, (json_line(asdict(shard)) for shard in shards))
 
 
 def _append_line(path: Path, record: dict[str, Any]) -> None:
-    with path.open("ab") as file:
+    with _on_disk(path), path.open("ab") as file:
         file.write(json_line(record))
         file.flush()
         os.fsync(file.fileno())
@@ -275,10 +299,17 @@ class _Writer:
         self.size = size
 
     def __call__(self, number: int, condemned: frozenset[int]) -> _Written:
+        check_compiled()  # or every clip would seem to be bad
+        partial = self.out / f"{shard_name(number)}.partial"
+        try:
+            with _on_disk(partial):
+                return self._write(number, partial, condemned)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _write(self, number: int, partial: Path, condemned: frozenset[int]) -> _Written:
         from webdataset import TarWriter
 
-        name = shard_name(number)
-        partial = self.out / f"{name}.partial"
         failures: list[Failure] = []
         instead: Counter[str] = Counter()
         counts = {"clips": 0, "texts": 0, "subtitles": 0, "captions": 0}
@@ -291,29 +322,33 @@ class _Writer:
                     try:
                         if place in condemned:
                             raise DecodeError(clip.video, workers.CONDEMNED)
-                        stored = self._stored(clip)
-                        tar.write({"__key__": f"{place:09d}", **_sample(clip, stored)})
-                        instead.update([stored.instead] if stored.instead else ())
-                        counts["clips"] += 1
-                        counts["texts"] += bool(clip.text)
-                        counts["subtitles"] += clip.subtitle is not None
-                        counts["captions"] += clip.caption is not None
+                        # What a clip raises is its own fault; what writing raises, the disk's.
+                        with as_decode_errors(file_of(clip.video)):
+                            stored = self._stored(clip)
+                            sample = _sample(clip, stored)
                     except DecodeError as error:
                         # An error of bytes in memory has but a name for a path.
                         path = clip.image if error.path == clip.image else clip.video
                         bad = BadFile(str(path), error.reason, clip.line)
                         failures.append(Failure(place, bad))
+                    else:
+                        tar.write({"__key__": f"{place:09d}", **sample})
+                        instead.update([stored.instead] if stored.instead else ())
+                        counts["clips"] += 1
+                        counts["texts"] += bool(clip.text)
+                        counts["subtitles"] += clip.subtitle is not None
+                        counts["captions"] += clip.caption is not None
                     workers.tell(1)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self.out / name)
         shard = Shard(
-            shard=name,
+            shard=shard_name(number),
             bytes=hashed.bytes,
             sha256=hashed.digest.hexdigest(),
             bad=len(failures),
             **counts,
         )
+        partial.replace(self.out / shard.shard)
         return _Written(shard, failures, instead)
 
     def _stored(self, clip: Clip) -> Cut:
@@ -389,47 +424,55 @@ class Stored(NamedTuple):
     source: Clip | None
 
 
-def read_samples(file: Any, url: str) -> Iterator[dict[str, Any]]:
-    """WebDataset's samples of one open tar, in order. Of an endless variety of errors."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    return group_by_keys(tar_file_expander([{"url": url, "stream": file}]))
-
-
-def unpack(sample: dict[str, Any], url: str) -> Stored:
+def unpack(sample: Packed, url: str) -> Stored:
     """A sample's clip. Raises DecodeError where it holds none."""
-    name = f"{url}/{sample['__key__']}"
+    name, members = f"{url}/{sample.key}", sample.members
+    if sample.fault is not None:
+        raise DecodeError(name, sample.fault)
     try:
-        record = json.loads(sample.get("json", b"{}"))
-        source = record.get("source")
+        record = json.loads(members.get("json", b"{}"))
+        if not isinstance(record, dict):
+            raise ValueError(f"expected an object in braces, got {kind_of(record)}")
         keys = ("text", "subtitle", "caption", "start", "end")
         known = {key: record[key] for key in keys if record.get(key) not in (None, "", [])}
-        text, guessed = decode_text(sample.get("txt", b""))
+        text, guessed = decode_text(members.get("txt", b""))
         text = text.strip()
         if text:
             known = {"text": text, "caption": text} | known
-        line = source.get("line", 0) if isinstance(source, dict) else 0
-        clip = parse_record({**known, "video": name}, Path(), line)
-        origin = None
-        if isinstance(source, dict):
-            given = {key: value for key, value in source.items() if key != "line"}
-            origin = parse_record(
-                {**given, **{k: known[k] for k in keys[:3] if k in known}}, Path()
-            )
-            origin = replace(origin, line=line)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DecodeError(name, f"its text or JSON: {error}") from error
+        said = {key: known[key] for key in keys[:3] if key in known}
+        origin = _origin(record.get("source"), said)
+        line = 0 if origin is None else origin.line
+        # A tar may give its members names that no file can have.
+        clip = replace(parse_record({**known, "video": "in a tar"}, Path(), line), video=Path(name))
+    except Exception as error:  # of what a stranger may have written there is no end
+        reason = str(error) or type(error).__name__
+        raise DecodeError(name, f"its text or JSON: {reason}") from error
     if clip.repaired:
         _warn_first(name, REPAIRED)
     if guessed:
         _warn_first(name, "its text is not UTF-8; read as Windows-1252")
-    media = {key: f".{key.rpartition('.')[2]}" for key in sample}
-    videos = [key for key, suffix in media.items() if "." not in key and suffix in MEDIA]
-    images = [key for key, suffix in media.items() if key.startswith("image.") and suffix in MEDIA]
+    media = [key for key in members if f".{key.rpartition('.')[2]}" in MEDIA]
+    videos = [key for key in media if "." not in key]
+    images = [key for key in media if "." in key]
     if len(videos) != 1:
         raise DecodeError(name, f"expected one video or image, got {', '.join(videos) or 'none'}")
-    blobs = [Blob(f"{name}.{key}", sample[key]) for key in videos + images[:1]]
+    blobs = [Blob(f"{name}.{key}", members[key]) for key in videos + images[:1]]
     return Stored(clip, blobs[0], blobs[1] if images else None, origin)
+
+
+def _origin(source: Any, said: dict[str, Any]) -> Clip | None:
+    """The annotation that a clip was made from; None where other programs name something else so.
+    said: the clip's texts."""
+    if not isinstance(source, dict):
+        return None
+    line = source.get("line", 0)
+    if type(line) is not int or not 0 <= line < 1 << 63:
+        return None
+    try:
+        given = {key: value for key, value in source.items() if key != "line"}
+        return parse_record(given | said, Path(), line)
+    except ValueError:
+        return None
 
 
 _warned: set[str] = set()
@@ -474,22 +517,22 @@ def is_shards(source: str) -> bool:
 
 
 def _read_manifest(path: str) -> dict[str, Shard]:
-    import fsspec
-
     try:
-        with fsspec.open(path, "rb") as file:
-            shards = _parse_manifest(file.read(), path)
+        with open_url(path) as file:
+            text = file.read(MANIFEST_BYTES + 1)
+            if len(text) > MANIFEST_BYTES:
+                raise ValueError(f"more than {MANIFEST_BYTES >> 20} MiB")
     except FileNotFoundError:
         raise ShardError(
             f"no manifest {path}; `clipvip shard` writes one, `clipvip verify --manifest` one of "
             "tars made elsewhere"
         ) from None
-    except ShardError:
-        raise
     except (OSError, ValueError, ImportError) as error:
         raise ShardError(f"{path}: {error}; expected a manifest of shards") from error
-    if not any(shard.clips for shard in shards):
-        raise ShardError(f"{path}: names no clips")
+    shards = _parse_manifest(text, path)
+    clips = sum(shard.clips for shard in shards)
+    if not 0 < clips <= MOST_CLIPS:
+        raise ShardError(f"{path}: names {clips or 'no'} clips; expected 1 to {MOST_CLIPS}")
     return {shard.shard: shard for shard in shards}
 
 
@@ -497,12 +540,27 @@ def _parse_manifest(text: bytes, path: str) -> list[Shard]:
     shards = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            shards += [Shard(**json.loads(line))] if line.strip() else []
-        except (ValueError, TypeError) as error:
+            shards += [_parse_shard(line)] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:
             raise ShardError(
                 f"{path}:{number}: expected a shard, as `clipvip shard` notes it; {error}"
             ) from error
     return shards
+
+
+def _parse_shard(line: bytes) -> Shard:
+    shard = Shard(**json.loads(line))
+    name, parts = shard.shard, [shard.clips, shard.texts, shard.subtitles, shard.captions]
+    if not isinstance(name, str) or not name or "\0" in name or ".." in name.split("/"):
+        raise ValueError(f"'shard' is {name!r:.80}, not the name of a tar beside it, or in full")
+    name.encode("utf-8", "surrogateescape")
+    if not all(type(count) is int and count >= 0 for count in [*parts, shard.bytes, shard.bad]):
+        raise ValueError("its counts are not all whole numbers from 0 on")
+    if max(parts) > shard.clips or shard.clips * LEAST_BYTES > shard.bytes:
+        raise ValueError(f"its {shard.clips} clips do not agree with its other counts or its bytes")
+    if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        raise ValueError("its sha256 is none")
+    return shard
 
 
 def parent(url: str) -> str:
@@ -599,7 +657,7 @@ def verify_shards(
         from webdataset.shardlists import expand_urls
 
         shards = [(url, None) for url in expand_urls(source)]
-    firsts = np.cumsum([0, *(shard.clips if shard else 10**6 for _, shard in shards)]).tolist()
+    firsts = np.cumsum([0, *(shard.clips if shard else MOST_CLIPS for _, shard in shards)]).tolist()
 
     def name(place: int) -> str:
         number = int(np.searchsorted(firsts, place, side="right")) - 1
@@ -661,14 +719,12 @@ class _ShardVerifier:
         self.firsts = firsts
 
     def __call__(self, number: int, condemned: frozenset[int]) -> _Checked:
-        import fsspec
-
         url, expected = self.shards[number]
         bad: list[BadFile] = []
         sources: list[Clip] = []
         counts = {"clips": 0, "texts": 0, "subtitles": 0, "captions": 0}
         try:
-            with fsspec.open(url, "rb") as file:
+            with open_url(url) as file:
                 hashed = _Hashed(file)
                 for sample in read_samples(hashed, url):
                     place = self.firsts[number] + counts["clips"]
@@ -676,21 +732,20 @@ class _ShardVerifier:
                     counts["clips"] += 1
                     try:
                         stored = unpack(sample, url)
+                        counts["texts"] += bool(stored.clip.text)
+                        counts["subtitles"] += stored.clip.subtitle is not None
+                        counts["captions"] += stored.clip.caption is not None
                         if place in condemned:
                             raise DecodeError(stored.video.name, workers.CONDEMNED)
                         check_decodes(stored.clip, stored.video, stored.image)
                     except DecodeError as error:
                         bad.append(BadFile(str(error.path), error.reason, 0))
                         continue
-                    counts["texts"] += bool(stored.clip.text)
-                    counts["subtitles"] += stored.clip.subtitle is not None
-                    counts["captions"] += stored.clip.caption is not None
                     sources += [stored.source] if stored.source else []
                 while hashed.read(1 << 20):
                     pass
-        except Exception as error:  # tarfile, fsspec and what lies below them
-            reason = "no such file" if isinstance(error, FileNotFoundError) else reason_of(error)
-            return _Checked(counts["clips"], [*bad, BadFile(url, reason, 0)], [], None)
+        except Exception as error:  # fsspec and what lies below it
+            return _Checked(counts["clips"], [*bad, BadFile(url, reason_of(error), 0)], [], None)
         shard = Shard(
             shard=url if expected is None else expected.shard,
             bytes=hashed.bytes,
@@ -705,6 +760,9 @@ class _ShardVerifier:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong with a tar, without the object that webdataset names after an @."""
-    said = " ".join(str(part) for part in error.args[:1]).partition(" @ <")[0]
-    return f"{type(error).__name__}: {said}"
+    """What went wrong with a tar."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, DecodeError):
+        return error.reason
+    return f"{type(error).__name__}: {error}"

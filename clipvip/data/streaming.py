@@ -28,12 +28,15 @@ from clipvip.data.bad_files import BadFiles
 from clipvip.data.container import DecodeError
 from clipvip.data.dali import start_engine
 from clipvip.data.loader import ClipLoader, Collate, Reading, Sample, check_rank
-from clipvip.data.shards import ShardError, load_manifest, read_samples, reason_of, unpack
+from clipvip.data.shards import ShardError, load_manifest, reason_of, unpack
+from clipvip.data.tars import Packed, open_url, read_samples
 
 LANES = 16
 RETRIES = (1.0, 4.0)  # seconds to wait before a tar is opened again
 SMALL = 2  # clips a lane below which each lane has all of a source, in an order of its own
-NEAR = 8  # of a shard's first clips one takes the place of an unreadable one: quick to reach
+# One of so many first clips of a shard takes the place of an unreadable one: quick to reach. Twice
+# as many at each of five further tries, since a shard may begin with unreadable ones.
+NEAR = 8
 
 
 class Source:
@@ -51,6 +54,7 @@ class Source:
         self.counts = np.array([shard.clips for _, shard in found])
         self.firsts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self.texts = sum(shard.texts for _, shard in found)
+        self.bad = sum(shard.bad for _, shard in found)
         self.sentences = sum(shard.subtitles + shard.captions for _, shard in found)
 
     def __len__(self) -> int:
@@ -77,8 +81,9 @@ class Shards:
     def check(self, task: str) -> None:
         """ShardError where the task has nothing to train on."""
         for source in self.sources:
-            if task == "retrieval" and source.texts < len(source):
-                mute = len(source) - source.texts
+            mute = len(source) - source.texts
+            # Clips of which nothing can be read may have a text: they are told when they are met.
+            if task == "retrieval" and mute > source.bad:
                 raise ShardError(f"{source.url}: {mute} of {len(source)} clips have no text")
             if task == "omnisource" and not source.sentences:
                 raise ShardError(f"{source.url}: no clip has a subtitle or caption")
@@ -265,7 +270,7 @@ class _Drawn(NamedTuple):
     turn: int
     place: int
     url: str
-    sample: dict[str, Any] | DecodeError
+    sample: Packed | DecodeError
 
 
 class _Lane:
@@ -335,15 +340,13 @@ class _Lane:
             yield held.pop(wanted)
 
 
-def _read(url: str, first: int, end: int) -> Iterator[tuple[int, dict[str, Any] | DecodeError]]:
+def _read(url: str, first: int, end: int) -> Iterator[tuple[int, Packed | DecodeError]]:
     """Clips [first, end) of a tar, each with its number; an error for each that is not there."""
-    import fsspec
-
-    reason = "no such file"
+    reason = ""
     for wait in (0.0, *(RETRIES if "://" in url else ())) if first < end else ():
         time.sleep(wait)
         try:
-            with fsspec.open(url, "rb") as file:
+            with open_url(url) as file:
                 for index, sample in enumerate(read_samples(file, url)):
                     if index == first:
                         yield index, sample
@@ -351,10 +354,10 @@ def _read(url: str, first: int, end: int) -> Iterator[tuple[int, dict[str, Any] 
                     if first == end:
                         return
             reason = f"ends before its clip {first}; its manifest names more"
-        except FileNotFoundError:
-            break
-        except Exception as error:  # tarfile, fsspec and what lies below them
+        except Exception as error:  # fsspec and what lies below it
             reason = reason_of(error)
+            if isinstance(error, FileNotFoundError):
+                break
     for index in range(first, end):
         yield index, DecodeError(url, reason)
 
@@ -394,7 +397,7 @@ class _ShardBatches:
             generator = np.random.default_rng((self.plan.seed, 3, turn, place, attempt))
             sample.attempt = attempt
             if attempt:
-                drawn = self._other(drawn.number, generator)
+                drawn = self._other(drawn.number, generator, NEAR << min(attempt - 1, 5))
                 sample.place = drawn.place
             sample.tried.append(sample.place)
             workers.at(sample.place)
@@ -402,7 +405,7 @@ class _ShardBatches:
             try:
                 if isinstance(drawn.sample, DecodeError):
                     raise drawn.sample
-                name = f"{drawn.url}/{drawn.sample['__key__']}"
+                name = f"{drawn.url}/{drawn.sample.key}"
                 stored = unpack(drawn.sample, drawn.url)
                 clip, line = stored.clip, stored.clip.line
                 if sample.place in condemned:
@@ -417,11 +420,11 @@ class _ShardBatches:
                 sample.failed(name, error.reason, line)
         return sample
 
-    def _other(self, number: int, generator: np.random.Generator) -> _Drawn:
-        """A clip of the same source, near the beginning of some shard."""
+    def _other(self, number: int, generator: np.random.Generator, near: int) -> _Drawn:
+        """A clip of the same source, one of the first `near` of some shard."""
         source = self.plan.shards.sources[number]
         shard = int(generator.integers(len(source.urls)))
-        index = int(generator.integers(min(NEAR, int(source.counts[shard]))))
+        index = int(generator.integers(min(near, int(source.counts[shard]))))
         return self._drawn(number, 0, shard, index)
 
     def _drawn(self, number: int, turn: int, shard: int, index: int) -> _Drawn:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from clipvip.data import shards
 from clipvip.data.annotations import Clip, load_annotations, write_annotations
-from clipvip.data.shards import read_samples, unpack, verify_shards, write_shards
+from clipvip.data.shards import unpack, verify_shards, write_shards
+from clipvip.data.tars import read_samples
 
 NAME = os.fsdecode(b"caf\xe9 \xc3\xa9\n.mp4")
 PICTURE = os.fsdecode(b"\xff.png")

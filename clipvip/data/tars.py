@@ -1,0 +1,224 @@
+"""Reading WebDataset tars: members of one name, side by side, make a sample.
+
+A tar is read once, from its first byte to its last, and nothing in it is expanded, so that what is
+held in memory is never more than what lies in the file: compressed tars are refused, and a member
+with holes costs its sample. Names in a tar are only names; nothing is written to them.
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import IO, NamedTuple, Protocol, cast
+
+from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+
+MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+TEXTS = ("json", "txt")
+TEXT_BYTES = 16 << 20  # that a text, of a tar or beside a video, may have
+HEADER_BYTES = 1 << 20  # that a long name, or the records of pax, may have
+BLOCK, PIECE = 512, 1 << 24
+DIGITS = 20  # of a number of bytes
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK": "zip",
+}
+PAX = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
+ABOUT_NEXT = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
+
+
+@dataclass(slots=True)
+class Packed:
+    """A sample as it lies in a tar: the members that are media or texts, by their suffixes in lower
+    case. fault: why it cannot be used; None where nothing speaks against it."""
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    fault: str | None = None
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
+    """Open a path or any fsspec URL to read bytes. Raises whatever fsspec does, and OSError for
+    a path that is no file: opening a pipe would wait, and a device may never end."""
+    import fsspec
+
+    path = url.removeprefix("file://")
+    if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("a folder, pipe, socket or device, not a file")
+    return cast(AbstractContextManager[IO[bytes]], fsspec.open(url, "rb"))
+
+
+def read_samples(file: Readable, url: str) -> Iterator[Packed]:
+    """Samples of one open tar, in order. Raises DecodeError where the tar cannot be read, or read
+    on, and whatever the file does."""
+    sample: Packed | None = None
+    for member in _members(_Bytes(file, url)):
+        key, suffix = _split(member.name)
+        if not key:
+            continue
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            sample = Packed(key)
+        fault = member.fault
+        if suffix in sample.members:
+            fault = f"two members have the suffix .{suffix}"
+        sample.fault = sample.fault or fault
+        if _most_bytes(member.name):
+            sample.members[suffix] = member.data
+    if sample is not None:
+        yield sample
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix: all of a file's name from its first dot on. No key: part of no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    if not stem or stem == base or META.match(name):
+        return "", ""
+    return f"{folder}{slash}{stem}", suffix.lower()
+
+
+def _most_bytes(name: str) -> int:
+    """Bytes that a member may have to be held; 0 for what no sample needs."""
+    _, suffix = _split(name)
+    if suffix in TEXTS:
+        return TEXT_BYTES
+    kind, _, last = suffix.rpartition(".")
+    return 1 << 62 if f".{last}" in MEDIA and kind in ("", "image") else 0
+
+
+# --- the format -----------------------------------------------------------------------------
+
+
+class _Bytes:
+    """The bytes of a tar, in order. at: how many were read."""
+
+    def __init__(self, file: Readable, url: str) -> None:
+        self.file = file
+        self.url = url
+        self.at = 0
+
+    def take(self, count: int) -> bytes:
+        data = self.up_to(count)
+        if len(data) < count:
+            raise DecodeError(self.url, f"cut off at byte {self.at}, within a member")
+        return data
+
+    def up_to(self, count: int) -> bytes:
+        """Fewer where the tar ends. In pieces: a header may claim more than there is memory."""
+        pieces = []
+        while count and (piece := self.file.read(min(count, PIECE))):
+            pieces.append(piece)
+            self.at += len(piece)
+            count -= len(piece)
+        return b"".join(pieces)
+
+    def skip(self, count: int) -> None:
+        for left in range(count, 0, -PIECE):
+            self.take(min(left, PIECE))
+
+
+class _Member(NamedTuple):
+    """A regular file. data: empty where it is not held."""
+
+    name: str
+    data: bytes
+    fault: str | None
+
+
+def _members(tar: _Bytes) -> Iterator[_Member]:
+    """Regular files of a tar (POSIX.1-2001 and GNU's forms), in order. Others are skipped."""
+    while True:
+        records: dict[bytes, bytes] | None = {}  # of the headers before a member's; None: damaged
+        info = _header(tar)
+        while info is not None and info.type in ABOUT_NEXT:
+            found = _about_next(tar, info)
+            records = None if records is None or found is None else records | found
+            info = _header(tar)
+        if info is None:
+            return
+        known = records or {}
+        size = int(known.get(b"size", info.size))
+        name = known.get(b"GNU.sparse.name", known.get(b"path"))
+        named = info.name if name is None else name.decode("utf-8", "surrogateescape")
+        if size < 0:
+            raise DecodeError(tar.url, f"damaged at byte {tar.at}: a member of {size} bytes")
+        if not info.isreg():
+            # As for links, though not for types that nobody knows, no data follows.
+            tar.skip(0 if info.type in tarfile.SUPPORTED_TYPES else size + -size % BLOCK)
+            continue
+        fault, most = None, _most_bytes(named)
+        if records is None:
+            fault = "its pax header makes no sense"
+        elif info.type == tarfile.GNUTYPE_SPARSE or any(
+            key.startswith(b"GNU.sparse.") for key in known
+        ):
+            fault = "a sparse file, whose holes are not expanded; pack it without --sparse"
+        elif size > most > 0:
+            fault = f"{size} bytes of .{_split(named)[1]}; expected at most {most}"
+        data = tar.take(size) if fault is None and most else b""
+        tar.skip(size - len(data))
+        yield _Member(named, data, fault)
+        tar.up_to(-size % BLOCK)
+
+
+def _header(tar: _Bytes) -> tarfile.TarInfo | None:
+    """The next member's, or None at the end, which may lack the block of zeros that marks it."""
+    head = tar.up_to(BLOCK)
+    if not head and not tar.at:
+        raise DecodeError(tar.url, "empty file (0 bytes)")
+    if not any(head):
+        return None
+    try:
+        info = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        kind = next((COMPRESSED[mark] for mark in COMPRESSED if head.startswith(mark)), None)
+        if tar.at > len(head):
+            reason = f"damaged or cut off at byte {tar.at - len(head)} ({error})"
+        elif kind is not None:
+            reason = f"compressed ({kind}); only plain tars are read, so decompress it"
+        else:
+            reason = "not a tar"
+        raise DecodeError(tar.url, reason) from None
+    more = info.type == tarfile.GNUTYPE_SPARSE and head[482]
+    while more:  # the map of its holes goes on
+        more = tar.take(BLOCK)[504]
+    return info
+
+
+def _about_next(tar: _Bytes, info: tarfile.TarInfo) -> dict[bytes, bytes] | None:
+    """What a header says about the member after it; None where it makes no sense."""
+    if not 0 <= info.size <= HEADER_BYTES:
+        raise DecodeError(tar.url, f"damaged at byte {tar.at}: a header of {info.size} bytes")
+    text = tar.take(info.size + -info.size % BLOCK)[: info.size]
+    if info.type == tarfile.GNUTYPE_LONGNAME:
+        return {b"path": text.partition(b"\0")[0]}
+    return _records(text) if info.type in PAX else {}
+
+
+def _records(text: bytes) -> dict[bytes, bytes] | None:
+    """Those of pax, "LENGTH KEY=VALUE\\n" each; None where they make no sense."""
+    found, at = {}, 0
+    while at < len(text) and text[at]:
+        digits = text[at : at + DIGITS].partition(b" ")[0]
+        if not digits.isdigit():
+            return None
+        end = at + int(digits)
+        key, equals, value = text[at + len(digits) + 1 : end].partition(b"=")
+        if not equals or not value.endswith(b"\n") or end > len(text):
+            return None
+        found[key] = value[:-1]
+        at = end
+    size = found.get(b"size", b"0")
+    return found if size.isdigit() and len(size) < DIGITS else None

@@ -464,8 +464,8 @@ class _Encoding:
     def __init__(self, work: Work) -> None:
         self.work = work
 
-    def __call__(self, task: Any, condemned: frozenset[int]) -> "_Parcel":
-        return _Parcel(self.work.samples(task, condemned))
+    def __call__(self, task: Any, condemned: frozenset[int]) -> list[Sample]:
+        return self.work.samples(task, condemned)
 
 
 class _Again:
@@ -477,46 +477,6 @@ class _Again:
 
     def __call__(self, sample: tuple[Any, int], condemned: frozenset[int]) -> Sample:
         return self.work.sample(*sample, condemned)
-
-
-class _Parcel:
-    """Samples between processes: with all their tensors in one piece of shared memory, since each
-    piece takes a file handle."""
-
-    def __init__(self, samples: list[Sample]) -> None:
-        self.samples = samples
-
-    def __getstate__(self) -> tuple[list[Sample], list[torch.Size], Tensor]:
-        bare, tensors = [], []
-        for sample in self.samples:
-            frames, image = sample.frames, sample.image
-            if isinstance(frames, Encoded):
-                tensors.append(frames.data)
-                frames = replace(frames, data=NOTHING)
-            elif frames is not None:
-                tensors.append(frames)
-                frames = NOTHING
-            if image is not None:
-                tensors.append(image)
-                image = NOTHING
-            bare.append(replace(sample, frames=frames, image=image))
-        whole = torch.cat([NOTHING, *(tensor.reshape(-1) for tensor in tensors)])
-        return bare, [tensor.shape for tensor in tensors], whole
-
-    def __setstate__(self, state: tuple[list[Sample], list[torch.Size], Tensor]) -> None:
-        self.samples, shapes, whole = state
-        parts = whole.split([shape.numel() for shape in shapes])
-        tensors = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-        for sample in self.samples:
-            if isinstance(sample.frames, Encoded):
-                sample.frames.data = next(tensors)
-            elif sample.frames is not None:
-                sample.frames = next(tensors)
-            if sample.image is not None:
-                sample.image = next(tensors)
-
-
-NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class _ByDali:
@@ -534,9 +494,9 @@ class _ByDali:
         self._name = name
         self._workers: Workers[Any, Sample] | None = None
 
-    def __call__(self, parcel: _Parcel) -> tuple[Batch | None, Report]:
+    def __call__(self, samples: list[Sample]) -> tuple[Batch | None, Report]:
         with self.decoder.apart():
-            batch, report = self.collate(self._decoded(parcel.samples))
+            batch, report = self.collate(self._decoded(samples))
         for value in (batch or {}).values():
             if value.is_cuda:  # made on another stream than it is used on
                 value.record_stream(torch.cuda.default_stream(value.device))

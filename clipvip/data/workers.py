@@ -1,18 +1,28 @@
 """Processes that do tasks, and are replaced when they die.
 
 `Workers(work, count).run(tasks)` gives (task, work(task, condemned)) for each task. A process
-that dies (a decoder crashes, memory runs out) or says nothing for TIMEOUT seconds is named in
-the log with the place it was `at`, and another takes over its tasks. A place at which two
-processes died is condemned: work is to leave it out.
+that dies (a decoder crashes, memory runs out) or stays at one place without a word for TIMEOUT
+seconds is named in the log with the place it was `at`, and another takes over its tasks. A place
+at which two processes died is condemned: work is to leave it out. With no processes (count 0),
+work that crashes or never ends takes this one with it.
+
+Results may hold tensors: on Linux these go through memory that has no name, neither in /dev/shm,
+of which a container has little, nor elsewhere, and that is free once nobody holds them.
 
 No process outlives its parent, however that ends.
 """
 
+import ctypes
+import errno
 import gc
+import io
 import logging
+import math
 import multiprocessing
 import os
+import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,13 +33,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawArray
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 900.0  # seconds without a word after which a process counts as stuck
+TIMEOUT = 900.0  # seconds at one place without a word after which a process counts as stuck
+START = 60.0  # the same for one that was forked and has not begun
 CONDEMNED = "two processes died while they read it"
 DEATHS_IN_A_ROW = 10  # without a result between them: more is wrong than a file
 
@@ -54,6 +68,23 @@ class _Key(NamedTuple):
     number: int
 
 
+BEGUN = _Key(-1, -1)  # stands for no task: the first word of each process
+
+
+class _Failure(NamedTuple):
+    """An error of `work`, as it goes between processes."""
+
+    error: Exception
+    trace: str
+    place: int
+
+
+class _Slot(ctypes.Structure):
+    """The place a process is at, and since when by the monotonic clock, in shared memory."""
+
+    _fields_ = (("place", ctypes.c_longlong), ("since", ctypes.c_double))
+
+
 class Workers(Generic[Task, Result]):
     """`count` processes that do `work`; with 0 it is done in this one.
 
@@ -75,11 +106,11 @@ class Workers(Generic[Task, Result]):
         self._deaths: Counter[int] = Counter()
         self._deaths_in_a_row = 0
         self._condemned: frozenset[int] = frozenset()
-        self._places = RawArray("q", [-1] * max(count, 1))
+        self._slots = RawArray(_Slot, max(count, 1))
         self._crew: list[_Worker] = []
         weakref.finalize(self, _stop, self._crew, os.getpid())
         for number in range(count):
-            self._crew.append(_Worker(number, work, self._places))
+            self._crew.append(_Worker(number, work, self._slots))
 
     def run(
         self,
@@ -137,19 +168,20 @@ class Workers(Generic[Task, Result]):
     def _results(self) -> Iterator[tuple[_Key, Result]]:
         """Waits for word from any process; looks after those that died."""
         busy = [worker for worker in self._crew if worker.tasks]
-        left = min(worker.heard + TIMEOUT for worker in busy) - time.monotonic()
-        waited: list[Any] = [worker.connection for worker in busy]
+        left = min(worker.deadline for worker in busy) - time.monotonic()
+        waited: list[Any] = [w.connection for w in busy if not w.connection.closed]
         ready = wait([*waited, *(worker.process.sentinel for worker in busy)], max(left, 0.0))
         for worker in busy:
             if worker.connection in ready:
                 try:
-                    key, value, error = worker.connection.recv()
-                except (EOFError, OSError):  # died; what it shared may have gone with it
+                    key, value, failure = worker.receive()
+                except (EOFError, OSError):  # died
                     self._replace(worker)
                     continue
-                worker.heard = time.monotonic()
-                if error is not None and key in worker.tasks:
-                    raise error[0] from RemoteTraceback(error[1])
+                if key == BEGUN:
+                    continue
+                if failure is not None and key in worker.tasks:
+                    self._fail(worker, failure)
                 if key is None:
                     self._heard(value)
                     continue
@@ -158,17 +190,29 @@ class Workers(Generic[Task, Result]):
                 yield key, value
             elif worker.process.sentinel in ready:
                 self._replace(worker)
-            elif time.monotonic() > worker.heard + TIMEOUT:
+            elif time.monotonic() > worker.deadline:
                 worker.process.kill()
-                self._replace(worker, f"said nothing for {TIMEOUT:.0f} s")
+                self._replace(
+                    worker,
+                    f"said nothing for {worker.patience:.0f} s"
+                    if worker.begun
+                    else f"did not begin within {worker.patience:.0f} s of its start",
+                )
+
+    def _where(self, place: int) -> str:
+        return "between two clips" if place < 0 else f"at {self._name(place)}"
+
+    def _fail(self, worker: "_Worker", failure: _Failure) -> None:
+        error, where = failure.error, self._where(failure.place)
+        logger.error("worker %d raised %s %s", worker.number, type(error).__name__, where)
+        raise error from RemoteTraceback(f"In worker {worker.number}, {where}:\n{failure.trace}")
 
     def _replace(self, worker: "_Worker", reason: str | None = None) -> None:
         worker.process.join(5)
-        place = self._places[worker.number]
-        what = "between two clips" if place < 0 else f"at {self._name(place)}"
+        place = worker.slot.place
         told = (
             f"worker {worker.number} (process {worker.process.pid}) "
-            f"{reason or _how_it_ended(worker.process.exitcode)} {what}"
+            f"{reason or _how_it_ended(worker.process.exitcode)} {self._where(place)}"
         )
         # A scheduler sends SIGTERM to all processes: it says nothing of a clip.
         own = worker.process.exitcode != -signal.SIGTERM
@@ -186,7 +230,7 @@ class Workers(Generic[Task, Result]):
         logger.warning("%s; another takes its place", told)
         tasks = worker.tasks
         worker.connection.close()
-        new = _Worker(worker.number, self._work, self._places)
+        new = _Worker(worker.number, self._work, self._slots)
         self._crew[worker.number] = new
         for key, task in tasks.items():
             new.give(key, task, self._condemned)
@@ -195,18 +239,30 @@ class Workers(Generic[Task, Result]):
 class _Worker:
     """One process, as its parent sees it, and the tasks it has not done yet."""
 
-    def __init__(self, number: int, work: Any, places: Any) -> None:
-        places[number] = -1
+    def __init__(self, number: int, work: Any, slots: Any) -> None:
         self.number = number
+        self.slot: _Slot = slots[number]
+        self.slot.place, self.slot.since = -1, time.monotonic()
         self.tasks: dict[_Key, Any] = {}
-        self.heard = time.monotonic()
-        self.connection, theirs = multiprocessing.Pipe()
-        self.process: BaseProcess = multiprocessing.Process(
-            target=_serve, args=(theirs, work, places, number), daemon=True
-        )
-        with _interrupts_held():
+        self.heard = self.slot.since
+        self.begun = False
+        with _starting, _interrupts_held(), _garbage_kept():
+            self.connection, theirs = multiprocessing.Pipe()
+            self.process: BaseProcess = multiprocessing.Process(
+                target=_serve, args=(theirs, work, slots, number), daemon=True
+            )
             self.process.start()
-        theirs.close()
+            theirs.close()
+
+    @property
+    def patience(self) -> float:
+        """Seconds; a process that is not forked has much to import first."""
+        forked = multiprocessing.get_start_method() == "fork"
+        return START if forked and not self.begun else TIMEOUT
+
+    @property
+    def deadline(self) -> float:
+        return max(self.heard, self.slot.since) + self.patience
 
     def give(self, key: _Key, task: Any, condemned: frozenset[int]) -> None:
         if not self.tasks:
@@ -214,6 +270,38 @@ class _Worker:
         self.tasks[key] = task
         with suppress(OSError):  # it died; that is noticed, and the task given again
             self.connection.send((key, task, condemned))
+
+    def receive(self) -> Any:
+        """One message. Raises EOFError or OSError where the process died."""
+        try:
+            message = _receive(self.connection)
+        except (EOFError, OSError):
+            raise
+        except BaseException:  # ctrl-C too: what follows part of a message makes no sense
+            self.process.terminate()
+            self.connection.close()
+            raise
+        self.heard = time.monotonic()
+        self.begun = True
+        return message
+
+
+_starting = (
+    threading.Lock()
+)  # or a process would inherit, and keep open, the ends of another's pipe
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Nothing is collected in a new process before it sets that apart: what its parent left would
+    end there, and wait (a pool, a pipeline) for threads that only the parent has."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextmanager
@@ -243,16 +331,152 @@ def _stop(crew: list[_Worker], owner: int) -> None:
             worker.process.kill()
 
 
+# --- between the processes ------------------------------------------------------------------
+
+# Python's own os.memfd_create is missing where Python was built for older systems.
+_memory_file: Any = getattr(ctypes.CDLL(None, use_errno=True), "memfd_create", None)
+CLOSE_ON_EXEC = 1
+# Bytes of a tensor that is sent as it is. One that a user keeps (a batch's clip_index) would
+# otherwise keep all tensors of its result.
+SMALL = 1 << 16
+ALIGNED = 64  # bytes
+HEADER = 8  # bytes of a message's first part
+_CLOSED_ON_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+
+class _Pickler(ForkingPickler):
+    """Leaves plain tensors out, to be written after each other."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[tuple[int, Any]] = []
+        self.size = 0
+
+    def persistent_id(self, value: Any) -> Any:
+        if type(value) is not Tensor or not value.is_cpu or value.requires_grad:
+            return None
+        data: Any = value.contiguous().view(-1).view(torch.uint8).numpy().data
+        if len(data) < SMALL:
+            return bytearray(data), value.dtype, value.shape
+        start = self.size
+        self.tensors.append((start, data))
+        self.size += math.ceil(len(data) / ALIGNED) * ALIGNED
+        return start, value.dtype, value.shape
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, memory: Tensor | None) -> None:
+        super().__init__(file)
+        self.memory = memory
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        data, dtype, shape = pid
+        if isinstance(data, bytearray):
+            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        else:
+            assert self.memory is not None
+            size = shape.numel() * dtype.itemsize
+            flat = self.memory[data : data + size].view(dtype)
+        return flat.view(shape)
+
+
+class _Message(NamedTuple):
+    """Bytes to send, with the file, of `size` bytes, that holds the tensors, or none."""
+
+    data: bytes
+    file: int | None = None
+    size: int = 0
+
+
+def _pack(value: Any) -> _Message:
+    """Raises WorkerError where memory ran out, or what pickling raises."""
+    if _memory_file is None:
+        return _Message(bytes(ForkingPickler.dumps(value)))
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer)
+    pickler.dump(value)
+    if not pickler.size:
+        return _Message(buffer.getvalue())
+    file = None
+    try:
+        file = _memory_file(b"clipvip", CLOSE_ON_EXEC)
+        if file < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        for start, data in pickler.tensors:
+            # Written, not copied into a mapping, where to run out of memory would be a crash.
+            while data:
+                written = os.pwrite(file, data, start)
+                start, data = start + written, data[written:]
+    except OSError as error:
+        if file is not None and file >= 0:
+            os.close(file)
+        raise WorkerError(
+            f"no room to pass on a result of {pickler.size / 1e6:.0f} MB ({error.strerror}); if "
+            "memory ran out, use fewer workers or smaller batches"
+        ) from error
+    return _Message(buffer.getvalue(), file, pickler.size)
+
+
+def _send(connection: Connection, message: _Message) -> None:
+    """Its size, with the file if there is one, then its bytes."""
+    files = [] if message.file is None else [message.file]
+    with _socket_of(connection) as ours:
+        socket.send_fds(ours, [message.size.to_bytes(HEADER, "little")], files)
+    for file in files:
+        os.close(file)
+    connection.send_bytes(message.data)
+
+
+def _receive(connection: Connection) -> Any:
+    """Raises EOFError or OSError where the sender is gone, WorkerError where its tensors cannot
+    be had here."""
+    with _socket_of(connection) as ours:
+        header, files, _, _ = socket.recv_fds(ours, HEADER, 1, _CLOSED_ON_EXEC)
+    if len(header) < HEADER:
+        raise EOFError
+    size = int.from_bytes(header, "little")
+    try:
+        memory = _mapped(files, size) if size else None
+    finally:
+        for file in files:
+            os.close(file)
+    return _Unpickler(io.BytesIO(connection.recv_bytes()), memory).load()
+
+
+def _mapped(files: list[int], size: int) -> Tensor:
+    """uint8 [size]: the memory of a file, with no file left open."""
+    try:
+        if not files:  # the system drops one for which there is no number
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        path = f"/proc/self/fd/{files[0]}"
+        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise WorkerError(
+            f"a batch of {size / 1e6:.0f} MB cannot be taken from its worker: {error}; if too many "
+            "files are open, raise `ulimit -n`; if memory ran out, use smaller batches"
+        ) from error
+
+
+@contextmanager
+def _socket_of(connection: Connection) -> Iterator[socket.socket]:
+    """The socket that a connection is, for a moment."""
+    ours = socket.socket(fileno=connection.fileno())
+    try:
+        yield ours
+    finally:
+        ours.detach()
+
+
 # --- in the processes -----------------------------------------------------------------------
 
-_slot: tuple[Any, int] | None = None
+_slot: _Slot | None = None
 _told: Callable[[Any], None] = lambda value: None  # noqa: E731
 
 
 def at(place: int) -> None:
     """Say which place this process works at, for the case that it dies there; -1 for none."""
     if _slot is not None:
-        _slot[0][_slot[1]] = place
+        _slot.place, _slot.since = place, time.monotonic()
 
 
 def tell(value: Any) -> None:
@@ -260,44 +484,55 @@ def tell(value: Any) -> None:
     _told(value)
 
 
-def _serve(connection: Connection, work: Any, places: Any, number: int) -> None:
+def _serve(connection: Connection, work: Any, slots: Any, number: int) -> None:
     global _slot, _told
-    import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops this process
     for code in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(code, signal.SIG_DFL)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    sys.excepthook = _report  # the thread that shares tensors has no other
     gc.freeze()  # or collecting would copy, page by page, what is shared with the parent
+    gc.enable()
     torch.set_num_threads(1)  # a process a core; and OpenMP's threads do not survive a fork
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _slot = (places, number)
-    _told = lambda value: connection.send((None, value, None))  # noqa: E731
-    while True:
-        try:
-            key, task, condemned = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            message: Any = (key, work(task, condemned), None)
-        except Exception as error:
-            message = (key, None, (error, traceback.format_exc()))
-        at(-1)
-        try:
-            connection.send(message)
-        except ConnectionError:
-            return
+    _slot = slots[number]
+
+    def send(key: _Key | None, value: Any = None, failure: _Failure | None = None) -> None:
+        _send(connection, _pack((key, value, failure)))
+
+    _told = lambda value: send(None, value)  # noqa: E731
+    try:
+        send(BEGUN)
+        while True:
+            try:
+                key, task, condemned = connection.recv()
+            except (EOFError, OSError):
+                break
+            try:
+                message = _pack((key, work(task, condemned), None))
+            except Exception as error:
+                message = _pack((key, None, _failure(error)))
+            at(-1)
+            _send(connection, message)
+    except ConnectionError:
+        pass
+    except BaseException:  # of a library that wants to end the process: so it does
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)  # the parent is gone; what it has to do at its own end is not to be done here
 
 
-def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Of a parent that was killed there is nothing to tell but that it is gone."""
-    parent = multiprocessing.parent_process()
-    if isinstance(error, EOFError | ConnectionError) and parent is not None:
-        parent.join(5)  # its connections close before it counts as ended
-        if not parent.is_alive():
-            os._exit(1)
-    sys.__excepthook__(kind, error, trace)
+def _failure(error: Exception) -> _Failure:
+    """The error, or a WorkerError with its words where it does not go between processes."""
+    assert _slot is not None
+    trace = traceback.format_exc()
+    try:
+        if not isinstance(pickle.loads(ForkingPickler.dumps(error)), Exception):
+            raise TypeError
+    except Exception:
+        error = WorkerError(traceback.format_exception_only(type(error), error)[-1].strip())
+    return _Failure(error, trace, _slot.place)
 
 
 def _leave_with_parent() -> None:

@@ -1,6 +1,9 @@
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import torch
 from PIL import Image
 
 from clipvip import cli
+from clipvip.data import shards
 from clipvip.data.annotations import load_annotations
 from clipvip.data.bad_files import LoaderError
 from clipvip.data.decode import read_frames
@@ -94,16 +98,16 @@ def test_shards_hold_the_clips(options: dict[str, Any], annotations: Path, tmp_p
 
 
 def test_the_manifest_counts_and_sums_up(annotations: Path, tmp_path: Path) -> None:
-    shards = write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
-    assert [shard.clips for shard in shards] == [6, 6, 6, 2]
-    totals = [sum(getattr(s, k) for s in shards) for k in ("texts", "subtitles", "captions")]
+    written = write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
+    assert [shard.clips for shard in written] == [6, 6, 6, 2]
+    totals = [sum(getattr(s, k) for s in written) for k in ("texts", "subtitles", "captions")]
     clips = load_annotations(annotations)
     assert totals == [COUNT, sum(c.subtitle is not None for c in clips), 4]
-    for shard in shards:
+    for shard in written:
         data = (tmp_path / shard.shard).read_bytes()
         assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     named = load_manifest(f"{tmp_path}/{{00001..00003}}.tar")
-    assert [shard for _, shard in named] == shards[1:]
+    assert [shard for _, shard in named] == written[1:]
     assert load_manifest(str(tmp_path)) == load_manifest(f"{tmp_path}/manifest.jsonl")
     with pytest.raises(ShardError, match=r"00004\.tar is not in .*manifest\.jsonl, which names 4"):
         load_manifest(f"{tmp_path}/{{00000..00004}}.tar")
@@ -190,6 +194,158 @@ def test_a_killed_run_leaves_no_process_and_is_gone_on_with(
     assert not list(out.glob("*.partial"))
     assert sorted(stored(out)) == list(range(60))
     assert verify_shards(str(out), num_workers=0) == (60, [])
+
+
+class Killed(BaseException):
+    """No error that anything may catch."""
+
+
+@pytest.fixture
+def moving(write_video, tmp_path: Path) -> Path:
+    """Forty clips of many lengths whose content moves."""
+    noise = np.random.default_rng(0)
+    for number in range(40):
+        ground = noise.integers(0, 256, (8, 8, 3), np.uint8).repeat(12, 0).repeat(12, 1)
+        frames = [np.roll(ground, i * (number % 3), 0)[:32, :48] for i in range(3 + number % 19)]
+        frames = [np.ascontiguousarray(frame) for frame in frames]
+        write_video(tmp_path / f"{number}.mp4", frames, options={"preset": "ultrafast"})
+    records = [{"video": f"{number}.mp4", "text": f"{number}"} for number in range(40)]
+    return write_lines(tmp_path / "clips.jsonl", records)
+
+
+@pytest.mark.parametrize("moment", ["_append_line", "_sample"])
+def test_a_resumed_run_equals_an_unbroken_one(
+    moment: str, moving: Path, tmp_path: Path, monkeypatch
+) -> None:
+    options: dict[str, Any] = {"clips_per_shard": 8, "size": 16, "num_workers": 0}
+    write_shards(moving, tmp_path / "unbroken", **options)
+    work, calls = getattr(shards, moment), 0
+
+    def broken(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 13 == 3:
+            raise Killed
+        return work(*arguments)
+
+    monkeypatch.setattr(shards, moment, broken)
+    for _ in range(20):
+        with contextlib.suppress(Killed):
+            write_shards(moving, tmp_path / "resumed", **options)
+            break
+    assert calls > 5
+    names = sorted(path.name for path in (tmp_path / "unbroken").iterdir())
+    assert sorted(path.name for path in (tmp_path / "resumed").iterdir()) == names
+    for name in set(names) - {".lock"}:
+        one, other = (tmp_path / folder / name for folder in ("unbroken", "resumed"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_bad_files_are_listed_before_their_shard_counts_as_finished(
+    spoiled: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"clips_per_shard": 20, "num_workers": 0, "max_bad_share": 1.0}
+
+    def killed(path: Path, record: dict[str, Any]) -> None:
+        raise Killed
+
+    monkeypatch.setattr(shards, "_append_line", killed)
+    with pytest.raises(Killed):
+        write_shards(spoiled, out, **options)
+    monkeypatch.undo()
+    assert (out / "bad_files.jsonl").read_text().count("\n") == 2
+    write_shards(spoiled, out, **options)
+    assert (out / "bad_files.jsonl").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"cut": True}, {"size": 16}], ids=str)
+def test_no_clip_ends_the_command(
+    options: dict[str, Any], make_video, tmp_path: Path, monkeypatch
+) -> None:
+    shutil.copy(make_video("tiny.mp4", count=3), tmp_path / "right.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "empty.png").touch()
+    names = ["pipe.mp4", "folder.mp4", "zero.mp4", "loop.mp4", "empty.png", "right.mp4/a.mp4"]
+    names += [
+        "x" * 300,
+        "x" * 300 + ".png",
+        "y/" * 3000,
+        "..",
+        "/",
+        "right.mp4\n",
+        "file:right.mp4",
+    ]
+    records: list[dict[str, Any]] = [{"video": "right.mp4", "text": "right"}]
+    for name in names:
+        records.append({"video": name, "text": "a"})
+        records.append({"video": name, "text": "a", "start": 0.01, "end": 0.1})
+        records.append({"video": "right.mp4", "caption": "a", "image": name})
+    source = write_lines(tmp_path / "clips.jsonl", records)
+    found = write_shards(source, tmp_path / "out", max_bad_share=1.0, num_workers=0, **options)
+    assert [(shard.clips, shard.bad) for shard in found] == [(1, len(records) - 1)]
+    clips, bad = verify_files(source, num_workers=0)
+    assert (clips, len(bad)) == (len(records), len(records) - 1)
+
+
+@pytest.mark.parametrize(
+    "error", [OverflowError, MemoryError, IndexError, RecursionError, UnicodeError, AssertionError]
+)
+@pytest.mark.parametrize("place", ["whole", "_sample", "check_decodes"])
+def test_what_nobody_foresaw_of_a_clip_is_its_fault(
+    place: str, error: type[Exception], annotations: Path, tmp_path: Path, monkeypatch
+) -> None:
+    work, calls = getattr(shards, place), 0
+
+    def fail(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error("of no importance")
+        return work(*arguments)
+
+    monkeypatch.setattr(shards, place, fail)
+    (shard,) = write_shards(annotations, tmp_path, max_bad_share=0.1, num_workers=0)
+    assert (shard.clips, shard.bad) == (COUNT - 1, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_disk_is_no_fault_of_a_clip(
+    workers: int, annotations: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    unbroken = write_shards(annotations, tmp_path / "unbroken", clips_per_shard=6, num_workers=0)
+    out, write = tmp_path / "out", shards._Hashed.write
+
+    def full(self: Any, data: Any) -> int:
+        if "00002" in self.file.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    monkeypatch.setattr(shards._Hashed, "write", full)
+    arguments = ["shard", str(annotations), str(out), "--clips-per-shard", "6"]
+    monkeypatch.setattr(sys, "argv", ["clipvip", *arguments, "--workers", str(workers)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 1 and error.startswith("clipvip: error: [Errno 28] No space left")
+    assert "what is finished stays" in error and "00002.tar.partial" in error
+    assert not list(out.glob("*.partial")) and not (out / "bad_files.jsonl").exists()
+    finished = (out / "manifest.jsonl").read_text().count("\n")
+    assert finished >= (1 if workers else 2)
+    monkeypatch.setattr(shards._Hashed, "write", write)
+    assert write_shards(annotations, out, clips_per_shard=6, num_workers=0) == unbroken
+
+
+@pytest.mark.parametrize(
+    "said", [b"[]", b"5", b"[" * 100_000, b"\xff"], ids=["list", "5", "deep", "ff"]
+)
+def test_settings_of_any_kind_are_one_error(said: bytes, annotations: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_bytes(said)
+    with pytest.raises(ShardError, match=r"settings\.json: .*; give another folder"):
+        write_shards(annotations, tmp_path, num_workers=0)
 
 
 def test_a_line_half_written_is_not_a_finished_shard(annotations: Path, tmp_path: Path) -> None:
@@ -306,8 +462,8 @@ def test_bad_files_are_listed_and_left_out_up_to_a_share(spoiled: Path, tmp_path
     out = tmp_path / "out"
     with pytest.raises(LoaderError, match=r"2 of 20 clips .* \(10\.0%, allowed 5\.0%\)"):
         write_shards(spoiled, out, clips_per_shard=6, num_workers=0)
-    shards = write_shards(spoiled, out, clips_per_shard=6, num_workers=2, max_bad_share=0.1)
-    assert sum(s.clips for s in shards) == 18 and sum(s.bad for s in shards) == 2
+    found = write_shards(spoiled, out, clips_per_shard=6, num_workers=2, max_bad_share=0.1)
+    assert sum(s.clips for s in found) == 18 and sum(s.bad for s in found) == 2
     assert set(stored(out)) == set(range(COUNT)) - {3, 9}
     listed = [json.loads(line) for line in (out / "bad_files.jsonl").read_text().splitlines()]
     assert sorted((row["line"], row["path"]) for row in listed) == [

@@ -18,6 +18,7 @@ if DALI had never been, so both decoders give the same clips in the same order.
 
 import html
 import logging
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -373,16 +374,26 @@ class Reading:
         video: Source | None = None,
         image: Source | None = None,
     ) -> None:
-        """Fills the sample. video, image: read instead of the clip's own files."""
+        """Fills the sample. video, image: read instead of the clip's own files.
+
+        Raises DecodeError, whatever it was that went wrong; the sample then has no frames.
+        """
         image = clip.image if image is None else image
         omnisource = self.task == "omnisource"
         sample.texts, sample.subtitle, sample.caption = clip.text, clip.subtitle, clip.caption
         if self.training and clip.text:
             sample.texts = (clip.text[int(generator.integers(len(clip.text)))],)
         sample.middle = omnisource and image is None
-        self._read_frames(sample, clip, clip.video if video is None else video, generator)
-        if omnisource and image is not None:
-            sample.image = read_frames(image, 1, size=self.size, resize=self.resize)[0]
+        try:
+            if omnisource and image is not None:
+                sample.image = read_frames(image, 1, size=self.size, resize=self.resize)[0]
+            self._read_frames(sample, clip, clip.video if video is None else video, generator)
+        except DecodeError:
+            raise
+        except Exception as error:  # one clip never ends a run; if all fail so, their share does
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({Path(line.filename).name}:{line.lineno})"
+            raise DecodeError(clip.video, reason) from error
 
     def _read_frames(
         self, sample: Sample, clip: Clip, video: Source, generator: np.random.Generator
@@ -400,20 +411,21 @@ class Reading:
             sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
             return
         with open_clip(video, self.num_frames, **settings) as opened:
-            self._decode(opened, sample)
-            if opened.damage is not None:
-                sample.damaged.append(BadFile(str(opened.path), opened.damage, clip.line))
+            frames, decoder = self._decode(opened)
+            damage = opened.damage
+        if damage is not None:
+            sample.damaged.append(BadFile(str(opened.path), damage, clip.line))
+        sample.frames, sample.decoder = frames, decoder
 
-    def _decode(self, opened: OpenClip, sample: Sample) -> None:
+    def _decode(self, opened: OpenClip) -> tuple[Tensor | Encoded, str]:
+        decoder = "PyAV"
         if self.engine is not None:
             try:
-                sample.frames, sample.decoder = encode(opened, self.engine), "DALI"
-                return
-            except DecodeError as error:
-                refused = isinstance(error, Refused)
-                reason = error.reason if refused else "packets cannot be cut out"
-                sample.decoder = f"PyAV ({reason})"
-        sample.frames = opened.decode(self.size, resize=self.resize)
+                return encode(opened, self.engine), "DALI"
+            except Exception as error:
+                reason = "packets cannot be cut out"
+                decoder = f"PyAV ({error.reason if isinstance(error, Refused) else reason})"
+        return opened.decode(self.size, resize=self.resize), decoder
 
 
 class FileBatches:
@@ -455,7 +467,9 @@ class _ByPyAV:
         self.collate = collate
 
     def __call__(self, task: Any, condemned: frozenset[int]) -> tuple[Batch | None, Report]:
-        return self.collate(self.work.samples(task, condemned))
+        samples = self.work.samples(task, condemned)
+        workers.at(-1)  # what goes wrong from here on says nothing of the last clip
+        return self.collate(samples)
 
 
 class _Encoding:

@@ -18,6 +18,7 @@ import gc
 import io
 import logging
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -106,7 +107,7 @@ class Workers(Generic[Task, Result]):
         self._deaths: Counter[int] = Counter()
         self._deaths_in_a_row = 0
         self._condemned: frozenset[int] = frozenset()
-        self._slots = RawArray(_Slot, max(count, 1))
+        self._slots = _slots(count)
         self._crew: list[_Worker] = []
         weakref.finalize(self, _stop, self._crew, os.getpid())
         for number in range(count):
@@ -257,8 +258,7 @@ class _Worker:
     @property
     def patience(self) -> float:
         """Seconds; a process that is not forked has much to import first."""
-        forked = multiprocessing.get_start_method() == "fork"
-        return START if forked and not self.begun else TIMEOUT
+        return START if _forks() and not self.begun else TIMEOUT
 
     @property
     def deadline(self) -> float:
@@ -286,9 +286,20 @@ class _Worker:
         return message
 
 
-_starting = (
-    threading.Lock()
-)  # or a process would inherit, and keep open, the ends of another's pipe
+def _forks() -> bool:
+    return multiprocessing.get_start_method() == "fork"
+
+
+def _slots(count: int) -> Any:
+    """_Slot [count], shared with the processes to come."""
+    if not _forks():
+        return RawArray(_Slot, count)
+    kind = _Slot * count  # RawArray would make a file in /dev/shm
+    return kind.from_buffer(mmap.mmap(-1, max(ctypes.sizeof(kind), 1)))
+
+
+# One at a time, or a process would inherit, and keep open, the ends of another's pipe.
+_starting = threading.Lock()
 
 
 @contextmanager

@@ -430,13 +430,57 @@ def test_a_stuck_worker_is_replaced(load: Load, clips, tmp_path, monkeypatch, ca
 
 
 def test_an_error_in_a_worker_is_raised_with_its_traceback(load: Load, monkeypatch) -> None:
-    def fail(path: Path, *given: Any, **options: Any) -> None:
+    def fail(*given: Any) -> None:
         raise KeyError("of the worker's own")
 
-    monkeypatch.setattr(loading, "open_clip", fail)
+    monkeypatch.setattr(loading, "tokenize", fail)
     with pytest.raises(KeyError, match="of the worker's own") as caught:
         list(load(num_workers=1))
     assert "in fail" in str(caught.value.__cause__)
+
+
+class Particular(Exception):
+    """Cannot be made anew of its args."""
+
+    def __init__(self, name: str, number: int) -> None:
+        super().__init__(name)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize(
+    "error", [IndexError("x"), MemoryError(), RecursionError("x"), Particular("x", 1)]
+)
+def test_whatever_reading_a_clip_raises_is_that_clips_fault(
+    error: Exception, count: int, load: Load, clips: list[Clip], monkeypatch
+) -> None:
+    def fail(path: Path, *given: Any, **options: Any) -> Any:
+        if options["start"] == clips[6].start:
+            raise error
+        return open_clip(path, *given, **options)
+
+    monkeypatch.setattr(loading, "open_clip", fail)
+    loader = load(training=False, num_workers=count)
+    assert places(loader) == [place for place in range(20) if place != 6]
+    (bad,) = loader.bad_files
+    assert bad.line == 7 and bad.path == str(clips[6].video)
+    assert re.fullmatch(rf"{type(error).__name__}: x? ?\(test_loader\.py:\d+\)", bad.reason)
+
+
+def test_an_error_of_every_clip_stops_the_run_and_is_shown(load: Load, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "open_clip", lambda path: None)  # called with arguments it has not
+    with pytest.raises(LoaderError, match=r"20 of 20 .* TypeError: .* \(loader\.py:\d+\)"):
+        list(load())
+
+
+def test_a_clip_whose_image_cannot_be_read_is_left_out(
+    load: Load, clips: list[Clip], tmp_path: Path
+) -> None:
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    given = [replace(clip, image=tmp_path / "a.png") for clip in clips]
+    given[5] = replace(clips[5], image=tmp_path / "gone.png")
+    batches = list(load(given, task="omnisource", training=False))
+    assert places(batches) == [place for place in range(20) if place != 5]
+    assert all(len(batch["image"]) == len(batch["clip_index"]) for batch in batches)
 
 
 def test_batches_in_page_locked_memory_are_the_same(

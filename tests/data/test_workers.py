@@ -160,7 +160,7 @@ def test_a_small_tensor_that_is_kept_does_not_keep_its_batch() -> None:
 
 
 SMALL_SHM = """
-mount -t tmpfs -o size=64m tmpfs /dev/shm && cat /dev/zero > /dev/shm/full 2> /dev/null
+mount -t tmpfs -o size=64m,$1 tmpfs /dev/shm && cat /dev/zero 2> /dev/null > /dev/shm/full
 exec "$0" -c '
 import torch
 from clipvip.data.workers import Workers
@@ -171,12 +171,13 @@ print(sum(int(result[-1]) for _, result in Workers(work, 3).run(range(12))))
 
 
 @linux
-def test_a_full_dev_shm_is_no_hindrance() -> None:
+@pytest.mark.parametrize("mode", ["rw", "ro"])
+def test_a_full_dev_shm_is_no_hindrance(mode: str) -> None:
     unshare = ["unshare", "--mount", "--map-root-user"]
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
     run = subprocess.run(
-        [*unshare, "sh", "-c", SMALL_SHM, sys.executable],
+        [*unshare, "sh", "-c", SMALL_SHM, sys.executable, mode],
         capture_output=True,
         text=True,
         timeout=60,

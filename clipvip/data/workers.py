@@ -3,8 +3,9 @@
 `Workers(work, count).run(tasks)` gives (task, work(task, condemned)) for each task. A process
 that dies (a decoder crashes, memory runs out) or stays at one place without a word for TIMEOUT
 seconds is named in the log with the place it was `at`, and another takes over its tasks. A place
-at which two processes died is condemned: work is to leave it out. With no processes (count 0),
-work that crashes or never ends takes this one with it.
+at which two processes died is condemned: work is to leave it out. On Linux one process gets no
+more than half of the machine's or container's memory. With no processes (count 0), work that
+crashes, never ends or takes all memory takes this one with it.
 
 Results may hold tensors: on Linux these go through memory that has no name, neither in /dev/shm,
 of which a container has little, nor elsewhere, and that is free once nobody holds them.
@@ -22,6 +23,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import socket
 import sys
@@ -36,6 +38,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -484,6 +487,28 @@ _slot: _Slot | None = None
 _told: Callable[[Any], None] = lambda value: None  # noqa: E731
 
 
+def _memory() -> int:
+    """Bytes that the machine has, or the container allows."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
+        with suppress(OSError, ValueError):
+            found.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(found)
+
+
+def _limit_memory() -> None:
+    """What a file makes a library ask for fails here, as an error, before memory runs out for all;
+    where it does run out, the system ends this process rather than its parent."""
+    with suppress(OSError, ValueError, IndexError):  # best effort: a sandbox may lack any of it
+        status = Path("/proc/self/status").read_text()
+        inherited = int(status.partition("VmData:")[2].split()[0]) << 10
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limits = {inherited + _memory() // 2, soft, hard} - {resource.RLIM_INFINITY}
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str((int(score.read_text()) + 1000) // 2))
+
+
 def at(place: int) -> None:
     """Say which place this process works at, for the case that it dies there; -1 for none."""
     if _slot is not None:
@@ -502,6 +527,7 @@ def _serve(connection: Connection, work: Any, slots: Any, number: int) -> None:
     for code in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(code, signal.SIG_DFL)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _limit_memory()
     gc.freeze()  # or collecting would copy, page by page, what is shared with the parent
     gc.enable()
     torch.set_num_threads(1)  # a process a core; and OpenMP's threads do not survive a fork

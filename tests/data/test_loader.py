@@ -466,6 +466,23 @@ def test_whatever_reading_a_clip_raises_is_that_clips_fault(
     assert re.fullmatch(rf"{type(error).__name__}: x? ?\(test_loader\.py:\d+\)", bad.reason)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no limit elsewhere")
+def test_a_clip_that_asks_for_absurd_memory_costs_no_more_than_itself(
+    load: Load, clips: list[Clip], monkeypatch
+) -> None:
+    def greedy(path: Path, *given: Any, **options: Any) -> Any:
+        if options["start"] == clips[6].start:
+            np.ones(20 << 30, np.uint8)
+        return open_clip(path, *given, **options)
+
+    monkeypatch.setattr(loading, "open_clip", greedy)
+    monkeypatch.setattr(workers, "_memory", lambda: 4 << 30)
+    loader = load(training=False, num_workers=1)
+    assert places(loader) == [place for place in range(20) if place != 6]
+    (bad,) = loader.bad_files
+    assert "Unable to allocate 20.0 GiB" in bad.reason
+
+
 def test_an_error_of_every_clip_stops_the_run_and_is_shown(load: Load, monkeypatch) -> None:
     monkeypatch.setattr(loading, "open_clip", lambda path: None)  # called with arguments it has not
     with pytest.raises(LoaderError, match=r"20 of 20 .* TypeError: .* \(loader\.py:\d+\)"):

@@ -104,6 +104,13 @@ def test_a_process_that_does_not_begin_is_replaced(monkeypatch, caplog) -> None:
     assert "did not begin within 0 s of its start" in told
 
 
+@linux
+def test_a_process_is_ended_for_memory_before_its_parent() -> None:
+    score = Path("/proc/self/oom_score_adj")
+    (own,) = results(lambda task, condemned: int(score.read_text()), [0])
+    assert own > int(score.read_text()) or own == 1000
+
+
 # --- passing on -----------------------------------------------------------------------------
 
 TENSORS = [

@@ -57,13 +57,16 @@ def json_line(record: Any) -> bytes:
 def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
     """Write a file whole or not at all, on disk before it has its name; then the name is too.
 
-    data: text becomes UTF-8; an iterable is written piece by piece.
+    path: a link is followed. data: text becomes UTF-8; an iterable is written piece by piece.
     Processes that write the same file do not meet: the last one's stays. What a killed one leaves
     is deleted when the same file is written next. An OSError names `path`.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # such as /dev/null, which root could replace
+        raise OSError(errno.EINVAL, NOT_A_FILE, str(path))
     with _told_of(path), _open_partial(path) as file:
         try:
             _write_out(file, data)

@@ -71,6 +71,7 @@ FORMAT = 2
 SAVE_SECONDS = 60.0
 MOST_NAMED = 3  # of many sources or suffixes, in a message
 READS = 100  # of an index that is replaced each time while it is read
+LONGEST_QUERY = 10_000  # characters, far more than a model reads, which would be tokenised for long
 NOT_FINITE = "the model gives it no finite features"
 
 _HEAD, _BAD_FILES = "index.json", "bad_files.jsonl"
@@ -151,7 +152,8 @@ class Index:
         except UnicodeEncodeError:
             raise ValueError(f"the query {query!r} is not UTF-8; expected a sentence") from None
         model, processor = self._encoder
-        features = F.normalize(model.get_text_features(**processor(text=query)).float(), dim=-1)
+        inputs = processor(text=query.lstrip()[:LONGEST_QUERY])
+        features = F.normalize(model.get_text_features(**inputs).float(), dim=-1)
         if not _unit(features).all():
             raise ValueError(
                 f"the model {shown(self.model)} gives the query no finite features; its weights "
@@ -248,6 +250,7 @@ def _is_sound(head: dict[str, Any]) -> bool:
             isinstance(text, str) for text in (head.get("model"), head.get("fingerprint"), *sources)
         )
         and all(_is_name(name, _EMBEDDINGS) or _is_name(name, _CLIPS) for name in spare)
+        and not any(name in spare for name in data)
         and (data == (None, None) or (_is_name(data[0], _EMBEDDINGS) and _is_name(data[1], _CLIPS)))
     )
 
@@ -273,6 +276,8 @@ def _read_data(folder: Path, head: _Head, embeddings_name: str, clips_name: str)
             return read_own(folder / name)
         except OSError as error:
             raise damaged(name, error.strerror) from None
+        except MemoryError:
+            raise damaged(name, "larger than memory") from None
 
     data = content(embeddings_name)  # not load_file, which takes names of UTF-8
     try:

@@ -139,6 +139,21 @@ def make_special(folder: Path) -> dict[str, Path]:
     return made
 
 
+def test_only_files_are_replaced_and_links_stay(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    special = make_special(Path())
+    before = {path: os.lstat(path) for path in special.values()}
+    for path in special.values():
+        with pytest.raises(OSError, match=NOT_A_FILE):
+            write_whole(path, "x")
+    assert {path: os.lstat(path) for path in special.values()} == before
+    for target in ("here", "new/there"):
+        Path("link").symlink_to(target)
+        write_whole(Path("link"), "x")
+        assert Path("link").is_symlink() and Path(target).read_text() == "x"
+        Path("link").unlink()
+
+
 def test_only_what_is_a_file_itself_is_read(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # names of sockets must be short
     (tmp_path / "real").write_bytes(b"x")

@@ -136,7 +136,9 @@ def test_search_ranks_by_cosine_best_first(build, videos, tmp_path):
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     assert all(-1.001 <= hit.score <= 1.001 for hit in hits)
     assert search(index, "a red square", k=2) == hits[:2]
-    assert search(index, "word " * 200, k=1)  # longer than the model reads: cut, not an error
+    # Longer than the model reads: cut, not an error.
+    assert search(index, "word " * 2_000_000, k=10**30) == search(index, "word " * 200)
+    assert search(index, " " * 20_000 + "a red square\0") == search(index, "a red square\0")
 
 
 def names(index):
@@ -526,6 +528,16 @@ def test_the_same_build_again_writes_nothing(build, videos, tmp_path):
     ]
 
 
+def test_an_index_that_names_nothing_spare_is_read_too(saved):
+    head = json.loads((saved / "index.json").read_bytes())
+    change(saved, spare=[head["clips"]])  # or a build would delete what holds
+    with pytest.raises(ValueError, match="damaged or no index's"):
+        load_index(saved)
+    del head["spare"]
+    (saved / "index.json").write_text(json.dumps(head))
+    assert load_index(saved).clips == made_index().clips
+
+
 def test_killed_saves_lose_nothing_and_leave_nothing(tmp_path):
     out = tmp_path / "index"
     index_module._write(made_index(2000, seed=1), out)
@@ -596,6 +608,7 @@ def change(folder, **values):
         {"embeddings": ["embeddings-0123456789abcdef.safetensors"]},
         {"spare": ["../x"]},
         {"spare": "index.json"},
+        {"spare": ["embeddings-0123456789abcdef.safetensors", "index.json"]},
         {"spare": None},
         {"model": None},
         {"model": ["a"]},

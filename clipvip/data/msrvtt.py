@@ -16,7 +16,7 @@ Its splits, each with the files that may list it:
 
 import csv
 import io
-import pickle
+import pickletools
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +34,7 @@ from clipvip.data.published import (
     lines_of,
     merge,
     needed,
+    open_file,
     parse_json,
     read_text,
     reason_of,
@@ -61,6 +62,7 @@ LISTS = {
     "test-full": ("test_list_full.txt",),
 }
 PLAIN = {"train": ("train-9k", "train-7k", "train-full"), "test": ("test-1k", "test-full")}
+PICKLE_BYTES = 1 << 24
 MAKERS = {"train": "train-full", "validate": "val", "test": "test-full"}
 
 
@@ -174,11 +176,31 @@ def _warn_of_shared(request: Request, listed: _Listed, makers: dict[str, _Listed
             )
 
 
-class _Numbers(pickle.Unpickler):
-    """Reads plain values alone: a pickle may name any code to be run."""
+# Operations of a pickle of a plain dictionary: values that stand in it, and what joins them.
+VALUES = frozenset(
+    ("BINSTRING", "BINUNICODE", "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1")
+    + ("SHORT_BINSTRING", "SHORT_BINUNICODE", "STRING", "UNICODE")
+)
+JOINS = frozenset(
+    ("BINPUT", "DICT", "EMPTY_DICT", "FRAME", "LONG_BINPUT", "MARK", "MEMOIZE", "PROTO", "PUT")
+    + ("SETITEM", "SETITEMS", "STOP")
+)
 
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+def _numbers(data: bytes) -> dict[str, int]:
+    """Numbers by names, out of a pickle that is read but not run: it may name any code, and ask for
+    any memory."""
+    values = []
+    for operation, value, _ in pickletools.genops(data):
+        if operation.name in VALUES:
+            values.append(value)
+        elif operation.name not in JOINS:
+            raise ValueError(f"it holds other things ({operation.name})")
+    names = [value for value in values[::2] if isinstance(value, str)]
+    numbers = [value for value in values[1::2] if type(value) is int]
+    if not len(names) == len(numbers) == len(values) / 2 > 0:
+        raise ValueError("it holds other things")
+    return dict(zip(names, numbers, strict=True))
 
 
 def _read_picked(request: Request) -> dict[str, int]:
@@ -191,18 +213,14 @@ def _read_picked(request: Request) -> dict[str, int]:
             f"a video counts; put it there, {instead}"
         )
     try:
-        picked = _Numbers(io.BytesIO(path.read_bytes()), encoding="latin-1").load()
-        if not isinstance(picked, dict):
-            raise ValueError(f"it holds a {type(picked).__name__}")
-        if not all(type(key) is str and type(value) is int for key, value in picked.items()):
-            raise ValueError("it holds other things")
+        with open_file(path, PICKLE_BYTES) as file:
+            return _numbers(file.read())
     except Exception as error:  # of damaged pickles there is no end
         reason = reason_of(error) or type(error).__name__
         raise PrepareError(
             f"{path}: expected the number of a caption by video, nothing else, but {reason}; put "
             f"the published file there, {instead}"
         ) from error
-    return picked
 
 
 def _pick(said: list[str], number: int | None) -> str:

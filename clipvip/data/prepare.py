@@ -36,15 +36,18 @@ from clipvip.data.published import (
     entries,
     is_media,
     is_video,
+    lines_in,
     lines_of,
     load_json,
     merge,
     needed,
+    open_file,
     parse_json,
     read_text,
     texts_of,
     value_of,
 )
+from clipvip.data.tars import TEXT_BYTES
 from clipvip.files import files_in
 
 SPLITS = ("train", "val", "test")
@@ -224,10 +227,12 @@ def _hdvila(request: Request) -> Iterator[Item]:
         find = {name: _database(request, name, stack) for name in ("subtitle", "caption")}
         for path in given:
             with needed(path):
-                file = stack.enter_context(path.open("rb"))
-            for number, line in enumerate(file, 1):
+                file = stack.enter_context(open_file(path))
+            for number, line in enumerate(lines_in(file), 1):
                 clips: list[Any] = []
                 with done.tolerate(f"{path}:{number}"):
+                    if len(line) > TEXT_BYTES:
+                        raise ValueError(f"a line of more than {TEXT_BYTES} bytes")
                     if line.strip():
                         record = as_kind(parse_json(line.decode("utf-8-sig")), dict)
                         clips = as_kind(record.get("clip") or [record], list)
@@ -262,7 +267,11 @@ def _hdvila_video(videos: Path, key: str) -> Path | None:
 
 def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], str | None]:
     """Looks a clip_id up in the LMDB whose folder has `name` in its own; None where none is."""
-    found = [path.parent for path in request.find("data.mdb") if name in path.parent.name]
+    found = [
+        path.parent
+        for path in request.find("data.mdb")
+        if name in path.parent.name and os.path.isfile(path)
+    ]
     if not found:
         return lambda key: None
     try:
@@ -274,7 +283,7 @@ def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], 
             lmdb.open(os.fsencode(found[0]), readonly=True, lock=False, readahead=False)
         )
         transaction = stack.enter_context(environment.begin())
-    except lmdb.Error as error:
+    except Exception as error:
         raise PrepareError(f"{found[0]}: not an LMDB that can be read ({error})") from error
 
     def find(key: str) -> str | None:
@@ -303,16 +312,17 @@ def _seconds(time: Any) -> float | None:
 
 def _folder(request: Request) -> Iterator[Item]:
     media: list[Path] = []
-    texts: dict[Path, Path] = {}
+    texts: dict[str, Path] = {}
     others: Counter[str] = Counter()
     for path in request.all_in(request.videos, lambda name: True):
+        stem, suffix = os.path.splitext(path)
         if is_media(path.name):
             media.append(path)
-        elif path.suffix.lower() == ".txt":
-            texts[path.with_suffix("")] = path
+        elif suffix.lower() == ".txt":
+            texts[stem] = path
         else:
-            others[path.suffix.lower() or "without a suffix"] += 1
-    alone = len(texts.keys() - {path.with_suffix("") for path in media})
+            others[suffix.lower() or "without a suffix"] += 1
+    alone = len(texts.keys() - {os.path.splitext(path)[0] for path in media})
     if alone:
         others[".txt"] = alone
     if others:
@@ -321,11 +331,11 @@ def _folder(request: Request) -> Iterator[Item]:
 
     def items() -> Iterator[Item]:
         for path in media:
-            beside = texts.get(path.with_suffix(""))
+            beside = texts.get(os.path.splitext(path)[0])
             lines: list[str] | None = [] if beside is None else None
             if beside is not None:
                 with request.done.tolerate(beside):
-                    lines = lines_of(read_text(beside, request.done))
+                    lines = lines_of(read_text(beside, request.done, TEXT_BYTES))
             if lines is not None:
                 yield Item(str(path.relative_to(request.videos)), tuple(lines), video=path)
 

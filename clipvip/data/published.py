@@ -6,19 +6,22 @@ A line, entry or file that cannot be used costs itself alone; `Prepared` holds w
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from clipvip.data.annotations import kind_of
 from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from clipvip.files import decode_text, files_in, shown
+from clipvip.data.tars import TEXT_BYTES
+from clipvip.files import MARKS, decode_text, files_in, shown
 
-FAULTS = (ValueError, OSError, csv.Error)  # of files that are not what they should be
+LIST_BYTES = 1 << 32  # of a file that describes a data set
+PROBE = 1 << 20  # of first bytes that tell a text from other files
 LIST_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".mdb")
 
 
@@ -66,7 +69,7 @@ class Prepared:
         """Note as bad what fails inside."""
         try:
             yield
-        except FAULTS as error:
+        except Exception as error:  # of what strangers' files may hold there is no end
             self.bad.append(f"{where}: {reason_of(error)}")
 
 
@@ -126,7 +129,9 @@ def bare_name(key: str) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) if isinstance(error, ValueError | csv.Error) else repr(error)
 
 
 @contextmanager
@@ -134,12 +139,34 @@ def needed(path: Path) -> Iterator[None]:
     """Raise as PrepareError what fails inside: nothing can be done without this file."""
     try:
         yield
-    except FAULTS as error:
+    except Exception as error:
         raise PrepareError(f"{path}: {reason_of(error)}") from error
 
 
-def read_text(path: Path, done: Prepared) -> str:
-    text, guessed = decode_text(path.read_bytes())
+def open_file(path: Path, most: int = sys.maxsize) -> BinaryIO:
+    """Open a file to read it. Raises ValueError where it is none (opening a pipe would wait, and a
+    device may never end) or has more than `most` bytes."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("a folder, pipe, socket or device, not a file")
+    size = os.path.getsize(path)
+    if size > most:
+        raise ValueError(f"{size} bytes; at most {most} are read of a file of its kind")
+    return path.open("rb")
+
+
+def lines_in(file: BinaryIO, most: int = TEXT_BYTES) -> Iterator[bytes]:
+    """Lines; of one that has more than `most` bytes, the first `most` + 1."""
+    while line := file.readline(most + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(most + 1)
+
+
+def read_text(path: Path, done: Prepared, most: int = LIST_BYTES) -> str:
+    with open_file(path, most) as file:
+        if b"\0" in (head := file.read(PROBE)) and not head.startswith(tuple(MARKS)):
+            raise ValueError("not a text: holds NUL characters")
+        text, guessed = decode_text(head + file.read())
     if guessed:
         done.guessed.append(str(path))
     return text

@@ -15,6 +15,7 @@ import pytest
 from clipvip import cli
 from clipvip.data.annotations import Clip, load_annotations, write_annotations
 from clipvip.data.prepare import PrepareError, prepare
+from clipvip.data.published import lines_in
 
 
 @pytest.fixture
@@ -645,3 +646,178 @@ def test_what_verify_says_is_safe_to_print(source, tmp_path, monkeypatch, capsys
     said = capsys.readouterr().out
     assert f"{source}/\\xe9\\x1b[31m.mp4 (line 1): " in said
     assert all(line.isprintable() for line in said.splitlines())
+
+
+# --- files of strangers --------------------------------------------------------------------------
+
+DEEP = "[" * 100_000 + "]" * 100_000
+NAMES = ["a\0b", "a\0b.mp4", "half \ud83d", "half \ud83d.mp4", "x" * 300, "x" * 300 + ".mp4"]
+NAMES += ["", " ", ".", "..", "/", "../..", "/etc/passwd", "/dev/zero", "y/" * 3000, "~", ".mp4"]
+NAMES += ["pipe.mp4", "folder.mp4", "loop.mp4"]
+
+
+def strange(source: Path) -> None:
+    """What no video is, by the names of videos."""
+    os.mkfifo(source / "pipe.mp4")
+    (source / "folder.mp4").mkdir()
+    (source / "loop.mp4").symlink_to("loop.mp4")
+
+
+def spoil_didemo(source: Path) -> None:
+    moments = [{"video": name, "description": "d"} for name in [*NAMES, "right"]]
+    dump(source / "train_data.json", moments)
+
+
+def spoil_lsmdc(source: Path) -> None:
+    rows = [f"{name}\t0\t1\t2\t3\td\n" for name in [*NAMES, "right"]]
+    text = "".join(rows).replace("\0", "").encode("utf-8", "surrogatepass")
+    (source / "LSMDC16_annos_training.csv").write_bytes(text)
+
+
+def spoil_activitynet(source: Path) -> None:
+    dump(source / "train.json", {name: {"sentences": ["d"]} for name in [*NAMES, "right"]})
+
+
+def spoil_hdvila(source: Path) -> None:
+    spans = [None, ["00:00:00.0", "00:00:01.0"], ["9" * 4000 + ":0:0", "0:0:0"], ["nan:0:0", "inf"]]
+    spans += [["0:0:nan", "0:0:inf"], [5, {}], "ab"]
+    clips = [
+        {"clip_id": name, "text": "d"} | ({} if span is None else {"span": span})
+        for name in NAMES
+        for span in spans
+    ]
+    clips += [{"clip_id": "right.1", "text": "d", "span": span} for span in spans[2:]]
+    clips.append({"clip_id": "right.mp4", "text": "d"})
+    lines = [*map(json.dumps, clips), DEEP, '{"clip": 5}', "5", "\0"]
+    (source / "x.jsonl").write_text("\n".join(lines))
+
+
+def spoil_captions(source: Path) -> None:
+    lines = [json.dumps({"video": name, "caption": "d"}) for name in [*NAMES, "right"]]
+    (source / "train.jsonl").write_text("\n".join([*lines, DEEP, "5", "[]"]))
+
+
+def spoil_msrvtt(source: Path) -> None:
+    names = [*NAMES, "right"]
+    videos = [{"video_id": name, "split": "train"} for name in names]
+    sentences = [{"video_id": name, "caption": "d"} for name in names]
+    dump(source / "MSRVTT_data.json", {"videos": videos, "sentences": sentences})
+    (source / "deep.json").write_text(DEEP)
+    (source / "zeros.json").write_bytes(bytes(1000))
+    (source / "endless.json").symlink_to("/dev/zero")
+
+
+def spoil_folder(source: Path) -> None:
+    (source / "right.txt").write_text("d")
+    for name in ("a", "b", "c", "d", "e"):
+        shutil.copy(source / "right.mp4", source / f"{name}.mp4")
+    os.mkfifo(source / "a.txt")
+    os.mkfifo(source / "somewhere else")
+    (source / "b.txt").symlink_to("somewhere else")
+    (source / "c.txt").symlink_to("/dev/zero")
+    (source / "d.txt").write_bytes(bytes(1000))
+    with (source / "e.txt").open("wb") as file:  # holes
+        file.truncate(10**10)
+    for name in ("..mp4", "..txt", "...txt", ".txt", "....mp4", "x" * 251 + ".mp4"):
+        (source / name).write_bytes(b"x")
+
+
+SPOIL = {
+    "didemo": spoil_didemo,
+    "lsmdc": spoil_lsmdc,
+    "activitynet": spoil_activitynet,
+    "hdvila": spoil_hdvila,
+    "captions": spoil_captions,
+    "msrvtt": spoil_msrvtt,
+    "folder": spoil_folder,
+}
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_strange_names_and_files_cost_themselves_alone(kind: str, source, add, tmp_path) -> None:
+    add("right.mp4")
+    strange(source)
+    SPOIL[kind](source)
+    done = prepare(kind, source, tmp_path / "out.jsonl")
+    clips = load_annotations(tmp_path / "out.jsonl")
+    right = [clip for clip in clips if clip.video.name == "right.mp4"]
+    assert [clip.text or (clip.subtitle,) for clip in right] == [("d",)]
+    assert len(clips) == done.clips
+    assert all(len(bad) < 10_000 and "\n" not in bad for bad in done.bad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("didemo", "train_data.json"),
+        ("activitynet", "train.json"),
+        ("lsmdc", "LSMDC16_annos_training.csv"),
+        ("captions", "train.jsonl"),
+        ("hdvila", "x.jsonl"),
+        ("msrvtt", "MSRVTT_data.json"),
+    ],
+)
+def test_a_list_that_is_none_is_one_error(kind: str, name: str, source, add, tmp_path) -> None:
+    add("right.mp4")
+    path = source / name
+
+    def refused() -> None:
+        for given in (source, path):
+            with pytest.raises(PrepareError) as caught:
+                prepare(kind, given, tmp_path / "out.jsonl", videos=source)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+    for text in (DEEP, "5", "{" * 100_000, "\0" * 1000, ""):
+        path.write_text(text)
+        refused()
+    path.unlink()
+    os.mkfifo(path)
+    refused()
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused()
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(10**11 if kind != "hdvila" else 10**8)  # which is read line by line
+    refused()
+
+
+def test_a_line_that_never_ends_costs_itself(source, add, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("clipvip.data.prepare.TEXT_BYTES", 100)
+    monkeypatch.setattr(lines_in, "__defaults__", (100,))
+    add("right.mp4")
+    right = json.dumps({"clip_id": "right.mp4", "text": "d"})
+    for line in ("x" * 101, "x" * 1000, " " * 101, json.dumps({"clip_id": "right.mp4" + "x" * 90})):
+        (source / "x.jsonl").write_text(f"{line}\n{right}\n{line}")
+        done = prepare("hdvila", source, tmp_path / "out.jsonl")
+        assert done.clips == 1
+        assert [bad.rpartition("x.jsonl:")[2] for bad in done.bad] == [
+            "1: a line of more than 100 bytes",
+            "3: a line of more than 100 bytes",
+        ]
+
+
+def test_a_pickle_asks_for_no_memory(source, add, tmp_path) -> None:
+    lists = frozen_in_time(source)
+    add("video7010.mp4")
+    path = lists / "jsfusion_val_caption_idx.pkl"
+    huge = (1 << 40).to_bytes(8, "little")
+    right = pickle.dumps({"video7010": 2})
+    for data in (
+        b"\x80\x04Nr\xff\xff\xff\x7f.",  # a place in a table of 2**31
+        b"\x80\x05\x96" + huge + b".",  # an array of a terabyte
+        b"\x80\x04\x8e" + huge + b".",
+        b"(" * 1_000_000 + b"t" * 1_000_000 + b".",
+        right[:-1] + b"0" + right,
+        pickle.dumps({"video7010": True}),
+        pickle.dumps({"video7010": [2]}),
+        pickle.dumps({}),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(PrepareError, match="expected the number of a caption by video"):
+            prepare("msrvtt", source, tmp_path / "out.jsonl", split="test-1k")
+    for protocol in range(6):
+        path.write_bytes(pickle.dumps({"video7010": 2, "é": 300, "x": 10**9}, protocol))
+        prepare("msrvtt", source, tmp_path / "out.jsonl", split="test-1k")
+        (clip,) = load_annotations(tmp_path / "out.jsonl")
+        assert clip.text == ("caption 2 of 7010",)

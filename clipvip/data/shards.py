@@ -17,7 +17,8 @@ A tar is written under a temporary name, flushed and renamed, and then noted in 
 the manifest names is whole, and a run that was killed goes on after it.
 
 Other tars train too, given a manifest (`verify_shards` writes one): `.txt` beside the video or
-image counts as its text and as its caption.
+image counts as its text and as its caption. They have to be plain: compressed ones are refused.
+What is wrong with a clip of a tar, whatever a stranger wrote there, costs that clip alone.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -215,7 +217,7 @@ def _on_disk(path: Path) -> Iterator[None]:
 
 def _resume(out: Path, names: Collection[str]) -> dict[str, Shard]:
     """The finished shards of these; sweeps away what a killed run left half done."""
-    for partial in out.glob("*.partial"):
+    for partial in out.glob("*.tar.partial"):
         partial.unlink()
     path = out / MANIFEST
     finished: dict[str, Shard] = {}
@@ -692,16 +694,15 @@ def verify_shards(
 
 def _write_in_order(clean: Path, clips: Iterator[Clip], lines: Sequence[int], source: str) -> None:
     """Annotations by their line numbers, which `lines` holds once the clips were gone through."""
-    unsorted = clean.with_name(clean.name + ".unsorted")
-    try:
+    clean.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".unsorted-", dir=clean.parent) as folder:
+        unsorted = Path(folder, "clips.jsonl")
         write_annotations(unsorted, clips)
         if not lines:
             raise ShardError(f"{source}: no clip of it can be read and says what it was made from")
         found = Annotations(unsorted)
         order = np.argsort(np.array(lines), kind="stable")
         write_annotations(clean, (found[int(place)] for place in order))
-    finally:
-        unsorted.unlink(missing_ok=True)
 
 
 class _Checked(NamedTuple):

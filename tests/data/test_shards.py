@@ -191,7 +191,7 @@ def test_a_killed_run_leaves_no_process_and_is_gone_on_with(
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"{out}: 12 shards, 60 clips" in again.stdout and "are finished" in again.stderr
     assert {name: (out / name).stat().st_mtime_ns for name in finished} == before
-    assert not list(out.glob("*.partial"))
+    assert not list(out.glob("*.tar.partial"))
     assert sorted(stored(out)) == list(range(60))
     assert verify_shards(str(out), num_workers=0) == (60, [])
 
@@ -332,7 +332,7 @@ def test_a_full_disk_is_no_fault_of_a_clip(
     error = capsys.readouterr().err.splitlines()[-1]
     assert caught.value.code == 1 and error.startswith("clipvip: error: [Errno 28] No space left")
     assert "what is finished stays" in error and "00002.tar.partial" in error
-    assert not list(out.glob("*.partial")) and not (out / "bad_files.jsonl").exists()
+    assert not list(out.glob("00002*")) and not (out / "bad_files.jsonl").exists()
     finished = (out / "manifest.jsonl").read_text().count("\n")
     assert finished >= (1 if workers else 2)
     monkeypatch.setattr(shards._Hashed, "write", write)

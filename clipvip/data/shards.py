@@ -766,4 +766,6 @@ def reason_of(error: Exception) -> str:
         return "no such file"
     if isinstance(error, DecodeError):
         return error.reason
+    if isinstance(error, OSError) and (error.strerror or str(error)):
+        return error.strerror or str(error)
     return f"{type(error).__name__}: {error}"

@@ -342,9 +342,7 @@ def test_damage_anywhere_is_a_fault_of_the_tar_or_its_clips(video: bytes) -> Non
 def test_a_pipe_is_no_tar_and_no_manifest(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "0.tar")
     found = verify_shards(str(tmp_path / "0.tar"), manifest=tmp_path / "m.jsonl", num_workers=0)
-    assert [file.reason for file in found.bad] == [
-        "OSError: a folder, pipe, socket or device, not a file"
-    ]
+    assert [file.reason for file in found.bad] == ["a folder, pipe, socket or device, not a file"]
     os.mkfifo(tmp_path / "manifest.jsonl")
     with pytest.raises(ShardError, match="a folder, pipe"):
         load_manifest(str(tmp_path))

@@ -1,10 +1,22 @@
-"""Configuration of CLIP-ViP: CLIP's own, and what makes an image tower a video tower."""
+"""Configuration of CLIP-ViP: CLIP's own, and what makes an image tower a video tower.
 
+Of a config.json only the settings that are named here are read. transformers takes any, and some of
+them make it import packages, fetch code or weights, or patch itself: a folder of a model, whoever
+it is from, is to cause none of that.
+"""
+
+import logging
+import math
 from typing import Any, ClassVar
 
 import transformers.configuration_utils
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PretrainedConfig
+from transformers.utils import is_flash_attn_2_available
+
+from clipvip.files import shown
+
+logger = logging.getLogger(__name__)
 
 PROXY_INITS = ("class_token", "normal")
 FRAME_POOLINGS = ("proxy", "mean")
@@ -58,6 +70,26 @@ class CLIPViPVisionConfig(CLIPVisionConfig):
 VIDEO_OPTIONS = ("num_proxies", "num_frames", "proxy_init", "frame_pooling", "attention_backend")
 
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "projection_dim",
+    "num_proxies",
+    "num_frames",
+)
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+# As they were before transformers 4.24, over those of the same name without "_dict".
+_TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
+_NOT_OURS = ("auto_map", "quantization_config", "fusion_config", "transformers_weights")
+
+
 @strict
 class CLIPViPConfig(CLIPConfig):
     """Configuration of `CLIPViPModel`.
@@ -105,10 +137,77 @@ class CLIPViPConfig(CLIPConfig):
                     "model; expected 'clipvip', or 'clip' with a text and a vision tower"
                 )
             config = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
-        return config, kwargs
+        return _settings_in(config, shown(pretrained_model_name_or_path)), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', and VIDEO_OPTIONS among the overrides."""
         given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
+
+
+def count_weights(config: CLIPViPConfig) -> int:
+    """About how many numbers a model of these shapes has: no fewer than its large matrices do."""
+    text, vision = config.text_config, config.vision_config
+
+    def tower(shapes: Any, inputs: int) -> int:
+        layer = 4 * shapes.hidden_size + 2 * shapes.intermediate_size
+        rows = shapes.num_hidden_layers * layer + inputs + config.projection_dim
+        return rows * shapes.hidden_size
+
+    patch = vision.num_channels * vision.patch_size**2
+    patches = (vision.image_size // vision.patch_size) ** 2
+    video = patch + patches + vision.num_proxies + vision.num_frames
+    return tower(text, text.vocab_size + text.max_position_embeddings) + tower(vision, video)
+
+
+def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """A config.json without what is no setting of the model; that is told where it asked for code.
+    Raises ValueError for settings that no model has."""
+    own = _fields(CLIPConfig) | set(VIDEO_OPTIONS) | {"model_type", "architectures"}
+    kept = {key: value for key, value in config.items() if key in own}
+    left_out = [key for key in _NOT_OURS if config.get(key) is not None]
+    for key in ("attn_implementation", "_attn_implementation"):
+        value = config.get(key)
+        if value in ("eager", "sdpa") or (
+            # Without its package, transformers fetches a kernel of that name.
+            value == "flash_attention_2" and is_flash_attn_2_available()
+        ):
+            kept["attn_implementation"] = value
+        elif value is not None:
+            left_out.append(f"{key}={value!r}")
+    if left_out:
+        logger.warning(
+            f"config.json of {source} names {shown(', '.join(left_out))}, which is left out: a "
+            "model's files choose no code"
+        )
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if value is None:
+            continue
+        if value not in _DTYPES:
+            raise ValueError(f"{key} is {value!r}; expected one of {', '.join(_DTYPES)}")
+        kept["dtype"] = value
+    for key in _TOWERS:
+        if isinstance(config.get(key), dict):
+            fields = _fields(CLIPTextConfig if key.startswith("text") else CLIPVisionConfig)
+            fields |= set(VIDEO_OPTIONS) if key.startswith("vision") else set()
+            kept[key] = {name: value for name, value in config[key].items() if name in fields}
+            _check_numbers(kept[key], f"{key}.")
+        elif config.get(key) is not None:
+            raise ValueError(f"{key} is {config[key]!r}; expected the settings of a tower")
+    _check_numbers(kept, "")
+    return kept
+
+
+def _fields(config: type[PretrainedConfig]) -> set[str]:
+    """The settings that a class of configurations has of its own."""
+    return set(config.__dataclass_fields__) - set(PretrainedConfig.__dataclass_fields__)
+
+
+def _check_numbers(settings: dict[str, Any], prefix: str) -> None:
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{prefix}{name} is {value}; expected a finite number")
+        if name in _SIZES and (type(value) is not int or value < 1):
+            raise ValueError(f"{prefix}{name} is {shown(repr(value))[:50]}; expected 1 or more")

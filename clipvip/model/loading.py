@@ -29,5 +29,5 @@ def load_for_embedding(
         if is_plain_clip(config) and "frame_pooling" not in given:
             options = {"frame_pooling": "mean", "num_proxies": 1, **options}
         model = CLIPViPModel.from_pretrained(source, **options)
-    processor.fit(model.config)
+        processor.fit(model.config)
     return model, processor

@@ -39,7 +39,7 @@ from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.lean import bare, norm_linear, residual_linear, residual_mlp
-from clipvip.model.sources import found, is_plain_clip, read_config
+from clipvip.model.sources import check_size, found, hub_options, is_plain_clip, read_config
 from clipvip.ops import proxy_attention
 from clipvip.ops.proxy_attention import takes_heads_of
 
@@ -414,6 +414,7 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         model, info = loaded
         model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
         _check_fit(source, info, added, strict, ignore_mismatched_sizes)
+        _check_finite(source, model)
         if added:
             logger.warning(f"{shown(source)} is a CLIP checkpoint: {_addition(model.config)}")
         return (model, info) if output_loading_info else model
@@ -498,8 +499,13 @@ def _resolved(
         if options.get("config") is None:
             video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
             options["config"] = infer_config(options["state_dict"], source, **video)
+            check_size(options["config"], source, options)
         return None, options, frozenset()
     plain = is_plain_clip(read_config(source, options))
+    if options.get("config") is None:
+        video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
+        shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)
+        check_size(shapes, source, options)
     return source, options, frozenset(ADDED_TO_CLIP if plain else ())
 
 
@@ -528,6 +534,20 @@ def _addition(config: CLIPViPConfig) -> str:
         f"added {video.num_proxies - 1} video proxies (proxy_init={video.proxy_init!r}) and a "
         f"temporal embedding of {video.num_frames} frames, zero at the start"
     )
+
+
+def _check_finite(source: Any, model: nn.Module) -> None:
+    """Raise a ValueError where weights are NaN or infinite, as those of damaged files are."""
+    wrong = [
+        name
+        for name, weight in model.named_parameters()
+        if not weight.is_meta and not weight.isfinite().all()
+    ]
+    if wrong:
+        raise ValueError(
+            f"the model is {str(source)!r}, of which a file is damaged ({wrong[0]} and "
+            f"{len(wrong) - 1} more weights are not finite); save or fetch it again"
+        )
 
 
 def _check_fit(

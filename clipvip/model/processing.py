@@ -5,6 +5,7 @@ search. It is saved with the model.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from clipvip.transfer import send
 logger = logging.get_logger(__name__)
 
 LONGEST = 77  # tokens that CLIP reads
+MOST = 10_000  # frames, tokens or pixels: what files ask for beyond that is no model's
 READING = ("num_frames", "text_length", "paragraph", "sampling", "resize")
 """Attributes of a processor that a training run may choose."""
 PROCESSOR_CONFIG = "processor_config.json"
@@ -81,6 +83,21 @@ class CLIPViPProcessor(ProcessorMixin):
         resize: str = "crop",
     ) -> None:
         super().__init__(tokenizer)
+        for name, value in (("image_mean", image_mean), ("image_std", image_std)):
+            if not _are_channels(value) or (name == "image_std" and not min(value) > 0):
+                raise ValueError(f"{name} is {value!r}; expected a number for each of 3 channels")
+        counts = {"image_size": image_size, "num_frames": num_frames, "text_length": text_length}
+        for name, count in counts.items():
+            fits = type(count) is int and 0 < count <= MOST
+            if not fits and not (name == "text_length" and count is None):
+                raise ValueError(f"{name} is {count!r}; expected an integer of 1 to {MOST}")
+        for word, given, kind in (
+            ("sampling", sampling, str),
+            ("resize", resize, str),
+            ("paragraph", paragraph, bool),
+        ):
+            if not isinstance(given, kind):
+                raise ValueError(f"{word} is {given!r}; expected a {kind.__name__}")
         check_sampling(sampling)
         check_resize(resize)
         self.image_size = image_size
@@ -93,12 +110,20 @@ class CLIPViPProcessor(ProcessorMixin):
         self.resize = resize
 
     def check_tokens(self, config: CLIPViPConfig) -> None:
-        """Raises ValueError where the tokenizer has more tokens than a model."""
-        tokens, known = len(self.tokenizer), config.text_config.vocab_size
+        """Raises ValueError where the tokenizer has more tokens than a model, or another end."""
+        known, vocabulary = config.text_config.vocab_size, self.tokenizer.get_vocab()
+        tokens = max(len(self.tokenizer), 1 + max(vocabulary.values(), default=0))
         if tokens > known:
             raise ValueError(
                 f"the tokenizer has {tokens} tokens, the model {known}; expected the tokenizer "
                 "that the model was trained with"
+            )
+        # A text's feature is that of its end. OpenAI's own models say 2, and mean the highest.
+        end, own = config.text_config.eos_token_id, self.tokenizer.eos_token_id
+        if end not in (2, own):
+            raise ValueError(
+                f"the tokenizer ends texts with token {own}, the model with {end}; expected the "
+                "tokenizer that the model was trained with"
             )
 
     def fit(self, config: CLIPViPConfig) -> None:
@@ -235,7 +260,7 @@ def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     # Written beside the model before the processor knew how clips are read.
     earlier = Path(source, hub.get("subfolder") or "", "reading.json")
     if "sampling" not in own and earlier.is_file():
-        settings |= json.loads(earlier.read_text())
+        settings |= json.loads(earlier.read_text(encoding="utf-8"))
     return settings
 
 
@@ -285,12 +310,27 @@ def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
             loaded = CLIPTokenizer.from_pretrained(where, **hub)
             # Where there are no files, transformers makes one of the special tokens alone.
             if len(loaded) > len(loaded.all_special_ids):
+                # Whatever its files say: CLIP's positions count from a text's start.
+                loaded.padding_side = loaded.truncation_side = "right"
+                longest = loaded.model_max_length
+                if not isinstance(longest, int | float) or longest < 2:
+                    raise ValueError(f"model_max_length is {longest!r}; expected 2 or more")
+                if None in (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id):
+                    raise ValueError("it lacks a token for a text's start or end or for padding")
                 return loaded
         raise NoTokenizer(
             f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, or "
             f"convert it with one: clipvip convert {where} FOLDER "
             "--tokenizer openai/clip-vit-base-patch32"
         )
+
+
+def _are_channels(values: Any) -> bool:
+    return (
+        isinstance(values, Sequence)
+        and len(values) == 3
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    )
 
 
 def _is_file(source: str | os.PathLike) -> bool:
@@ -300,7 +340,7 @@ def _is_file(source: str | os.PathLike) -> bool:
 def _read_json(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any]:
     """Content of a file of a folder or hub name; empty where there is no such file."""
     file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-    content = {} if file is None else json.loads(Path(file).read_text())
+    content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no object; expected a processor's settings")
     return content

@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
+from transformers.utils import cached_file
 
+from clipvip.files import shown
+from clipvip.model.configuration import CLIPViPConfig, count_weights
 from clipvip.model.conversion import AUTHORS_SUFFIXES
 
 _HUB_OPTIONS = (
@@ -26,10 +29,18 @@ _HUB_OPTIONS = (
 _DAMAGED = (
     json.JSONDecodeError,
     UnicodeDecodeError,
+    RecursionError,
     SafetensorError,
     pickle.UnpicklingError,
     EOFError,
 )
+_WEIGHTS = (  # in the order in which transformers looks for them
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SLACK = 1 << 24  # numbers that may be added to what a file of weights holds
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -62,6 +73,9 @@ def found(
         raise error(f"{what} is {value!r}, which does not exist; {wanted}")
     if path.is_dir() and kind == "model" and not (path / subfolder / "config.json").is_file():
         raise error(f"{what} is {value!r}, a folder without config.json; {wanted}")
+    if kind == "model" and (path / subfolder / "adapter_config.json").is_file():
+        # With peft installed, transformers would load what it names.
+        raise ValueError(f"{what} is {value!r}, which holds an adapter; merge it into the model")
     try:
         yield
     except OSError as failed:
@@ -71,14 +85,21 @@ def found(
             f"{what} is {value!r}, which does not exist here, nor could it be had from the hub "
             f"(it is not there, it needs a login, or this machine is offline); {wanted}"
         ) from failed
-    except Exception as failed:
-        # tokenizers raises a bare Exception; other errors say themselves what they are about.
-        if type(failed) is not Exception and not isinstance(failed, _DAMAGED):
+    except BaseException as failed:
+        # What Rust throws where it does not know on is no Exception.
+        if not isinstance(failed, Exception) and type(failed).__name__ != "PanicException":
             raise
-        reason = str(failed).partition("\n")[0].partition(". ")[0] or type(failed).__name__
-        raise ValueError(
-            f"{what} is {value!r}, of which a file is damaged ({reason}); save or fetch it again"
-        ) from failed
+        if isinstance(failed, error) or (type(failed) is ValueError and value in str(failed)):
+            raise  # says itself what it is about
+        reason = " ".join(str(failed).split()).partition(". ")[0][:300] or type(failed).__name__
+        # tokenizers raises a bare Exception.
+        if type(failed) is Exception or isinstance(failed, _DAMAGED):
+            reason = f"of which a file is damaged ({reason}); save or fetch it again"
+        else:
+            if not isinstance(failed, ValueError | RuntimeError | TypeError):
+                reason = f"{type(failed).__name__}: {reason}"
+            reason = f"which cannot be loaded: {reason}"
+        raise ValueError(f"{what} is {value!r}, {reason}") from failed
 
 
 def check_name(what: str, path: str | PathLike) -> None:
@@ -111,3 +132,36 @@ def read_config(source: str | PathLike, options: dict[str, Any]) -> dict[str, An
 def is_plain_clip(config: dict[str, Any]) -> bool:
     """Whether a model's config.json is that of an image model, which has no video weights."""
     return config.get("model_type") != "clipvip"
+
+
+def check_size(config: CLIPViPConfig, source: str | PathLike, options: dict[str, Any]) -> None:
+    """Raise a ValueError where a configuration speaks of more weights than the files of a folder,
+    a hub name or an authors' file have bytes: they would be made up, whatever memory that takes."""
+    path = Path(source)
+    stored = path.stat().st_size if path.is_file() else _weight_bytes(source, options)
+    wanted = count_weights(config)
+    if stored is not None and wanted > stored + _SLACK:
+        raise ValueError(
+            f"its configuration speaks of {wanted:.3g} weights, and its files hold {stored} bytes "
+            "of them; save or fetch it again"
+        )
+
+
+def _weight_bytes(source: str | PathLike, options: dict[str, Any]) -> int | None:
+    """Size of a folder's or hub name's weights; None where they have no usual name."""
+    hub = hub_options(options)
+    for name in _WEIGHTS:
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        if file is None:
+            continue
+        files = [file]
+        if name.endswith(".json"):
+            index = json.loads(Path(file).read_text(encoding="utf-8"))
+            if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+                raise ValueError(f"{name} holds no index of weights")
+            parts = set(map(str, index["weight_map"].values()))
+            if outside := [part for part in parts if Path(part).name != part]:
+                raise ValueError(f"{name} names {shown(outside[0])!r}, a file in another folder")
+            files = [str(cached_file(source, part, **hub)) for part in sorted(parts)]
+        return sum(Path(file).stat().st_size for file in files)
+    return None

@@ -1,6 +1,7 @@
 """From a configuration to what the training loop works on."""
 
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from clipvip.training import checkpoint, parallel, ranks
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.evaluate import with_texts_read
 from clipvip.training.optimization import freeze
+
+logger = logging.getLogger(__name__)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -91,7 +94,12 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> 
     remembered = out / "trackers.json"
 
     def start() -> None:
-        ids = json.loads(remembered.read_text()) if step and remembered.exists() else {}
+        ids: dict[str, str] = {}
+        if step and remembered.exists():
+            try:
+                ids = dict(json.loads(remembered.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                logger.warning("%s cannot be read (%s): trackers start anew", remembered, error)
         wandb_id = ids.get("wandb", uuid.uuid4().hex)
         named = {"name": out.name, "group": out.name, "dir": config.out}
         options = {
@@ -215,19 +223,22 @@ def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
 
 @contextmanager
 def _given(key: str, value: str) -> Iterator[None]:
-    """Around a load of `value`: ConfigError, which names the key, where there is no such thing, or
-    no tokenizer in it."""
+    """Around a load of `value`: ConfigError, which names the key, where there is no such thing, no
+    tokenizer in it, or a file of it is damaged."""
     kind: Any = "tokenizer" if key == "model.tokenizer" else "model"
-    with found(key, value, kind=kind, error=ConfigError):
-        try:
-            yield
-        except NoTokenizer:
-            if not Path(value).exists():
-                raise  # says found
-            raise ConfigError(
-                f"{value} holds no tokenizer: give model.tokenizer=, a folder or hub name that "
-                "does, such as openai/clip-vit-base-patch32"
-            ) from None
+    try:
+        with found(key, value, kind=kind, error=ConfigError):
+            try:
+                yield
+            except NoTokenizer:
+                if not Path(value).exists():
+                    raise  # says found
+                raise ConfigError(
+                    f"{value} holds no tokenizer: give model.tokenizer=, a folder or hub name that "
+                    "does, such as openai/clip-vit-base-patch32"
+                ) from None
+    except ValueError as failed:
+        raise ConfigError(str(failed)) from failed
 
 
 def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:
@@ -252,8 +263,8 @@ def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:
     }
     try:
         shapes = CLIPViPConfig(**given)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.config: {error}") from None
+    except Exception as error:  # of validators, each its own
+        raise ConfigError(f"model.config: {' '.join(str(error).split())}") from None
     _check_heads("model.config", shapes, config.backend)
     return shapes
 

@@ -295,18 +295,18 @@ def point(link: Path, target: Path) -> None:
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
-    """Drop the rows of later steps, and a half-written last one: a resumed run writes them
-    again."""
+    """Drop the rows of later steps, which a resumed run writes again, and what is no row, such as
+    a half-written last one."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+
+    def stays(line: bytes) -> bool:
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            break
-    write_whole(path, "".join(kept))
+            return line.endswith(b"\n") and json.loads(line)["step"] <= step
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return False
+
+    write_whole(path, list(filter(stays, path.read_bytes().splitlines(keepends=True))))
 
 
 def _flush(path: Path) -> None:

@@ -245,7 +245,11 @@ def test_links_move_and_survive_moving_the_whole_run(tmp_path):
 def test_the_log_is_cut_to_the_checkpoints_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": step / 3} for step in (1, 2, 2, 3)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    with path.open("ab") as file:
+        file.write(b"\xff\n[1]\n{}\n" + b"[" * 100_000 + b"\n")  # no rows
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows[1:])
+        file.write(b'{"step": 3, "lo')
     checkpoint.truncate_jsonl(path, 2)
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:3]
     checkpoint.truncate_jsonl(tmp_path / "absent.jsonl", 2)

@@ -31,6 +31,7 @@ def checkpoints(tmp_path_factory, world):
             vision |= {"num_hidden_layers": 24}
             text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         dimension = 768 if kind == "l14" else 512
+        text |= {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # world's
         shapes = CLIPConfig(text_config=text, vision_config=vision, projection_dim=dimension)
         shapes.save_pretrained(folder)
     return folders

@@ -58,7 +58,7 @@ from clipvip.data.container import (
 )
 from clipvip.data.decode import read_frames
 from clipvip.data.tars import MEDIA, Packed, open_url, read_samples
-from clipvip.data.transcode import Cut, cut, reencode, whole
+from clipvip.data.transcode import CODING, Cut, cut, reencode, whole
 from clipvip.data.workers import Workers
 from clipvip.files import decode_text, json_line, only_run, shown, write_whole
 from clipvip.ops.resize_crop import check_compiled
@@ -126,6 +126,7 @@ def write_shards(
         "clips_per_shard": clips_per_shard,
         "cut": cut,
         "size": size,
+        "coding": None if size is None else CODING,
         "seed": seed,
     }
     with only_run(out, "writes shards", ShardError), _settled(out, settings):
@@ -194,7 +195,8 @@ def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             raise ShardError(f"{path}: {error}; give another folder, or delete this one") from error
         for key, value in settings.items():
             if old.get(key) != value:
-                was = "other annotations" if key == "annotations" else f"{key}={old.get(key)}"
+                other = {"annotations": "other annotations", "coding": "another video coding"}
+                was = other.get(key, f"{key}={old.get(key)}")
                 raise ShardError(
                     f"{out} holds shards made with {was}; give another folder, or the same "
                     "annotations and options to go on with these"

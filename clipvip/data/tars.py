@@ -3,6 +3,10 @@
 A tar is read once, from its first byte to its last, and nothing in it is expanded, so that what is
 held in memory is never more than what lies in the file: compressed tars are refused, and a member
 with holes costs its sample. Names in a tar are only names; nothing is written to them.
+
+Python's tarfile parses single headers here and does not walk through the tar: it takes a
+damaged header for the end of all, and in releases that are still in use some headers make it loop
+for ever or for hours (CVE-2025-8194, CVE-2024-6232).
 """
 
 import os

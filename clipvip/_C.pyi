@@ -3,7 +3,15 @@
 from typing import Any
 
 class Tensor:
-    def __init__(self, data: int, dtype: int, size: list[int], stride: list[int]) -> None: ...
+    def __init__(
+        self,
+        storage: int,
+        bytes: int,
+        offset: int,
+        dtype: int,
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> None: ...
 
 def build_info() -> dict[str, Any]: ...
 def cpu_capabilities() -> list[str]: ...

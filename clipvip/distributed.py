@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipvip.ops import pairwise_logsumexp
+from clipvip.ops import _native, pairwise_logsumexp
 from clipvip.ops.pairwise_logsumexp import block_forward, block_gradients, without_autocast
 
 # Features of all ranks up to so many bytes are brought by one collective. More of them travel a
@@ -80,6 +80,7 @@ def sharded_logsumexp(
     """
     if world_size() == 1:
         return pairwise_logsumexp(a, b, scale, diagonal, backend=backend)
+    _native.refuse_tangents("sharded_logsumexp", a, b, scale)
     with without_autocast(a, b, scale, diagonal, backend) as (a, b):
         return _Sharded.apply(a, b, scale, diagonal, backend)
 
@@ -164,7 +165,8 @@ def _logsumexp_over_ranks(values: Tensor) -> Tensor:
     """-inf where it is that on all."""
     most = values.clone()
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    finite = most.clamp(min=torch.finfo(most.dtype).min)
+    limits = torch.finfo(most.dtype)
+    finite = most.clamp(limits.min, limits.max)  # or infinity less itself would be NaN
     return _sum((values - finite).exp()).log() + finite
 
 

@@ -96,7 +96,7 @@ def omnisource_loss(
     It is then neither positive nor negative; each mean is over the clips that have both
     sources of a term, and a term that no clip has is 0. The other source of such a clip
     still is a negative for the others. Masks lie on one device; where that is the CPU, nothing
-    waits for features on a GPU.
+    waits for features on a GPU. Meta tensors give the shape of a loss, nothing computed.
 
     Raises ValueError for an unknown variant, a source the variant needs that is None, or
     shapes that differ; TypeError for masks that are not bool.
@@ -124,14 +124,13 @@ def omnisource_loss(
 
 def _pair(rows: _Source, columns: _Source, logits: _Logits) -> _Pair:
     a, b = rows.features, columns.features
-    if rows.present is None and columns.present is None:
+    masks = [mask for mask in (rows.present, columns.present) if mask is not None]
+    if all(mask.is_meta for mask in masks):  # no mask, or none with values
         return _Pair(*logits.statistics(a, b, 0), slice(None))
 
     # Clips with both sources come first among the rows and last among the columns, so that
     # their positives are the whole of the one diagonal that ends in the last column.
-    everyone = next(
-        torch.ones_like(mask) for mask in (rows.present, columns.present) if mask is not None
-    )
+    everyone = torch.ones_like(masks[0])
     has_row = everyone if rows.present is None else rows.present
     has_column = everyone if columns.present is None else columns.present
     clips = (has_row & has_column).nonzero().squeeze(1)
@@ -202,5 +201,7 @@ def _check(first: _Source, *others: _Source) -> None:
             )
         if present is not None and present.dtype != torch.bool:
             raise TypeError(f"{name}_present is {present.dtype}, expected torch.bool")
+        if present is not None and present.is_meta and not features.is_meta:
+            raise ValueError(f"{name}_present is on meta, without values, but {name} is not")
         if present is not None and present.shape != features.shape[:1]:
             raise ValueError(f"{name}_present is {list(present.shape)}, expected [{len(features)}]")

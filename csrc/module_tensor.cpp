@@ -1,7 +1,7 @@
-#include <pybind11/stl.h>
+#include <pybind11/pybind11.h>
 
 #include <stdexcept>
-#include <vector>
+#include <string>
 
 #include "common/tensor.h"
 #include "module.h"
@@ -10,18 +10,43 @@ namespace py = pybind11;
 
 namespace {
 
-clipvip::Tensor make_tensor(uintptr_t data, int dtype, const std::vector<int64_t>& size,
-                            const std::vector<int64_t>& stride) {
+int64_t item_size(clipvip::DType dtype) {
+  switch (dtype) {
+    case clipvip::DType::uint8: return 1;
+    case clipvip::DType::bfloat16:
+    case clipvip::DType::float16:
+    case clipvip::DType::uint16: return 2;
+    default: return 4;
+  }
+}
+
+// A tensor whose first element is `offset` elements into the `bytes` of memory at `storage`, inside
+// which all of it must lie: nothing else stands between a pointer and a crash.
+clipvip::Tensor make_tensor(uintptr_t storage, uint64_t bytes, uint64_t offset, int dtype,
+                            const py::tuple& size, const py::tuple& stride) {
   clipvip::Tensor tensor;
   if (size.size() != stride.size() || size.size() > clipvip::Tensor::kMaxDims)
     throw std::invalid_argument("a tensor of at most 4 dimensions with as many strides is needed");
-  tensor.data = reinterpret_cast<void*>(data);
   tensor.dtype = static_cast<clipvip::DType>(dtype);
   tensor.ndim = static_cast<int>(size.size());
-  for (size_t i = 0; i < size.size(); ++i) {
-    tensor.size[i] = size[i];
-    tensor.stride[i] = stride[i];
+  const uint64_t item = static_cast<uint64_t>(item_size(tensor.dtype));
+  unsigned __int128 last = offset;
+  bool empty = false, backwards = false;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    tensor.size[i] = size[i].cast<int64_t>();
+    tensor.stride[i] = stride[i].cast<int64_t>();
+    empty |= tensor.size[i] < 1;
+    backwards |= tensor.stride[i] < 0;
+    last += static_cast<unsigned __int128>(tensor.size[i] - 1) * tensor.stride[i];
   }
+  if (!empty && (storage == 0 || backwards || (last + 1) * item > bytes)) {
+    throw std::invalid_argument(
+        "a tensor of size " + std::string(py::str(size)) + " and strides " +
+        std::string(py::str(stride)) + " does not lie in the " + std::to_string(bytes) +
+        " bytes of its storage; it has no memory (meta, fake, or of another transform), or its "
+        "memory was freed or made smaller");
+  }
+  tensor.data = reinterpret_cast<void*>(storage + offset * item);
   return tensor;
 }
 
@@ -30,6 +55,6 @@ clipvip::Tensor make_tensor(uintptr_t data, int dtype, const std::vector<int64_t
 void clipvip::register_tensor(py::module_& m) {
   // Local to its module, so that another one with the same class can be loaded beside it.
   py::class_<Tensor>(m, "Tensor", py::module_local())
-      .def(py::init(&make_tensor), py::arg("data"), py::arg("dtype"), py::arg("size"),
-           py::arg("stride"));
+      .def(py::init(&make_tensor), py::arg("storage"), py::arg("bytes"), py::arg("offset"),
+           py::arg("dtype"), py::arg("size"), py::arg("stride"));
 }

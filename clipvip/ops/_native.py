@@ -1,14 +1,18 @@
-"""The compiled module clipvip._C, and how tensors are handed to it."""
+"""The compiled module clipvip._C, how tensors are handed to it, and how its ops are registered."""
 
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
+from torch.autograd import forward_ad
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # csrc: DType
 
@@ -67,6 +71,14 @@ def launch_context(tensor: Tensor) -> Iterator[tuple[int, int]]:
         yield tensor.device.index, torch.cuda.current_stream().cuda_stream
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for where the tensor lies; None where it is off."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # it does not know of meta
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def check_dtype(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless the kernels take such elements."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -76,6 +88,7 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         )
 
 
+_LINE = 64  # bytes of a cache line
 _kept = threading.local()
 
 
@@ -85,21 +98,105 @@ def workspace(needed: int) -> int:
     Each thread keeps its largest, some 10 MB: pages mapped anew in every call would cost a tenth
     of the time.
     """
-    if getattr(_kept, "workspace", None) is None or _kept.workspace.numel() < needed:
-        _kept.workspace = torch.empty(needed, dtype=torch.uint8, device="cpu")
-    return int(_kept.workspace.data_ptr())
+    if getattr(_kept, "workspace", None) is None or _kept.workspace.nbytes < needed + _LINE:
+        # Not PyTorch's, which modes such as that of fake tensors give no memory.
+        _kept.workspace = np.empty(needed + _LINE, np.uint8)
+    address = int(_kept.workspace.ctypes.data)
+    return -(-address // _LINE) * _LINE
 
 
 def handle(tensor: Tensor) -> Any:
-    """What the compiled module knows of a tensor; keep the tensor alive while it is in use."""
-    return module().Tensor(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape, tensor.stride())
+    """What the compiled module knows of a tensor; keep the tensor alive while it is in use.
+
+    Raises TypeError, ValueError or NotImplementedError unless the tensor's numbers are in memory,
+    all of them, and as they look.
+    """
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None or tensor.is_neg():
+        seen = "the negative view of a tensor" if tensor.is_neg() else f"a tensor of {tensor.dtype}"
+        raise TypeError(f"{seen} is given to a kernel, which takes none")
+    storage = tensor.untyped_storage()
+    place = storage.data_ptr(), storage.nbytes(), tensor.storage_offset()
+    return module().Tensor(*place, dtype, tensor.shape, tensor.stride())
+
+
+def numbers(tensor: Tensor) -> list[int]:
+    """The tensor's numbers; ValueError where there are none in memory."""
+    _expect_memory(tensor)
+    return list(tensor.tolist())
+
+
+def _expect_memory(tensor: Tensor) -> None:
+    """Raise ValueError where PyTorch would read memory that was freed, and so end the process."""
+    if tensor.numel() and tensor.device.type == "cpu" and not tensor.untyped_storage().data_ptr():
+        raise ValueError(f"a tensor of size {list(tensor.shape)} has no memory; was it freed?")
+
+
+def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous copy, in another dtype where one is given."""
+    _expect_memory(tensor)
+    return tensor.to(dtype or tensor.dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def dense(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor, or a copy, that is contiguous and of a dtype."""
+    whole = tensor.is_contiguous() and dtype in (None, tensor.dtype)
+    return tensor if whole else copied(tensor, dtype)
 
 
 def handles(*arguments: Any) -> list[Any]:
     """Handles for tensors, which must be kept alive, and everything else as it is."""
-    return [handle(x) if isinstance(x, Tensor) else x for x in arguments]
+    given, device = [], None
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            device = device or argument.device
+            if argument.device != device:
+                raise ValueError(f"tensors lie on {device} and {argument.device}, expected one")
+            argument = handle(argument)
+        given.append(argument)
+    return given
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a compiled function with handles for tensors and everything else as it is."""
     return function(*handles(*arguments))
+
+
+# --- ops -----------------------------------------------------------------------------------------
+
+_library = torch.library.Library("clipvip", "IMPL")  # what it registers goes when it does
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a CPU kernel as the op clipvip::name, as torch.library.custom_op does.
+
+    Ops of that have no derivatives in forward mode, and run with dual tensors as if these were
+    constants. Ours refuse.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Any:
+        define = torch.library.custom_op(f"clipvip::{name}", mutates_args=(), device_types="cpu")
+        op = define(kernel)
+        differentiable = make_autograd_impl(getattr(torch.ops.clipvip, name).default, op)
+
+        def checked(keys: Any, *arguments: Any) -> Any:
+            refuse_tangents(name, *arguments)
+            return differentiable(keys, *arguments)
+
+        with warnings.catch_warnings():  # of what is meant: custom_op has registered the same
+            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+            _library.impl(name, checked, "Autograd", with_keyset=True, allow_override=True)
+        return op
+
+    return register
+
+
+def refuse_tangents(name: str, *arguments: Any) -> None:
+    """Raise NotImplementedError where a tensor carries a derivative in forward mode."""
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments
+    ):
+        raise NotImplementedError(
+            f"{name} has no derivatives in forward mode (jvp, jacfwd, dual tensors); use backward, "
+            "or in a single process backend='reference'"
+        )

@@ -187,7 +187,7 @@ def linear_forward(
         kind,
         x,
         weight,
-        bias.float().contiguous(),
+        _vector(bias),
         None if residual is None else _rows(residual),
         alpha,
         beta,
@@ -245,8 +245,10 @@ def linear_grad_weight(
     _check_norm(norm, width)
     if (norm is None) != (statistics is None):
         raise ValueError("norm and statistics belong together: give both or neither")
-    for name, each in zip(("mean", "rstd"), statistics or (), strict=False):
-        _check(operands, (), **{name: (each, (tokens,))})
+    if statistics is not None:
+        mean, rstd = statistics
+        _check(operands, (), mean=(mean, (tokens,)), rstd=(rstd, (tokens,)))
+        statistics = _vector(mean), _vector(rstd)
     if tokens == 0:
         return grad.new_zeros(outer, width).float(), grad.new_zeros(outer).float()
     grad, x = _rows(grad), _rows(x)
@@ -307,19 +309,33 @@ def _check_norm(norm: Norm | None, width: int) -> None:
 def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
     if norm is None:
         return None, None
-    return norm.weight.float().contiguous(), norm.bias.float().contiguous()
+    return _vector(norm.weight), _vector(norm.bias)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With its numbers in memory, and those of a row side by side."""
-    x = x.resolve_neg()
-    return (
-        x if x.stride(-1) == 1 and x.data_ptr() else x.clone(memory_format=torch.contiguous_format)
-    )
+    """With its numbers as they look, and those of a row side by side."""
+    x = _seen(x)
+    return x if x.stride(-1) == 1 else _native.copied(x)
+
+
+def _vector(x: Tensor) -> Tensor:
+    """As the kernels read all vectors."""
+    return _native.dense(_seen(x), torch.float32)
+
+
+def _seen(x: Tensor) -> Tensor:
+    """With its numbers in memory, not negated or zero by a mark alone."""
+    return torch.zeros_like(x) if x._is_zerotensor() else x.resolve_neg()
 
 
 def _call(name: str, *arguments: Any) -> None:
     """Calls a compiled function with as much workspace as it asks for."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    _native.refuse_tangents(name, *tensors)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"{name} has no derivative of its own; call {name}_reference, or under torch.no_grad()"
+        )
     function = getattr(_native.module(), name)
     given = [*_native.handles(*arguments), torch.get_num_threads()]
     function(*given, _native.workspace(function(*given, None)))

@@ -58,10 +58,13 @@ def pairwise_logsumexp_reference(
     """What the op means, in plain PyTorch; differentiable, any floating dtype and device."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     logits = scale.to(dtype) * (a.to(dtype) @ b.to(dtype).T)
-    own = _own(logits, diagonal)
-    positive = logits.new_full((a.shape[0],), float("-inf"))
-    positive = positive.masked_scatter(own.any(1), logits[own])
+    diagonal = _within(diagonal, a, b)
+    own = torch.ones_like(logits, dtype=torch.bool).triu(diagonal).tril(diagonal)
     others = logits.masked_fill(own, float("-inf"))
+    positive = logits.diagonal(diagonal)
+    before = max(0, -diagonal)  # rows without a positive
+    after = a.shape[0] - before - positive.shape[0]
+    positive = torch.nn.functional.pad(positive, (before, after), value=float("-inf"))
     return others.logsumexp(1), others.logsumexp(0), positive
 
 
@@ -73,12 +76,12 @@ def without_autocast(
     _check(a, b, scale, diagonal)
     if backend not in ("native", "reference"):
         raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
-    device = a.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = _native.autocast_dtype(a)
+    if dtype is None:
         yield a, b
         return
-    dtype = torch.get_autocast_dtype(device) if a.dtype != torch.float64 else a.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = dtype if a.dtype != torch.float64 else a.dtype
+    with torch.autocast(a.device.type, enabled=False):
         yield a.to(dtype), b.to(dtype)
 
 
@@ -116,22 +119,18 @@ def block_gradients(
         return _backward(a, b, scale, diagonal, row_lse, col_lse, *grads)
     x, y, factor = a.to(row_lse.dtype), b.to(row_lse.dtype), scale.to(row_lse.dtype)
     products = x @ y.T
-    weights = _share(factor * products, row_lse[:, None]) * grad_row_lse[:, None]
-    weights += _share(factor * products, col_lse) * grad_col_lse
-    own = _own(weights, diagonal)
-    weights[own] = grad_positive[own.any(1)]
+    logits = factor * products
+    weights = (logits - row_lse[:, None]).exp() * grad_row_lse[:, None]
+    weights += (logits - col_lse).exp() * grad_col_lse
+    own = weights.diagonal(_within(diagonal, a, b))
+    own.copy_(grad_positive[max(0, -diagonal) :][: len(own)])
     grad_a, grad_b = factor * (weights @ y), factor * (weights.T @ x)
     return grad_a.to(a.dtype), grad_b.to(b.dtype), (weights * products).sum().to(scale.dtype)
 
 
-def _share(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse), 0 where there is nothing to have a share in."""
-    return (logits - lse.masked_fill(lse.isneginf(), torch.inf)).exp()
-
-
-def _own(logits: Tensor, diagonal: int) -> Tensor:
-    """bool [n, m], True at the positives."""
-    return torch.ones_like(logits, dtype=torch.bool).triu(diagonal).tril(diagonal)
+def _within(diagonal: int, a: Tensor, b: Tensor) -> int:
+    """The diagonal, or the first one beyond a corner, where there is no positive either."""
+    return max(-a.shape[0], min(diagonal, b.shape[0]))
 
 
 def _check(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> None:
@@ -152,8 +151,8 @@ def _check(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> None:
 
 
 def _prepared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
-    return a, b, scale.to(torch.float32)
+    a, b = (x if x.stride(1) == 1 else _native.copied(x) for x in (a, b))
+    return a, b, _native.dense(scale, torch.float32)
 
 
 def _call(function, a: Tensor, *arguments) -> None:
@@ -163,7 +162,7 @@ def _call(function, a: Tensor, *arguments) -> None:
     function(*given, workspace.data_ptr())
 
 
-@torch.library.custom_op("clipvip::pairwise_logsumexp", mutates_args=(), device_types="cpu")
+@_native.custom_op("pairwise_logsumexp")
 def _forward(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _forward_fake(a, b, scale, diagonal)
     _call(_native.module().pairwise_logsumexp_forward, *_prepared(a, b, scale), diagonal, *outputs)
@@ -179,9 +178,7 @@ def _forward_fake(
     return row_lse, col_lse, positive
 
 
-@torch.library.custom_op(
-    "clipvip::pairwise_logsumexp_backward", mutates_args=(), device_types="cpu"
-)
+@_native.custom_op("pairwise_logsumexp_backward")
 def _backward(
     a: Tensor,
     b: Tensor,
@@ -199,7 +196,7 @@ def _backward(
         _native.module().pairwise_logsumexp_backward,
         *_prepared(a, b, scale),
         diagonal,
-        *[x.contiguous() for x in statistics],
+        *map(_native.dense, statistics),
         *grads,
     )
     grad_a, grad_b, grad_scale = grads
@@ -251,8 +248,9 @@ def _backward_cuda(
     grad_col_lse: Tensor,
     grad_positive: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [x.contiguous() for x in (grad_row_lse, grad_col_lse, grad_positive)]
-    row_lse, col_lse = row_lse.contiguous(), col_lse.contiguous()
+    grads = [_native.dense(x) for x in (grad_row_lse, grad_col_lse, grad_positive)]
+    row_lse, col_lse = _native.dense(row_lse), _native.dense(col_lse)
+    diagonal = _within(diagonal, a, b)
     x, y, factor = _aligned(a), _aligned(b), scale.to(torch.float32)
     row_weight, col_weight = torch.empty_like(row_lse), torch.empty_like(col_lse)
     unit = row_lse.new_empty(4)

@@ -1,7 +1,7 @@
 """Proxy-guided masked attention (CLIP-ViP, section 3.2)."""
 
-import contextlib
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,16 +62,16 @@ def proxy_attention(
         RuntimeError: the compiled module, or its kernels for this device, are missing.
     """
     _check(qkv, frame_offsets, num_proxies, patches_per_frame)
-    device = qkv.device.type
-    autocast = device != "meta"  # which knows of none
-    if autocast and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(device))
+    autocast = _native.autocast_dtype(qkv)
+    if autocast is not None and qkv.dtype != torch.float64:
+        qkv = qkv.to(autocast)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "reference":
-        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-            return proxy_attention_reference(
-                qkv, frame_offsets, num_proxies, patches_per_frame, scale
-            )
+        given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
+        if autocast is None:
+            return proxy_attention_reference(*given)
+        with torch.autocast(qkv.device.type, enabled=False):
+            return proxy_attention_reference(*given)
     if backend != "native":
         raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
     _native.check_device(qkv, frame_offsets)
@@ -92,6 +92,8 @@ def proxy_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """What the op means, in plain PyTorch; differentiable, any dtype and device."""
+    if frame_offsets.is_meta:  # no values to go by, nor any to compute
+        return qkv[:, 2].clone()
     _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
@@ -133,7 +135,7 @@ def _check_offsets(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
 ) -> int:
     """How many frames there are; for where frame_offsets has values, which is not while tracing."""
-    offsets = frame_offsets.tolist()
+    offsets = _native.numbers(frame_offsets)
     if offsets[0] != 0:
         raise ValueError(f"frame_offsets[0] is {offsets[0]}, expected 0")
     for i, (first, last) in enumerate(itertools.pairwise(offsets)):
@@ -155,7 +157,7 @@ def _check_offsets(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else _native.copied(tensor)
 
 
 def _check_saved(qkv: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -176,7 +178,19 @@ def _aligned(tensor: Tensor) -> Tensor:
     whole = tensor.stride(-1) == 1 and all(step % unit == 0 for step in tensor.stride()[:-1])
     if whole and tensor.data_ptr() % 16 == 0:
         return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return _native.copied(tensor)
+
+
+class _Sizes(NamedTuple):
+    """What a kernel's work and memory follow from: 1 for what a batch has none of."""
+
+    num_proxies: int
+    patches: int
+    frames: int
+
+
+def _sizes(frames: int, frame_offsets: Tensor, num_proxies: int, patches: int) -> _Sizes:
+    return _Sizes(num_proxies if len(frame_offsets) > 1 else 1, patches if frames else 1, frames)
 
 
 def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int) -> int:
@@ -188,6 +202,8 @@ def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches:
             f"qkv holds {tokens} tokens, which are not {videos} videos' proxies and whole frames "
             f"(T={tokens}, B={videos}, M={num_proxies}, L={patches})"
         )
+    if tokens >= 1 << 31:
+        raise ValueError(f"qkv holds {tokens} tokens, expected fewer than 2^31 on a GPU")
     return frames
 
 
@@ -212,17 +228,18 @@ def _workspace_cuda(
     return qkv.new_empty(floats, dtype=torch.float32)
 
 
-@torch.library.custom_op("clipvip::proxy_attention_forward", mutates_args=(), device_types="cpu")
+@_native.custom_op("proxy_attention_forward")
 def _forward(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T] (fp32), base 2: log2 of the sum of 2^(scaled logit · log2 e)."""
     frames = _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
-    qkv, frame_offsets = _rows(qkv), frame_offsets.contiguous()
+    sizes = _sizes(frames, frame_offsets, num_proxies, patches_per_frame)
+    qkv, frame_offsets = _rows(qkv), _native.dense(frame_offsets)
     out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
-    workspace, threads = _workspace(qkv, num_proxies, patches_per_frame, frames, False)
+    workspace, threads = _workspace(qkv, *sizes, False)
     function = _native.module().proxy_attention_forward
-    given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
+    given = qkv, frame_offsets, sizes.num_proxies, sizes.patches, scale
     _native.call(function, *given, out, lse, workspace, threads)
     return out, lse
 
@@ -232,11 +249,12 @@ def _forward_cuda(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
+    sizes = _sizes(frames, frame_offsets, num_proxies, patches_per_frame)
     out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
-    qkv, frame_offsets = _aligned(qkv), frame_offsets.contiguous()
-    given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
+    qkv, frame_offsets = _aligned(qkv), _native.dense(frame_offsets)
+    given = qkv, frame_offsets, sizes.num_proxies, sizes.patches, scale
     with _native.launch_context(qkv) as where:
-        workspace = _workspace_cuda(qkv, num_proxies, patches_per_frame, frames, False)
+        workspace = _workspace_cuda(qkv, *sizes, False)
         function = _native.module().proxy_attention_forward_cuda
         _native.call(function, *given, out, lse, workspace, *where)
     return out, lse
@@ -251,7 +269,7 @@ def _forward_like(
     return qkv.new_empty(tokens, heads, head_dim), lse
 
 
-@torch.library.custom_op("clipvip::proxy_attention_backward", mutates_args=(), device_types="cpu")
+@_native.custom_op("proxy_attention_backward")
 def _backward(
     grad_out: Tensor,
     qkv: Tensor,
@@ -264,13 +282,14 @@ def _backward(
 ) -> Tensor:
     """The gradient of qkv, [T, 3, H, D], from that of out and what forward gave."""
     frames = _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
+    sizes = _sizes(frames, frame_offsets, num_proxies, patches_per_frame)
     _check_saved(qkv, grad_out, out, lse)
     grad_out, qkv, out = _rows(grad_out), _rows(qkv), _rows(out)
-    frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
+    frame_offsets, lse = _native.dense(frame_offsets), _native.dense(lse)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    workspace, threads = _workspace(qkv, num_proxies, patches_per_frame, frames, True)
+    workspace, threads = _workspace(qkv, *sizes, True)
     function = _native.module().proxy_attention_backward
-    given = grad_out, qkv, frame_offsets, num_proxies, patches_per_frame, scale, out, lse
+    given = grad_out, qkv, frame_offsets, sizes.num_proxies, sizes.patches, scale, out, lse
     _native.call(function, *given, grad_qkv, workspace, threads)
     return grad_qkv
 
@@ -287,13 +306,14 @@ def _backward_cuda(
     lse: Tensor,
 ) -> Tensor:
     frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
+    sizes = _sizes(frames, frame_offsets, num_proxies, patches_per_frame)
     _check_saved(qkv, grad_out, out, lse)
     grad_out, qkv, out = _aligned(grad_out), _aligned(qkv), _aligned(out)
-    frame_offsets, lse = frame_offsets.contiguous(), lse.contiguous()
+    frame_offsets, lse = _native.dense(frame_offsets), _native.dense(lse)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    given = grad_out, qkv, frame_offsets, num_proxies, patches_per_frame, scale, out, lse
+    given = grad_out, qkv, frame_offsets, sizes.num_proxies, sizes.patches, scale, out, lse
     with _native.launch_context(qkv) as where:
-        workspace = _workspace_cuda(qkv, num_proxies, patches_per_frame, frames, True)
+        workspace = _workspace_cuda(qkv, *sizes, True)
         function = _native.module().proxy_attention_backward_cuda
         _native.call(function, *given, grad_qkv, workspace, *where)
     return grad_qkv

@@ -20,6 +20,7 @@ same in float64.
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -90,9 +91,10 @@ def resize_crop(
     """A decoded frame as a square in RGB, upright.
 
     planes: Y [H, W], U and V [H or ⌈H/2⌉, W or ⌈W/2⌉]; uint8, or uint16 where colours.bits is
-    more than 8. Rows may lie apart. Chroma lies between the luma rows that share it.
+    more than 8, in the machine's byte order. Rows may lie apart, or upwards. Chroma lies between
+    the luma rows that share it.
     resize: one of RESIZES. turn: what makes the frame upright.
-    Returns uint8 [3, size, size]: `out`, contiguous, where given.
+    Returns uint8 [3, size, size]: `out`, contiguous, where given; it may overlap with planes.
     Raises ValueError or TypeError for anything else.
     """
     _check(planes, size, colours)
@@ -108,6 +110,7 @@ def resize_crop(
     direct = not any(turn) and rows.kept == columns.kept == size
     part = out if direct else np.empty((3, rows.kept, columns.kept), np.uint8)
     function = _native.module().resize_crop
+    planes = [plane if _readable(plane, part) else plane.copy() for plane in planes]
     handles = [_handle(plane) for plane in planes]
     given = [handles, filters.of_planes, filters.colours, _handle(part)]
     function(*given, _native.workspace(function(*given, None)))
@@ -364,6 +367,12 @@ def _check(planes: Sequence[Pixels], size: int, colours: Colours) -> None:
         raise ValueError(f"size is {size}, expected at least 1")
 
 
+def _readable(plane: Pixels, out: NDArray[np.uint8]) -> bool:
+    """Whether the kernel can read a plane where it is: aligned, row below row, and left alone."""
+    forwards = min(plane.strides) >= 0
+    return forwards and plane.flags.aligned and not np.may_share_memory(plane, out)
+
+
 @functools.lru_cache(maxsize=64)
 def _filters(
     shapes: tuple[tuple[int, ...], ...], size: int, colours: Colours, resize: str, turn: Turn
@@ -379,7 +388,6 @@ def _filters(
 
 
 def _handle(array: NDArray[Any]) -> Any:
-    strides = [stride // array.itemsize for stride in array.strides]
-    return _native.module().Tensor(
-        array.__array_interface__["data"][0], _DTYPES[array.dtype], array.shape, strides
-    )
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    place = array.__array_interface__["data"][0], sys.maxsize, 0  # numpy vouches for its own
+    return _native.module().Tensor(*place, _DTYPES[array.dtype], array.shape, strides)

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
 namespace clipvip {
 
@@ -18,6 +21,34 @@ struct Tensor {
   template <typename T>
   T* as() const {
     return static_cast<T*>(data);
+  }
+
+  // Its numbers, at least `count` of them and one after another; T is float or int32_t.
+  template <typename T>
+  T* dense(int64_t count) const {
+    using Number = std::remove_const_t<T>;
+    static_assert(std::is_same_v<Number, float> || std::is_same_v<Number, int32_t>);
+    const DType expected = std::is_same_v<Number, float> ? DType::float32 : DType::int32;
+    bool whole = dtype == expected;
+    int64_t numbers = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      whole &= size[i] <= 1 || stride[i] == numbers;
+      numbers *= size[i];
+    }
+    if (numbers < count || (numbers > 0 && !whole)) {
+      throw std::invalid_argument("a tensor is not the contiguous " +
+                                  std::string(expected == DType::float32 ? "float32" : "int32") +
+                                  " [" + std::to_string(count) + "] that its kernel reads");
+    }
+    return as<T>();
+  }
+  // Raises unless it has elements of a dtype, in rows of `width` that are whole each.
+  void expect_rows(DType expected, int64_t width) const {
+    if (dtype != expected || ndim < 2 || size[ndim - 1] != width ||
+        (width > 1 && stride[ndim - 1] != 1)) {
+      throw std::invalid_argument("a tensor has not the dtype, or not the contiguous rows of " +
+                                  std::to_string(width) + ", that its kernel reads");
+    }
   }
 };
 

@@ -82,15 +82,17 @@ __global__ void __launch_bounds__(kWeighThreads, 1) weigh(WeighParams p) {
   const Unit unit{one_reference ? lse.smallest : 0, one_reference ? 1.f : 0.f,
                   ldexpf(1, -exponent), ldexpf(1, exponent)};
   if (thread() == 0) *p.unit = unit;
-  const auto write = [&](const float* lses, const float* grads, float* weights, int64_t count) {
+  // Without any other entry there is no gradient, whatever comes in: of the one whose positive is
+  // the only entry there is.
+  const auto write = [&](const float* lses, const float* grads, float* weights, int64_t count,
+                         int64_t entries, int64_t lone) {
     for (int64_t i = thread(); i < count; i += kWeighThreads) {
       const float own = one_reference ? natural_exp(unit.reference - lses[i]) : 1;
-      // Without any other entry there is no gradient, whatever comes in.
-      weights[i] = lses[i] == -kInfinity ? 0 : grads[i] * unit.inverse * own;
+      weights[i] = entries == 1 && i == lone ? 0 : grads[i] * unit.inverse * own;
     }
   };
-  write(p.row_lse, p.grad_row_lse, p.row_weight, p.n);
-  write(p.col_lse, p.grad_col_lse, p.col_weight, p.m);
+  write(p.row_lse, p.grad_row_lse, p.row_weight, p.n, p.m, -p.diagonal);
+  write(p.col_lse, p.grad_col_lse, p.col_weight, p.m, p.n, p.diagonal);
 }
 
 struct PanelParams {
@@ -161,7 +163,7 @@ class Gradient {
         float grad[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const float product = tile.at(i, half * 8 + j);
+          float product = tile.at(i, half * 8 + j);
           if constexpr (shared) {
             grad[j] = (row_weight + weight[j]) * fast_exp2(fmaf(product, scale2, -reference2));
           } else {
@@ -173,7 +175,7 @@ class Gradient {
           if constexpr (!plain) {
             const int column = first + j;
             if (row >= p.n || column >= p.m) {
-              grad[j] = 0;
+              grad[j] = product = 0;  // infinity times the zeros that fill up rows is NaN
             } else if (column - row == p.diagonal) {
               grad[j] = p_.grad_positive[row] * unit_.inverse;
             }
@@ -236,17 +238,18 @@ void pairwise_logsumexp_weigh_cuda(const Tensor& row_lse, const Tensor& col_lse,
                                    const Tensor& row_weight, const Tensor& col_weight,
                                    const Tensor& unit, int device, uintptr_t stream) {
   using namespace pairwise;
-  const WeighParams p{row_lse.as<const float>(),
-                      col_lse.as<const float>(),
-                      grad_row_lse.as<const float>(),
-                      grad_col_lse.as<const float>(),
-                      grad_positive.as<const float>(),
-                      row_lse.size[0],
-                      col_lse.size[0],
-                      diagonal,
+  const int64_t n = row_lse.size[0], m = col_lse.size[0];
+  const WeighParams p{row_lse.dense<const float>(n),
+                      col_lse.dense<const float>(m),
+                      grad_row_lse.dense<const float>(n),
+                      grad_col_lse.dense<const float>(m),
+                      grad_positive.dense<const float>(n),
+                      n,
+                      m,
+                      std::max(-n, std::min(m, diagonal)),
                       exact,
-                      row_weight.as<float>(),
-                      col_weight.as<float>(),
+                      row_weight.dense<float>(n),
+                      col_weight.dense<float>(m),
                       unit.as<Unit>()};
   launch(weigh, Grid{1}, kWeighThreads, shared_bytes<Range>(2 * (kWeighThreads / 32)),
          Stream{device, stream}, p, [&] {
@@ -268,11 +271,11 @@ void pairwise_logsumexp_panel_cuda(const Tensor& a, const Tensor& b, const Tenso
   size_t shared = 0;
   PanelParams p{};
   p.product = make_product(a, b, scale, diagonal, blocks, 0, 0, stream, shared, "backward");
-  p.row_lse = row_lse.as<const float>();
-  p.col_lse = col_lse.as<const float>();
-  p.row_weight = row_weight.as<const float>();
-  p.col_weight = col_weight.as<const float>();
-  p.grad_positive = grad_positive.as<const float>();
+  p.row_lse = row_lse.dense<const float>(p.product.n);
+  p.col_lse = col_lse.dense<const float>(p.product.m);
+  p.row_weight = row_weight.dense<const float>(p.product.n);
+  p.col_weight = col_weight.dense<const float>(p.product.m);
+  p.grad_positive = grad_positive.dense<const float>(p.product.n);
   p.unit = unit.as<const Unit>();
   p.panel = panel.data;
   p.panel_step = panel.stride[0];

@@ -23,7 +23,7 @@ namespace CLIPVIP_ISA {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLowest = std::numeric_limits<float>::lowest();
+constexpr float kLowest = std::numeric_limits<float>::lowest(), kHighest = -kLowest;
 
 // One exp serves a row sum and a column sum if no maximum is further than this below the common
 // reference; and both gradients, if the log-sum-exps span no more. At 60, what underflows (at e^-87)
@@ -142,24 +142,25 @@ struct AddWithin {
   }
 };
 
-// Running log-sum-exps of rows or of columns, as maximum and Σ exp(x − maximum).
+// Running log-sum-exps of rows or of columns, as maximum and Σ exp(x − maximum). Maxima are finite,
+// kLowest over nothing, so that of what is infinite or NaN the sum alone decides.
 struct Running {
   float* maximum;
   float* sum;
 
   void clear(int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) maximum[i] = -kInfinity, sum[i] = 0;
+    for (int64_t i = 0; i < n; ++i) maximum[i] = kLowest, sum[i] = 0;
   }
   // sums are relative to `reference`, or each to its own maximum where there is none.
   void merge(int64_t n, const float* maxima, const float* sums, const float* reference) const {
     for (int64_t i = 0; i < n; i += kLanes) {
       const Vec old = load_first(maximum + i, n - i), tile = load_first(maxima + i, n - i);
-      const Vec both = max(old, tile), base = max(both, broadcast(kLowest));
-      // The reference is less than 100 above any maximum but -inf, which stays.
+      const Vec both = max(old, tile);
+      // The reference is less than 100 above any maximum but kLowest, which stays.
       const Vec relative =
           reference ? min(broadcast(*reference), add(tile, broadcast(100.f))) : tile;
-      const Vec kept = mul(load_first(sum + i, n - i), exp(sub(old, base)));
-      const Vec added = mul(load_first(sums + i, n - i), exp(sub(relative, base)));
+      const Vec kept = mul(load_first(sum + i, n - i), exp(sub(old, both)));
+      const Vec added = mul(load_first(sums + i, n - i), exp(sub(relative, both)));
       store_first(maximum + i, both, n - i);
       store_first(sum + i, add(kept, added), n - i);
     }
@@ -337,18 +338,18 @@ class Core {
     float largest = -kInfinity, smallest = kInfinity;
     for (int64_t i = 0; i < t.rows; ++i) include(row_max[i], smallest, largest);
     for (int64_t j = 0; j < t.columns; ++j) include(col_max[j], smallest, largest);
-    if (largest == -kInfinity) return;  // nothing but a positive
-    const bool shared = largest - smallest <= kReach<T>;
+    // Not where there is nothing but a positive, NaN or infinities.
+    const bool shared = smallest <= largest && largest - smallest <= kReach<T>;
+    make_finite(row_max, t.rows);
+    make_finite(col_max, t.columns);
     for (int64_t i = 0; i < t.rows; ++i) {
       const float* x = s.logits + i * logits_step_;
-      const Vec base = broadcast(shared ? largest : row_max[i] > kLowest ? row_max[i] : kLowest);
+      const Vec base = broadcast(shared ? largest : row_max[i]);
       Vec sum = zero();
       for (int64_t v = 0; v < t.vectors; ++v) {
         const Vec logits = load(x + v * kLanes), term = exp(sub(logits, base));
         sum = add(sum, term);
-        const Vec own = shared ? term
-                               : exp(sub(logits, max(load(col_max + v * kLanes),
-                                                     broadcast(kLowest))));
+        const Vec own = shared ? term : exp(sub(logits, load(col_max + v * kLanes)));
         store(col_sum + v * kLanes, add(load(col_sum + v * kLanes), own));
       }
       row_sum[i] = reduce_add(sum);
@@ -362,6 +363,12 @@ class Core {
     if (x == -kInfinity) return;
     if (x < smallest) smallest = x;
     if (x > largest) largest = x;
+  }
+
+  static void make_finite(float* maxima, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store(maxima + i, max(broadcast(kLowest), min(broadcast(kHighest), load(maxima + i))));
+    }
   }
 
   static void merge(const Running& all, int64_t begin, int64_t n, const float* maxima,
@@ -381,6 +388,9 @@ class Core {
     const float reference = shared ? smallest : 0;
     weigh(t.rows, row_lse, p_.grad_row_lse + t.i, shared, reference, s.row[0], s.row[1]);
     weigh(t.columns, col_lse, p_.grad_col_lse + t.j, shared, reference, s.col[0], s.col[1]);
+    // A row or column without any other entry has no gradient, whatever it is handed.
+    if (columns_.length == 1) forget(-t.diagonal, t.rows, s.row[0], s.row[1]);
+    if (rows_.length == 1) forget(t.diagonal, t.columns, s.col[0], s.col[1]);
     const Vec scale = broadcast(*p_.scale);
     double grad_scale = 0;
     for (int64_t i = 0; i < t.rows; ++i) {
@@ -389,6 +399,7 @@ class Core {
       const Vec row_weight = broadcast(s.row[1][i]);
       const float positive = has_positive(t, i) ? x[i + t.diagonal] : 0;
       if (has_positive(t, i)) x[i + t.diagonal] = 0;
+      clear_tail(t, x);  // infinity times the zeros that fill up b is NaN
       Vec sum = zero();
       for (int64_t v = 0; v < t.vectors; ++v) {
         const Vec product = load(x + v * kLanes), col_weight = load(s.col[1] + v * kLanes);
@@ -401,8 +412,7 @@ class Core {
         sum = fma(grad, product, sum);
         store(x + v * kLanes, mul(scale, grad));
       }
-      float* tail = x + (t.vectors - 1) * kLanes;
-      store(tail, first(t.columns - (t.vectors - 1) * kLanes, load(tail), zero()));
+      clear_tail(t, x);
       grad_scale += reduce_add(sum);
       if (has_positive(t, i)) {
         const float grad = p_.grad_positive[t.i + i];
@@ -417,7 +427,16 @@ class Core {
   // Entries that count have x ≤ kReach; the others, whose product is 0, must stay finite.
   static CLIPVIP_INLINE Vec exp_finite(Vec x) { return exp(min(broadcast(80.f), x)); }
 
-  // A row or column without any other entry has no gradient, whatever it is handed.
+  static CLIPVIP_INLINE void clear_tail(const Tile& t, float* row) {
+    float* tail = row + (t.vectors - 1) * kLanes;
+    store(tail, first(t.columns - (t.vectors - 1) * kLanes, load(tail), zero()));
+  }
+
+  // Leaves without a gradient what is at `place`, if it is one of n.
+  static void forget(int64_t place, int64_t n, float* base, float* weight) {
+    if (place >= 0 && place < n) base[place] = kInfinity, weight[place] = 0;
+  }
+
   static void weigh(int64_t n, const float* lse, const float* grad, bool shared, float reference,
                     float* base, float* weight) {
     for (int64_t i = 0; i < n; i += kLanes) {
@@ -427,9 +446,7 @@ class Core {
         store(weight + i, mul(load(weight + i), exp(sub(broadcast(reference), load(base + i)))));
       }
     }
-    for (int64_t i = 0; i < round_up(n, kLanes); ++i) {
-      if (i >= n || lse[i] == -kInfinity) base[i] = kInfinity, weight[i] = 0;
-    }
+    for (int64_t i = n; i < round_up(n, kLanes); ++i) base[i] = kInfinity, weight[i] = 0;
   }
 
   void narrow_gradient(const Tile& t, const Scratch& s) const {

@@ -159,7 +159,7 @@ class Statistics {
         maximum = fmaxf(maximum, logit);
       }
       maximum = fmaxf(maximum, shuffle_xor(maximum, 1));
-      maximum = fmaxf(maximum, shuffle_xor(maximum, 2));
+      maximum = fminf(fmaxf(maximum, shuffle_xor(maximum, 2)), -kLowest);  // ∞ is for the sum
 #pragma unroll
       for (int j = 0; j < 16; ++j) sum += natural_exp(tile.at(i, j) - maximum);
       sum += shuffle_xor(sum, 1);
@@ -176,6 +176,7 @@ class Statistics {
       for (int mask = 4; mask < 32; mask *= 2) {
         maximum = fmaxf(maximum, shuffle_xor(maximum, mask));
       }
+      maximum = fminf(maximum, -kLowest);
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += natural_exp(tile.at(i, j) - maximum);
 #pragma unroll
@@ -262,9 +263,9 @@ int64_t pairwise_logsumexp_forward_cuda(const Tensor& a, const Tensor& b, const 
   if (!workspace) return bytes;
   p.columns = reinterpret_cast<Sum*>(*workspace);
   p.rows = p.columns + columns;
-  p.row_lse = row_lse.as<float>();
-  p.col_lse = col_lse.as<float>();
-  p.positive = positive.as<float>();
+  p.row_lse = row_lse.dense<float>(n);
+  p.col_lse = col_lse.dense<float>(m);
+  p.positive = positive.dense<float>(n);
   const auto what = [&] { return describe(a, b, "forward"); };
   for_dtype(a.dtype, [&](auto of_type) {
     launch(statistics<decltype(of_type)>, Grid{p.product.slabs * p.product.strips}, kThreads,

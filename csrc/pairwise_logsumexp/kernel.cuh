@@ -314,6 +314,8 @@ inline Product make_product(const Tensor& a, const Tensor& b, const Tensor& scal
   const auto aligned = [&](const Tensor& x) {
     return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride[0] * item % 16 == 0;
   };
+  a.expect_rows(a.dtype, b.size[1]);
+  b.expect_rows(a.dtype, a.size[1]);
   if (n > 1 << 30 || m > 1 << 30 || bytes > 1 << 28) {
     throw std::invalid_argument(describe(a, b, direction) + ": at most 2^30 rows of 2^28 bytes");
   }
@@ -326,7 +328,7 @@ inline Product make_product(const Tensor& a, const Tensor& b, const Tensor& scal
   p.a_stride = a.stride[0] * item, p.b_stride = b.stride[0] * item;
   p.n = static_cast<int>(n), p.m = static_cast<int>(m);
   p.chunks = static_cast<int>(bytes / 16);
-  p.scale = scale.as<const float>();
+  p.scale = scale.dense<const float>(1);
   p.diagonal = static_cast<int>(std::max(-n, std::min(m, diagonal)));
 
   const int64_t steps = (p.chunks + kChunks - 1) / kChunks, most = max_shared_bytes(stream);

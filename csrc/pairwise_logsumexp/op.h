@@ -10,18 +10,33 @@ namespace clipvip {
 
 using Workspace = std::optional<uintptr_t>;
 
+// What both directions are given.
+inline PairwiseLogsumexpParams pairwise_logsumexp_params(const Tensor& a, const Tensor& b,
+                                                         const Tensor& scale, int64_t diagonal,
+                                                         int threads, Workspace workspace,
+                                                         int64_t* bytes) {
+  a.expect_rows(a.dtype, b.size[1]);
+  b.expect_rows(a.dtype, a.size[1]);
+  // Any further out there is no positive either, and nothing overflows.
+  const int64_t least = -a.size[0], most = b.size[0];
+  PairwiseLogsumexpParams params{a, b, scale.dense<const float>(1),
+                                 diagonal < least ? least : diagonal > most ? most : diagonal};
+  params.threads = threads;
+  params.workspace = reinterpret_cast<void*>(workspace.value_or(0));
+  params.workspace_bytes = bytes;
+  return params;
+}
+
 inline int64_t pairwise_logsumexp_forward_op(const Tensor& a, const Tensor& b, const Tensor& scale,
                                              int64_t diagonal, const Tensor& row_lse,
                                              const Tensor& col_lse, const Tensor& positive,
                                              int threads, Workspace workspace) {
   int64_t bytes = 0;
-  PairwiseLogsumexpParams params{a, b, scale.as<const float>(), diagonal};
-  params.row_lse = row_lse.as<float>();
-  params.col_lse = col_lse.as<float>();
-  params.positive = positive.as<float>();
-  params.threads = threads;
-  params.workspace = reinterpret_cast<void*>(workspace.value_or(0));
-  params.workspace_bytes = &bytes;
+  PairwiseLogsumexpParams params =
+      pairwise_logsumexp_params(a, b, scale, diagonal, threads, workspace, &bytes);
+  params.row_lse = row_lse.dense<float>(a.size[0]);
+  params.col_lse = col_lse.dense<float>(b.size[0]);
+  params.positive = positive.dense<float>(a.size[0]);
   pairwise_logsumexp_forward(params);
   return bytes;
 }
@@ -32,18 +47,16 @@ inline int64_t pairwise_logsumexp_backward_op(
     const Tensor& grad_positive, const Tensor& grad_a, const Tensor& grad_b,
     const Tensor& grad_scale, int threads, Workspace workspace) {
   int64_t bytes = 0;
-  PairwiseLogsumexpParams params{a, b, scale.as<const float>(), diagonal};
-  params.row_lse = row_lse.as<float>();
-  params.col_lse = col_lse.as<float>();
-  params.grad_row_lse = grad_row_lse.as<const float>();
-  params.grad_col_lse = grad_col_lse.as<const float>();
-  params.grad_positive = grad_positive.as<const float>();
-  params.grad_a = grad_a.as<float>();
-  params.grad_b = grad_b.as<float>();
-  params.grad_scale = grad_scale.as<float>();
-  params.threads = threads;
-  params.workspace = reinterpret_cast<void*>(workspace.value_or(0));
-  params.workspace_bytes = &bytes;
+  PairwiseLogsumexpParams params =
+      pairwise_logsumexp_params(a, b, scale, diagonal, threads, workspace, &bytes);
+  params.row_lse = row_lse.dense<float>(a.size[0]);
+  params.col_lse = col_lse.dense<float>(b.size[0]);
+  params.grad_row_lse = grad_row_lse.dense<const float>(a.size[0]);
+  params.grad_col_lse = grad_col_lse.dense<const float>(b.size[0]);
+  params.grad_positive = grad_positive.dense<const float>(a.size[0]);
+  params.grad_a = grad_a.dense<float>(a.size[0] * a.size[1]);
+  params.grad_b = grad_b.dense<float>(b.size[0] * b.size[1]);
+  params.grad_scale = grad_scale.dense<float>(1);
   pairwise_logsumexp_backward(params);
   return bytes;
 }

@@ -345,7 +345,7 @@ void proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
                         part_of<T>(grad_qkv, 0),
                         part_of<T>(grad_qkv, 1),
                         part_of<T>(grad_qkv, 2),
-                        lse.as<const float>(),
+                        lse.dense<const float>(shape.heads * qkv.size[0]),
                         qkv.size[0],
                         workspace.as<RowStatistics>(),
                         workspace.as<float>() +

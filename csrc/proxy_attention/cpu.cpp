@@ -187,7 +187,8 @@ struct StoreLogits {
   }
 };
 
-// Turns a row of logits into weights 2^(logit − highest), in place; padding becomes 0.
+// Turns a row of logits into weights 2^(logit − highest), in place; padding becomes 0. A row of
+// nothing but -inf has no weight, and `highest` is finite, so that other frames' parts still count.
 template <typename Dot>
 CLIPVIP_INLINE void softmax_row(float* row, int64_t keys, float& highest, float& sum) {
   const Vec least = broadcast(-kInfinity);
@@ -199,6 +200,7 @@ CLIPVIP_INLINE void softmax_row(float* row, int64_t keys, float& highest, float&
   }
   if (rest) max1 = max(first(rest, load(row + whole), least), max1);
   highest = reduce_max(max(max0, max1));
+  if (highest == -kInfinity) highest = -__FLT_MAX__;
   const Vec shift = broadcast(highest);
   Vec total = zero();
   for (int64_t i = 0; i < whole; i += kLanes) {

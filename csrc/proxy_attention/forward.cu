@@ -265,7 +265,7 @@ void proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offsets
                        part_of<const T>(qkv, 1),
                        part_of<const T>(qkv, 2),
                        matrix_of<T>(out),
-                       lse.as<float>(),
+                       lse.dense<float>(shape.heads * qkv.size[0]),
                        qkv.size[0],
                        workspace.as<float>(),
                        scale * kLog2E,

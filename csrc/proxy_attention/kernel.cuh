@@ -482,7 +482,8 @@ Matrix<T> matrix_of(const Tensor& x) {
 inline Shape make_shape(const Tensor& qkv, const Tensor& frame_offsets, int64_t num_proxies,
                         int64_t patches) {
   const int64_t videos = frame_offsets.size[0] - 1;
-  return {frame_offsets.as<const int32_t>(),
+  qkv.expect_rows(qkv.dtype, qkv.size[3]);
+  return {frame_offsets.dense<const int32_t>(1),
           (qkv.size[0] - videos * num_proxies) / patches,
           static_cast<int>(videos),
           static_cast<int>(qkv.size[2]),

@@ -203,3 +203,52 @@ def test_chosen_only_for_what_the_kernels_can_do(monkeypatch, capability):
 
 class Elsewhere(torch.Tensor):
     """Stands for tensors that are spread over ranks or quantised."""
+
+
+def test_vectors_are_read_as_they_look():
+    """Strided, negated and in bf16: statistics, bias and LayerNorm's own."""
+    given = inputs(70, 64, 64, torch.float32)
+    norm = Norm(given["norm_weight"], given["norm_bias"], 1e-5)
+    x, weight, bias, grad = (given[name] for name in ("x", "weight", "bias", "grad"))
+    out, statistics = linear.linear_forward(x, weight, bias, torch.float32, norm=norm)
+    want = linear.linear_grad_weight(grad, x, torch.float32, norm=norm, statistics=statistics)
+    for view in (
+        lambda v: torch.stack([v, torch.full_like(v, torch.nan)], 1)[:, 0],
+        lambda v: torch._neg_view(-v),
+        lambda v: v.double(),
+    ):
+        seen = Norm(view(norm.weight), view(norm.bias), 1e-5)
+        again, _ = linear.linear_forward(x, weight, view(bias), torch.float32, norm=seen)
+        assert torch.equal(again, out)
+        options = {"norm": seen, "statistics": tuple(map(view, statistics))}
+        got = linear.linear_grad_weight(grad, x, torch.float32, **options)
+        assert all(map(torch.equal, got, want))
+    rounded = tuple(each.bfloat16() for each in statistics)
+    got, wanted = (
+        linear.linear_grad_weight(grad, x, torch.float32, norm=norm, statistics=each)
+        for each in (rounded, tuple(each.float() for each in rounded))
+    )
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_derivatives_are_refused_and_not_forgotten():
+    given = inputs(70, 64, 64, torch.float32)
+    x, weight, bias = (given[name] for name in ("x", "weight", "bias"))
+    with pytest.raises(NotImplementedError, match="linear_forward has no derivative of its own"):
+        linear.linear_forward(x, weight, bias.requires_grad_(), torch.float32)
+    with torch.autograd.forward_ad.dual_level():
+        double = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="derivatives in forward mode"):
+            linear.linear_forward(double, weight, bias.detach(), torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_nan_is_lost(dtype, form):
+    for name in ("x", "weight", "bias", "grad", "residual", "before", "norm_weight"):
+        given = inputs(70, 64, 64, dtype)
+        given[name].view(-1)[3] = torch.nan
+        wide = {each: tensor.double() for each, tensor in given.items()}
+        want = results(wide, form, torch.float64, torch.float64, ours=False)
+        for each, got in results(given, form, dtype, dtype, ours=True).items():
+            assert torch.equal(got.isnan(), want[each].isnan()), f"{each} of {name}"

@@ -334,3 +334,74 @@ def test_environment_chooses_the_instruction_set():
     assert subprocess.check_output(command, env=environment, text=True).strip() == "plain"
     with pytest.raises(ValueError, match="'sse9' cannot be used here"):
         module().set_cpu_capability("sse9")
+
+
+NOT_FINITE = {
+    "nan": lambda a, b: a[3, 5].fill_(torch.nan),
+    "row of nan": lambda a, b: b[2].fill_(torch.nan),
+    "nan alone": lambda a, b: a.fill_(torch.nan),
+    "inf": lambda a, b: a[3, 5].fill_(torch.inf),
+    "-inf": lambda a, b: b[2, 5].fill_(-torch.inf),
+    "all": lambda a, b: (a[:, 0].fill_(torch.nan), b[:, 1].fill_(torch.inf)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", NOT_FINITE)
+def test_what_is_not_finite_is_so_where_it_is_in_float64(kernel, kind, dtype):
+    """Also beside positives, in a matrix of one row, and upstream of the gradients."""
+    for n, m, diagonal in ((5, 7, 0), (5, 7, 3), (150, 130, -2), (4, 3, 500), (5, 3, -3)):
+        a, b, scale = (x.detach() for x in inputs(n, m, 8, dtype, device=kernel))
+        NOT_FINITE[kind](a, b)
+        check_not_finite(a, b, scale, diagonal)
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("shape", [(1, 1, 0), (1, 1, 1), (1, 4, 0), (5, 7, 1)], ids=str)
+def test_a_scale_that_is_not_finite(kernel, shape, scale):
+    n, m, diagonal = shape
+    for dtype in DTYPES:
+        a, b, _ = (x.detach() for x in inputs(n, m, 8, dtype, device=kernel))
+        check_not_finite(a, b, torch.tensor(scale, device=kernel), diagonal)
+
+
+def check_not_finite(a, b, scale, diagonal):
+    ours = outputs_and_gradients(pairwise_logsumexp, a, b, scale, diagonal)
+    doubles = [x.double() for x in (a, b, scale)]
+    exact = outputs_and_gradients(pairwise_logsumexp_reference, *doubles, diagonal)
+    for name, found, expected in zip(NAMES, ours, exact, strict=True):
+        if scale.isfinite():
+            assert torch.equal(found.isnan(), expected.isnan()), name
+        assert found[expected.isnan()].isnan().all(), name
+        infinite = expected.isinf() & ~found.isnan()
+        assert torch.equal(found.double()[infinite], expected[infinite]), name
+
+
+@pytest.mark.parametrize("diagonal", [2**63 - 1, -(2**63), 2**62, 2**31, -(2**31)])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_diagonal_far_outside_has_no_positives(backend, diagonal, device):
+    tensors = inputs(40, 30, 8, device=device)
+    function = functools.partial(pairwise_logsumexp, backend=backend)
+    found = outputs_and_gradients(function, *tensors, diagonal)
+    assert found[2].isneginf().all()
+    assert all(map(torch.equal, found, outputs_and_gradients(function, *tensors, 40)))
+    a, b, scale = (x.detach() for x in tensors)
+    statistics = found[0], found[1], found[0], found[1], torch.ones_like(found[2])
+    given = [x.detach() for x in statistics]
+    far, near = (block_gradients(a, b, scale, each, *given, backend) for each in (diagonal, 40))
+    assert all(map(torch.equal, far, near))
+
+
+def test_a_diagonal_beyond_64_bits_is_refused():
+    with pytest.raises((ValueError, RuntimeError, OverflowError)):
+        pairwise_logsumexp(*inputs(4, 3, 8), 2**63)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_meta_tensors_give_shapes(backend):
+    a, b, scale = (x.to("meta") for x in inputs(4, 6, 8, torch.bfloat16))
+    outputs = pairwise_logsumexp(a, b, scale, 2, backend=backend)
+    assert [x.shape for x in outputs] == [(4,), (6,), (4,)]
+    assert all(x.dtype == torch.float32 and x.is_meta for x in outputs)
+    gradients = torch.autograd.grad(sum(x.sum() for x in outputs), (a, b, scale))
+    assert [x.dtype for x in gradients] == [torch.bfloat16, torch.bfloat16, torch.float32]

@@ -22,9 +22,10 @@ from transformers import CLIPTokenizer
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loader import ClipLoader, build_loader
-from clipvip.data.shards import is_shards
+from clipvip.data.shards import is_shards, load_manifest
 from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.files import write_whole
+from clipvip.losses import VARIANTS
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
@@ -134,6 +135,13 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
         sources = data.sources or [SourceConfig(str(data.train))]
         shards = Shards([Source(source.shards, source.ratio) for source in sources])
         shards.check(config.task)
+        if config.task == "omnisource":
+            given = [shard for source in sources for _, shard in load_manifest(source.shards)]
+            check_variant(
+                config.variant,
+                subtitles=sum(shard.subtitles for shard in given),
+                captions=sum(shard.captions for shard in given),
+            )
         return shards, validation
     clips = load_annotations(data.train)
     if config.task == "retrieval":
@@ -146,7 +154,33 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
             f"{config.data.train}: {len(mute)} of {len(clips)} clips have no {needed} for "
             f"task={config.task}; the first is on line {mute[0].line}"
         )
+    if config.task == "omnisource":
+        check_variant(
+            config.variant,
+            subtitles=sum(clip.subtitle is not None for clip in clips),
+            captions=sum(clip.caption is not None for clip in clips),
+        )
     return clips, validation
+
+
+def check_variant(variant: str, *, subtitles: int, captions: int) -> None:
+    """ConfigError where none of the data has what a variant of the loss compares, which would then
+    be 0; a warning where one of its terms would be.
+
+    subtitles, captions: how many clips have one.
+    """
+    counts = {"s": ("subtitle", subtitles), "c": ("caption", captions)}
+    used = {letter: counts[letter] for letter in counts if letter in variant}
+    absent = ", no ".join(name for name, count in used.values() if not count)
+    if not absent:
+        return
+    if not any(count for _, count in used.values()):
+        others = ", ".join(name for name in VARIANTS if "c" in name)
+        raise ConfigError(
+            f"variant={variant} compares videos with subtitles alone, and no clip has a {absent}; "
+            f"choose a variant that compares captions too ({others}), or give clips with subtitles"
+        )
+    logger.warning("variant=%s: no clip has a %s; what compares them counts 0", variant, absent)
 
 
 def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel, CLIPViPProcessor]:

@@ -130,6 +130,37 @@ def test_utilisation_is_that_of_the_plans_operations(make_config, monkeypatch):
         assert row["mfu"] == pytest.approx(tera / 0.5)
 
 
+def test_a_variant_that_the_data_have_nothing_for_is_refused(make_config, world, tmp_path, caplog):
+    """Its loss would be 0, and the run would go through without a word."""
+    from clipvip.data.shards import write_shards
+    from clipvip.training.build import load_clips
+
+    rows = [json.loads(line) for line in (world / "annotations.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"caption": row.pop("subtitle"), "video": str(world / row["video"])}
+    annotations = tmp_path / "clips.jsonl"
+    annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_shards(annotations, tmp_path / "tars", clips_per_shard=8, num_workers=0)
+    given = {
+        "annotations": f"data.train={annotations}",
+        "shards": f"data.train={tmp_path / 'tars'}",
+        "sources": f"data.sources=[{{shards: {tmp_path / 'tars'}}}]",
+    }
+    for train_data in given.values():
+        config = make_config("task=omnisource", "variant=vs", train_data)
+        with pytest.raises(ConfigError, match="alone, and no clip has a subtitle") as error:
+            train(config)
+        assert "vsc_fc" in str(error.value) and "\n" not in str(error.value)
+        load_clips(make_config("task=omnisource", "variant=vsc_fc", train_data))
+        (told,) = [record.getMessage() for record in caplog.records if "variant" in record.msg]
+        assert told == "variant=vsc_fc: no clip has a subtitle; what compares them counts 0"
+        caplog.clear()
+    mixed = f"data.sources=[{{shards: {tmp_path / 'tars'}}}, {{shards: {tmp_path / 'both'}}}]"
+    write_shards(world / "annotations.jsonl", tmp_path / "both", clips_per_shard=8, num_workers=0)
+    load_clips(make_config("task=omnisource", "variant=vs", mixed))
+    assert not caplog.records
+
+
 def test_a_folder_with_a_run_is_not_written_over(make_config):
     train(make_config("max_steps=1"))
     with pytest.raises(ConfigError, match=r"already holds a run .* resume=latest"):

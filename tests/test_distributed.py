@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from clipvip.distributed import _logsumexp_over_ranks
+
 WORKER = Path(__file__).with_name("sharded_worker.py")
 worker = runpy.run_path(str(WORKER))
 
@@ -55,3 +57,14 @@ def test_bytes_on_the_wire_are_those_that_are_documented(found, way):
             forward, backward = result["bytes", way]
             assert forward == pytest.approx(share * (features + 16 * columns + 8 * world))
             assert backward == pytest.approx(share * (features + 4 * columns) + home)
+
+
+def test_what_is_not_finite_on_a_rank_is_so_for_all(tmp_path):
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0, torch.finfo(torch.float32).max])
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        found = _logsumexp_over_ranks(values)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found, values, equal_nan=True)

@@ -168,3 +168,26 @@ def test_errors_name_the_argument():
         omnisource_loss(video, subtitle, frame, caption, scale, caption_present=mask)
     with pytest.raises(ValueError, match=r"b is \[2, 12\], expected \[3, 12\]"):
         contrastive_loss(video, subtitle[:2], scale)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_meta_tensors_give_the_shape_of_a_loss(backend):
+    tensors = [x.detach().float().to("meta").requires_grad_() for x in inputs(5)]
+    present = torch.ones(5, dtype=torch.bool, device="meta")
+    masks = {f"{name}_present": present for name in NAMES[1:]}
+    for variant in VARIANTS:
+        loss = omnisource_loss(*tensors, variant, backend=backend, **masks)
+        assert loss.is_meta and loss.shape == () and loss.dtype == torch.float32
+    gradients = torch.autograd.grad(loss, tensors)
+    assert [x.shape for x in gradients] == [x.shape for x in tensors]
+    video, *others = (x.detach().float() for x in inputs(5))
+    with pytest.raises(ValueError, match="subtitle_present is on meta, without values"):
+        omnisource_loss(video, *others, "vs", subtitle_present=present)
+
+
+def test_a_nan_reaches_the_loss():
+    tensors = [x.detach().float() for x in inputs(5)]
+    tensors[1][:] = torch.nan
+    for variant in VARIANTS:
+        assert omnisource_loss(*tensors, variant).isnan()
+    assert contrastive_loss(tensors[1], tensors[1], tensors[4]).isnan()

@@ -392,3 +392,55 @@ def test_the_backward_op_checks_what_it_is_given():
         _backward(out, QKV, OFFSETS * 2, 4, 49, 0.125, out, lse)
     with pytest.raises(ValueError, match=r"lse is torch.float32 \[1, 1131\]"):
         _backward(out, QKV, OFFSETS, 4, 49, 0.125, out, lse[:1])
+
+
+def attend_to_what_is_seen(qkv: Tensor, offsets: Tensor, proxies: int, patches: int) -> Tensor:
+    """The reference token by token, over the keys that it sees and no others."""
+    out = []
+    for video, (first, last) in enumerate(itertools.pairwise(offsets.tolist())):
+        start = video * proxies + first * patches
+        tokens = proxies + (last - first) * patches
+        query, key, value = qkv[start : start + tokens].permute(1, 2, 0, 3)
+        frame = torch.arange(tokens).sub(proxies).div(patches, rounding_mode="floor")
+        frame[:proxies] = -1
+        for token in range(tokens):
+            seen = (frame == frame[token]) | (frame == -1) | (frame[token] == -1)
+            logits = query[:, token, None] @ key[:, seen].mT * qkv.shape[-1] ** -0.5
+            out.append((logits.softmax(-1) @ value[:, seen])[:, 0])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_no_nan_is_lost(part, value, dtype, kernel):
+    """It is wherever attention over the keys that a token sees has one, and in no other frame."""
+    for token in (0, 5, 12, 24):
+        qkv, offsets = make([0, 3, 3, 4], 5, 2, heads=1, head_dim=16, dtype=dtype)
+        qkv[token, part, 0, 3] = value
+        want, want_grad = run(attend_to_what_is_seen, qkv.double(), offsets, 2, 5)
+        got, got_grad = run(proxy_attention, qkv.to(kernel), offsets.to(kernel), 2, 5)
+        got, got_grad = got.cpu(), got_grad.cpu()
+        assert got[want.isnan()].isnan().all() and got_grad[want_grad.isnan()].isnan().all()
+        if value != value:
+            assert torch.equal(got.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_meta_tensors_give_shapes(backend):
+    qkv, offsets = make(RAGGED, 7, 4, dtype=torch.bfloat16)
+    leaf = qkv.to("meta").requires_grad_()
+    out = proxy_attention(leaf, offsets.to("meta"), 4, 7, backend=backend)
+    assert out.is_meta and out.shape == qkv[:, 0].shape and out.dtype == qkv.dtype
+    assert torch.autograd.grad(out.sum(), leaf)[0].shape == qkv.shape
+
+
+def test_sizes_of_what_a_batch_has_none_of_ask_for_no_memory(device):
+    """Patches without frames, and proxies without videos."""
+    qkv, offsets = make([0, 0, 0], 1, 4, device=device)
+    want = run(proxy_attention, qkv, offsets, 4, 1)
+    for patches in (2**31, 2**62):
+        got = run(proxy_attention, qkv, offsets, 4, patches)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    out, grad = run(proxy_attention, qkv[:0], offsets[:1], 2**62, 2**62)
+    assert out.numel() == grad.numel() == 0

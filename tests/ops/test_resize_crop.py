@@ -248,3 +248,40 @@ def test_what_does_not_fit_is_said():
     ):
         with pytest.raises(ValueError, match=r"expected uint8 \[3, 4, 4\], contiguous"):
             resize_crop([y, u, v], 4, Colours(), out)
+
+
+def test_planes_may_lie_anywhere():
+    """At odd addresses, upwards, read-only, or where the result goes."""
+    planes = frame(40, 50, bits=10, padding=0)
+    colours = Colours(bits=10)
+    want = resize_crop(planes, 24, colours)
+
+    def at_an_odd_address(plane):
+        data = b"\0" + plane.tobytes()
+        return np.frombuffer(data, np.uint16, offset=1).reshape(plane.shape)
+
+    upwards = [plane[::-1].copy()[::-1] for plane in planes]
+    for same in ([at_an_odd_address(plane) for plane in planes], upwards):
+        assert np.array_equal(resize_crop(same, 24, colours), want)
+
+    memory = np.zeros(3 * 30 * 30, np.uint8)
+    rgb = memory.reshape(3, 30, 30)
+    rgb[:] = np.random.default_rng(0).integers(0, 256, rgb.shape)
+    for resize in RESIZES:
+        want = resize_crop(list(rgb.copy()), 30, Colours("rgb"), resize=resize)
+        again = rgb.copy()
+        resize_crop(list(again[::-1])[::-1], 30, Colours("rgb"), again, resize=resize)
+        assert np.array_equal(again, want)
+
+
+def test_the_other_byte_order_and_columns_apart_are_refused():
+    planes = frame(40, 50, bits=10)
+    for other in (
+        [plane.astype(plane.dtype.newbyteorder()) for plane in planes],
+        [np.asfortranarray(plane) for plane in planes],
+        [plane[:, ::-1] for plane in planes],
+    ):
+        with pytest.raises(TypeError, match="expected uint16, rows contiguous"):
+            resize_crop(other, 24, Colours(bits=10))
+    with pytest.raises(ValueError, match="a plane is"):
+        resize_crop([plane[:0] for plane in planes], 24, Colours(bits=10))

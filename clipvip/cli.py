@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from clipvip.files import shown
+from clipvip.terminal import safe_output
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
@@ -384,8 +384,11 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Runs one command; an error that the user can mend is one line and exit status 1."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name must not end work that is done
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with safe_output():
+        _run()
+
+
+def _run() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="clipvip", description="Video-text models from CLIP, trained fast."

@@ -125,3 +125,69 @@ class TestGpu:
         else:
             with pytest.raises(RuntimeError, match=r"Tesla T4 has .* 7\.5, .* need 8\.0"):
                 _native._check_gpu(0)
+
+
+PRINTS = r"""
+import contextlib, os, sys
+from clipvip.terminal import safe_output
+
+with safe_output():
+    kept = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+    for number in range(2000):
+        print("text \u2192 video", number)
+    print("caf\u00e9 \u2192 \udce9", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        os.write(2, b"a library's\n")
+    os.write(kept, b"kept")
+"""
+
+
+class TestOutput:
+    """No terminal, pipe or full disk ends a command before its work is done."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        def run(redirect="", **environment):
+            command = ["bash", "-c", f'"$@" {redirect}', "bash"]
+            command += [sys.executable, "-c", PRINTS, str(tmp_path / "kept")]
+            done = subprocess.run(command, capture_output=True, env=os.environ | environment)
+            assert (tmp_path / "kept").read_bytes() == b"kept"
+            return done
+
+        return run
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict", "utf-8"])
+    def test_letters_that_a_terminal_lacks_are_escaped(self, run, encoding):
+        done = run(PYTHONIOENCODING=encoding)
+        assert done.returncode == 0
+        arrow = "\u2192" if encoding == "utf-8" else r"\u2192"
+        assert done.stdout.decode("utf-8").startswith(f"text {arrow} video 0\n")
+        assert b"\\udce9" in done.stderr and b"Traceback" not in done.stderr
+
+    def test_a_reader_that_leaves_ends_nothing(self, run):
+        done = run("| head -1; exit ${PIPESTATUS[0]}")
+        assert done.returncode == 0 and done.stdout.count(b"\n") == 1
+        assert b"Traceback" not in done.stderr and b"Broken" not in done.stderr
+
+    @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+    def test_what_is_printed_to_closed_files_gets_into_no_other(self, run, closed):
+        assert run(closed).returncode == 0
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+    def test_output_that_is_lost_to_a_full_disk_is_told(self, run):
+        done = run(">/dev/full")
+        assert done.returncode == 1
+        last = done.stderr.decode().splitlines()[-1]
+        assert last.startswith("clipvip: error: output was lost: ") and "No space left" in last
+        assert run("2>/dev/full").returncode == 0
+
+    def test_a_full_pipe_that_does_not_block_is_waited_for(self, tmp_path):
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        command = [sys.executable, "-c", PRINTS.replace("2000", "20000"), str(tmp_path / "kept")]
+        with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE) as run:
+            os.close(writer)
+            with open(reader, "rb") as file:
+                assert file.read().count(b"\n") == 20000
+            run.communicate()
+        assert run.returncode == 0

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from clipvip.terminal import safe_output
 from clipvip.training.preemption import EXIT_STATUS, leave_on_sigterm
 
 USAGE = """usage: python -m clipvip.training CONFIG [key=value …] [--dry-run [--processes N]]
@@ -103,4 +104,5 @@ def _flags(arguments: list[str]) -> tuple[list[str], bool, int]:
 
 
 if __name__ == "__main__":
-    main()
+    with safe_output():
+        main()

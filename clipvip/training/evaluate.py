@@ -130,10 +130,12 @@ def evaluate_checkpoint(
         )
     result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
     if state.is_main_process:
-        if print_table:  # first: the file may be refused
-            print_result(result)
-        if out is not None:
-            write_whole(Path(out), json.dumps(result, indent=2) + "\n")
+        try:
+            if out is not None:
+                write_whole(Path(out), json.dumps(result, indent=2) + "\n")
+        finally:  # the file may be refused
+            if print_table:
+                print_result(result)
     return result
 
 

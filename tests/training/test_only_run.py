@@ -18,7 +18,7 @@ import pytest
 from clipvip import files
 from clipvip.files import OtherRunError, only_run
 from clipvip.training.config import ConfigError
-from clipvip.training.trainer import train
+from clipvip.training.trainer import alone_in, train
 
 HOLD = """
 import os, sys, time
@@ -71,6 +71,21 @@ def test_the_second_is_told_of_the_first(tmp_path):
     with only_run(folder, "trains"), only_run(tmp_path / "runs" / "b", "trains"):
         refuse(folder, ConfigError, f"process {os.getpid()}, since")
     with only_run(folder, "trains"):
+        pass
+
+
+def test_a_folder_is_one_however_it_is_reached(tmp_path, monkeypatch):
+    """By a link or a relative path, and its checkpoints by a link from another run's folder."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    with alone_in(run):
+        other.mkdir()
+        (other / "checkpoints").symlink_to(run / "checkpoints")
+        (tmp_path / "link").symlink_to("run")
+        monkeypatch.chdir(tmp_path)
+        for folder in (Path("run"), Path("run/../link"), tmp_path / "link", other):
+            with pytest.raises(ConfigError, match=f"process {os.getpid()}, since"):
+                alone_in(folder).__enter__()
+    with alone_in(other):
         pass
 
 

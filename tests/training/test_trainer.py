@@ -161,6 +161,29 @@ def test_a_variant_that_the_data_have_nothing_for_is_refused(make_config, world,
     assert not caplog.records
 
 
+def test_figures_are_written_though_they_cannot_be_shown_and_shown_though_not_written(
+    make_config, world, tmp_path, monkeypatch, capsys
+):
+    from clipvip.training import evaluate
+
+    config = make_config("max_steps=1")
+    train(config)
+    given = (Path(config.out) / "last", world / "annotations.jsonl")
+    settings = {"num_workers": 0, "backend": "reference"}
+    capsys.readouterr()
+    with pytest.raises(OSError, match="Not a directory"):
+        evaluate_checkpoint(*given, out=world / "annotations.jsonl" / "out.json", **settings)
+    assert "video + DSL" in capsys.readouterr().out
+
+    def broken(result):
+        raise OSError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(evaluate, "print_result", broken)
+    with pytest.raises(OSError, match="Broken pipe"):
+        evaluate_checkpoint(*given, out=tmp_path / "out.json", **settings)
+    assert json.loads((tmp_path / "out.json").read_text())["clips"] == 16
+
+
 def test_a_folder_with_a_run_is_not_written_over(make_config):
     train(make_config("max_steps=1"))
     with pytest.raises(ConfigError, match=r"already holds a run .* resume=latest"):

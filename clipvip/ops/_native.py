@@ -108,16 +108,13 @@ def workspace(needed: int) -> int:
 def handle(tensor: Tensor) -> Any:
     """What the compiled module knows of a tensor; keep the tensor alive while it is in use.
 
-    Raises TypeError, ValueError or NotImplementedError unless the tensor's numbers are in memory,
-    all of them, and as they look.
+    Raises TypeError, ValueError or NotImplementedError unless all its numbers are in memory. What
+    only looks negated is not seen here: PyTorch resolves that before it calls an op.
     """
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None or tensor.is_neg():
-        seen = "the negative view of a tensor" if tensor.is_neg() else f"a tensor of {tensor.dtype}"
-        raise TypeError(f"{seen} is given to a kernel, which takes none")
-    storage = tensor.untyped_storage()
-    place = storage.data_ptr(), storage.nbytes(), tensor.storage_offset()
-    return module().Tensor(*place, dtype, tensor.shape, tensor.stride())
+    try:
+        return module().Tensor.of(tensor, _DTYPES[tensor.dtype])
+    except KeyError:
+        raise TypeError(f"a tensor is {tensor.dtype}, of which no kernel reads any") from None
 
 
 def numbers(tensor: Tensor) -> list[int]:
@@ -128,7 +125,7 @@ def numbers(tensor: Tensor) -> list[int]:
 
 def _expect_memory(tensor: Tensor) -> None:
     """Raise ValueError where PyTorch would read memory that was freed, and so end the process."""
-    if tensor.numel() and tensor.device.type == "cpu" and not tensor.untyped_storage().data_ptr():
+    if tensor.is_cpu and not tensor.untyped_storage().data_ptr() and tensor.numel():
         raise ValueError(f"a tensor of size {list(tensor.shape)} has no memory; was it freed?")
 
 
@@ -149,9 +146,11 @@ def handles(*arguments: Any) -> list[Any]:
     given, device = [], None
     for argument in arguments:
         if isinstance(argument, Tensor):
-            device = device or argument.device
-            if argument.device != device:
-                raise ValueError(f"tensors lie on {device} and {argument.device}, expected one")
+            here = argument.get_device()  # -1 on the CPU
+            if device is None:
+                device = here
+            elif here != device:
+                raise ValueError("tensors lie on several devices, expected one")
             argument = handle(argument)
         given.append(argument)
     return given

@@ -325,13 +325,15 @@ def _vector(x: Tensor) -> Tensor:
 
 def _seen(x: Tensor) -> Tensor:
     """With its numbers in memory, not negated or zero by a mark alone."""
-    return torch.zeros_like(x) if x._is_zerotensor() else x.resolve_neg()
+    if x._is_zerotensor():
+        return torch.zeros_like(x)
+    return x.resolve_neg() if x.is_neg() else x
 
 
 def _call(name: str, *arguments: Any) -> None:
     """Calls a compiled function with as much workspace as it asks for."""
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    _native.refuse_tangents(name, *tensors)
+    _native.refuse_tangents(name, *arguments)
+    tensors = (x for x in arguments if isinstance(x, Tensor))
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise NotImplementedError(
             f"{name} has no derivative of its own; call {name}_reference, or under torch.no_grad()"

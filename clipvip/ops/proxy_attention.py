@@ -1,7 +1,6 @@
 """Proxy-guided masked attention (CLIP-ViP, section 3.2)."""
 
 import itertools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,16 +180,11 @@ def _aligned(tensor: Tensor) -> Tensor:
     return _native.copied(tensor)
 
 
-class _Sizes(NamedTuple):
-    """What a kernel's work and memory follow from: 1 for what a batch has none of."""
-
-    num_proxies: int
-    patches: int
-    frames: int
-
-
-def _sizes(frames: int, frame_offsets: Tensor, num_proxies: int, patches: int) -> _Sizes:
-    return _Sizes(num_proxies if len(frame_offsets) > 1 else 1, patches if frames else 1, frames)
+def _asked_for(
+    frames: int, frame_offsets: Tensor, num_proxies: int, patches: int
+) -> tuple[int, int]:
+    """num_proxies and patches, by which memory is asked for: 1 of what a batch has none."""
+    return num_proxies if len(frame_offsets) > 1 else 1, patches if frames else 1
 
 
 def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int) -> int:
@@ -234,12 +228,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T] (fp32), base 2: log2 of the sum of 2^(scaled logit · log2 e)."""
     frames = _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
-    sizes = _sizes(frames, frame_offsets, num_proxies, patches_per_frame)
+    sizes = _asked_for(frames, frame_offsets, num_proxies, patches_per_frame)
     qkv, frame_offsets = _rows(qkv), _native.dense(frame_offsets)
     out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
-    workspace, threads = _workspace(qkv, *sizes, False)
+    workspace, threads = _workspace(qkv, *sizes, frames, False)
     function = _native.module().proxy_attention_forward
-    given = qkv, frame_offsets, sizes.num_proxies, sizes.patches, scale
+    given = qkv, frame_offsets, *sizes, scale
     _native.call(function, *given, out, lse, workspace, threads)
     return out, lse
 
@@ -249,12 +243,12 @@ def _forward_cuda(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
-    sizes = _sizes(frames, frame_offsets, num_proxies, patches_per_frame)
+    sizes = _asked_for(frames, frame_offsets, num_proxies, patches_per_frame)
     out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
     qkv, frame_offsets = _aligned(qkv), _native.dense(frame_offsets)
-    given = qkv, frame_offsets, sizes.num_proxies, sizes.patches, scale
+    given = qkv, frame_offsets, *sizes, scale
     with _native.launch_context(qkv) as where:
-        workspace = _workspace_cuda(qkv, *sizes, False)
+        workspace = _workspace_cuda(qkv, *sizes, frames, False)
         function = _native.module().proxy_attention_forward_cuda
         _native.call(function, *given, out, lse, workspace, *where)
     return out, lse
@@ -282,14 +276,14 @@ def _backward(
 ) -> Tensor:
     """The gradient of qkv, [T, 3, H, D], from that of out and what forward gave."""
     frames = _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
-    sizes = _sizes(frames, frame_offsets, num_proxies, patches_per_frame)
+    sizes = _asked_for(frames, frame_offsets, num_proxies, patches_per_frame)
     _check_saved(qkv, grad_out, out, lse)
     grad_out, qkv, out = _rows(grad_out), _rows(qkv), _rows(out)
     frame_offsets, lse = _native.dense(frame_offsets), _native.dense(lse)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    workspace, threads = _workspace(qkv, *sizes, True)
+    workspace, threads = _workspace(qkv, *sizes, frames, True)
     function = _native.module().proxy_attention_backward
-    given = grad_out, qkv, frame_offsets, sizes.num_proxies, sizes.patches, scale, out, lse
+    given = grad_out, qkv, frame_offsets, *sizes, scale, out, lse
     _native.call(function, *given, grad_qkv, workspace, threads)
     return grad_qkv
 
@@ -306,14 +300,14 @@ def _backward_cuda(
     lse: Tensor,
 ) -> Tensor:
     frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
-    sizes = _sizes(frames, frame_offsets, num_proxies, patches_per_frame)
+    sizes = _asked_for(frames, frame_offsets, num_proxies, patches_per_frame)
     _check_saved(qkv, grad_out, out, lse)
     grad_out, qkv, out = _aligned(grad_out), _aligned(qkv), _aligned(out)
     frame_offsets, lse = _native.dense(frame_offsets), _native.dense(lse)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    given = grad_out, qkv, frame_offsets, sizes.num_proxies, sizes.patches, scale, out, lse
+    given = grad_out, qkv, frame_offsets, *sizes, scale, out, lse
     with _native.launch_context(qkv) as where:
-        workspace = _workspace_cuda(qkv, *sizes, True)
+        workspace = _workspace_cuda(qkv, *sizes, frames, True)
         function = _native.module().proxy_attention_backward_cuda
         _native.call(function, *given, grad_qkv, workspace, *where)
     return grad_qkv

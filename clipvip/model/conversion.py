@@ -7,6 +7,7 @@ The authors save one state dict by torch.save: transformers' CLIPModel of 2022 u
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging
 
@@ -146,7 +148,7 @@ def convert(
             if tokenizer is not None:
                 raise
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with _written_then_renamed(destination) as unfinished:
+    with _written_then_renamed(destination) as unfinished, failed_writes():
         if to == "authors":
             reading = {"resize": "crop", "sampling": "uniform"} | read_settings(source)
             if (reading["resize"], reading["sampling"]) != ("squash", "authors"):
@@ -154,7 +156,8 @@ def convert(
                     f"{source} reads videos by resize={reading['resize']!r} and "
                     f"sampling={reading['sampling']!r}, which the authors' code does not"
                 )
-            torch.save(authors_state_dict(model), unfinished)
+            with unfinished.open("wb") as file:  # whose errors say why
+                torch.save(authors_state_dict(model), file)
             return
         model.save_pretrained(unfinished)
         if processor is None:
@@ -177,6 +180,24 @@ def authors_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
         positions = len(weights[f"{embeddings}.position_embedding.weight"])
         weights[f"{embeddings}.position_ids"] = torch.arange(positions)[None]
     return {_PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
+
+
+@contextlib.contextmanager
+def failed_writes() -> Iterator[None]:
+    """Make OSError of what torch and safetensors raise where a file cannot be written."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        if isinstance(error.__context__, OSError):  # of the file that torch writes to
+            raise error.__context__ from None
+        raise OSError("a file could not be written to its end") from error
 
 
 @contextlib.contextmanager

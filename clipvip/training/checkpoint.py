@@ -18,17 +18,16 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from clipvip.data.shards import is_shards
 from clipvip.files import shown, write_whole
+from clipvip.model.conversion import failed_writes
 from clipvip.training.config import TrainConfig, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     temporary = folder / (_TEMPORARY + final.name)
     try:
         temporary.mkdir()
-        with _failed_writes():
+        with failed_writes():
             write(temporary)
         manifest = _hash_and_flush(temporary)
         if absent := _absent(manifest):
@@ -219,24 +218,6 @@ def _checksums(paths: Iterable[Path], flush: bool = False) -> list[str]:
 
     with ThreadPoolExecutor() as threads:  # neither reading nor hashing holds Python's lock
         return list(threads.map(checksum, paths))
-
-
-@contextmanager
-def _failed_writes() -> Iterator[None]:
-    """Make OSError of what torch and safetensors raise where a file cannot be written."""
-    try:
-        yield
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        if isinstance(error.__context__, OSError):  # of the file that torch writes to
-            raise error.__context__ from None
-        raise OSError("a file could not be written to its end") from error
 
 
 def _clear(folder: Path) -> None:

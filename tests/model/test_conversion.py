@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 import torch
 
@@ -176,3 +178,15 @@ def test_a_tokenizer_that_is_none_leaves_nothing(make_model, tmp_path):
     with pytest.raises(OSError, match="empty holds no tokenizer"):
         convert(tmp_path / "x.pt", tmp_path / "ours", tokenizer=tmp_path / "empty")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("to", ["clipvip", "authors"])
+def test_a_disk_without_room_is_an_os_error_and_nothing_is_left(clip_folder, tmp_path, to):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large|could not be written"):
+            convert(clip_folder, tmp_path / "converted", to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list(tmp_path.iterdir())

@@ -1,13 +1,10 @@
-"""Properties of the search index."""
+"""Properties of embedding videos into an index and of searching it."""
 
 import errno
 import json
 import os
 import shutil
-import signal
-import threading
-import time
-from contextlib import suppress
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -20,6 +17,7 @@ from clipvip import cli, files
 from clipvip import index as index_module
 from clipvip.files import only_run
 from clipvip.index import Index, IndexedClip, build_index, load_index, search
+from clipvip.index_files import write_index
 
 
 def write_clip(path, colour, frames=6, size=32):
@@ -106,6 +104,19 @@ def embedded(monkeypatch):
     return names
 
 
+def names(index):
+    return [os.path.basename(clip.path) for clip in index.clips]
+
+
+def content(folder):
+    """Every file of a folder and what is in it."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+LATIN = os.fsdecode(b"caf\xe9.mp4")
+ODD = ["[dQw4w9WgXcQ].mp4", "[b].mp4", "red\x1b[31m\n.mp4", "a\u202eb.mp4", LATIN]
+
+
 def test_a_folder_is_embedded_recursively_as_the_model_embeds_it(build, model, videos, tmp_path):
     from clipvip.data.decode import read_frames
     from clipvip.model import CLIPViPModel, CLIPViPProcessor
@@ -139,14 +150,6 @@ def test_search_ranks_by_cosine_best_first(build, videos, tmp_path):
     # Longer than the model reads: cut, not an error.
     assert search(index, "word " * 2_000_000, k=10**30) == search(index, "word " * 200)
     assert search(index, " " * 20_000 + "a red square\0") == search(index, "a red square\0")
-
-
-def names(index):
-    return [os.path.basename(clip.path) for clip in index.clips]
-
-
-LATIN = os.fsdecode(b"caf\xe9.mp4")
-ODD = ["[dQw4w9WgXcQ].mp4", "[b].mp4", "red\x1b[31m\n.mp4", "a\u202eb.mp4", LATIN]
 
 
 def test_a_name_of_any_bytes_is_found_again(build, embedded, tmp_path):
@@ -183,66 +186,6 @@ def test_names_and_queries_are_shown_as_they_are(build, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):
         cli.main()
     assert "\x1b" not in capsys.readouterr().err
-
-
-def test_linked_folders_are_searched_once_and_other_files_are_counted(
-    build, videos, tmp_path, capsys
-):
-    write_clip(tmp_path / "elsewhere" / "d.mp4", 90)
-    (videos / "linked").symlink_to(tmp_path / "elsewhere")
-    (videos / "circle").symlink_to(videos)
-    for other in ("a.srt", "b.SRT", "linked/c.nfo", "photo.jpg", "._a.mp4"):
-        (videos / other).write_bytes(b"")
-    found = ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
-    assert names(build(videos)) == found
-    assert "4 other files skipped: 2 .srt, 1 .jpg, 1 .nfo\n" in capsys.readouterr().err
-    for given in (
-        f"{videos}/**/*.mp4",
-        f"{videos}/**",
-        [videos / "circle", videos, videos / "deep"],
-    ):
-        assert sorted(names(build(given, tmp_path / str(hash(str(given)))))) == found
-
-
-def test_files_folders_patterns_and_lists_are_embedded_alike(build, videos, tmp_path, monkeypatch):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    (videos / "clips.jsonl").write_text('{"video": "a.mp4", "end": 0.5}\n')
-    shutil.copy(videos / "b.mp4", videos / LATIN)
-    lines = [b"b.mp4", b"", b"gone.mp4", b"caf\xe9.mp4", os.fsencode(tmp_path / "red.png")]
-    (videos / "list.txt").write_bytes(b"\r\n".join(lines))
-    (videos / "empty").mkdir()
-    given = ["red.png", "videos/[de]*", "videos/[ab].mp4", "videos/clips.jsonl", "videos/list.txt"]
-    monkeypatch.chdir(tmp_path)
-    index = build(given)
-    assert names(index) == ["red.png", "c.mp4", "a.mp4", "b.mp4", "a.mp4", LATIN]
-    assert [clip.end for clip in index.clips] == [None] * 4 + [0.5, None]
-    assert [os.path.basename(bad["path"]) for bad in index.bad_files] == ["gone.mp4"]
-
-    os.rename(videos / "a.mp4", videos / "[ab].mp4")  # a name goes before a pattern
-    assert names(build(videos / "[ab].mp4", tmp_path / "literal")) == ["[ab].mp4"]
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ("gone.mp4", "'gone.mp4' does not exist; expected videos, "),
-        ("", "'' does not exist"),
-        (["videos", "none/*.mkv"], r"'none/\*.mkv' matches nothing; expected videos, "),
-        (["videos", "empty"], "no videos in empty; looked for "),
-        (["videos", "em*"], r"no videos in em\*; looked for "),
-        ("notes.srt", "no videos in notes.srt; looked for .*; 1 other file skipped: 1 .srt"),
-        ("captions.txt", "captions.txt: names no file; .* not 'a red square'"),
-        ([], "no videos were named"),
-    ],
-)
-def test_what_matches_nothing_is_told(build, videos, tmp_path, monkeypatch, given, said):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.srt").write_text("")
-    (tmp_path / "captions.txt").write_text("a red square\na blue one\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=said):
-        build(given)
-    assert not (tmp_path / "index").exists()
 
 
 def test_an_index_grows_by_other_videos_and_loses_none_unasked(build, videos, embedded, tmp_path):
@@ -363,6 +306,14 @@ def test_bad_files_are_listed_and_left_out(build, videos, tmp_path):
         build(tmp_path / "only", tmp_path / "other")
 
 
+def test_an_image_is_a_video_of_one_frame_and_other_files_of_a_list_may_be_missing(build, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    (tmp_path / "list.txt").write_text("gone.mp4\nred.png\n")
+    index = build(tmp_path / "list.txt")
+    assert names(index) == ["red.png"]
+    assert [os.path.basename(bad["path"]) for bad in index.bad_files] == ["gone.mp4"]
+
+
 def test_clips_of_an_annotations_file_keep_their_times(build, videos, tmp_path):
     lines = [{"video": "a.mp4", "start": 0.25, "end": 0.5}, {"video": "a.mp4"}]
     lines += [{"video": "a.mp4"}, {"video": "gone.mp4"}]
@@ -397,6 +348,23 @@ def test_an_index_of_something_else_is_refused(build, videos, tmp_path):
         build(tmp_path / "empty", tmp_path / "new")
 
 
+def test_sources_and_folder_are_checked_before_the_model_is_loaded(
+    build, videos, tmp_path, monkeypatch
+):
+    def refused(*given, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(index_module, "_load", refused)
+    with pytest.raises(ValueError, match="does not exist"):
+        build("gone.mp4")
+    assert not (tmp_path / "index").exists()
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "a.mp4").write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'index'} holds 'a.mp4' and no index"):
+        build(videos)
+    assert content(tmp_path / "index") == {"a.mp4": b"x"}
+
+
 @pytest.mark.parametrize(
     ("query", "k", "said"),
     [(" ", 1, "query is empty"), ("a", 0, "k is 0"), ("a caf\udce9", 1, "is not UTF-8")],
@@ -412,110 +380,6 @@ def test_an_index_lies_in_a_folder_of_any_name(build, videos, tmp_path):
     assert len(search(out, "a", 9)) == len(load_index(out).embeddings) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"{", bytes(64)], ids=repr)
-def test_damaged_embeddings_are_told_in_one_line(build, videos, tmp_path, content):
-    build(videos)
-    (file,) = (tmp_path / "index").glob("embeddings-*")
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file.name} is damaged .*clipvip embed ") as error:
-        load_index(tmp_path / "index")
-    assert "\n" not in str(error.value)
-
-
-def content(folder):
-    """Every file of a folder and what is in it."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def made_index(rows=3, seed=0, model="/models/mine"):
-    """An index that was not embedded."""
-    torch.manual_seed(seed)
-    clips = [IndexedClip(f"/videos/{seed}-{row}.mp4", None, 1.5, 9, 7) for row in range(rows)]
-    embeddings = F.normalize(torch.randn(rows, 16), dim=-1)
-    return Index(model, "0" * 64, ["/videos"], embeddings, clips)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """The folder of a saved index."""
-    index_module._write(made_index(), tmp_path / "saved")
-    return tmp_path / "saved"
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Builds that load a model fail."""
-
-    def refused(*given, **options):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(index_module, "_load", refused)
-
-
-STRANGE = {
-    "a video": {"a.mp4": b"x"},
-    "files like an index's": {"clips-test.jsonl": b"", "embeddings-old.safetensors": b"x"},
-    "another index.json": {"index.json": b'{"pages": ["index.html"]}'},
-    "an index.json that is no JSON": {"index.json": b"<html>"},
-    "an index.json of null bytes": {"index.json": bytes(100)},
-    "an index.json nested deeply": {"index.json": b"[" * 100_000},
-    "a training run": {".lock": b"", "bad_files.jsonl": b'{"path":"a","reason":"b","line":3}\n'},
-    "a list that is none": {"bad_files.jsonl": b"my own notes"},
-}
-
-
-@pytest.mark.parametrize("there", STRANGE.values(), ids=STRANGE)
-def test_a_folder_of_something_else_is_refused_before_all(build, videos, tmp_path, no_model, there):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name, data in there.items():
-        (out / name).write_bytes(data)
-    with pytest.raises(ValueError, match=str(out)) as error:
-        build(videos, out)
-    assert "\n" not in str(error.value)
-    assert "give " in str(error.value)
-    assert content(out) == there
-
-
-def test_an_index_does_not_land_in_files_or_links_to_nowhere(
-    build, videos, tmp_path, no_model, monkeypatch
-):
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(ValueError, match="file is a file; expected the folder of an index"):
-        build(videos, tmp_path / "file")
-    with pytest.raises(ValueError, match="link is a link to nowhere"):
-        build(videos, tmp_path / "link")
-    (tmp_path / "locked").mkdir()
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="locked cannot be written to"):
-        build(videos, tmp_path / "locked")
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_strangers_files_beside_an_index_are_let_be(build, videos, tmp_path):
-    out = tmp_path / "real"
-    out.mkdir()
-    for name in (".lock", ".DS_Store", "index.json.partial"):
-        (out / name).write_text("x")
-    (out / "bad_files.jsonl").write_text('{"path": "a.mp4", "reason": "gone"}\n')
-    (tmp_path / "index").symlink_to(out)  # a link to a folder is one
-    build(videos)
-    strange = {
-        "clips-test.jsonl": b"",
-        "clips-0123456789abcdef.jsonl": b"mine",
-        "embeddings-old.safetensors": b"x",
-    }
-    for name, data in strange.items():
-        (out / name).write_bytes(data)
-    write_clip(videos / "d.mp4", 90)
-    build(videos)
-    there = content(out)
-    assert all(there[name] == data for name, data in strange.items())
-    assert there["index.json.partial"] == there[".DS_Store"] == there[".lock"] == b"x"
-    assert len(there) == 4 + len(strange) + 3  # and nothing is left of the first build
-
-
 def test_the_same_build_again_writes_nothing(build, videos, tmp_path):
     (videos / "broken.mp4").write_bytes(b"no video at all")
     build(videos)
@@ -526,174 +390,6 @@ def test_the_same_build_again_writes_nothing(build, videos, tmp_path):
     assert [bad["path"] for bad in load_index(tmp_path / "index").bad_files] == [
         str(videos / "broken.mp4")
     ]
-
-
-def test_an_index_that_names_nothing_spare_is_read_too(saved):
-    head = json.loads((saved / "index.json").read_bytes())
-    change(saved, spare=[head["clips"]])  # or a build would delete what holds
-    with pytest.raises(ValueError, match="damaged or no index's"):
-        load_index(saved)
-    del head["spare"]
-    (saved / "index.json").write_text(json.dumps(head))
-    assert load_index(saved).clips == made_index().clips
-
-
-def test_killed_saves_lose_nothing_and_leave_nothing(tmp_path):
-    out = tmp_path / "index"
-    index_module._write(made_index(2000, seed=1), out)
-    for attempt in range(8):
-        child = os.fork()
-        if not child:
-            with suppress(BaseException):
-                index = made_index(2000, seed=2 + attempt % 2)
-                while True:
-                    index_module._write(index, out)
-            os._exit(1)
-        time.sleep(0.02 + 0.004 * attempt)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        index = load_index(out)
-        assert torch.equal(
-            index.embeddings, made_index(2000, int(index.clips[0].path[8])).embeddings
-        )
-        assert len(content(out)) <= 2 * 2 + 2 + 2  # a save's data, those it replaced, partials
-    index_module._write(made_index(), out)
-    assert len(content(out)) == 4
-
-
-def test_readers_never_fail_while_an_index_is_saved(tmp_path):
-    out = tmp_path / "index"
-    made = [made_index(seed=seed) for seed in range(4)]
-    index_module._write(made[0], out)
-    failed, loads, ends = [], [], time.monotonic() + 1.5
-
-    def read():
-        while time.monotonic() < ends and not failed:
-            try:
-                index = load_index(out)
-                expected = made[int(index.clips[0].path[8])]
-                assert torch.equal(index.embeddings, expected.embeddings)
-                assert index.clips == expected.clips
-                loads.append(1)
-            except BaseException as error:
-                failed.append(error)
-
-    readers = [threading.Thread(target=read) for _ in range(4)]
-    for reader in readers:
-        reader.start()
-    saves = 0
-    while time.monotonic() < ends:
-        saves += 1
-        index_module._write(made[saves % 4], out)
-    for reader in readers:
-        reader.join()
-    assert not failed
-    assert saves > 5 and len(loads) > 20
-    assert len(content(out)) == 4
-
-
-def change(folder, **values):
-    head = json.loads((folder / "index.json").read_bytes())
-    (folder / "index.json").write_text(json.dumps({**head, **values}))
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"embeddings": "../secret"},
-        {"embeddings": "/etc/passwd"},
-        {"clips": "../saved/clips-0123456789abcdef.jsonl"},
-        {"clips": None},
-        {"embeddings": 3},
-        {"embeddings": ["embeddings-0123456789abcdef.safetensors"]},
-        {"spare": ["../x"]},
-        {"spare": "index.json"},
-        {"spare": ["embeddings-0123456789abcdef.safetensors", "index.json"]},
-        {"spare": None},
-        {"model": None},
-        {"model": ["a"]},
-        {"fingerprint": 7},
-        {"sources": "videos"},
-        {"sources": [1]},
-        {"format": "2"},
-        {"format": None},
-        {"format": [2]},
-        {"format": 99},
-        {"format": 2.5},
-    ],
-    ids=repr,
-)
-def test_an_index_that_says_something_else_is_refused_in_one_line(saved, values):
-    change(saved, **values)
-    with pytest.raises(ValueError, match="saved") as error:
-        load_index(saved)
-    assert str(error.value).isprintable()
-
-
-@pytest.mark.parametrize("which", ["index.json", "embeddings", "clips"])
-def test_links_and_pipes_in_an_index_are_not_followed(saved, tmp_path, which):
-    (file,) = saved.glob(which + "*")
-    shutil.move(file, tmp_path / "outside")
-    file.symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match=f"{file.name}.*a link, not a file"):
-        load_index(saved)
-    file.unlink()
-    os.mkfifo(file)
-    with pytest.raises(ValueError, match=f"{file.name}.*a pipe"):
-        load_index(saved)
-
-
-CLIP = {"path": "/a.mp4", "start": None, "end": None, "size": 1, "mtime_ns": 1}
-
-
-@pytest.mark.parametrize(
-    "clip",
-    [
-        [],
-        "a.mp4",
-        {"path": "a.mp4"},
-        {**CLIP, "path": 3},
-        {**CLIP, "path": None},
-        {**CLIP, "start": "0"},
-        {**CLIP, "end": float("nan")},
-        {**CLIP, "end": 10**400},
-        {**CLIP, "size": 1.5},
-        {**CLIP, "size": True},
-        {**CLIP, "mtime_ns": None},
-        {**CLIP, "more": 1},
-    ],
-    ids=lambda clip: repr(clip)[:60],
-)
-def test_a_line_that_is_no_clips_is_told(saved, clip):
-    (file,) = saved.glob("clips-*")
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join([lines[0], json.dumps(clip).encode() + b"\n", lines[2]]))
-    with pytest.raises(ValueError, match=rf"{file.name} is damaged \(line 2 .*clipvip embed "):
-        load_index(saved)
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"embeddings": torch.full((3, 16), float("nan"))},
-        {"embeddings": torch.zeros(3, 16)},
-        {"embeddings": torch.zeros(3, 0)},
-        {"embeddings": torch.eye(3, 16, dtype=torch.float64)},
-        {"embeddings": torch.eye(2, 16)},
-        {"embeddings": torch.ones(3)},
-        {"others": torch.eye(3, 16)},
-        {},
-    ],
-    ids=repr,
-)
-def test_embeddings_that_are_none_are_told(saved, tensors):
-    from safetensors.torch import save_file
-
-    (file,) = saved.glob("embeddings-*")
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"is damaged \(.*clipvip embed ") as error:
-        load_index(saved)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("which", ["embeddings", "clips"])
@@ -709,7 +405,9 @@ def test_the_same_build_again_repairs_an_index(
         file.write_bytes(data[: len(data) // 2 * (damage == "cut")])
     with pytest.raises(ValueError, match=f"{file.name} is damaged"):
         load_index(tmp_path / "index")
-    with pytest.raises(ValueError, match=f"{file.name} is damaged .* name all that it is to hold"):
+    with pytest.raises(
+        ValueError, match=f"{file.name} is damaged .* name everything that it should hold"
+    ):
         build(videos / "a.mp4")
     embedded.clear()
     caplog.clear()
@@ -727,7 +425,7 @@ def test_the_same_build_again_repairs_an_index(
 def test_rows_of_another_length_are_embedded_again(build, videos, tmp_path):
     before = build(videos)
     wide = F.pad(before.embeddings, (0, 4))
-    index_module._write(Index(**{**vars(before), "embeddings": wide}), tmp_path / "index")
+    write_index(replace(before, embeddings=wide), tmp_path / "index")
     with pytest.raises(ValueError, match="have 20 values each, those of its model 16"):
         search(tmp_path / "index", "a square")
     assert torch.equal(build(videos).embeddings, before.embeddings)
@@ -749,7 +447,11 @@ def test_search_takes_models_from_this_machine_alone(build, model, videos, tmp_p
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    build(videos)
+    built = build(videos)
+
+    def rename_model(name):
+        write_index(replace(built, model=name), tmp_path / "index")
+
     hits = search(tmp_path / "index", "a square")
 
     shutil.copytree(model, tmp_path / "someone" / "model")  # brought along with an index
@@ -763,16 +465,16 @@ def test_search_takes_models_from_this_machine_alone(build, model, videos, tmp_p
         "a\0",
         "\ud83d",
     ):
-        change(tmp_path / "index", model=name)
+        rename_model(name)
         with pytest.raises(ValueError, match=r"is not on this machine.*hf download ") as error:
             search(tmp_path / "index", "a square")
         assert str(error.value).isprintable()
-    change(tmp_path / "index", model="/a\0\ud83d")
+    rename_model("/a\0\ud83d")
     with pytest.raises(ValueError, match="is no longer there"):
         search(tmp_path / "index", "a square")
 
     in_cache(model, tmp_path / "cache", "someone/model")
-    change(tmp_path / "index", model="someone/model")
+    rename_model("someone/model")
     assert search(tmp_path / "index", "a square") == hits
 
 
@@ -782,9 +484,9 @@ def test_features_that_are_not_finite_become_no_rows(build, videos, tmp_path, mo
     own = tmp_path / "own"
     shutil.copytree(model, own)
     weights = load_file(own / "model.safetensors")
-    weights["visual_projection.weight"] *= float("nan")
+    weights["visual_projection.weight"] = weights["visual_projection.weight"].sign() * 3e38
     save_file(weights, own / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="weights give no finite features of any of 3 clips"):
+    with pytest.raises(ValueError, match="weights give no finite features for any of 3 clips"):
         build(videos, model=own)
     assert [*content(tmp_path / "index")] == [".lock"]
 
@@ -805,12 +507,13 @@ def test_features_that_are_not_finite_become_no_rows(build, videos, tmp_path, mo
     assert names(build(videos)) == ["a.mp4", "b.mp4", "c.mp4"]
 
 
-def test_a_query_without_finite_features_is_refused(saved, monkeypatch):
+def test_a_query_without_finite_features_is_refused():
     class Model:
         def get_text_features(self, **inputs):
             return torch.full((1, 16), float("nan"))
 
-    index = load_index(saved)
+    clips = [IndexedClip(f"/videos/{row}.mp4", None, 1.5, 9, 7) for row in range(3)]
+    index = Index("/models/mine", "0" * 64, ["/videos"], torch.eye(3, 16), clips)
     index.__dict__["_encoder"] = Model(), lambda text: {}
     with pytest.raises(ValueError, match="gives the query no finite features"):
         index.search("a")
@@ -877,13 +580,3 @@ def test_names_that_no_file_can_have_cost_themselves_alone(build, videos, tmp_pa
             *("pipe.mp4", "pipe.txt", "zero.mp4", "gone.mkv"),
         }
         assert build(given, out).bad_files == index.bad_files
-
-
-def test_only_what_can_be_no_clip_is_an_error(build, videos, no_model):
-    os.mkfifo(videos / "pipe.mp4")
-    for name in ("binary.txt", "binary.jsonl"):
-        (videos / name).write_bytes(bytes(range(256)) * 10)
-    for name in ("pipe.mp4", "binary.txt", "binary.jsonl"):
-        with pytest.raises(ValueError, match=name) as error:
-            build(videos / name)
-        assert str(error.value).isprintable()

@@ -1,0 +1,213 @@
+"""Find the clips of a video collection.
+
+`clips_of` takes sources. A source is one of
+
+    a video, or an image, which counts as a video of one frame
+    a folder, searched recursively for videos (not images) by VIDEO_SUFFIXES
+    annotations (.jsonl): one clip per line; their texts are not used
+    a list (.txt): the path of a video or image per line, relative to the list
+    a pattern such as "clips/**/*.mkv", which matches any of these
+
+A name that exists is taken as it is, even if it looks like a pattern. Files with other suffixes are
+skipped and counted on standard error. Nothing is decoded here: a video that is broken, or missing
+though a list or annotations name it, is listed too, and fails when it is read.
+"""
+
+import glob
+import logging
+import os
+import sys
+from codecs import BOM_UTF8
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from clipvip.data.annotations import AnnotationError, Clip, load_annotations, parse_line
+from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from clipvip.files import NOT_A_FILE, files_in, shown
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMED = 3  # sources or suffixes in a message
+
+LeftOut = Callable[[str, str], None]  # takes a path and the reason why it is left out
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedClip:
+    """A clip and the state of its file when it was listed, which tells whether it has changed.
+
+    path: absolute. start, end: seconds, None for the start or end of the file.
+    size, mtime_ns: 0 where the file's state cannot be read.
+    """
+
+    path: str
+    start: float | None
+    end: float | None
+    size: int
+    mtime_ns: int
+
+
+def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, str]]]:
+    """List every distinct clip of the sources, in a stable order, and what was left out.
+
+    A file that two sources name, or that is reached through a linked folder too, is listed once.
+    Left out, as {"path", "reason"} each, is what can hold no clip: pipes, folders and lists that
+    cannot be read, bad lines of annotations.
+
+    Raises ValueError where a source matches nothing or is a folder without videos, and where all
+    sources together give no clip.
+    """
+    if not sources:
+        raise ValueError("no videos were named; expected files, folders, patterns or lists of them")
+    skipped: Counter[str] = Counter()  # by suffix
+    left: list[tuple[str, str]] = []
+    clips: dict[tuple[str, str, float | None, float | None], IndexedClip] = {}
+    real = cache(_real)
+
+    def left_out(path: str, reason: str) -> None:
+        left.append((path, reason))
+
+    for source in sources:
+        before = len(left)
+        found = list(_clips_of_one(source, skipped, left_out))
+        if not found and len(left) == before and not os.path.isfile(source):
+            raise ValueError(_no_videos(source, skipped))
+        for clip in found:
+            path = os.path.abspath(clip.video)
+            folder, name = os.path.split(path)
+            key = real(folder), name, clip.start, clip.end
+            if key not in clips:
+                clips[key] = IndexedClip(path, clip.start, clip.end, *_state(path))
+    if not clips and left:
+        raise ValueError(": ".join(map(shown, left[0])))
+    if not clips:
+        raise ValueError(_no_videos(listed(sources), skipped))
+    if skipped:
+        print(shown(_counted(skipped)), file=sys.stderr)
+    reasons = dict(left)
+    for path, reason in reasons.items():
+        logger.warning("left out %s: %s", shown(path), shown(reason))
+    bad_files = [
+        {"path": os.path.abspath(path), "reason": reason} for path, reason in reasons.items()
+    ]
+    return list(clips.values()), bad_files
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join the first few names for a message, and say how many more there are."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _real(folder: str) -> str:
+    try:
+        return os.path.realpath(folder)
+    except (OSError, ValueError):  # a name that no folder can have
+        return folder
+
+
+def _state(path: str) -> tuple[int, int]:
+    """Size and modification time of a file, 0 where it has none: reading it will tell why."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0
+    return state.st_size, state.st_mtime_ns
+
+
+def _clips_of_one(source: str, skipped: Counter[str], left_out: LeftOut) -> Iterator[Clip]:
+    """Yield the clips of one source; count in `skipped` the suffixes of files that are no videos.
+
+    Raises ValueError where the source matches nothing.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+
+    def keep(name: str) -> bool:
+        wanted = (suffix := Path(name).suffix.lower()) in VIDEO_SUFFIXES
+        if not wanted:
+            skipped[suffix] += 1
+        return wanted
+
+    if not os.path.lexists(source):
+        matches = _matches(source)
+        if not matches:
+            expected = "videos, images, folders, annotations (.jsonl) or lists of paths (.txt)"
+            what = "matches nothing" if glob.has_magic(source) else "does not exist"
+            raise ValueError(f"{source!r} {what}; expected {expected}")
+        for match in matches:
+            yield from _clips_of_one(match, skipped, left_out)
+    elif path.is_dir():
+        yield from map(Clip, files_in(path, keep, left_out))
+    elif path.exists() and not path.is_file():
+        left_out(source, NOT_A_FILE)
+    elif suffix == ".jsonl":
+        yield from _annotated(path, left_out)
+    elif suffix == ".txt":
+        yield from map(Clip, _in_list(path, left_out))
+    elif suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        yield Clip(path)
+    else:
+        skipped[suffix] += 1
+
+
+def _matches(pattern: str) -> list[str]:
+    """The paths that a pattern matches, sorted; those in folders below `**/` once each."""
+    root, below, name = (pattern + "/*" * pattern.endswith("/**")).partition("**/")
+    if not below:
+        return sorted(glob.glob(pattern))
+    # glob's own recursion would go round and round in links that form a circle.
+    folders = [root] if os.path.isdir(root or ".") else sorted(glob.glob(root))
+    files = [file for folder in folders for file in files_in(Path(folder))]
+    return [os.fspath(file) for file in files if file.match(name or "*")]
+
+
+def _annotated(path: Path, left_out: LeftOut) -> list[Clip]:
+    """The clips of annotations. A bad line is left out alone, unless no line is good."""
+    try:
+        return load_annotations(path)
+    except AnnotationError as error:
+        clips: list[Clip] = []
+        bad: list[tuple[str, str]] = []
+        with suppress(OSError):
+            for number, line in enumerate(_lines(path), start=1):
+                try:
+                    clips += [parse_line(line, path.parent, number)] if line.strip() else []
+                except ValueError as reason:
+                    bad.append((f"{path}:{number}", str(reason)))
+        for place, why in bad if clips else [(str(path), str(error))]:
+            left_out(place, why)
+        return clips
+
+
+def _in_list(path: Path, left_out: LeftOut) -> list[Path]:
+    """The files that a list names, a path per line; none if not one of them exists."""
+    try:
+        files = [path.parent / os.fsdecode(line) for line in _lines(path) if line.strip()]
+    except OSError as error:
+        left_out(str(path), error.strerror or str(error))
+        return []
+    if any(map(os.path.lexists, files)):
+        return files
+    first = f", not {files[0].name[:100]!r}" if files else ""
+    left_out(str(path), f"names no file; expected the path of a video per line{first}")
+    return []
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().removeprefix(BOM_UTF8).splitlines()
+
+
+def _no_videos(where: str, skipped: Counter[str]) -> str:
+    others = f"; {_counted(skipped)}" if skipped else ""
+    return f"no videos in {shown(where)}; looked for {' '.join(sorted(VIDEO_SUFFIXES))}{others}"
+
+
+def _counted(skipped: Counter[str]) -> str:
+    kinds = [f"{number} {suffix or 'without suffix'}" for suffix, number in skipped.most_common()]
+    files = "file" if skipped.total() == 1 else "files"
+    return f"{skipped.total()} other {files} skipped: {listed(kinds)}"

@@ -1,0 +1,313 @@
+"""Read and write the files of an index, trusting none of them further than it must.
+
+An index is a folder:
+
+    index.json                 model, its fingerprint, sources, the two data files in use, and
+                               `spare`: data files no longer or not yet in use
+    embeddings-*.safetensors   "embeddings": float32 [n, P], unit vectors
+    clips-*.jsonl              line i: path, start and end (seconds) of clip i, its file's state
+    bad_files.jsonl            files that could not be decoded, and why
+
+A save replaces index.json twice, atomically: before it writes data files, to name them as spare,
+and after, to put them in use. So a reader never sees half a save, a build that is killed resumes
+from the last one, and what it leaves behind is known by name: only data files that index.json names
+are ever deleted. A reader whose data files are replaced while it reads them starts again.
+
+An index may come from somebody else. So every value in its files is checked before use, data files
+have names as above and lie in the folder itself, and links are not followed. When the model that
+index.json names is used is up to `clipvip.index`.
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+import shlex
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipvip.collection import MOST_NAMED, IndexedClip
+from clipvip.files import json_line, read_own, shown, write_new, write_whole
+
+FORMAT = 2
+READS = 100  # before giving up on an index that is replaced during each of them
+
+_HEAD, _BAD_FILES = "index.json", "bad_files.jsonl"
+_EMBEDDINGS = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors")
+_CLIPS = re.compile(r"clips-[0-9a-f]{16}\.jsonl")
+
+
+class DamagedIndexError(ValueError):
+    """A data file of an index is lost; one line that says which, why, and what to do.
+
+    damage: the first part of that line, which file and why.
+    """
+
+    def __init__(self, damage: str, remedy: str) -> None:
+        super().__init__(f"{damage}; {remedy}")
+        self.damage = damage
+
+
+@dataclass
+class StoredIndex:
+    """Contents of an index folder. Row i of the embeddings belongs to clip i.
+
+    model: absolute path or hub name of the model that made the embeddings.
+    fingerprint: hash of that model.
+    sources: files, folders, patterns and lists that the clips were found in.
+    embeddings: float32 [n, P], unit vectors.
+    bad_files: {"path", "reason"} of every file that the last build could not decode.
+    """
+
+    model: str
+    fingerprint: str
+    sources: list[str]
+    embeddings: Tensor
+    clips: list[IndexedClip]
+    bad_files: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Contents of index.json. embeddings, clips: names of the data files in use, None before the
+    first save. spare: names of data files not in use, which the next build deletes."""
+
+    model: str
+    fingerprint: str
+    sources: list[str]
+    embeddings: str | None = None
+    clips: str | None = None
+    spare: list[str] = field(default_factory=list)
+
+    @property
+    def data(self) -> tuple[str, str] | None:
+        return (self.embeddings, self.clips) if self.embeddings and self.clips else None
+
+
+def read_index(folder: Path) -> StoredIndex:
+    """Read an index. Raises ValueError where there is none, DamagedIndexError where its data files
+    are lost."""
+    damaged, before = None, None
+    for _ in range(READS):
+        head = read_head(folder)
+        if head is None:
+            raise ValueError(
+                f"no index in {shown(folder)}; make one: "
+                f"clipvip embed MODEL VIDEOS --out {shown(folder)}"
+            )
+        if head.data is None:
+            raise ValueError(
+                f"{shown(folder)} holds no clips yet: its first build is running, or ended before "
+                "it saved any; wait, or run the same clipvip embed again"
+            )
+        if damaged and head == before:
+            break
+        try:
+            return _read_data(folder, head, *head.data)
+        except DamagedIndexError as error:  # or replaced since index.json was read
+            damaged, before = error, head
+    assert damaged is not None
+    raise damaged
+
+
+def read_head(folder: Path) -> Head | None:
+    """Read index.json, None where there is none. Raises ValueError where it is not an index's."""
+    file = folder / _HEAD
+    another = "give another --out, or the folder of an index"
+    try:
+        head = json.loads(read_own(file))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"{shown(file)}: {error.strerror}; {another}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(file)} is damaged or no index's ({error}); {another}") from None
+    number = head.get("format") if isinstance(head, dict) else None
+    if type(number) is int and number != FORMAT:
+        raise ValueError(
+            f"{shown(folder)} has index format {number}; this version reads {FORMAT}: make "
+            "the index again with clipvip embed and another --out, or delete it"
+        )
+    if number != FORMAT or not _is_sound(head):
+        raise ValueError(f"{shown(file)} is damaged or no index's; {another}")
+    return Head(**{part.name: head[part.name] for part in fields(Head) if part.name in head})
+
+
+def _is_sound(head: dict[str, Any]) -> bool:
+    """Whether the values in index.json have their types and name no files but an index's."""
+    sources, spare = head.get("sources"), head.get("spare", [])
+    data = head.get("embeddings"), head.get("clips")
+    if not (isinstance(sources, list) and isinstance(spare, list)):
+        return False
+    texts = head.get("model"), head.get("fingerprint"), *sources
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(_is_name(name, _EMBEDDINGS) or _is_name(name, _CLIPS) for name in spare)
+        and not any(name in spare for name in data)
+        and (data == (None, None) or (_is_name(data[0], _EMBEDDINGS) and _is_name(data[1], _CLIPS)))
+    )
+
+
+def _is_name(value: object, names: re.Pattern[str]) -> bool:
+    return isinstance(value, str) and names.fullmatch(value) is not None
+
+
+def _read_data(folder: Path, head: Head, embeddings_name: str, clips_name: str) -> StoredIndex:
+    """Read the data files. Raises DamagedIndexError, which says which of them is lost."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    def damaged(name: str, why: object) -> DamagedIndexError:
+        again = embed_command(head.model, head.sources, folder)
+        return DamagedIndexError(
+            f"{shown(folder / name)} is damaged ({why})",
+            f"to embed again what is lost: {again}",
+        )
+
+    def content(name: str) -> bytes:
+        try:
+            return read_own(folder / name)
+        except OSError as error:
+            raise damaged(name, error.strerror) from None
+        except MemoryError:
+            raise damaged(name, "larger than memory") from None
+
+    data = content(embeddings_name)  # as load_file accepts no path that is not UTF-8
+    try:
+        embeddings = load(data)["embeddings"]
+    except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise damaged(embeddings_name, error) from None
+    clips = []
+    for number, line in enumerate(content(clips_name).splitlines(), start=1):
+        try:
+            clips.append(_parse_clip(line))
+        except (ValueError, TypeError, ArithmeticError, RecursionError):
+            raise damaged(clips_name, f"line {number} is no clip") from None
+    if embeddings.dtype != torch.float32 or embeddings.ndim != 2:
+        raise damaged(embeddings_name, f"{embeddings.dtype} {list(embeddings.shape)}")
+    if len(clips) != len(embeddings) or not clips:
+        raise damaged(clips_name, f"{len(clips)} clips but {len(embeddings)} embeddings")
+    if not is_unit(embeddings).all():
+        raise damaged(embeddings_name, "not all rows are unit vectors")
+    bad_files: list[dict[str, str]] = []
+    with suppress(OSError, ValueError):  # search does not need them; check_out tells a build
+        bad_files = _read_bad_files(folder)
+    return StoredIndex(head.model, head.fingerprint, head.sources, embeddings, clips, bad_files)
+
+
+def _parse_clip(line: bytes) -> IndexedClip:
+    clip = IndexedClip(**json.loads(line))
+    times = [time for time in (clip.start, clip.end) if time is not None]
+    if not (
+        isinstance(clip.path, str)
+        and type(clip.size) is type(clip.mtime_ns) is int
+        and all(type(time) in (int, float) and math.isfinite(time) for time in times)
+    ):
+        raise ValueError("wrong types")
+    return clip
+
+
+def _read_bad_files(folder: Path) -> list[dict[str, str]]:
+    """Read bad_files.jsonl, [] where there is none. Raises OSError, and ValueError where it is not
+    an index's, such as that of a training run."""
+    try:
+        lines = read_own(folder / _BAD_FILES).splitlines()
+    except FileNotFoundError:
+        return []
+    files = []
+    for line in lines:
+        with suppress(RecursionError):
+            files.append(json.loads(line))
+    if not all(isinstance(file, dict) and file.keys() == {"path", "reason"} for file in files):
+        raise ValueError("not an index's")
+    return files
+
+
+def is_unit(rows: Tensor) -> Tensor:
+    """Whether vectors [..., P] have length 1, bool [...]; False for those that are not finite."""
+    return (torch.linalg.vector_norm(rows, dim=-1) - 1).abs() <= 1e-3
+
+
+def embed_command(model: str, sources: Sequence[str], out: object) -> str:
+    """The shell command that embeds these sources, for a message; VIDEOS stands for many."""
+    videos = shlex.join(sources) if len(sources) <= MOST_NAMED else "VIDEOS"
+    return shown(f"clipvip embed {shlex.quote(model)} {videos} --out {out}")
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError where an index written to this folder would harm what is in it."""
+    name, own = shown(out), f"give a new or empty folder, such as {shown(out / 'index')}"
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{name} is a link to nowhere; give another --out, or delete it")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{name} is a file; expected the folder of an index: give another --out")
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} cannot be written to; give another --out")
+    if read_head(out) is None:
+        ours = re.compile(rf"\..*|.*\.partial|{re.escape(_BAD_FILES)}", re.DOTALL)
+        others = sorted(entry for entry in os.listdir(out) if not ours.fullmatch(entry))
+        if others:
+            raise ValueError(f"{name} holds {shown(others[0])!r} and no index; {own}")
+    try:
+        _read_bad_files(out)
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{shown(out / _BAD_FILES)} is not an index's; {own}, or move that file away"
+        ) from None
+
+
+def write_index(index: StoredIndex, out: Path) -> None:
+    """Write new data files, put them in use, delete the old ones. Where that raises an error, the
+    index that was there stays in use."""
+    from safetensors.torch import save
+
+    token = secrets.token_hex(8)
+    data = f"embeddings-{token}.safetensors", f"clips-{token}.jsonl"
+    head = Head(index.model, index.fingerprint, index.sources)
+    old = delete_spare(out) or head
+    spare = [name for name in old.spare if os.path.lexists(out / name)]
+    _write_head(replace(old, spare=[*spare, *data]), out)
+    try:
+        # save_file would make a file that only its owner can read, regardless of the umask.
+        embeddings = save({"embeddings": index.embeddings.contiguous()})
+        write_new(out / data[0], embeddings)
+        write_new(out / data[1], map(_clip_line, index.clips))
+        write_whole(out / _BAD_FILES, map(json_line, index.bad_files))
+    except BaseException:
+        _delete(out, data)
+        raise
+    spare += old.data or ()
+    _write_head(replace(head, embeddings=data[0], clips=data[1], spare=spare), out)
+    _delete(out, spare)
+
+
+def delete_spare(out: Path) -> Head | None:
+    """Delete data files that are not in use; return what index.json says, None without one."""
+    head = read_head(out)
+    if head is not None:
+        _delete(out, head.spare)
+    return head
+
+
+def _write_head(head: Head, out: Path) -> None:
+    write_whole(out / _HEAD, json.dumps({"format": FORMAT, **asdict(head)}, indent=1) + "\n")
+
+
+def _clip_line(clip: IndexedClip) -> bytes:
+    return json_line({name: getattr(clip, name) for name in IndexedClip.__slots__})
+
+
+def _delete(out: Path, names: Iterable[str]) -> None:
+    """Delete data files that index.json names; the next build retries where that fails."""
+    for name in names:
+        with suppress(OSError):
+            os.unlink(out / name)

@@ -47,6 +47,7 @@ def pairwise_logsumexp(
         ValueError: shapes do not fit, or backend is unknown.
         TypeError: dtypes are not those above, or not equal.
         RuntimeError: the compiled module, or its kernels for this device, are missing.
+        NotImplementedError: a derivative in forward mode is asked for, which the reference has.
     """
     with without_autocast(a, b, scale, diagonal, backend) as (a, b):
         return block_forward(a, b, scale, diagonal, backend)

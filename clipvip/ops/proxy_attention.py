@@ -59,6 +59,7 @@ def proxy_attention(
         ValueError: sizes do not fit together, frame_offsets decreases, or backend is unknown.
         TypeError: qkv is not of a dtype above or frame_offsets is not int32.
         RuntimeError: the compiled module, or its kernels for this device, are missing.
+        NotImplementedError: a derivative in forward mode is asked for, which the reference has.
     """
     _check(qkv, frame_offsets, num_proxies, patches_per_frame)
     autocast = _native.autocast_dtype(qkv)

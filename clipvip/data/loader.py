@@ -39,6 +39,7 @@ from clipvip.data.dali import DaliDecoder, Encoded, Engine, Refused, encode, sta
 from clipvip.data.decode import OpenClip, open_clip, read_frames
 from clipvip.data.sampling import check_sampling
 from clipvip.data.workers import Workers
+from clipvip.files import shown
 from clipvip.ops.resize_crop import check_resize
 
 __all__ = ["Batch", "ClipLoader", "LoaderError", "build_loader", "tokenize"]
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("retrieval", "omnisource", "video")
 TRIES = 100  # clips tried in the place of an unreadable one
+LONGEST = 20_000  # characters: a text of megabytes would take seconds for each, and much memory
 
 Batch = dict[str, Tensor]
 
@@ -94,7 +96,8 @@ def build_loader(
     if task == "retrieval":
         without = next((clip for clip in clips if not clip.text), None)
         if without is not None:
-            raise ValueError(f"line {without.line} ({without.video}) has no 'text' to retrieve by")
+            named = f"line {without.line} ({shown(without.video)})"
+            raise ValueError(f"{named} has no 'text' to retrieve by")
     reading = Reading(
         size=image_size,
         num_frames=num_frames,
@@ -236,10 +239,11 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask, int64 [len(texts), longest], at most text_length with both specials.
 
-    HTML entities are undone first, as CLIP's own tokenizer did.
+    HTML entities are undone first, as CLIP's own tokenizer did. No more than a text's first
+    20,000 characters are looked at.
     """
     tokens = tokenizer(
-        [html.unescape(html.unescape(text)) for text in texts],
+        [html.unescape(html.unescape(text[:LONGEST])) for text in texts],
         padding=True,
         truncation=True,
         max_length=text_length,
@@ -535,7 +539,9 @@ class _ByDali:
     def _read_again(self, sample: Sample, reason: str) -> Sample:
         """By PyAV, in a process of its own: what DALI stumbles over may break more than DALI."""
         level = logging.INFO if self._workers else logging.WARNING
-        logger.log(level, "DALI could not decode %s: %s", self._name(sample.place), reason)
+        logger.log(
+            level, "DALI could not decode %s: %s", shown(self._name(sample.place)), shown(reason)
+        )
         if self._workers is None:
             self._workers = Workers(self._again, self._processes, self._name)
         ((_, again),) = self._workers.run([(sample.key, sample.attempt)])

@@ -44,6 +44,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from clipvip.files import shown
+
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 900.0  # seconds at one place without a word after which a process counts as stuck
@@ -164,10 +166,15 @@ class Workers(Generic[Task, Result]):
                     done[key.number] = result
 
     def _run_here(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
-        global _told
+        global _slot, _told
         for task in tasks:
-            _told = self._heard
-            yield task, self._work(task, frozenset())
+            _slot, _told = _Slot(-1), self._heard
+            try:
+                result = self._work(task, frozenset())
+            except Exception as error:
+                logger.error("%s %s", type(error).__name__, self._where(_slot.place))
+                raise
+            yield task, result
 
     def _results(self) -> Iterator[tuple[_Key, Result]]:
         """Waits for word from any process; looks after those that died."""
@@ -204,11 +211,11 @@ class Workers(Generic[Task, Result]):
                 )
 
     def _where(self, place: int) -> str:
-        return "between two clips" if place < 0 else f"at {self._name(place)}"
+        return "between two clips" if place < 0 else f"at {shown(self._name(place))}"
 
     def _fail(self, worker: "_Worker", failure: _Failure) -> None:
         error, where = failure.error, self._where(failure.place)
-        logger.error("worker %d raised %s %s", worker.number, type(error).__name__, where)
+        logger.error("%s %s, in worker %d", type(error).__name__, where, worker.number)
         raise error from RemoteTraceback(f"In worker {worker.number}, {where}:\n{failure.trace}")
 
     def _replace(self, worker: "_Worker", reason: str | None = None) -> None:
@@ -416,6 +423,7 @@ def _pack(value: Any) -> _Message:
         file = _memory_file(b"clipvip", CLOSE_ON_EXEC)
         if file < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        os.ftruncate(file, pickler.size)  # torch.from_file writes to one that is shorter
         for start, data in pickler.tensors:
             # Written, not copied into a mapping, where to run out of memory would be a crash.
             while data:

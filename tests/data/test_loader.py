@@ -246,6 +246,13 @@ def test_tokens_keep_both_ends_and_undo_html(tokenizer: Any) -> None:
     assert torch.equal(ids[1], tokenize(tokenizer, ["x" * 40, "salt & pepper"], 16)[0][1])
 
 
+def test_a_text_of_megabytes_takes_no_longer_than_its_beginning(tokenizer: Any) -> None:
+    started = time.monotonic()
+    ids, _ = tokenize(tokenizer, ["a word " * 3_000_000], 16)
+    assert torch.equal(ids, tokenize(tokenizer, ["a word " * 40], 16)[0])
+    assert time.monotonic() - started < 5
+
+
 # --- bad files ------------------------------------------------------------------------------
 
 

@@ -114,7 +114,8 @@ def test_a_process_is_ended_for_memory_before_its_parent() -> None:
 # --- passing on -----------------------------------------------------------------------------
 
 TENSORS = [
-    torch.arange(BIG, dtype=torch.int64),
+    torch.arange(1, BIG, dtype=torch.int64),
+    torch.arange(BIG + 1).add(1).to(torch.uint8),
     torch.arange(BIG).to(torch.bfloat16)[::2],
     torch.arange(BIG) % 3 == 0,
     torch.randn(3, BIG // 8, 5).transpose(0, 2),
@@ -128,8 +129,9 @@ TENSORS = [
 def test_tensors_arrive_as_they_were_and_can_be_written_to(named: bool, monkeypatch) -> None:
     if named:  # as on other systems than Linux
         monkeypatch.setattr(workers, "_memory_file", None)
+    alone = results(lambda task, condemned: TENSORS[task], range(len(TENSORS)))
     ((first, rest),) = results(lambda task, condemned: (TENSORS[0], {"rest": TENSORS[1:]}), [0])
-    for got, sent in zip([first, *rest["rest"]], TENSORS, strict=True):
+    for got, sent in zip([first, *rest["rest"], *alone], TENSORS * 2, strict=True):
         assert got.dtype == sent.dtype and torch.equal(got, sent)
         got.zero_()
         assert not got.any()
@@ -309,6 +311,12 @@ def test_any_error_of_work_is_raised_and_told_with_its_place(
     assert words in "".join(map(str, caught.value.args))
     assert "at clip 1" in str(caught.value.__cause__) and "in work" in str(caught.value.__cause__)
     assert [text for text in caplog.messages if "at clip 1" in text]
+
+
+def test_an_error_in_this_process_is_told_with_its_place_too(caplog) -> None:
+    with pytest.raises(KeyError):
+        results(raising(KeyError()), range(3), 0, name=lambda place: f"clip\n{place}")
+    assert caplog.messages == ["KeyError at clip\\n1"]
 
 
 @pytest.mark.parametrize("result", [lambda: 0, iter([]), threading.Lock()])

@@ -66,8 +66,8 @@ VIDEO_SUFFIXES = frozenset(
 
 
 # libav's formats that hold video, all of it in the one file. It knows others by a file's content,
-# whatever its name: playlists (hls, dash, concat, imf) and numbered images, which read other files,
-# session descriptions (sdp), which listen to the network, and devices.
+# whatever its name: playlists (hls, dash, concat, imf), numbered images and films in parts (mlv),
+# which read other files, session descriptions (sdp), which listen to the network, and devices.
 FORMATS = ",".join(
     (
         *("3dostr", "4xm", "apng", "apv", "asf", "asf_o", "av1", "avi", "avs", "avs2", "avs3"),
@@ -76,7 +76,7 @@ FORMATS = ",".join(
         *("gdv", "gif", "gif_pipe", "gxf", "h261", "h263", "h264", "hevc", "hxvs", "idcin", "iff"),
         *("ipu", "ivf", "ivr", "j2k_pipe", "jpeg_pipe", "jpegls_pipe", "jpegxl_anim"),
         *("jpegxl_pipe", "jv", "kux", "live_flv", "lmlm4", "lxf", "m4v", "matroska", "mjpeg"),
-        *("mjpeg_2000", "mlv", "mm", "moflex", "mov", "mpeg", "mpegts", "mpegtsraw", "mpegvideo"),
+        *("mjpeg_2000", "mm", "moflex", "mov", "mpeg", "mpegts", "mpegtsraw", "mpegvideo"),
         *("mpjpeg", "mtv", "mv", "mvi", "mxf", "mxg", "nsv", "nut", "nuv", "obu", "ogg"),
         *("png_pipe", "pmp", "pva", "rl2", "rm", "roq", "rpl", "ser", "sga", "siff", "smjpeg"),
         *("smk", "smush", "swf", "thp", "tiff_pipe", "tmv", "ty", "usm", "vc1", "vc1test"),

@@ -53,11 +53,14 @@ _MOST_INFLATED = 1 << 26  # bytes of tables that were compressed
 
 @dataclass
 class _Track:
+    """Claims of a track. Of two tables of one name libav may take either."""
+
     kinds: set[bytes] = field(default_factory=set)
     samples: int = 0  # where all have one size, and no table of sizes stands for them
-    one_tick: bool = False  # each lasts a tick
+    by_tick: bool = False  # a table says that each sample lasts a tick
+    by_sample: bool = False  # a table gives times of their own to samples
     chunks: int = 0
-    runs: NDArray[np.int64] | None = None  # first chunk, samples per chunk
+    runs: list[NDArray[np.int64]] = field(default_factory=list)  # first chunk, samples per chunk
 
 
 class _Claims:
@@ -134,23 +137,25 @@ class _Claims:
             self._refuse_above(self.length // _ENTRIES[name], name, count)
             if name in (b"stco", b"co64"):
                 track.chunks = max(track.chunks, count)
-            elif name == b"stts":
-                track.one_tick = count == 1 and _words(self._peek(at + 8, 8), 2)[1] == 1
+            elif name == b"stts" and count == 1 and _words(self._peek(at + 8, 8), 2)[1] == 1:
+                track.by_tick = True
+            elif name in (b"stts", b"ctts"):
+                track.by_sample = True
             elif name == b"stsc":
                 table = self._peek(at + 8, 12 * count)
                 runs = np.frombuffer(table, ">u4", len(table) // 12 * 3).reshape(-1, 3)
-                track.runs = runs[:, :2].astype(np.int64)
+                track.runs.append(runs[:, :2].astype(np.int64))
 
     def _close(self) -> None:
-        """At the end of a track libav makes an entry of its index for each sample, or for many at
-        once of sound that is cut by the tick."""
+        """Count the entries that libav makes at the end of a track: one for each sample, or for
+        many at once of sound that is cut by the tick."""
         track = self.track
-        if track.kinds != {b"soun"} or not track.one_tick:
+        if track.kinds != {b"soun"} or not track.by_tick or track.by_sample:
             self._add(track.samples, b"stsz")
-        elif track.runs is not None and len(track.runs):
-            firsts, counts = track.runs.T
+        for firsts, counts in (runs.T for runs in track.runs if track.by_tick and len(runs)):
             chunks = np.diff(firsts, append=max(track.chunks + 1, firsts[-1])).clip(0, track.chunks)
-            self._refuse_above(_SOUND * self.length, b"stsc", int((chunks * counts).sum()))
+            samples = chunks.astype(np.float64) @ counts  # which may be beyond any integer
+            self._add(int(samples / _SOUND), b"stsc")
 
     def _check_inflated(self, at: int, size: int) -> None:
         """Check a movie box that is compressed (QuickTime)."""

@@ -85,6 +85,16 @@ def test_a_script_opens_no_other_file_and_no_port(
                         still_free.bind(("", multicast[1]))
 
 
+def test_parts_of_a_film_are_not_looked_for(tmp_path: Path) -> None:
+    """libav's demuxer of Magic Lantern's films opens a.m00, a.m01, … beside a.mp4."""
+    head = b"MLVI" + struct.pack("<I8sQHHIHHIIII", 52, b"v2.0", 1, 0, 2, 0, 1, 0, 1, 0, 25, 1)
+    size = b"RAWI" + struct.pack("<IQHHI", 180, 0, 64, 48, 1) + bytes(156)
+    frame = b"VIDF" + struct.pack("<IQ", 32 + 64 * 48 * 2, 0) + bytes(16 + 64 * 48 * 2)
+    (tmp_path / "a.mp4").write_bytes(head + size + frame)
+    with pytest.raises(DecodeError, match="not a video: "):
+        probe(tmp_path / "a.mp4")
+
+
 def test_numbered_images_are_not_looked_for(tmp_path: Path) -> None:
     for number in range(3):
         Image.new("RGB", (32, 32), (0, 80 * number, 0)).save(tmp_path / f"a{number}.png")
@@ -125,6 +135,7 @@ def test_every_format_that_is_read_is_one_of_libav_and_reads_one_file() -> None:
     known = {part for name in av.formats_available for part in name.split(",")}
     assert {"mov", "matroska", "avi", "mpegts", "mpeg", "ogg", "flv", "asf"} <= formats & known
     elsewhere = {"concat", "hls", "applehttp", "dash", "imf", "sdp", "rtsp", "rtp", "sap", "image2"}
+    elsewhere |= {"mlv"}
     devices = {"lavfi", "fbdev", "x11grab", "alsa", "oss", "v4l2", "kmsgrab", "pulse", "vobsub"}
     assert not formats & (elsewhere | devices)
 
@@ -239,6 +250,31 @@ CLAIMS = {
     "sound": movie(sizes=(1, MANY), handler=b"soun", stts=(1, MANY, 2)),
     "sound by the tick": movie(
         sizes=(1, MANY), handler=b"soun", stts=(1, MANY, 1), stsc=(1, 1, 0x7FFFFFFF, 1)
+    ),
+    "sound by the tick with times of its own": movie(
+        sizes=(1, MANY),
+        handler=b"soun",
+        stts=(1, MANY, 1),
+        more_tables=full(b"ctts", words(1, 1, 5)),
+    ),
+    "sound by the tick, of two tables the second harmless": movie(
+        sizes=(1, MANY),
+        handler=b"soun",
+        stts=(1, MANY, 1),
+        stsc=(1, 1, 0x7FFFFFFF, 1),
+        more_tables=full(b"stsc", words(1, 1, 1, 1)),
+    ),
+    "sound by the tick, more than any integer": movie(
+        handler=b"soun",
+        stts=(1, MANY, 1),
+        stsc=(200_000, *(1, 0x7FFFFFFF, 1, 60_000, 0x7FFFFFFF, 1) * 100_000),
+        more_tables=full(b"stco", words(60_000)),
+    ),
+    "sound by the tick that says it is video too": movie(
+        handler=b"soun",
+        stts=(1, MANY, 1),
+        stsc=(1, 1, 0x7FFFFFFF, 1),
+        more_tables=full(b"hdlr", bytes(4) + b"vide"),
     ),
     "video that says it is sound too": movie(
         sizes=(1, MANY),

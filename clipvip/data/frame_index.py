@@ -181,7 +181,12 @@ def _read(
             return index
     if trust <= Trust.PACKETS:
         with suppress(av.FFmpegError):  # midway: what comes before it can still be decoded
-            return read_index(container, stream, file, start, end)
+            if container.format.name != MATROSKA or file.data is not None:
+                return read_index(container, stream, file, start, end)
+            # Where seeks lead depends on what a container has read. Later reads, which know the
+            # index, seek in a new one; so does this.
+            with open_container(file) as own:
+                return read_index(own, video_stream(own, file.path), file, start, end)
     return _index_by_decoding(file, end)
 
 

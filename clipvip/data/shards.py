@@ -524,15 +524,15 @@ def _read_manifest(path: str) -> dict[str, Shard]:
     try:
         with open_url(path) as file:
             text = file.read(MANIFEST_BYTES + 1)
-            if len(text) > MANIFEST_BYTES:
-                raise ValueError(f"more than {MANIFEST_BYTES >> 20} MiB")
     except FileNotFoundError:
         raise ShardError(
             f"no manifest {path}; `clipvip shard` writes one, `clipvip verify --manifest` one of "
             "tars made elsewhere"
         ) from None
-    except (OSError, ValueError, ImportError) as error:
-        raise ShardError(f"{path}: {error}; expected a manifest of shards") from error
+    except Exception as error:  # fsspec and what lies below it
+        raise ShardError(f"{path}: {reason_of(error)}; expected a manifest of shards") from error
+    if len(text) > MANIFEST_BYTES:
+        raise ShardError(f"{path}: more than {MANIFEST_BYTES >> 20} MiB; expected a manifest")
     shards = _parse_manifest(text, path)
     clips = sum(shard.clips for shard in shards)
     if not 0 < clips <= MOST_CLIPS:
@@ -557,6 +557,8 @@ def _parse_shard(line: bytes) -> Shard:
     name, parts = shard.shard, [shard.clips, shard.texts, shard.subtitles, shard.captions]
     if not isinstance(name, str) or not name or "\0" in name or ".." in name.split("/"):
         raise ValueError(f"'shard' is {name!r:.80}, not the name of a tar beside it, or in full")
+    if "::" in name:  # fsspec would keep copies, or open one file inside another
+        raise ValueError(f"'shard' is {name!r:.80}, not one plain URL")
     name.encode("utf-8", "surrogateescape")
     if not all(type(count) is int and count >= 0 for count in [*parts, shard.bytes, shard.bad]):
         raise ValueError("its counts are not all whole numbers from 0 on")

@@ -34,6 +34,9 @@ COMPRESSED = {
 }
 PAX = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 ABOUT_NEXT = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+# Records of pax that are used. Of others there may be as many as a stranger likes.
+SPARSE = frozenset({b"GNU.sparse.name", b"GNU.sparse.realsize", b"GNU.sparse.size"})
+USED = SPARSE | {b"path", b"size"}
 META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
 
 
@@ -54,12 +57,14 @@ class Readable(Protocol):
 def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
     """Open a path or any fsspec URL to read bytes. Raises whatever fsspec does, and OSError for
     a path that is no file: opening a pipe would wait, and a device may never end."""
-    import fsspec
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 
-    path = url.removeprefix("file://")
-    if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
+    system, path = url_to_fs(url)
+    local = isinstance(system, LocalFileSystem)
+    if local and os.path.exists(path) and not os.path.isfile(path):
         raise OSError("a folder, pipe, socket or device, not a file")
-    return cast(AbstractContextManager[IO[bytes]], fsspec.open(url, "rb"))
+    return cast(AbstractContextManager[IO[bytes]], system.open(path, "rb"))
 
 
 def read_samples(file: Readable, url: str) -> Iterator[Packed]:
@@ -165,9 +170,7 @@ def _members(tar: _Bytes) -> Iterator[_Member]:
         fault, most = None, _most_bytes(named)
         if records is None:
             fault = "its pax header makes no sense"
-        elif info.type == tarfile.GNUTYPE_SPARSE or any(
-            key.startswith(b"GNU.sparse.") for key in known
-        ):
+        elif info.type == tarfile.GNUTYPE_SPARSE or known.keys() & SPARSE:
             fault = "a sparse file, whose holes are not expanded; pack it without --sparse"
         elif size > most > 0:
             fault = f"{size} bytes of .{_split(named)[1]}; expected at most {most}"
@@ -212,7 +215,8 @@ def _about_next(tar: _Bytes, info: tarfile.TarInfo) -> dict[bytes, bytes] | None
 
 
 def _records(text: bytes) -> dict[bytes, bytes] | None:
-    """Those of pax, "LENGTH KEY=VALUE\\n" each; None where they make no sense."""
+    """Read the records of pax, "LENGTH KEY=VALUE\\n" each, and return those in USED; None where any
+    makes no sense."""
     found, at = {}, 0
     while at < len(text) and text[at]:
         digits = text[at : at + DIGITS].partition(b" ")[0]
@@ -222,7 +226,8 @@ def _records(text: bytes) -> dict[bytes, bytes] | None:
         key, equals, value = text[at + len(digits) + 1 : end].partition(b"=")
         if not equals or not value.endswith(b"\n") or end > len(text):
             return None
-        found[key] = value[:-1]
+        if key in USED:
+            found[key] = value[:-1]
         at = end
     size = found.get(b"size", b"0")
     return found if size.isdigit() and len(size) < DIGITS else None

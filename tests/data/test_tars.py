@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,30 @@ def test_a_pipe_is_no_tar_and_no_manifest(tmp_path: Path) -> None:
         load_manifest(str(tmp_path))
 
 
+@pytest.mark.parametrize("scheme", ["", "file:", "file://", "local:", "local://"])
+def test_a_device_is_no_tar_by_any_name(scheme: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="a folder, pipe"), open_url(f"{scheme}/dev/zero"):
+        pass
+    (tmp_path / "a[0].tar").write_bytes(b"12")
+    with open_url(f"{scheme}{tmp_path}/a[0].tar") as file:
+        assert file.read(3) == b"12"
+
+
+def test_records_without_end_are_not_kept(video: bytes) -> None:
+    """A header of pax for one member may follow another, each with a megabyte of records."""
+    headers = [
+        block("pax", b"".join(record(f"{n}.{i}", "") for i in range(1000)), tarfile.XHDTYPE)
+        for n in range(100)
+    ]
+    data = b"".join(headers) + block("a.mp4", video) + bytes(1024)
+    tracemalloc.start()
+    (sample,) = read(data)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (sample.key, sample.members, sample.fault) == ("a", {"mp4": video}, None)
+    assert most < 500_000
+
+
 RIGHT = {"shard": "0.tar", "clips": 1, "bytes": 10240, "sha256": "0" * 64, "texts": 1}
 RIGHT |= {"subtitles": 0, "captions": 0, "bad": 0}
 
@@ -357,7 +382,17 @@ RIGHT |= {"subtitles": 0, "captions": 0, "bad": 0}
     [
         *(
             {"shard": name}
-            for name in ("", "../0.tar", "a/../../0.tar", "a\0", 5, None, [], "\ud83d")
+            for name in (
+                "",
+                "../0.tar",
+                "a/../../0.tar",
+                "a\0",
+                5,
+                None,
+                [],
+                "\ud83d",
+                "zip::0.tar",
+            )
         ),
         *({"clips": count} for count in (-1, 1.0, "1", None, True, [], 10**30, 21)),
         *({key: 2} for key in ("texts", "subtitles", "captions")),

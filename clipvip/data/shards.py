@@ -129,7 +129,8 @@ def write_shards(
         "coding": None if size is None else CODING,
         "seed": seed,
     }
-    with only_run(out, "writes shards", ShardError), _settled(out, settings):
+    with only_run(out, "writes shards", ShardError):
+        _settle(out, settings)
         order = np.random.default_rng(seed).permutation(len(clips))
         plan = np.split(order, range(clips_per_shard, len(clips), clips_per_shard))
         finished = _resume(out, {shard_name(number) for number in range(len(plan))})
@@ -183,8 +184,9 @@ def _cores(num_workers: int | None) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+def _settle(out: Path, settings: dict[str, Any]) -> None:
+    """Note the settings of a new folder; raise ShardError where one holds shards made otherwise,
+    or by others."""
     path = out / "settings.json"
     if path.exists():
         try:
@@ -192,7 +194,7 @@ def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             if not isinstance(old, dict):
                 raise ValueError(f"expected an object in braces, got {kind_of(old)}")
         except (ValueError, RecursionError) as error:
-            raise ShardError(f"{path}: {error}; give another folder, or delete this one") from error
+            raise ShardError(f"{path}: {error}; give a new or empty folder") from error
         for key, value in settings.items():
             if old.get(key) != value:
                 other = {"annotations": "other annotations", "coding": "another video coding"}
@@ -202,9 +204,15 @@ def _settled(out: Path, settings: dict[str, Any]) -> Iterator[None]:
                     "annotations and options to go on with these"
                 )
     else:
+        taken = re.compile(rf".*\.tar(\.partial)?|{re.escape(MANIFEST)}", re.DOTALL)
+        others = sorted(filter(taken.fullmatch, os.listdir(out)))
+        if others:
+            raise ShardError(
+                f"{out} holds {others[0]!r} and no settings.json, so that is not of an earlier "
+                "run; give a new or empty folder"
+            )
         with _on_disk(path):
             write_whole(path, json.dumps(settings, indent=1) + "\n")
-    yield
 
 
 @contextmanager
@@ -218,9 +226,9 @@ def _on_disk(path: Path) -> Iterator[None]:
 
 
 def _resume(out: Path, names: Collection[str]) -> dict[str, Shard]:
-    """The finished shards of these; sweeps away what a killed run left half done."""
-    for partial in out.glob("*.tar.partial"):
-        partial.unlink()
+    """Return the finished shards of these; delete what a killed run left half done."""
+    for name in names:
+        (out / f"{name}.partial").unlink(missing_ok=True)
     path = out / MANIFEST
     finished: dict[str, Shard] = {}
     if path.exists():

@@ -344,7 +344,7 @@ def test_a_full_disk_is_no_fault_of_a_clip(
 )
 def test_settings_of_any_kind_are_one_error(said: bytes, annotations: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_bytes(said)
-    with pytest.raises(ShardError, match=r"settings\.json: .*; give another folder"):
+    with pytest.raises(ShardError, match=r"settings\.json: .*; give a new or empty"):
         write_shards(annotations, tmp_path, num_workers=0)
 
 
@@ -358,21 +358,33 @@ def test_a_line_half_written_is_not_a_finished_shard(annotations: Path, tmp_path
     assert (tmp_path / "manifest.jsonl").read_text() == lines
 
 
-@pytest.mark.parametrize("name", ["manifest.jsonl", "settings.json"])
-def test_what_is_damaged_is_named_and_what_to_do(name, annotations: Path, tmp_path: Path) -> None:
+def test_what_is_damaged_is_named_and_what_to_do(annotations: Path, tmp_path: Path) -> None:
     whole = write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
-    path = tmp_path / name
+    path = tmp_path / "manifest.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([lines[0], bytes(20) + b"\n", *lines[2:]]))
-    with pytest.raises(ShardError, match=rf"{name}:.*delete th"):
+    with pytest.raises(ShardError, match=r"manifest\.jsonl:.*delete that line"):
         write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
-    if name == "manifest.jsonl":
-        with pytest.raises(ShardError, match=r"manifest\.jsonl:2: expected a shard"):
-            load_manifest(str(tmp_path))
-        path.write_bytes(b"".join([lines[0], *lines[2:]]))
-    else:
-        path.unlink()
+    with pytest.raises(ShardError, match=r"manifest\.jsonl:2: expected a shard"):
+        load_manifest(str(tmp_path))
+    path.write_bytes(b"".join([lines[0], *lines[2:]]))
     assert write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0) == whole
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "manifest.jsonl", "00000.tar.partial"])
+def test_a_folder_of_others_tars_is_left_as_it_was(name, annotations: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(ShardError, match=rf"holds '{name}' and no settings\.json"):
+        write_shards(annotations, tmp_path, num_workers=0)
+    assert (tmp_path / name).read_bytes() == b"precious"
+    assert {path.name for path in tmp_path.iterdir()} == {name, ".lock"}
+
+
+def test_a_partial_file_of_others_is_no_partial_shard(annotations: Path, tmp_path: Path) -> None:
+    write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
+    (tmp_path / "film.tar.partial").write_bytes(b"precious")
+    write_shards(annotations, tmp_path, clips_per_shard=6, num_workers=0)
+    assert (tmp_path / "film.tar.partial").read_bytes() == b"precious"
 
 
 def test_of_two_runs_at_once_the_second_is_told_of_the_first(

@@ -343,6 +343,7 @@ class _Lane:
 def _read(url: str, first: int, end: int) -> Iterator[tuple[int, Packed | DecodeError]]:
     """Clips [first, end) of a tar, each with its number; an error for each that is not there."""
     reason = ""
+    workers.at(-1)  # a tar that is slow is not the fault of the clip before
     for wait in (0.0, *(RETRIES if "://" in url else ())) if first < end else ():
         time.sleep(wait)
         try:

@@ -257,3 +257,19 @@ def test_errors_name_the_op_and_its_shapes(emulator):
     a, b, scale = inputs(4, 6, 8, torch.float32)
     with pytest.raises(RuntimeError, match=r"forward of a \[4, 8\] and b \[6, 8\]: no GPU takes"):
         op._forward_cuda(a, b, scale, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_is_so_where_it_is_in_float64(emulator, dtype):
+    for n, m, diagonal in ((5, 7, 0), (140, 300, -2), (5, 3, 1000), (1, 1, 1)):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            for rows in (slice(0, 1), slice(None)):
+                a, b, scale = inputs(n, m, 8, dtype)
+                a[rows, 3] = value
+                found = ours(a, b, scale, diagonal)
+                exact = op.pairwise_logsumexp_reference(a.double(), b.double(), scale, diagonal)
+                for name, one, two in zip(NAMES, found, exact, strict=False):
+                    assert torch.equal(one.isnan(), two.isnan()), name
+                    assert torch.equal(one.double()[two.isinf()], two[two.isinf()]), name
+                if value != value:
+                    assert all(x.isnan().any() for x in found[3:])

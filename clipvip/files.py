@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import stat
+import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -90,16 +91,20 @@ def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
     _flush_folder(path.parent)
 
 
-def read_own(path: Path) -> bytes:
+def read_own(path: Path, most: int = sys.maxsize) -> bytes:
     """Read a file that is one itself: a link may lead anywhere, a pipe or device never end.
 
-    Raises OSError, whose strerror says what it is instead.
+    Raises OSError, whose strerror says what it is instead, or that it has more than `most` bytes,
+    which holes in a small file may claim.
     """
-    mode = os.lstat(path).st_mode
+    status = os.lstat(path)
+    mode = status.st_mode
     if not stat.S_ISREG(mode):
         kinds = ((stat.S_ISLNK, "a link, not a file"), (stat.S_ISDIR, "a folder, not a file"))
         what = next((what for is_it, what in kinds if is_it(mode)), NOT_A_FILE)
         raise OSError(errno.EINVAL, what, str(path))
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"{status.st_size} bytes; expected at most {most}", str(path))
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         return file.read()
 

@@ -37,6 +37,7 @@ from clipvip.collection import MOST_NAMED, IndexedClip
 from clipvip.files import json_line, read_own, shown, write_new, write_whole
 
 FORMAT = 2
+LIST_BYTES = 1 << 28  # of index.json and of bad_files.jsonl, far more than they need
 READS = 100  # before giving up on an index that is replaced during each of them
 
 _HEAD, _BAD_FILES = "index.json", "bad_files.jsonl"
@@ -122,7 +123,7 @@ def read_head(folder: Path) -> Head | None:
     file = folder / _HEAD
     another = "give another --out, or the folder of an index"
     try:
-        head = json.loads(read_own(file))
+        head = json.loads(read_own(file, LIST_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -218,7 +219,7 @@ def _read_bad_files(folder: Path) -> list[dict[str, str]]:
     """Read bad_files.jsonl, [] where there is none. Raises OSError, and ValueError where it is not
     an index's, such as that of a training run."""
     try:
-        lines = read_own(folder / _BAD_FILES).splitlines()
+        lines = read_own(folder / _BAD_FILES, LIST_BYTES).splitlines()
     except FileNotFoundError:
         return []
     files = []

@@ -212,6 +212,17 @@ def test_an_index_that_says_something_else_is_refused_in_one_line(saved, values)
     assert str(error.value).isprintable()
 
 
+@pytest.mark.parametrize("which", ["index.json", "bad_files.jsonl"])
+def test_holes_in_a_list_are_not_read(saved, which):
+    with open(saved / which, "ab") as file:
+        file.truncate(1 << 42)
+    if which == "index.json":
+        with pytest.raises(ValueError, match=r"index\.json: 4398046511104 bytes; expected at most"):
+            read_index(saved)
+    else:
+        assert read_index(saved).bad_files == []
+
+
 @pytest.mark.parametrize("which", ["index.json", "embeddings", "clips"])
 def test_links_and_pipes_in_an_index_are_not_followed(saved, tmp_path, which):
     (file,) = saved.glob(which + "*")

@@ -146,14 +146,18 @@ class CLIPViPConfig(CLIPConfig):
         return super().from_dict({**config_dict, **given}, **kwargs)
 
 
+_LEAST_LAYER = 1 << 14  # numbers that take as much memory as the Python objects of a layer
+
+
 def count_weights(config: CLIPViPConfig) -> int:
-    """About how many numbers a model of these shapes has: no fewer than its large matrices do."""
+    """About how many numbers a model of these shapes has: no fewer than its large matrices do.
+    However narrow it is, a layer counts as _LEAST_LAYER."""
     text, vision = config.text_config, config.vision_config
 
     def tower(shapes: Any, inputs: int) -> int:
-        layer = 4 * shapes.hidden_size + 2 * shapes.intermediate_size
-        rows = shapes.num_hidden_layers * layer + inputs + config.projection_dim
-        return rows * shapes.hidden_size
+        width = shapes.hidden_size
+        layer = max(_LEAST_LAYER, (4 * width + 2 * shapes.intermediate_size) * width)
+        return shapes.num_hidden_layers * layer + (inputs + config.projection_dim) * width
 
     patch = vision.num_channels * vision.patch_size**2
     patches = (vision.image_size // vision.patch_size) ** 2

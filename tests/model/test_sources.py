@@ -172,6 +172,15 @@ def test_weights_that_are_missing_or_of_another_shape_are_named(model_folder):
         load_for_embedding(model_folder)
 
 
+def test_more_layers_than_there_are_weights_for_are_refused(model_folder):
+    """A layer takes memory however narrow it is."""
+    narrow = {"hidden_size": 1, "intermediate_size": 1, "num_attention_heads": 1}
+    layers = {"num_hidden_layers": 10**6, **narrow}
+    damage_config(model_folder, {f"text_config.{name}": size for name, size in layers.items()})
+    with pytest.raises(ValueError, match=r"its configuration speaks of .* weights"):
+        CLIPViPModel.from_pretrained(model_folder)
+
+
 class Planted:
     def __reduce__(self):
         return Path.touch, (Path("planted"),)

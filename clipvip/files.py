@@ -119,7 +119,7 @@ def _write_out(file: BinaryIO, data: str | bytes | Iterable[bytes]) -> None:
 
 @contextmanager
 def _told_of(path: Path) -> Iterator[None]:
-    """Name the file in errors of writing it, which name none, or its partial one."""
+    """Name the file in errors of writing it, which name no file or the partial one."""
     try:
         yield
     except OSError as error:
@@ -147,7 +147,7 @@ def _open_partial(path: Path) -> BinaryIO:
 
 
 def _keeps(file: BinaryIO, path: Path) -> bool:
-    """Lock a new file before another process takes it for left behind; whether that succeeded."""
+    """Lock a new file before another process takes it for left behind. Return whether it worked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -280,8 +280,8 @@ def only_run(folder: Path, what: str, error: type[ValueError] = OtherRunError) -
     """Keep other runs out of a folder, which is made if absent, until this one ends, however it
     ends: the lock dies with its process.
 
-    A file system without locks keeps nobody out. A file `.lock` that says something else than who
-    holds the folder is locked, but not written to. what: the work, such as "trains"; it stands in
+    On a file system without locks it keeps nobody out. A file `.lock` with other content than a
+    note of ours is locked, but not written to. what: the work, such as "trains"; it stands in
     the message after "another run".
 
     Raises:
@@ -321,7 +321,7 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 
 def _take(lock: int) -> str | None:
-    """Lock a file and note in it who did; the note of the one who keeps it locked, else None."""
+    """Lock a file and note the holder in it. Return None, or the note of another holder."""
     here = f"host {socket.gethostname()}, "
     began = time.monotonic()
     while True:

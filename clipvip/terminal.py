@@ -27,12 +27,12 @@ class _Output(io.FileIO):
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Within it, printing raises nothing: letters that a terminal lacks become escapes, and what
-    nobody can take is dropped.
+    """Keep printing from raising errors: letters that a terminal lacks become escapes, and output
+    that cannot be written is dropped.
 
-    A reader that has had enough, as of `| head -1`, is none the wiser. Any other output that is
-    lost, as to a full disk, ends with one line on stderr and exit status 1. Streams that are no
-    files of this process, such as a test's, are taken as they are.
+    A reader that closes its pipe early, such as `| head -1`, is no error. Any other loss of output,
+    such as on a full disk, ends with one line on stderr and exit status 1. Streams that were
+    replaced, such as by a test, are left as they are.
     """
     _open_standard_files()
     replaced = {name: getattr(sys, name) for name in ("stdout", "stderr")}

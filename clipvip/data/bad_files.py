@@ -159,7 +159,7 @@ class _List:
             self.read_to += len(whole + end)
             if rest.startswith(_START) or _START.startswith(rest):
                 file.truncate(self.read_to)  # a run killed while writing leaves part of a line
-            else:  # somebody else's, who ends no lines
+            else:  # another program's last line, without its line feed
                 file.write(b"\n")
             for line in whole.splitlines():
                 with suppress(ValueError, TypeError, KeyError, RecursionError):

@@ -166,8 +166,8 @@ def as_decode_errors(file: File) -> Iterator[None]:
 
 
 def _size_of(path: Path) -> int:
-    """Return the bytes of a file. Raises DecodeError where it is none that can be read: opening a
-    pipe or a device would wait, or never end."""
+    """Return the size of a file in bytes. Raises DecodeError where it cannot be read, or is a pipe
+    or device, which could block or never end."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

@@ -409,8 +409,8 @@ def _seek(
 ) -> Iterator[Packet]:
     """Packets from keyframe `key` on.
 
-    A seek may land before it, on where else depends on what the container has read so far. The
-    packets between are not decoded: pictures of a damaged file would depend on them.
+    A seek may land before it, and where depends on what the container has read so far. The packets
+    in between are not decoded, as the pictures of a damaged file would depend on them.
     """
     for offset in (index.pts[key], index.dts[key]):
         container.seek(int(offset), stream=stream)

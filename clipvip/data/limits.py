@@ -1,4 +1,4 @@
-"""What one file may ask for, whatever its header claims: checked before memory is allocated.
+"""Limits on the pixels of one file, checked before memory is allocated.
 
 A few bytes can claim a picture of a billion pixels. Frames and images that are larger than these
 limits are refused like damaged ones, and the reason names the environment variable
@@ -23,7 +23,7 @@ def _megapixels() -> float:
 
 
 MAX_FRAME = int(_megapixels() * 1e6)  # pixels; a decoder holds up to 17 frames
-MAX_IMAGE = 2 * MAX_FRAME  # of which one is held
+MAX_IMAGE = 2 * MAX_FRAME  # only one is held
 
 
 def too_large(width: int, height: int, limit: int) -> str:

@@ -44,8 +44,8 @@ _ENTRIES = {
     **dict.fromkeys((b"stts", b"ctts", b"co64", b"keys"), 8),
     **dict.fromkeys((b"stsc", b"elst"), 12),
 }
-# A sample has a byte at least, but for a few empty ones. A byte of coded sound may stand for many
-# samples, of which libav takes 160 or more at a time.
+# A sample has at least a byte, except for a few empty ones. A byte of coded sound may hold many
+# samples, which libav takes 160 or more at a time.
 _SLACK, _SOUND = 1 << 16, 160
 _KINDS = frozenset((b"soun", b"vide", b"subp", b"clcp"))
 _MOST_INFLATED = 1 << 26  # bytes of tables that were compressed
@@ -53,18 +53,18 @@ _MOST_INFLATED = 1 << 26  # bytes of tables that were compressed
 
 @dataclass
 class _Track:
-    """Claims of a track. Of two tables of one name libav may take either."""
+    """Claims of a track. Where a table stands twice, libav may take either."""
 
     kinds: set[bytes] = field(default_factory=set)
-    samples: int = 0  # where all have one size, and no table of sizes stands for them
+    samples: int = 0  # claimed where all have one size, without a table of sizes
     by_tick: bool = False  # a table says that each sample lasts a tick
-    by_sample: bool = False  # a table gives times of their own to samples
+    by_sample: bool = False  # a table gives samples times of their own
     chunks: int = 0
     runs: list[NDArray[np.int64]] = field(default_factory=list)  # first chunk, samples per chunk
 
 
 class _Claims:
-    """Walks through boxes as libav does and adds up what they claim.
+    """Walk through boxes as libav does and add up their claims.
 
     length: bytes of the file, which are those of `file` except for compressed tables.
     """
@@ -98,7 +98,7 @@ class _Claims:
                 self._close()
 
     def _boxes(self, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
-        """Name, start and size of the content of each box; sizes that lead too far are cut."""
+        """Yield name, start and size of the content of each box; a size beyond the end is cut."""
         at = start
         while at + 8 <= stop:
             head = self._peek(at, 16)
@@ -154,7 +154,7 @@ class _Claims:
             self._add(track.samples, b"stsz")
         for firsts, counts in (runs.T for runs in track.runs if track.by_tick and len(runs)):
             chunks = np.diff(firsts, append=max(track.chunks + 1, firsts[-1])).clip(0, track.chunks)
-            samples = chunks.astype(np.float64) @ counts  # which may be beyond any integer
+            samples = chunks.astype(np.float64) @ counts  # an int64 would overflow
             self._add(int(samples / _SOUND), b"stsc")
 
     def _check_inflated(self, at: int, size: int) -> None:
@@ -185,7 +185,7 @@ class _Claims:
 
 
 def _words(data: bytes, count: int) -> tuple[int, ...]:
-    """Numbers of four bytes; 0 for what is cut off."""
+    """Parse 32-bit numbers; 0 for those cut off."""
     return struct.unpack(f">{count}I", data[: 4 * count].ljust(4 * count, b"\0"))
 
 

@@ -188,7 +188,7 @@ JOINS = frozenset(
 
 
 def _numbers(data: bytes) -> dict[str, int]:
-    """Numbers by names, out of a pickle that is read but not run: it may name any code, and ask for
+    """Read numbers by names from a pickle without running it: it may name any code and allocate
     any memory."""
     values = []
     for operation, value, _ in pickletools.genops(data):
@@ -215,7 +215,7 @@ def _read_picked(request: Request) -> dict[str, int]:
     try:
         with open_file(path, PICKLE_BYTES) as file:
             return _numbers(file.read())
-    except Exception as error:  # of damaged pickles there is no end
+    except Exception as error:  # a damaged pickle can raise anything
         reason = reason_of(error) or type(error).__name__
         raise PrepareError(
             f"{path}: expected the number of a caption by video, nothing else, but {reason}; put "

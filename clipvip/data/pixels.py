@@ -140,7 +140,7 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
     return found
 
 
-# Pillow knows others, by a file's content and whatever its name; for EPS it starts Ghostscript.
+# Pillow also reads others, by content, whatever the file's name; for EPS it starts Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP")
 
 

@@ -20,8 +20,8 @@ from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from clipvip.data.tars import TEXT_BYTES
 from clipvip.files import MARKS, decode_text, files_in, shown
 
-LIST_BYTES = 1 << 32  # of a file that describes a data set
-PROBE = 1 << 20  # of first bytes that tell a text from other files
+LIST_BYTES = 1 << 32  # limit for a file that describes a data set
+PROBE = 1 << 20  # first bytes that tell a text from other files
 LIST_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".mdb")
 
 
@@ -69,7 +69,7 @@ class Prepared:
         """Note as bad what fails inside."""
         try:
             yield
-        except Exception as error:  # of what strangers' files may hold there is no end
+        except Exception as error:  # a stranger's file may hold anything
             self.bad.append(f"{where}: {reason_of(error)}")
 
 
@@ -144,8 +144,8 @@ def needed(path: Path) -> Iterator[None]:
 
 
 def open_file(path: Path, most: int = sys.maxsize) -> BinaryIO:
-    """Open a file to read it. Raises ValueError where it is none (opening a pipe would wait, and a
-    device may never end) or has more than `most` bytes."""
+    """Open a file to read it. Raises ValueError where it has more than `most` bytes or is a pipe,
+    which could block, or a device, which may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("a folder, pipe, socket or device, not a file")
     size = os.path.getsize(path)
@@ -155,7 +155,7 @@ def open_file(path: Path, most: int = sys.maxsize) -> BinaryIO:
 
 
 def lines_in(file: BinaryIO, most: int = TEXT_BYTES) -> Iterator[bytes]:
-    """Lines; of one that has more than `most` bytes, the first `most` + 1."""
+    """Yield the lines; only the first `most` + 1 bytes of a longer one."""
     while line := file.readline(most + 1):
         yield line
         while line and not line.endswith(b"\n"):

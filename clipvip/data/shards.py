@@ -3,7 +3,7 @@
 `write_shards` makes a folder:
 
     00000.tar, 00001.tar, …   clips_per_shard clips each, drawn at random by the seed
-    manifest.jsonl            a line a finished shard: shard, clips, bytes, sha256, and how many
+    manifest.jsonl            a line per finished shard: shard, clips, bytes, sha256, and how many
                               of its clips have a text, a subtitle, a caption; bad: left out
     settings.json             what the shards were made from and how
     bad_files.jsonl           files left out, and why
@@ -13,12 +13,12 @@ A clip is `000001234.mp4` (its place in the annotations; or another container, o
 clip is not all of them; source, the annotation it was made from. An annotated image is
 `000001234.image.jpg`.
 
-A tar is written under a temporary name, flushed and renamed, and then noted in the manifest: what
-the manifest names is whole, and a run that was killed goes on after it.
+A tar is written under a temporary name, flushed and renamed, and then noted in the manifest. So
+every shard in the manifest is whole, and a run that was killed resumes after the last one.
 
 Other tars train too, given a manifest (`verify_shards` writes one): `.txt` beside the video or
-image counts as its text and as its caption. They have to be plain: compressed ones are refused.
-What is wrong with a clip of a tar, whatever a stranger wrote there, costs that clip alone.
+image counts as its text and as its caption. They must not be compressed. A fault in one clip of a
+tar, whatever a stranger wrote there, costs that clip alone.
 """
 
 import hashlib
@@ -69,8 +69,8 @@ logger = logging.getLogger(__name__)
 FORMAT = "clipvip shards 1"
 MANIFEST = "manifest.jsonl"
 MANIFEST_BYTES = 1 << 28  # a million shards
-MOST_CLIPS = 10**10  # of all shards of a manifest
-LEAST_BYTES = 512  # of a clip in a tar
+MOST_CLIPS = 10**10  # in all shards of a manifest
+LEAST_BYTES = 512  # that a clip takes in a tar
 
 
 class ShardError(ValueError):
@@ -105,7 +105,7 @@ def write_shards(
     num_workers: int | None = None,
     max_bad_share: float = 0.05,
 ) -> list[Shard]:
-    """Write a folder of shards, or what a killed run left of it to do.
+    """Write a folder of shards, or resume a run that was killed.
 
     cut: store of each clip's video only what its part needs, packets unchanged. size: store
     the part coded anew as H.264, the shortest side this. Else whole files are stored, as are
@@ -217,16 +217,16 @@ def _settle(out: Path, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def _on_disk(path: Path) -> Iterator[None]:
-    """Say in an error of the disk which file it struck, and that the run can be resumed."""
+    """Name the file in errors of the disk, and say that the run can be resumed."""
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror or error}; what is finished stays: mend that and run again"
+        reason = f"{error.strerror or error}; what is finished stays: correct that and run again"
         raise OSError(error.errno, reason, os.fspath(path)) from error
 
 
 def _resume(out: Path, names: Collection[str]) -> dict[str, Shard]:
-    """Return the finished shards of these; delete what a killed run left half done."""
+    """Return those of these shards that are finished; delete partial files of a killed run."""
     for name in names:
         (out / f"{name}.partial").unlink(missing_ok=True)
     path = out / MANIFEST
@@ -294,7 +294,7 @@ class _Hashed:
 
 
 class _Writer:
-    """Work: the number of a shard to the shard."""
+    """Write a shard, given its number."""
 
     def __init__(
         self,
@@ -334,12 +334,12 @@ class _Writer:
                     try:
                         if place in condemned:
                             raise DecodeError(clip.video, workers.CONDEMNED)
-                        # What a clip raises is its own fault; what writing raises, the disk's.
+                        # An error of reading is the clip's fault; one of writing is the disk's.
                         with as_decode_errors(file_of(clip.video)):
                             stored = self._stored(clip)
                             sample = _sample(clip, stored)
                     except DecodeError as error:
-                        # An error of bytes in memory has but a name for a path.
+                        # An error of bytes in memory has only a name for a path.
                         path = clip.image if error.path == clip.image else clip.video
                         bad = BadFile(str(path), error.reason, clip.line)
                         failures.append(Failure(place, bad))
@@ -403,7 +403,7 @@ def _sample(clip: Clip, stored: Cut) -> dict[str, bytes]:
 
 
 def _suffix(name: str, otherwise: str) -> str:
-    """The suffix of a member, without its dot. Readers know media by it, not their format."""
+    """Return the suffix of a member, without its dot. Readers know media by it alone."""
     suffix = Path(name).suffix.lower()
     return (suffix if suffix in MEDIA else otherwise)[1:]
 
@@ -417,7 +417,7 @@ def _given(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_decodes(clip: Clip, video: Source | None, image: Source | None) -> None:
-    """Decodes the first, middle and last frame, and the image. Raises DecodeError."""
+    """Decode the first, middle and last frame, and the image. Raises DecodeError."""
     if video is not None:
         read_frames(video, 3, size=16, start=clip.start, end=clip.end)
     if image is not None:
@@ -437,7 +437,7 @@ class Stored(NamedTuple):
 
 
 def unpack(sample: Packed, url: str) -> Stored:
-    """A sample's clip. Raises DecodeError where it holds none."""
+    """Return a sample's clip. Raises DecodeError where it holds none."""
     name, members = f"{url}/{sample.key}", sample.members
     if sample.fault is not None:
         raise DecodeError(name, sample.fault)
@@ -456,7 +456,7 @@ def unpack(sample: Packed, url: str) -> Stored:
         line = 0 if origin is None else origin.line
         # A tar may give its members names that no file can have.
         clip = replace(parse_record({**known, "video": "in a tar"}, Path(), line), video=Path(name))
-    except Exception as error:  # of what a stranger may have written there is no end
+    except Exception as error:  # a stranger may have written anything
         reason = str(error) or type(error).__name__
         raise DecodeError(name, f"its text or JSON: {reason}") from error
     if clip.repaired:
@@ -473,8 +473,10 @@ def unpack(sample: Packed, url: str) -> Stored:
 
 
 def _origin(source: Any, said: dict[str, Any]) -> Clip | None:
-    """The annotation that a clip was made from; None where other programs name something else so.
-    said: the clip's texts."""
+    """Return the annotation that a clip was made from; None where 'source' is another program's.
+
+    said: the clip's texts.
+    """
     if not isinstance(source, dict):
         return None
     line = source.get("line", 0)
@@ -491,7 +493,7 @@ _warned: set[str] = set()
 
 
 def _warn_first(name: str, fault: str) -> None:
-    """Name the first clip with a fault that this process meets: there may be millions."""
+    """Warn of the first clip with this fault in this process; there may be millions."""
     if fault not in _warned:
         _warned.add(fault)
         logger.warning("%s: %s; further clips like it are not named", shown(name), fault)
@@ -573,7 +575,7 @@ def _parse_shard(line: bytes) -> Shard:
     if max(parts) > shard.clips or shard.clips * LEAST_BYTES > shard.bytes:
         raise ValueError(f"its {shard.clips} clips do not agree with its other counts or its bytes")
     if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-        raise ValueError("its sha256 is none")
+        raise ValueError("its sha256 is not 64 hexadecimal digits")
     return shard
 
 
@@ -593,8 +595,8 @@ def _absolute(url: str) -> str:
 
 
 def _name_in(manifest: Path, url: str) -> str:
-    """What a manifest calls a tar: its bare name where both lie in one folder, so that the folder
-    can be moved."""
+    """Return a tar's name for a manifest: the bare name where both lie in one folder, so that the
+    folder can be moved."""
     folder, name = os.path.split(_absolute(url))
     return name if folder == os.path.abspath(manifest.parent) else _absolute(url)
 
@@ -632,7 +634,7 @@ def verify_files(
 
 
 class _FileVerifier:
-    """Work: places to those that cannot be read."""
+    """Find the places whose clips cannot be read."""
 
     def __init__(self, clips: Annotations) -> None:
         self.clips = clips
@@ -659,7 +661,8 @@ def verify_shards(
     *,
     num_workers: int | None = None,
 ) -> Verified:
-    """Compare tars with their manifest and decode of every clip what verify_files does.
+    """Compare tars with their manifest, and decode the frames of every clip that verify_files
+    decodes.
 
     clean: where to write the annotations from which the clips that can be read were made.
     manifest: where to write a manifest of the tars as they are; they need have none before.
@@ -680,7 +683,7 @@ def verify_shards(
     clips, bad, records, lines = 0, [], [], array("q")
 
     def sources() -> Iterator[Clip]:
-        """Verifies; gives what the clips that can be read were made from, tar by tar."""
+        """Verify tar by tar; yield the annotations of the clips that can be read."""
         nonlocal clips, bad, records
         with progress(f"verifying {len(shards)} shards", len(shards)) as done:
             crew: Workers[int, _Checked] = Workers(
@@ -705,7 +708,7 @@ def verify_shards(
 
 
 def _write_in_order(clean: Path, clips: Iterator[Clip], lines: Sequence[int], source: str) -> None:
-    """Annotations by their line numbers, which `lines` holds once the clips were gone through."""
+    """Write annotations sorted by their line numbers, which `lines` holds once `clips` is read."""
     clean.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unsorted-", dir=clean.parent) as folder:
         unsorted = Path(folder, "clips.jsonl")
@@ -725,7 +728,7 @@ class _Checked(NamedTuple):
 
 
 class _ShardVerifier:
-    """Work: the number of a shard to what is true of it."""
+    """Verify a shard, given its number."""
 
     def __init__(self, shards: Sequence[tuple[str, Shard | None]], firsts: list[int]) -> None:
         self.shards = shards
@@ -773,7 +776,7 @@ class _ShardVerifier:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong with a tar."""
+    """Return the reason why a tar cannot be read."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, DecodeError):

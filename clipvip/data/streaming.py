@@ -34,8 +34,8 @@ from clipvip.data.tars import Packed, open_url, read_samples
 LANES = 16
 RETRIES = (1.0, 4.0)  # seconds to wait before a tar is opened again
 SMALL = 2  # clips a lane below which each lane has all of a source, in an order of its own
-# One of so many first clips of a shard takes the place of an unreadable one: quick to reach. Twice
-# as many at each of five further tries, since a shard may begin with unreadable ones.
+# An unreadable clip is replaced by one of the first NEAR clips of some shard, which are quick to
+# reach. Each of five further tries doubles that, since a shard may begin with unreadable clips.
 NEAR = 8
 
 
@@ -82,7 +82,7 @@ class Shards:
         """ShardError where the task has nothing to train on."""
         for source in self.sources:
             mute = len(source) - source.texts
-            # Clips of which nothing can be read may have a text: they are told when they are met.
+            # Unreadable clips may have a text; they are reported when they are read.
             if task == "retrieval" and mute > source.bad:
                 raise ShardError(f"{source.url}: {mute} of {len(source)} clips have no text")
             if task == "omnisource" and not source.sentences:

@@ -1,12 +1,12 @@
-"""Reading WebDataset tars: members of one name, side by side, make a sample.
+"""Read WebDataset tars, in which adjacent members of one name make a sample.
 
-A tar is read once, from its first byte to its last, and nothing in it is expanded, so that what is
-held in memory is never more than what lies in the file: compressed tars are refused, and a member
-with holes costs its sample. Names in a tar are only names; nothing is written to them.
+A tar is read once, from its first byte to its last, and nothing in it is expanded. So memory never
+holds more than the file does: compressed tars are refused, and a member with holes costs its
+sample. Names in a tar are only names; nothing is written to them.
 
-Python's tarfile parses single headers here and does not walk through the tar: it takes a
-damaged header for the end of all, and in releases that are still in use some headers make it loop
-for ever or for hours (CVE-2025-8194, CVE-2024-6232).
+Python's tarfile parses single headers here but does not walk through the tar: it takes a damaged
+header for the end of the tar, and in releases still in use some headers make it loop forever or for
+hours (CVE-2025-8194, CVE-2024-6232).
 """
 
 import os
@@ -21,10 +21,10 @@ from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
 
 MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 TEXTS = ("json", "txt")
-TEXT_BYTES = 16 << 20  # that a text, of a tar or beside a video, may have
-HEADER_BYTES = 1 << 20  # that a long name, or the records of pax, may have
+TEXT_BYTES = 16 << 20  # limit for a text, in a tar or beside a video
+HEADER_BYTES = 1 << 20  # limit for a long name, or for pax records
 BLOCK, PIECE = 512, 1 << 24
-DIGITS = 20  # of a number of bytes
+DIGITS = 20  # limit for a number of bytes in pax records
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -34,7 +34,7 @@ COMPRESSED = {
 }
 PAX = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 ABOUT_NEXT = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
-# Records of pax that are used. Of others there may be as many as a stranger likes.
+# Pax records that are used. A stranger may add any number of others.
 SPARSE = frozenset({b"GNU.sparse.name", b"GNU.sparse.realsize", b"GNU.sparse.size"})
 USED = SPARSE | {b"path", b"size"}
 META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
@@ -42,8 +42,10 @@ META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
 
 @dataclass(slots=True)
 class Packed:
-    """A sample as it lies in a tar: the members that are media or texts, by their suffixes in lower
-    case. fault: why it cannot be used; None where nothing speaks against it."""
+    """A sample of a tar: its members that are media or texts, by their suffixes in lower case.
+
+    fault: why it cannot be used; None if it can, as far as the tar tells.
+    """
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
@@ -68,8 +70,8 @@ def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
 
 
 def read_samples(file: Readable, url: str) -> Iterator[Packed]:
-    """Samples of one open tar, in order. Raises DecodeError where the tar cannot be read, or read
-    on, and whatever the file does."""
+    """Yield the samples of one open tar, in order. Raises DecodeError where the tar cannot be read
+    any further, and whatever the file raises."""
     sample: Packed | None = None
     for member in _members(_Bytes(file, url)):
         key, suffix = _split(member.name)
@@ -90,7 +92,8 @@ def read_samples(file: Readable, url: str) -> Iterator[Packed]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and suffix: all of a file's name from its first dot on. No key: part of no sample."""
+    """Split a name into key and suffix, at the first dot of its last part. An empty key means that
+    it is part of no sample."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     if not stem or stem == base or META.match(name):
@@ -99,7 +102,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _most_bytes(name: str) -> int:
-    """Bytes that a member may have to be held; 0 for what no sample needs."""
+    """Return how many bytes of a member are held at most; 0 for one that no sample needs."""
     _, suffix = _split(name)
     if suffix in TEXTS:
         return TEXT_BYTES
@@ -111,7 +114,7 @@ def _most_bytes(name: str) -> int:
 
 
 class _Bytes:
-    """The bytes of a tar, in order. at: how many were read."""
+    """Bytes of a tar, in order. at: how many were read."""
 
     def __init__(self, file: Readable, url: str) -> None:
         self.file = file
@@ -125,7 +128,8 @@ class _Bytes:
         return data
 
     def up_to(self, count: int) -> bytes:
-        """Fewer where the tar ends. In pieces: a header may claim more than there is memory."""
+        """Read `count` bytes, fewer where the tar ends; in pieces, since a header may claim more
+        than there is memory."""
         pieces = []
         while count and (piece := self.file.read(min(count, PIECE))):
             pieces.append(piece)
@@ -147,9 +151,9 @@ class _Member(NamedTuple):
 
 
 def _members(tar: _Bytes) -> Iterator[_Member]:
-    """Regular files of a tar (POSIX.1-2001 and GNU's forms), in order. Others are skipped."""
+    """Yield the regular files of a tar (POSIX.1-2001 and GNU formats), in order; skip others."""
     while True:
-        records: dict[bytes, bytes] | None = {}  # of the headers before a member's; None: damaged
+        records: dict[bytes, bytes] | None = {}  # of headers about the member; None if damaged
         info = _header(tar)
         while info is not None and info.type in ABOUT_NEXT:
             found = _about_next(tar, info)
@@ -164,7 +168,7 @@ def _members(tar: _Bytes) -> Iterator[_Member]:
         if size < 0:
             raise DecodeError(tar.url, f"damaged at byte {tar.at}: a member of {size} bytes")
         if not info.isreg():
-            # As for links, though not for types that nobody knows, no data follows.
+            # No data follows a known type such as a link; data of an unknown type is skipped.
             tar.skip(0 if info.type in tarfile.SUPPORTED_TYPES else size + -size % BLOCK)
             continue
         fault, most = None, _most_bytes(named)
@@ -181,7 +185,7 @@ def _members(tar: _Bytes) -> Iterator[_Member]:
 
 
 def _header(tar: _Bytes) -> tarfile.TarInfo | None:
-    """The next member's, or None at the end, which may lack the block of zeros that marks it."""
+    """Read the next member's header; None at the end, where the block of zeros may be missing."""
     head = tar.up_to(BLOCK)
     if not head and not tar.at:
         raise DecodeError(tar.url, "empty file (0 bytes)")
@@ -199,13 +203,13 @@ def _header(tar: _Bytes) -> tarfile.TarInfo | None:
             reason = "not a tar"
         raise DecodeError(tar.url, reason) from None
     more = info.type == tarfile.GNUTYPE_SPARSE and head[482]
-    while more:  # the map of its holes goes on
+    while more:  # the map of its holes continues
         more = tar.take(BLOCK)[504]
     return info
 
 
 def _about_next(tar: _Bytes, info: tarfile.TarInfo) -> dict[bytes, bytes] | None:
-    """What a header says about the member after it; None where it makes no sense."""
+    """Read a header about the member after it; None where it makes no sense."""
     if not 0 <= info.size <= HEADER_BYTES:
         raise DecodeError(tar.url, f"damaged at byte {tar.at}: a header of {info.size} bytes")
     text = tar.take(info.size + -info.size % BLOCK)[: info.size]
@@ -215,8 +219,8 @@ def _about_next(tar: _Bytes, info: tarfile.TarInfo) -> dict[bytes, bytes] | None
 
 
 def _records(text: bytes) -> dict[bytes, bytes] | None:
-    """Read the records of pax, "LENGTH KEY=VALUE\\n" each, and return those in USED; None where any
-    makes no sense."""
+    """Parse pax records, "LENGTH KEY=VALUE\\n" each, and return those in USED; None where one makes
+    no sense."""
     found, at = {}, 0
     while at < len(text) and text[at]:
         digits = text[at : at + DIGITS].partition(b" ")[0]

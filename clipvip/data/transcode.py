@@ -175,7 +175,7 @@ def _file_of(
                 packet.duration, packet.time_base = stamp.duration, tick
                 packet.stream = copy
                 out.mux(packet)
-    except Exception:  # by the muxer: of times, sizes and codecs there is no end
+    except Exception:  # the muxer may refuse times, sizes or codecs in any way
         return None
     return buffer.getvalue()
 

@@ -39,7 +39,14 @@ from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.lean import bare, norm_linear, residual_linear, residual_mlp
-from clipvip.model.sources import check_size, found, hub_options, is_plain_clip, read_config
+from clipvip.model.sources import (
+    check_size,
+    found,
+    hub_options,
+    is_plain_clip,
+    read_config,
+    refuse_adapter,
+)
 from clipvip.ops import proxy_attention
 from clipvip.ops.proxy_attention import takes_heads_of
 
@@ -502,6 +509,7 @@ def _resolved(
             check_size(options["config"], source, options)
         return None, options, frozenset()
     plain = is_plain_clip(read_config(source, options))
+    refuse_adapter(source, options)
     if options.get("config") is None:
         video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
         shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)

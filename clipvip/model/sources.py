@@ -73,9 +73,6 @@ def found(
         raise error(f"{what} is {value!r}, which does not exist; {wanted}")
     if path.is_dir() and kind == "model" and not (path / subfolder / "config.json").is_file():
         raise error(f"{what} is {value!r}, a folder without config.json; {wanted}")
-    if kind == "model" and (path / subfolder / "adapter_config.json").is_file():
-        # With peft installed, transformers would load what it names.
-        raise ValueError(f"{what} is {value!r}, which holds an adapter; merge it into the model")
     try:
         yield
     except OSError as failed:
@@ -127,6 +124,15 @@ def read_config(source: str | PathLike, options: dict[str, Any]) -> dict[str, An
     if not isinstance(config, dict):
         raise ValueError(f"config.json of {fspath(source)!r} holds no object; expected a model's")
     return config
+
+
+def refuse_adapter(source: str | PathLike, options: dict[str, Any]) -> None:
+    """Raise a ValueError where a folder or hub name holds an adapter: with peft installed,
+    transformers would load the model that it names."""
+    file = "adapter_config.json"
+    hub = hub_options(options)
+    if cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub) is not None:
+        raise ValueError("it holds an adapter; merge it into the model")
 
 
 def is_plain_clip(config: dict[str, Any]) -> bool:

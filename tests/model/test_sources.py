@@ -262,9 +262,20 @@ def test_no_file_of_a_model_has_code_fetched_or_run(model_folder, monkeypatch, c
     assert "a model's files choose no code" in told and "\n" not in told
     assert all(name in told for name in ("auto_map", "someone/kernels", "quantization_config"))
 
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_an_adapter_is_refused(where, model_folder, tmp_path, monkeypatch):
+    """With peft installed, transformers would load the model that it names."""
     (model_folder / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
-    with pytest.raises(ValueError, match="which holds an adapter"):
-        load_for_embedding(model_folder)
+    source = model_folder
+    if where == "hub":
+        source, cached = "some/model", tmp_path / "models--some--model"
+        shutil.copytree(model_folder, cached / "snapshots" / ("0" * 40))
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0" * 40)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"the model is .*: it holds an adapter; merge it"):
+        CLIPViPModel.from_pretrained(source, cache_dir=tmp_path)
 
 
 def test_plain_names_of_attention_in_a_configuration_are_followed(model_folder):

@@ -125,8 +125,13 @@ def numbers(tensor: Tensor) -> list[int]:
 
 def _expect_memory(tensor: Tensor) -> None:
     """Raise ValueError where PyTorch would read memory that was freed, and so end the process."""
-    if tensor.is_cpu and not tensor.untyped_storage().data_ptr() and tensor.numel():
-        raise ValueError(f"a tensor of size {list(tensor.shape)} has no memory; was it freed?")
+    if not tensor.is_cpu or not tensor.numel():
+        return
+    storage, shape = tensor.untyped_storage(), tensor.shape
+    steps = sum((size - 1) * step for size, step in zip(shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + steps + 1) * tensor.itemsize
+    if not storage.data_ptr() or storage.nbytes() < end:
+        raise ValueError(f"a tensor of size {list(shape)} has no memory; was it freed?")
 
 
 def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

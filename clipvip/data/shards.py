@@ -201,7 +201,7 @@ def _settle(out: Path, settings: dict[str, Any]) -> None:
                 was = other.get(key, f"{key}={old.get(key)}")
                 raise ShardError(
                     f"{out} holds shards made with {was}; give another folder, or the same "
-                    "annotations and options to go on with these"
+                    "annotations and options to resume"
                 )
     else:
         taken = re.compile(rf".*\.tar(\.partial)?|{re.escape(MANIFEST)}", re.DOTALL)
@@ -758,8 +758,15 @@ class _ShardVerifier:
                         bad.append(BadFile(str(error.path), error.reason, 0))
                         continue
                     sources += [stored.source] if stored.source else []
-                while hashed.read(1 << 20):
-                    pass
+                unread = False
+                while rest := hashed.read(1 << 20):
+                    unread = unread or bool(rest.rstrip(b"\0"))
+            if unread:
+                logger.warning(
+                    "%s: the tar ends before its file; if tars were joined by cat, only the first "
+                    "is read: give each as a file of its own",
+                    shown(url),
+                )
         except Exception as error:  # fsspec and what lies below it
             return _Checked(counts["clips"], [*bad, BadFile(url, reason_of(error), 0)], [], None)
         shard = Shard(

@@ -548,6 +548,16 @@ def test_tars_made_elsewhere_get_a_manifest(make_video, tmp_path: Path) -> None:
     assert (clip.text, clip.caption) == (("words 1",), "own")
 
 
+def test_tars_joined_into_one_file_are_told(make_video, tmp_path: Path, caplog) -> None:
+    tar = tmp_path / "0.tar"
+    write_tar(tar, [{"mp4": make_video("gop10.mp4").read_bytes()}])
+    assert verify_shards(str(tar), manifest=tmp_path / "m.jsonl", num_workers=0) == (1, [])
+    assert not caplog.records
+    tar.write_bytes(2 * tar.read_bytes())
+    assert verify_shards(str(tar), manifest=tmp_path / "m.jsonl", num_workers=0) == (1, [])
+    assert "0.tar: the tar ends before its file; if tars were joined by cat" in caplog.text
+
+
 @pytest.mark.parametrize("given", ["img/{0..1}.tar", "./img/{0..1}.tar", "{}/img/{0..1}.tar"])
 @pytest.mark.parametrize("manifest", ["img/manifest.jsonl", "{}/img/manifest.jsonl"])
 def test_tars_made_elsewhere_are_found_by_any_name(

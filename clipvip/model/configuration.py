@@ -5,18 +5,17 @@ them make it import packages, fetch code or weights, or patch itself: a folder o
 it is from, is to cause none of that.
 """
 
-import logging
 import math
 from typing import Any, ClassVar
 
 import transformers.configuration_utils
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PretrainedConfig
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, logging
 
 from clipvip.files import shown
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 PROXY_INITS = ("class_token", "normal")
 FRAME_POOLINGS = ("proxy", "mean")
@@ -181,7 +180,7 @@ def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
         elif value is not None:
             left_out.append(f"{key}={value!r}")
     if left_out:
-        logger.warning(
+        logger.warning_once(  # a model that is loaded has its configuration read twice
             f"config.json of {source} names {shown(', '.join(left_out))}, which is left out: a "
             "model's files choose no code"
         )

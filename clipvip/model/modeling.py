@@ -421,7 +421,8 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         model, info = loaded
         model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
         _check_fit(source, info, added, strict, ignore_mismatched_sizes)
-        _check_finite(source, model)
+        if source is not None:
+            _check_finite(source, model)
         if added:
             logger.warning(f"{shown(source)} is a CLIP checkpoint: {_addition(model.config)}")
         return (model, info) if output_loading_info else model
@@ -553,8 +554,8 @@ def _check_finite(source: Any, model: nn.Module) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"the model is {str(source)!r}, of which a file is damaged ({wrong[0]} and "
-            f"{len(wrong) - 1} more weights are not finite); save or fetch it again"
+            f"the model is {str(source)!r}, of which a file is damaged (weights are not finite: "
+            f"{len(wrong)}, first {wrong[0]}); save or fetch it again"
         )
 
 

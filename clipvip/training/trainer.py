@@ -78,17 +78,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
     """Keep other runs out of a run's folder, and of its checkpoints where a link leads to them."""
-    try:
-        with ExitStack() as locks:
+    with ExitStack() as locks:
+        try:
             for folder in (out, out / "checkpoints"):
                 locks.enter_context(only_run(folder, "trains", ConfigError))
-            entered = locks.pop_all()
-    except OSError as error:
-        raise ConfigError(
-            f"out is {shown(out)}, where no run can be written ({error.strerror}: "
-            f"{shown(error.filename)}); give a folder that can be made and written to"
-        ) from None
-    with entered:
+        except OSError as error:
+            raise ConfigError(
+                f"out is {shown(out)}, where no run can be written ({error.strerror}: "
+                f"{shown(error.filename)}); give a folder that can be made and written to"
+            ) from None
         yield
 
 

@@ -1,7 +1,7 @@
 """CLIP-ViP: video-text models from image-text CLIP, with kernels of their own.
 
-`clipvip.ops` loads torch and the compiled kernels on first use, so that a command can answer a
-signal before; the model, the data path and the trainer are imported from their own modules.
+`clipvip.ops` loads torch and the compiled kernels on first use, so that a command can respond to
+signals earlier; the model, the data path and the trainer are imported from their own modules.
 """
 
 import importlib

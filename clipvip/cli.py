@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from clipvip.training.preemption import leave_on_sigterm
 
 if Path(sys.argv[0]).stem == "clipvip" and sys.argv[1:2] == ["train"]:
-    leave_on_sigterm()  # before the imports that take their time
+    leave_on_sigterm()  # before the slow imports
 
 import tyro
 from tyro.conf import Positional, arg

@@ -166,7 +166,7 @@ def _logsumexp_over_ranks(values: Tensor) -> Tensor:
     most = values.clone()
     dist.all_reduce(most, dist.ReduceOp.MAX)
     limits = torch.finfo(most.dtype)
-    finite = most.clamp(limits.min, limits.max)  # or infinity less itself would be NaN
+    finite = most.clamp(limits.min, limits.max)  # as inf - inf is NaN
     return _sum((values - finite).exp()).log() + finite
 
 

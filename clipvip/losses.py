@@ -96,7 +96,7 @@ def omnisource_loss(
     It is then neither positive nor negative; each mean is over the clips that have both
     sources of a term, and a term that no clip has is 0. The other source of such a clip
     still is a negative for the others. Masks lie on one device; where that is the CPU, nothing
-    waits for features on a GPU. Meta tensors give the shape of a loss, nothing computed.
+    waits for features on a GPU. For meta tensors, nothing is computed but the shape.
 
     Raises ValueError for an unknown variant, a source the variant needs that is None, or
     shapes that differ; TypeError for masks that are not bool.

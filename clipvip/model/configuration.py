@@ -1,8 +1,8 @@
 """Configuration of CLIP-ViP: CLIP's own, and what makes an image tower a video tower.
 
-Of a config.json only the settings that are named here are read. transformers takes any, and some of
-them make it import packages, fetch code or weights, or patch itself: a folder of a model, whoever
-it is from, is to cause none of that.
+Only the settings that are named here are read from a config.json. transformers takes any, and some
+of them make it import packages, fetch code or weights, or patch itself. A model's folder, whoever
+made it, must cause none of that.
 """
 
 import math
@@ -84,7 +84,7 @@ _SIZES = (
     "num_frames",
 )
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-# As they were before transformers 4.24, over those of the same name without "_dict".
+# Those in "_dict" are from before transformers 4.24, and override those without.
 _TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
 _NOT_OURS = ("auto_map", "quantization_config", "fusion_config", "transformers_weights")
 
@@ -165,8 +165,8 @@ def count_weights(config: CLIPViPConfig) -> int:
 
 
 def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """A config.json without what is no setting of the model; that is told where it asked for code.
-    Raises ValueError for settings that no model has."""
+    """The settings of the model in a config.json. A warning names those that asked for code.
+    Raises ValueError for values that no model has."""
     own = _fields(CLIPConfig) | set(VIDEO_OPTIONS) | {"model_type", "architectures"}
     kept = {key: value for key, value in config.items() if key in own}
     left_out = [key for key in _NOT_OURS if config.get(key) is not None]
@@ -180,7 +180,7 @@ def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
         elif value is not None:
             left_out.append(f"{key}={value!r}")
     if left_out:
-        logger.warning_once(  # a model that is loaded has its configuration read twice
+        logger.warning_once(  # loading a model reads its configuration twice
             f"config.json of {source} names {shown(', '.join(left_out))}, which is left out: a "
             "model's files choose no code"
         )
@@ -213,4 +213,6 @@ def _check_numbers(settings: dict[str, Any], prefix: str) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{prefix}{name} is {value}; expected a finite number")
         if name in _SIZES and (type(value) is not int or value < 1):
-            raise ValueError(f"{prefix}{name} is {shown(repr(value))[:50]}; expected 1 or more")
+            raise ValueError(
+                f"{prefix}{name} is {shown(repr(value))[:50]}; expected an integer of 1 or more"
+            )

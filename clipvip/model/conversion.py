@@ -156,7 +156,7 @@ def convert(
                     f"{source} reads videos by resize={reading['resize']!r} and "
                     f"sampling={reading['sampling']!r}, which the authors' code does not"
                 )
-            with unfinished.open("wb") as file:  # whose errors say why
+            with unfinished.open("wb") as file:  # its errors say why; torch's do not
                 torch.save(authors_state_dict(model), file)
             return
         model.save_pretrained(unfinished)
@@ -184,7 +184,8 @@ def authors_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def failed_writes() -> Iterator[None]:
-    """Make OSError of what torch and safetensors raise where a file cannot be written."""
+    """Raise OSError in place of torch's and safetensors' errors about a file that cannot be
+    written."""
     try:
         yield
     except SafetensorError as error:

@@ -29,7 +29,7 @@ from clipvip.transfer import send
 logger = logging.get_logger(__name__)
 
 LONGEST = 77  # tokens that CLIP reads
-MOST = 10_000  # frames, tokens or pixels: what files ask for beyond that is no model's
+MOST = 10_000  # frames, tokens or pixels; no model's files ask for more
 READING = ("num_frames", "text_length", "paragraph", "sampling", "resize")
 """Attributes of a processor that a training run may choose."""
 PROCESSOR_CONFIG = "processor_config.json"
@@ -110,7 +110,7 @@ class CLIPViPProcessor(ProcessorMixin):
         self.resize = resize
 
     def check_tokens(self, config: CLIPViPConfig) -> None:
-        """Raises ValueError where the tokenizer has more tokens than a model, or another end."""
+        """Raises ValueError where the tokenizer has more tokens or another end than the model."""
         known, vocabulary = config.text_config.vocab_size, self.tokenizer.get_vocab()
         tokens = max(len(self.tokenizer), 1 + max(vocabulary.values(), default=0))
         if tokens > known:
@@ -118,7 +118,7 @@ class CLIPViPProcessor(ProcessorMixin):
                 f"the tokenizer has {tokens} tokens, the model {known}; expected the tokenizer "
                 "that the model was trained with"
             )
-        # A text's feature is that of its end. OpenAI's own models say 2, and mean the highest.
+        # A text's feature is that of its end token. OpenAI's models say 2 and mean the highest id.
         end, own = config.text_config.eos_token_id, self.tokenizer.eos_token_id
         if end not in (2, own):
             raise ValueError(

@@ -40,7 +40,7 @@ _WEIGHTS = (  # in the order in which transformers looks for them
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_SLACK = 1 << 24  # numbers that may be added to what a file of weights holds
+_SLACK = 1 << 24  # weights that a file may lack
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -79,11 +79,11 @@ def found(
         if path.exists():
             raise
         raise error(
-            f"{what} is {value!r}, which does not exist here, nor could it be had from the hub "
+            f"{what} is {value!r}, which does not exist here, nor could it be fetched from the hub "
             f"(it is not there, it needs a login, or this machine is offline); {wanted}"
         ) from failed
     except BaseException as failed:
-        # What Rust throws where it does not know on is no Exception.
+        # A panic in Rust is a BaseException.
         if not isinstance(failed, Exception) and type(failed).__name__ != "PanicException":
             raise
         if isinstance(failed, error) or (type(failed) is ValueError and value in str(failed)):
@@ -141,14 +141,14 @@ def is_plain_clip(config: dict[str, Any]) -> bool:
 
 
 def check_size(config: CLIPViPConfig, source: str | PathLike, options: dict[str, Any]) -> None:
-    """Raise a ValueError where a configuration speaks of more weights than the files of a folder,
-    a hub name or an authors' file have bytes: they would be made up, whatever memory that takes."""
+    """Raise a ValueError where a configuration has more weights than the files of a folder, a hub
+    name or an authors' file have bytes: they would be made up, whatever memory that takes."""
     path = Path(source)
     stored = path.stat().st_size if path.is_file() else _weight_bytes(source, options)
     wanted = count_weights(config)
     if stored is not None and wanted > stored + _SLACK:
         raise ValueError(
-            f"its configuration speaks of {wanted:.3g} weights, and its files hold {stored} bytes "
+            f"its configuration has {wanted:.3g} weights, but its files hold only {stored} bytes "
             "of them; save or fetch it again"
         )
 

@@ -74,7 +74,7 @@ def launch_context(tensor: Tensor) -> Iterator[tuple[int, int]]:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for where the tensor lies; None where it is off."""
     kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # it does not know of meta
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # it has no meta
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -99,22 +99,22 @@ def workspace(needed: int) -> int:
     of the time.
     """
     if getattr(_kept, "workspace", None) is None or _kept.workspace.nbytes < needed + _LINE:
-        # Not PyTorch's, which modes such as that of fake tensors give no memory.
+        # Not a tensor, to which modes such as FakeTensorMode give no memory.
         _kept.workspace = np.empty(needed + _LINE, np.uint8)
     address = int(_kept.workspace.ctypes.data)
     return -(-address // _LINE) * _LINE
 
 
 def handle(tensor: Tensor) -> Any:
-    """What the compiled module knows of a tensor; keep the tensor alive while it is in use.
+    """The tensor as the compiled module takes it; keep the tensor alive while that is in use.
 
-    Raises TypeError, ValueError or NotImplementedError unless all its numbers are in memory. What
-    only looks negated is not seen here: PyTorch resolves that before it calls an op.
+    Raises TypeError, ValueError or NotImplementedError unless all its numbers are in memory. A view
+    that negates by a flag alone is not seen here: PyTorch resolves it before it calls an op.
     """
     try:
         return module().Tensor.of(tensor, _DTYPES[tensor.dtype])
     except KeyError:
-        raise TypeError(f"a tensor is {tensor.dtype}, of which no kernel reads any") from None
+        raise TypeError(f"a tensor is {tensor.dtype}, which no kernel reads") from None
 
 
 def numbers(tensor: Tensor) -> list[int]:
@@ -168,14 +168,14 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 # --- ops -----------------------------------------------------------------------------------------
 
-_library = torch.library.Library("clipvip", "IMPL")  # what it registers goes when it does
+_library = torch.library.Library("clipvip", "IMPL")  # must live as long as what it registers
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a CPU kernel as the op clipvip::name, as torch.library.custom_op does.
 
-    Ops of that have no derivatives in forward mode, and run with dual tensors as if these were
-    constants. Ours refuse.
+    With that alone, an op takes dual tensors for constants, and derivatives in forward mode are
+    silently wrong. Ours refuse them.
     """
 
     def register(kernel: Callable[..., Any]) -> Any:
@@ -187,7 +187,7 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
             refuse_tangents(name, *arguments)
             return differentiable(keys, *arguments)
 
-        with warnings.catch_warnings():  # of what is meant: custom_op has registered the same
+        with warnings.catch_warnings():  # the override is intended
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             _library.impl(name, checked, "Autograd", with_keyset=True, allow_override=True)
         return op

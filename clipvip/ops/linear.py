@@ -313,18 +313,18 @@ def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With its numbers as they look, and those of a row side by side."""
+    """The matrix, or a copy, whose rows are contiguous and hold its values."""
     x = _seen(x)
     return x if x.stride(-1) == 1 else _native.copied(x)
 
 
 def _vector(x: Tensor) -> Tensor:
-    """As the kernels read all vectors."""
+    """The vector as the kernels read it: contiguous, fp32."""
     return _native.dense(_seen(x), torch.float32)
 
 
 def _seen(x: Tensor) -> Tensor:
-    """With its numbers in memory, not negated or zero by a mark alone."""
+    """The tensor, or a copy, whose memory holds its values: not negated or zero by a flag alone."""
     if x._is_zerotensor():
         return torch.zeros_like(x)
     return x.resolve_neg() if x.is_neg() else x

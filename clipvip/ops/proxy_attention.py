@@ -92,7 +92,7 @@ def proxy_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """What the op means, in plain PyTorch; differentiable, any dtype and device."""
-    if frame_offsets.is_meta:  # no values to go by, nor any to compute
+    if frame_offsets.is_meta:  # no values to read, none to compute
         return qkv[:, 2].clone()
     _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
@@ -184,7 +184,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _asked_for(
     frames: int, frame_offsets: Tensor, num_proxies: int, patches: int
 ) -> tuple[int, int]:
-    """num_proxies and patches, by which memory is asked for: 1 of what a batch has none."""
+    """num_proxies and patches that size the workspace: 1 where a batch has none."""
     return num_proxies if len(frame_offsets) > 1 else 1, patches if frames else 1
 
 

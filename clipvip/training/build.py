@@ -164,10 +164,10 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
 
 
 def check_variant(variant: str, *, subtitles: int, captions: int) -> None:
-    """ConfigError where none of the data has what a variant of the loss compares, which would then
-    be 0; a warning where one of its terms would be.
+    """Raise a ConfigError where the data have nothing that a variant of the loss compares, which
+    would be 0; warn where one of its terms would be.
 
-    subtitles, captions: how many clips have one.
+    subtitles, captions: the number of clips that have one.
     """
     counts = {"s": ("subtitle", subtitles), "c": ("caption", captions)}
     used = {letter: counts[letter] for letter in counts if letter in variant}
@@ -180,7 +180,7 @@ def check_variant(variant: str, *, subtitles: int, captions: int) -> None:
             f"variant={variant} compares videos with subtitles alone, and no clip has a {absent}; "
             f"choose a variant that compares captions too ({others}), or give clips with subtitles"
         )
-    logger.warning("variant=%s: no clip has a %s; what compares them counts 0", variant, absent)
+    logger.warning("variant=%s: no clip has a %s; its terms with them are 0", variant, absent)
 
 
 def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel, CLIPViPProcessor]:
@@ -257,8 +257,8 @@ def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
 
 @contextmanager
 def _given(key: str, value: str) -> Iterator[None]:
-    """Around a load of `value`: ConfigError, which names the key, where there is no such thing, no
-    tokenizer in it, or a file of it is damaged."""
+    """Around a load of `value`: a ConfigError that names the key where there is no such thing, it
+    has no tokenizer, or one of its files is damaged."""
     kind: Any = "tokenizer" if key == "model.tokenizer" else "model"
     try:
         with found(key, value, kind=kind, error=ConfigError):
@@ -297,7 +297,7 @@ def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:
     }
     try:
         shapes = CLIPViPConfig(**given)
-    except Exception as error:  # of validators, each its own
+    except Exception as error:  # validators raise errors of their own
         raise ConfigError(f"model.config: {' '.join(str(error).split())}") from None
     _check_heads("model.config", shapes, config.backend)
     return shapes

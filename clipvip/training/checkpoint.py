@@ -181,7 +181,7 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _absent(manifest: Collection[str]) -> str | None:
-    """What of REQUIRED a manifest does not name."""
+    """The first of REQUIRED that a manifest does not name."""
     return next((names[0] for names in REQUIRED if not set(names) & set(manifest)), None)
 
 
@@ -227,7 +227,7 @@ def _clear(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or a link but not what it shows; what cannot be removed stays."""
+    """Remove a folder, or a link but not its target; what cannot be removed stays."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -244,8 +244,8 @@ def prune(folder: Path, keep: int, protect: Collection[int | None] = ()) -> None
 def make_room(
     folder: Path, error: OSError, keep: int, protect: Collection[int | None] = ()
 ) -> list[Path]:
-    """After a save that failed for lack of room: delete what prune would have deleted after it, and
-    return that. The newest checkpoint that is whole stays, and where there is none, all do."""
+    """After a save that failed for lack of room, delete what prune would have deleted next, and
+    return that. The newest whole checkpoint stays; where none is whole, all stay."""
     if error.errno not in _NO_ROOM:
         return []
     found = checkpoints(folder)
@@ -300,7 +300,7 @@ def _flush(path: Path) -> None:
 
 def move_links(out: Path, step: int, best_step: int | None) -> None:
     """Make OUT/last, and OUT/best where there is one, show those steps' models. A link that cannot
-    be moved is told of: the checkpoints are there without."""
+    be moved is no more than a warning: the checkpoints do not need it."""
     for link, target in ((out / "last", step), (out / "best", best_step)):
         try:
             if target is not None:

@@ -14,17 +14,17 @@ SAME_SIGNAL_SECONDS = 5.0
 
 
 def leave_on_sigterm() -> None:
-    """Let SIGTERM end the process with EXIT_STATUS at once: to be called first, for the seconds in
-    which libraries are imported and there is nothing to save. In other threads than the main one
-    it does nothing."""
+    """Let SIGTERM end the process with EXIT_STATUS at once. Call it first: libraries take seconds
+    to import, and there is nothing to save yet. In threads other than the main one it does nothing.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
     if os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):  # no print, which this may have interrupted
-            os.write(2, b"clipvip: SIGTERM: ends, as no step is under way\n")
+        with suppress(OSError):  # not print, which the signal may have interrupted
+            os.write(2, b"clipvip: SIGTERM: no step is under way; exits\n")
     os._exit(EXIT_STATUS)
 
 

@@ -62,7 +62,7 @@ def meet(timeout: float) -> dict[str, Any]:
     else:
         answer = f"clipvip-answer-{own}"
         while not store.check([answer]) and time.monotonic() < until:
-            time.sleep(0.02)  # rather than wait in the store, where no signal is heard
+            time.sleep(0.02)  # waiting in the store would hold back signals
         token = store.get(answer).decode()
         store.set(f"{token}-{rank}", "")
     _store = dist.PrefixStore(token, store)

@@ -372,7 +372,7 @@ def save_state(
             weights = parallel.whole_weights(model)
 
     def write(folder: Path) -> None:
-        # A copy, as transformers empties it: the write may be tried again.
+        # A copy, as transformers empties it and the write may be retried.
         model.save_pretrained(folder / "model", state_dict=dict(weights))
         processor.save_pretrained(folder / "model")
         whole = {
@@ -382,7 +382,7 @@ def save_state(
             "random": random_states,
             "course": checkpoint.course(config, accelerator.num_processes),
         }
-        with (folder / "state.pt").open("wb") as file:  # whose errors say why
+        with (folder / "state.pt").open("wb") as file:  # its errors say why; torch's do not
             torch.save(whole, file)
 
     def save() -> str | None:
@@ -399,7 +399,7 @@ def save_state(
                 if not doomed:
                     raise
                 names = ", ".join(path.name for path in doomed)
-                told = "step %d: the disk is full; deleted %s, which had been next, and tries again"
+                told = "step %d: the disk is full; deleted %s, which was next to go, and retries"
                 logger.warning(told, step, names)
                 checkpoint.save(folder, step, write)
         except OSError as error:

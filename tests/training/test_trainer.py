@@ -153,7 +153,7 @@ def test_a_variant_that_the_data_have_nothing_for_is_refused(make_config, world,
         assert "vsc_fc" in str(error.value) and "\n" not in str(error.value)
         load_clips(make_config("task=omnisource", "variant=vsc_fc", train_data))
         (told,) = [record.getMessage() for record in caplog.records if "variant" in record.msg]
-        assert told == "variant=vsc_fc: no clip has a subtitle; what compares them counts 0"
+        assert told == "variant=vsc_fc: no clip has a subtitle; its terms with them are 0"
         caplog.clear()
     mixed = f"data.sources=[{{shards: {tmp_path / 'tars'}}}, {{shards: {tmp_path / 'both'}}}]"
     write_shards(world / "annotations.jsonl", tmp_path / "both", clips_per_shard=8, num_workers=0)
@@ -712,7 +712,7 @@ def test_sigterm_before_the_first_step_ends_with_75_too(make_config, tmp_path):
     for run, (*_, rank) in zip(runs, starts, strict=True):
         said = run.communicate(timeout=60)[1]
         assert run.returncode == 75, said
-        assert said == "clipvip: SIGTERM: ends, as no step is under way\n" * (rank == "0")
+        assert said == "clipvip: SIGTERM: no step is under way; exits\n" * (rank == "0")
     assert not (tmp_path / "absent").exists()
 
 

@@ -101,7 +101,7 @@ def read_index(folder: Path) -> StoredIndex:
         if head is None:
             raise ValueError(
                 f"no index in {shown(folder)}; make one: "
-                f"clipvip embed MODEL VIDEOS --out {shown(folder)}"
+                f"clipvip embed MODEL VIDEOS --out {shown(shlex.quote(str(folder)))}"
             )
         if head.data is None:
             raise ValueError(
@@ -239,7 +239,7 @@ def is_unit(rows: Tensor) -> Tensor:
 def embed_command(model: str, sources: Sequence[str], out: object) -> str:
     """The shell command that embeds these sources, for a message; VIDEOS stands for many."""
     videos = shlex.join(sources) if len(sources) <= MOST_NAMED else "VIDEOS"
-    return shown(f"clipvip embed {shlex.quote(model)} {videos} --out {out}")
+    return shown(f"clipvip embed {shlex.quote(model)} {videos} --out {shlex.quote(str(out))}")
 
 
 def check_out(out: Path) -> None:

@@ -50,6 +50,16 @@ def test_damaged_embeddings_are_told_in_one_line(saved, content):
     assert "\n" not in str(error.value)
 
 
+def test_a_command_to_copy_runs_nothing_of_a_folders_name(tmp_path):
+    folder = tmp_path / "a; touch b"
+    with pytest.raises(ValueError, match=f"--out '{folder}'"):
+        read_index(folder)
+    write_index(made_index(), folder)
+    next(folder.glob("clips-*")).unlink()
+    with pytest.raises(ValueError, match=f"--out '{folder}'"):
+        read_index(folder)
+
+
 STRANGE = {
     "a video": {"a.mp4": b"x"},
     "files like an index's": {"clips-test.jsonl": b"", "embeddings-old.safetensors": b"x"},

@@ -438,6 +438,8 @@ def load_state(
         if len(random_states) == accelerator.num_processes:
             checkpoint.set_random_state(random_states[accelerator.process_index])
         state["step"], state["clips"], then = int(state["step"]), int(state["clips"]), dict(then)
+    except torch.OutOfMemoryError:  # a RuntimeError too, but no fault of the checkpoint
+        raise
     except (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError,
             ValueError, pickle.UnpicklingError) as error:  # fmt: skip
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

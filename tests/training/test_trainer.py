@@ -373,6 +373,19 @@ def test_a_state_of_something_else_is_told_in_one_line(make_config):
         assert "\n" not in str(error.value)
 
 
+def test_a_full_gpu_is_no_fault_of_the_checkpoint(make_config, monkeypatch):
+    from clipvip.training import parallel
+
+    train(make_config("save_every=1", "max_steps=1"))
+
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(parallel, "load_moments", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        train(make_config("max_steps=2", "resume=latest"))
+
+
 def test_what_was_best_is_there_or_is_best_no_more(make_config, world, monkeypatch, caplog):
     """The newest checkpoint, the best, is damaged: alone, then with the best before it."""
     from clipvip.retrieval import METRICS, TABLES

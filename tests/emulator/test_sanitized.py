@@ -19,7 +19,8 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 a, b, c = torch.ones(100, 104).bfloat16(), torch.ones(77, 104).bfloat16(), torch.zeros(100, 77)
 def handle(x):
-    return module.Tensor(x.data_ptr(), int(x is not c), list(x.shape), list(x.stride()))
+    bytes = x.untyped_storage().nbytes()
+    return module.Tensor(x.data_ptr(), bytes, 0, int(x is not c), tuple(x.shape), x.stride())
 module.product(handle(a), handle(b), handle(c), getattr(module.Fault, sys.argv[2]))
 print("sum", c.sum().item())
 """

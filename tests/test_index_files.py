@@ -162,10 +162,10 @@ def test_readers_never_fail_while_an_index_is_saved(tmp_path):
     out = tmp_path / "index"
     made = [made_index(seed=seed) for seed in range(4)]
     write_index(made[0], out)
-    failed, loads, ends = [], [], time.monotonic() + 1.5
+    failed, loads, saved = [], [], threading.Event()
 
     def read():
-        while time.monotonic() < ends and not failed:
+        while not saved.is_set() and not failed:
             try:
                 index = read_index(out)
                 expected = made[int(index.clips[0].path[8])]
@@ -179,13 +179,13 @@ def test_readers_never_fail_while_an_index_is_saved(tmp_path):
     for reader in readers:
         reader.start()
     saves = 0
-    while time.monotonic() < ends:
+    while (saves < 20 or len(loads) < 20) and not failed:  # however busy the machine is
         saves += 1
         write_index(made[saves % 4], out)
+    saved.set()
     for reader in readers:
         reader.join()
     assert not failed
-    assert saves > 5 and len(loads) > 20
     assert len(content(out)) == 4
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -109,16 +109,15 @@ class BadFiles:
 
     def check(self) -> None:
         if self.bad > self._max_share * self.tried:
-            self.stop()
+            self.stop(f"{self.bad / self.tried:.1%}, allowed {self._max_share:.1%}")
 
-    def stop(self) -> None:
+    def stop(self, why: str) -> NoReturn:
+        """Raise LoaderError, which says how many files are bad, why that is too many, and names the
+        last."""
         last = ""
         if self.found:
             last = f"; the last: {shown(self.found[-1].path)}: {shown(self.found[-1].reason)}"
-        raise LoaderError(
-            f"{self.bad} of {self.tried} clips tried could not be read "
-            f"({self.bad / self.tried:.1%}, allowed {self._max_share:.1%}){last}"
-        )
+        raise LoaderError(f"{self.bad} of {self.tried} clips tried could not be read ({why}){last}")
 
 
 class _List:

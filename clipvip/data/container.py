@@ -17,7 +17,7 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from clipvip.data.limits import MAX_FRAME, too_large
+from clipvip.data.limits import MAX_PIXELS, too_large
 from clipvip.data.mp4 import Impossible, check_claims
 
 
@@ -67,21 +67,20 @@ VIDEO_SUFFIXES = frozenset(
 
 # libav's formats that hold video, all of it in the one file. It knows others by a file's content,
 # whatever its name: playlists (hls, dash, concat, imf), numbered images and films in parts (mlv),
-# which read other files, session descriptions (sdp), which listen to the network, and devices.
+# which read other files, session descriptions (sdp), which listen to the network, and devices. Its
+# readers of images are left out too: Pillow's bound what a text in an image may grow to.
 FORMATS = ",".join(
     (
-        *("3dostr", "4xm", "apng", "apv", "asf", "asf_o", "av1", "avi", "avs", "avs2", "avs3"),
-        *("bethsoftvid", "bfi", "bink", "bmp_pipe", "bmv", "c93", "cavsvideo", "cdxl", "cine"),
-        *("dfa", "dhav", "dirac", "dnxhd", "dv", "dxa", "ea", "evc", "film_cpk", "flic", "flv"),
-        *("gdv", "gif", "gif_pipe", "gxf", "h261", "h263", "h264", "hevc", "hxvs", "idcin", "iff"),
-        *("ipu", "ivf", "ivr", "j2k_pipe", "jpeg_pipe", "jpegls_pipe", "jpegxl_anim"),
-        *("jpegxl_pipe", "jv", "kux", "live_flv", "lmlm4", "lxf", "m4v", "matroska", "mjpeg"),
-        *("mjpeg_2000", "mm", "moflex", "mov", "mpeg", "mpegts", "mpegtsraw", "mpegvideo"),
-        *("mpjpeg", "mtv", "mv", "mvi", "mxf", "mxg", "nsv", "nut", "nuv", "obu", "ogg"),
-        *("png_pipe", "pmp", "pva", "rl2", "rm", "roq", "rpl", "ser", "sga", "siff", "smjpeg"),
-        *("smk", "smush", "swf", "thp", "tiff_pipe", "tmv", "ty", "usm", "vc1", "vc1test"),
-        *("vividas", "vivo", "vmd", "vvc", "wc3movie", "webm", "webp_pipe", "wsvqa", "wtv", "xmv"),
-        *("yop", "yuv4mpegpipe"),
+        *("3dostr", "4xm", "apv", "asf", "asf_o", "av1", "avi", "avs", "avs2", "avs3"),
+        *("bethsoftvid", "bfi", "bink", "bmv", "c93", "cavsvideo", "cdxl", "cine", "dfa", "dhav"),
+        *("dirac", "dnxhd", "dv", "dxa", "ea", "evc", "film_cpk", "flic", "flv", "gdv", "gif"),
+        *("gxf", "h261", "h263", "h264", "hevc", "hxvs", "idcin", "iff", "ipu", "ivf", "ivr", "jv"),
+        *("kux", "live_flv", "lmlm4", "lxf", "m4v", "matroska", "mjpeg", "mjpeg_2000", "mm"),
+        *("moflex", "mov", "mpeg", "mpegts", "mpegtsraw", "mpegvideo", "mpjpeg", "mtv", "mv"),
+        *("mvi", "mxf", "mxg", "nsv", "nut", "nuv", "obu", "ogg", "pmp", "pva", "rl2", "rm", "roq"),
+        *("rpl", "ser", "sga", "siff", "smjpeg", "smk", "smush", "swf", "thp", "tmv", "ty", "usm"),
+        *("vc1", "vc1test", "vividas", "vivo", "vmd", "vvc", "wc3movie", "webm", "wsvqa", "wtv"),
+        *("xmv", "yop", "yuv4mpegpipe"),
     )
 )
 
@@ -108,7 +107,7 @@ def add_copy(out: OutputContainer, stream: VideoStream) -> VideoStream:
     return out.add_stream_from_template(stream, **_AS_IT_IS)
 
 
-BOUNDS = {"max_pixels": str(MAX_FRAME)}
+BOUNDS = {"max_pixels": str(MAX_PIXELS)}
 
 
 class File(NamedTuple):
@@ -141,7 +140,7 @@ def open_container(file: File) -> InputContainer:
     try:
         return av.open(given, mode="r", options=options, **_LENIENT)
     except av.ArgumentError:
-        reason = "not a video: sound, text, a playlist or another format that holds none"
+        reason = "not a video: an image, sound, text, a playlist or another format that holds none"
         raise DecodeError(file.path, reason) from None
 
 
@@ -193,9 +192,9 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
             stream.codec_context.thread_count = 1
             stream.codec_context.thread_type = "NONE"
             stream.codec_context.options = BOUNDS
-            width, height = stream.codec_context.width, stream.codec_context.height
-            if width * height > MAX_FRAME:
-                raise DecodeError(path, too_large(width, height, MAX_FRAME))
+            reason = too_large(stream.codec_context.width, stream.codec_context.height)
+            if reason is not None:
+                raise DecodeError(path, reason)
             return stream
     kinds = sorted({stream.type for stream in container.streams if stream.type != "video"})
     raise DecodeError(path, f"no video in it (only {', '.join(kinds)})" if kinds else "not a video")
@@ -214,6 +213,9 @@ def is_image(source: Source) -> bool:
     return file_of(source).path.suffix.lower() in IMAGE_SUFFIXES
 
 
+_LATEST = 1 << 62  # ticks that libav still counts
+
+
 def packets_from(
     container: InputContainer, stream: VideoStream, start: float | None
 ) -> Iterator[Packet]:
@@ -225,7 +227,7 @@ def packets_from(
     if not (start and known and container.format.name in SEEKABLE):
         return source
     assert stream.start_time is not None and stream.time_base is not None
-    first = stream.start_time + int(start / float(stream.time_base))
+    first = min(stream.start_time + int(start / float(stream.time_base)), _LATEST)
     for offset in (first, stream.start_time):
         try:
             container.seek(offset, stream=stream)

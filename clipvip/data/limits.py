@@ -1,9 +1,8 @@
 """Limits on the pixels of one file, checked before memory is allocated.
 
-A few bytes can claim a picture of a billion pixels. Frames and images that are larger than these
-limits are refused like damaged ones, and the reason names the environment variable
-CLIPVIP_MAX_MEGAPIXELS, which raises or lowers both (Pillow refuses images of 179 million pixels
-and more in any case).
+A few bytes can claim a picture of a billion pixels. Larger frames and images than MAX_PIXELS are
+refused like damaged ones, and the reason names the environment variable CLIPVIP_MAX_MEGAPIXELS,
+which sets another limit (Pillow refuses images of 179 million pixels and more in any case).
 """
 
 import os
@@ -22,13 +21,14 @@ def _megapixels() -> float:
     return megapixels
 
 
-MAX_FRAME = int(_megapixels() * 1e6)  # pixels; a decoder holds up to 17 frames
-MAX_IMAGE = 2 * MAX_FRAME  # only one is held
+MAX_PIXELS = int(_megapixels() * 1e6)  # a decoder holds up to 17 frames
 
 
-def too_large(width: int, height: int, limit: int) -> str:
-    """Return the reason why a picture of this size is refused."""
+def too_large(width: int, height: int) -> str | None:
+    """Return the reason why a picture of this size is refused; None where it is not."""
+    if width * height <= MAX_PIXELS:
+        return None
     return (
-        f"{width} × {height} pixels, more than the {limit / 1e6:g} million allowed; "
+        f"{width} × {height} pixels, more than the {MAX_PIXELS / 1e6:g} million allowed; "
         f"{VARIABLE} changes that"
     )

@@ -199,7 +199,7 @@ class ClipLoader:
             self._count(report.decoders)
             self._bad.note(report.tried, report.failures, report.damaged)
             if report.gave_up:
-                self._bad.stop()
+                self._bad.stop(f"{TRIES} in a row, drawn at random")
             if batch is not None:
                 yield batch
         counts = self.decoded - before

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data.container import PYAV, DecodeError, File
-from clipvip.data.limits import MAX_IMAGE, too_large
-from clipvip.ops.resize_crop import UPRIGHT, Colours, Turn, resize_crop, resize_frames
+from clipvip.data.limits import too_large
+from clipvip.ops.resize_crop import UPRIGHT, Colours, Turn, resize_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -142,11 +142,15 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
 
 # Pillow also reads others, by content, whatever the file's name; for EPS it starts Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP")
+MOST_SCANS = (
+    500  # of a progressive JPEG; each may be a few bytes and takes as long as a whole image
+)
 
 
 @contextmanager
 def open_image(file: File) -> "Iterator[Image]":
-    """Open an image of one of IMAGE_FORMATS, of MAX_IMAGE pixels at most, without decoding it."""
+    """Open an image of one of IMAGE_FORMATS, without decoding it. Raises DecodeError where that
+    would take too much memory or time."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()  # some formats are left out of some builds
@@ -158,16 +162,26 @@ def open_image(file: File) -> "Iterator[Image]":
     except UnidentifiedImageError:  # which names an object where a file lies in memory
         raise DecodeError(file.path, "not an image of a known format") from None
     with image:
-        if image.width * image.height > MAX_IMAGE:
-            raise DecodeError(file.path, too_large(*image.size, MAX_IMAGE))
+        reason = too_large(*image.size)
+        if reason is None and image.format in ("JPEG", "MPO") and _scans(file) > MOST_SCANS:
+            reason = f"a JPEG of more than {MOST_SCANS} scans"
+        if reason is not None:
+            raise DecodeError(file.path, reason)
         yield image
+
+
+def _scans(file: File) -> int:
+    """Count the scans of a JPEG, by their markers."""
+    with file.binary() as source:
+        return sum(piece.count(b"\xff\xda") for piece in iter(lambda: source.read(1 << 20), b""))
 
 
 def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
     """uint8 [1, 3, size, size]."""
     with open_image(file) as image:
-        pixels = torch.from_numpy(rgb_of(image))
-    return resize_frames(pixels.permute(2, 0, 1)[None], size, resize)
+        pixels = rgb_of(image)
+    planes = [np.ascontiguousarray(pixels[..., colour]) for colour in range(3)]
+    return torch.from_numpy(resize_crop(planes, size, Colours("rgb"), resize=resize))[None]
 
 
 def rgb_of(image: "Image") -> NDArray[np.uint8]:
@@ -176,17 +190,19 @@ def rgb_of(image: "Image") -> NDArray[np.uint8]:
     Alpha is dropped and the colours below it are seen, as in CLIP's own preprocessing. Greys of
     16 bits, which Pillow would clip, are scaled; floating-point ones range from 0 to 255.
     """
-    from PIL import ImageOps
+    from PIL import ExifTags, ImageOps
 
-    upright = ImageOps.exif_transpose(image)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    upright = ImageOps.exif_transpose(image) if turned else image  # or it would be copied
     if upright.mode.startswith("I"):  # I;16, or I where a file was read
-        grey = np.clip(np.asarray(upright), 0, 65535).astype(np.float32) / 257
-        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, 2)
+        grey = np.clip(np.asarray(upright), 0, 65535).astype(np.float32)
+        grey /= 257
+        return np.repeat(grey.round(out=grey).astype(np.uint8)[..., None], 3, 2)
     if upright.mode == "La":  # Pillow turns this one into no other
         upright = upright.convert("LA")
     elif upright.mode == "P":  # or it warns of alpha that it drops
         upright = upright.convert("RGBA")
-    return np.array(upright.convert("RGB"))
+    return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
 # PyAV 17 and newer starts a thread per core for each converter unless told how many.

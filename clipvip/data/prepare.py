@@ -131,7 +131,7 @@ def _losses(done: Prepared, folder: Path) -> Iterator[str]:
         count = len(done.missing)
         yield f"none of {count} videos was found in {folder}, the first: {done.missing[0]}"
     if done.mute:
-        yield f"of {len(done.mute)} nothing is said, the first: {done.mute[0]}"
+        yield f"{len(done.mute)} have no text, the first: {done.mute[0]}"
     if done.bad:
         yield f"{len(done.bad)} lines or files cannot be used, the first: {done.bad[0]}"
     if not (done.missing or done.mute or done.bad):

@@ -71,7 +71,7 @@ def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
 
 def read_samples(file: Readable, url: str) -> Iterator[Packed]:
     """Yield the samples of one open tar, in order. Raises DecodeError where the tar cannot be read
-    any further, and whatever the file raises."""
+    on. Errors of the file itself pass through."""
     sample: Packed | None = None
     for member in _members(_Bytes(file, url)):
         key, suffix = _split(member.name)

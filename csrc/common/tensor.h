@@ -46,7 +46,7 @@ struct Tensor {
   void expect_rows(DType expected, int64_t width) const {
     if (dtype != expected || ndim < 2 || size[ndim - 1] != width ||
         (width > 1 && stride[ndim - 1] != 1)) {
-      throw std::invalid_argument("a tensor has not the dtype, or not the contiguous rows of " +
+      throw std::invalid_argument("a tensor does not have the dtype, or the contiguous rows, of " +
                                   std::to_string(width) + ", that its kernel reads");
     }
   }

@@ -10,7 +10,7 @@ namespace clipvip {
 
 using Workspace = std::optional<uintptr_t>;
 
-// What both directions are given.
+// Arguments of both directions.
 inline PairwiseLogsumexpParams pairwise_logsumexp_params(const Tensor& a, const Tensor& b,
                                                          const Tensor& scale, int64_t diagonal,
                                                          int threads, Workspace workspace,

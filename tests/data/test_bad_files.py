@@ -79,7 +79,8 @@ def test_names_come_back_from_the_list_and_are_logged_safely(tmp_path: Path, cap
     assert os.fsencode(json.loads(line)["path"]) == os.fsencode(name)
     assert caplog.messages == [r"left out caf\xe9\n\x1b[31m.mp4: moov\x1b[2J"] * 2
     with pytest.raises(LoaderError) as caught:
-        bad.stop()
+        bad.stop("none left")
+    assert str(caught.value).startswith("1 of 1 clips tried could not be read (none left); the")
     assert str(caught.value).isprintable()
 
 

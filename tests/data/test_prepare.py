@@ -231,7 +231,7 @@ def test_folder_takes_texts_beside_videos_and_images(source: Path, add, tmp_path
         ("hdvila", "a.jsonl", "{}\n", "a.jsonl:1: no 'clip_id'"),
         ("captions", "train.json", "[]", "it names none"),
         ("captions", "test.json", "[]", "0 files .jsonl or .json have 'train' in their names"),
-        ("folder", "a.mp4", "", "of 1 nothing is said"),
+        ("folder", "a.mp4", "", "1 have no text"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(

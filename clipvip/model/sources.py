@@ -40,6 +40,12 @@ _WEIGHTS = (  # in the order in which transformers looks for them
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What torch.load says of a pickle that names or calls more than tensors need. One of protocol 4 or
+# later, which torch.save does not write, opens with a FRAME.
+_CODE = re.compile(
+    r"GLOBAL|unrecognized function|Can only (create new object|build)|"
+    rf"Unsupported operand {pickle.FRAME[0]}\b"
+)
 _SLACK = 1 << 24  # weights that a file may lack
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -86,6 +92,11 @@ def found(
         # A panic in Rust is a BaseException.
         if not isinstance(failed, Exception) and type(failed).__name__ != "PanicException":
             raise
+        if holds_code(failed):
+            raise ValueError(
+                f"{what} is {value!r}, which holds more than weights (a pickle that could run "
+                "code) and is refused; save its weights as safetensors, or fetch it in that format"
+            ) from failed
         if isinstance(failed, error) or (type(failed) is ValueError and value in str(failed)):
             raise  # says itself what it is about
         reason = " ".join(str(failed).split()).partition(". ")[0][:300] or type(failed).__name__
@@ -97,6 +108,15 @@ def found(
                 reason = f"{type(failed).__name__}: {reason}"
             reason = f"which cannot be loaded: {reason}"
         raise ValueError(f"{what} is {value!r}, {reason}") from failed
+
+
+def holds_code(error: BaseException | None) -> bool:
+    """Whether torch.load refused a pickle because of what it asks to be run or made."""
+    while error is not None:
+        if isinstance(error, pickle.UnpicklingError) and _CODE.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def check_name(what: str, path: str | PathLike) -> None:

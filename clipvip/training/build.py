@@ -24,7 +24,7 @@ from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loader import ClipLoader, build_loader
 from clipvip.data.shards import is_shards, load_manifest
 from clipvip.data.streaming import Shards, Source, build_shard_loader
-from clipvip.files import write_whole
+from clipvip.files import read_own, shown, write_whole
 from clipvip.losses import VARIANTS
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
@@ -37,6 +37,12 @@ from clipvip.training.evaluate import with_texts_read
 from clipvip.training.optimization import freeze
 
 logger = logging.getLogger(__name__)
+
+_WRITTEN = "# written by clipvip train\n"  # opens a run's config.yaml
+_OVERWRITTEN = (
+    "config.yaml", "metrics.jsonl", "bad_files.jsonl", "trackers.json", "last", "best", "last.new",
+    "best.new",
+)  # fmt: skip
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -72,6 +78,26 @@ def known_trackers(config: TrainConfig) -> list[str | LoggerType]:
     return [LoggerType(name) for name in config.trackers]
 
 
+def refuse_foreign(out: Path) -> None:
+    """Raise a ConfigError where a run would overwrite or delete files that no run wrote.
+
+    A run is known by the first line of its config.yaml, which is written before all else, or by
+    its checkpoints: those of earlier versions lack that line, and find_resumed checks them.
+    """
+    there = [shown(name) for name in _OVERWRITTEN if os.path.lexists(out / name)]
+    if not there or checkpoint.checkpoints(out / "checkpoints"):
+        return
+    try:
+        ours = read_own(out / "config.yaml", most=1 << 24).startswith(_WRITTEN.encode())
+    except OSError:
+        ours = False
+    if not ours:
+        raise ConfigError(
+            f"out is {shown(out)}, which holds {', '.join(there)} but no run of clipvip train; a "
+            f"run would overwrite or delete that; give another out, such as {shown(out / 'run')}"
+        )
+
+
 def find_resumed(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from; refuses to mix a new run into an old one's folder."""
     folder = Path(config.out) / "checkpoints"
@@ -89,12 +115,20 @@ def find_resumed(config: TrainConfig) -> Path | None:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """The trackers, TensorBoard without the events of steps after `step`, and wandb and MLflow with
-    the runs that they had before it; and config.yaml."""
+    """Write config.yaml, then start the trackers: TensorBoard without the events of steps after
+    `step`, wandb and MLflow with the runs that they had before it."""
     out = Path(config.out)
     remembered = out / "trackers.json"
 
     def start() -> None:
+        settings = out / "config.yaml"
+        try:  # first, as it marks the folder as a run's, and a tracker's thread hides why it fails
+            write_whole(settings, _WRITTEN + OmegaConf.to_yaml(OmegaConf.structured(config)))
+        except OSError as error:
+            raise ConfigError(
+                f"{shown(settings)} cannot be written: {error.strerror}; make room there or give "
+                "another out"
+            ) from error
         ids: dict[str, str] = {}
         if step and remembered.exists():
             try:
@@ -120,7 +154,6 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> 
             raise ConfigError(f"trackers: {' '.join(str(error).split())}") from error
         if ids:
             write_whole(remembered, json.dumps(ids) + "\n")
-        write_whole(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     ranks.first_does(start)
 

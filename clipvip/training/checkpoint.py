@@ -44,6 +44,7 @@ REQUIRED = (  # one of each; the later names are those that earlier versions and
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = ".unfinished-"
 _DAMAGED = "damaged-"
+_LEFTOVER = re.compile(re.escape(_TEMPORARY) + r"(old-)?step-[0-9]{8}")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -221,9 +222,10 @@ def _checksums(paths: Iterable[Path], flush: bool = False) -> list[str]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a killed writer left."""
+    """Remove what a killed writer left, and nothing of another name."""
     for leftover in folder.glob(_TEMPORARY + "*"):
-        _remove(leftover)
+        if _LEFTOVER.fullmatch(leftover.name):
+            _remove(leftover)
 
 
 def _remove(path: Path) -> None:
@@ -268,11 +270,27 @@ def _delete(path: Path) -> None:
 
 
 def point(link: Path, target: Path) -> None:
-    """Make the symbolic link show target, by a path relative to it, in one step."""
+    """Make the symbolic link show target, by a path relative to it, in one step.
+
+    Raises:
+        OSError: it cannot be made, or a file or folder of its name is there, which stays.
+    """
     temporary = link.with_name(link.name + ".new")
-    temporary.unlink(missing_ok=True)
+    _check_link(link)
+    _unlink(temporary)
     temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
     temporary.replace(link)
+
+
+def _check_link(path: Path) -> None:
+    """Raise FileExistsError where there is something else than a link: it is not a run's."""
+    if os.path.lexists(path) and not path.is_symlink():
+        raise FileExistsError(errno.EEXIST, f"{path.name} is not a link; move it away", str(path))
+
+
+def _unlink(link: Path) -> None:
+    _check_link(link)
+    link.unlink(missing_ok=True)
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
@@ -306,7 +324,7 @@ def move_links(out: Path, step: int, best_step: int | None) -> None:
             if target is not None:
                 point(link, checkpoint_path(out / "checkpoints", target) / "model")
             else:
-                link.unlink(missing_ok=True)
+                _unlink(link)
         except OSError as error:
             logger.warning("%s is not moved to step %s: %s", shown(link), target, error.strerror)
 

@@ -24,6 +24,7 @@ from clipvip.files import only_run, shown
 from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
+from clipvip.model.sources import holds_code
 from clipvip.retrieval import TABLES
 from clipvip.training import caching, checkpoint, parallel, ranks
 from clipvip.training.build import (
@@ -31,6 +32,7 @@ from clipvip.training.build import (
     find_resumed,
     load_clips,
     make_accelerator,
+    refuse_foreign,
     settled,
     start_trackers,
     training_loader,
@@ -54,12 +56,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Writes to config.out: config.yaml; metrics.jsonl, a row each `log_every` steps and each
     evaluation; tensorboard/; bad_files.jsonl; checkpoints/step-*/; and the links `last` and,
-    with validation clips, `best`, which CLIPViPModel.from_pretrained loads.
+    with validation clips, `best`, which CLIPViPModel.from_pretrained loads. Other files there are
+    left alone.
 
     Returns {"step", "loss", "best_step", "best_metric"} of the finished run.
 
     Raises:
-        ConfigError: the configuration cannot be run, or another run is in config.out.
+        ConfigError: the configuration cannot be run, another run is in config.out, or files of
+            these names are there that no run wrote.
         TrainingError: the loss or its gradient is not finite; names the clips. Or the last
             checkpoint cannot be written, or none that is there is whole.
         Preempted: SIGTERM came to any rank; the step it came in is saved. A validation that it
@@ -77,7 +81,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Keep other runs out of a run's folder, and of its checkpoints where a link leads to them."""
+    """Keep other runs out of a run's folder, and of its checkpoints where a link leads to them.
+    A folder with somebody's own files in the way is refused before anything is written to it."""
+    refuse_foreign(out)
     with ExitStack() as locks:
         try:
             for folder in (out, out / "checkpoints"):
@@ -442,7 +448,12 @@ def load_state(
         raise
     except (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError,
             ValueError, pickle.UnpicklingError) as error:  # fmt: skip
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if holds_code(error):
+            reason = "it holds more than tensors and plain values: a pickle that could run code"
+        elif isinstance(error, pickle.UnpicklingError):  # torch's advice is to run what it holds
+            reason = "it is damaged, or not a file of torch.save"
+        else:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise TrainingError(
             f"{shown(resumed / 'state.pt')} does not hold the state of a run of this model "
             f"({reason}); give another out to start anew"

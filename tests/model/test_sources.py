@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import shutil
 import socket
 import sys
@@ -194,9 +195,27 @@ def test_pickles_are_not_executed(name, model_folder, monkeypatch):
     for content in ({"a": Planted()}, Planted()):
         for zipped in (True, False):
             torch.save(content, name, _use_new_zipfile_serialization=zipped)
-            with pytest.raises(ValueError, match=str(source)):
+            with pytest.raises(ValueError, match=f"{source}.*holds more than weights") as error:
                 CLIPViPModel.from_pretrained(source)
+            assert "\n" not in str(error.value) and "safetensors" in str(error.value)
+        Path(name).write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=f"{source}.*holds more than weights"):
+            CLIPViPModel.from_pretrained(source)
     assert not Path("planted").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "authors.pt"])
+def test_weights_cut_short_are_not_called_code(name, model_folder, monkeypatch):
+    monkeypatch.chdir(model_folder)
+    (model_folder / "model.safetensors").unlink()
+    for zipped in (True, False):
+        torch.save({"a": torch.zeros(100)}, name, _use_new_zipfile_serialization=zipped)
+        whole = Path(name).read_bytes()
+        for cut in (1, len(whole) // 2, len(whole) - 1):
+            Path(name).write_bytes(whole[:cut])
+            with pytest.raises(ValueError) as error:
+                CLIPViPModel.from_pretrained(name if name.startswith("authors") else model_folder)
+            assert "code" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_authors_file_of_large_shapes_without_their_numbers_is_refused(make_model, tmp_path):

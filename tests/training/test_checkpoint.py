@@ -242,6 +242,31 @@ def test_links_move_and_survive_moving_the_whole_run(tmp_path):
     assert not list(moved.glob("*.new"))
 
 
+@pytest.mark.parametrize("name", ["last", "best", "last.new", "best.new"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_only_links_are_replaced_or_unlinked(tmp_path, caplog, name, is_folder):
+    mine = tmp_path / name
+    if is_folder:
+        mine.mkdir()
+    else:
+        mine.write_text("mine")
+    for best_step in (1, None):
+        checkpoint.save(tmp_path / "checkpoints", 1 if best_step else 2, write_one)
+        checkpoint.move_links(tmp_path, 1, best_step)
+    assert mine.is_dir() if is_folder else mine.read_text() == "mine"
+    told = {record.getMessage().partition(": ")[2] for record in caplog.records}
+    assert told == {f"{name} is not a link; move it away"}
+
+
+def test_only_what_a_killed_writer_left_is_cleared_away(tmp_path):
+    left = [".unfinished-step-00000001", ".unfinished-old-step-00000001"]
+    others = [".unfinished-notes", ".unfinished-step-1", ".unfinished-step-00000001.bak"]
+    for name in left + others:
+        (tmp_path / name).mkdir()
+    saved = checkpoint.save(tmp_path, 2, write_one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, saved.name])
+
+
 def test_the_log_is_cut_to_the_checkpoints_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": step / 3} for step in (1, 2, 2, 3)]

@@ -191,6 +191,91 @@ def test_a_folder_with_a_run_is_not_written_over(make_config):
     assert train(make_config("max_steps=1", "resume=latest"))["step"] == 1
 
 
+NOT_OURS = ["config.yaml", "metrics.jsonl", "bad_files.jsonl", "trackers.json", "last", "best"]
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", [*NOT_OURS, "last.new", "best.new"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "link to nowhere"])
+def test_files_that_no_run_wrote_are_not_written_over(make_config, tmp_path, name, kind):
+    out = tmp_path / "run"
+    out.mkdir()
+    mine = out / name
+    if kind == "folder":
+        mine.mkdir()
+    elif kind == "file":
+        mine.write_text("mine: 1\n")
+    else:
+        (tmp_path / "mine").write_text("mine: 1\n")
+        mine.symlink_to(tmp_path / ("mine" if kind == "link" else "nowhere"))
+    before = contents(tmp_path)
+    for resume in ("never", "latest"):
+        with pytest.raises(ConfigError, match="but no run of clipvip train") as refused:
+            train(make_config(f"resume={resume}"))
+        said = str(refused.value)
+        assert f"holds {name} but" in said and said.endswith(f"such as {out / 'run'}")
+    assert contents(tmp_path) == before
+
+
+def test_the_configuration_that_was_passed_is_not_written_over(make_config, tmp_path, monkeypatch):
+    from clipvip.training.config import load_config
+
+    passed = make_config.path.rename(tmp_path / "config.yaml")
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"out is \., which holds config\.yaml .* such as run$"):
+        train(load_config(passed, ["out=."]))
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(make_config, monkeypatch):
+    """By the same command, beside files that no run touches."""
+    from clipvip.training import trainer
+
+    def killed(*given, **settings):
+        raise KeyboardInterrupt
+
+    config = make_config("max_steps=2", "save_every=1")
+    notes = Path(config.out) / "checkpoints" / ".unfinished-notes" / "a.md"
+    notes.parent.mkdir(parents=True)
+    notes.touch()
+    (Path(config.out) / "annotations.jsonl").touch()
+    for place in ("start_trackers", "save_state"):
+        with monkeypatch.context() as broken:
+            broken.setattr(trainer, place, killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(config)
+    assert train(config)["step"] == 2 and list(losses(config.out)) == [1, 2]
+    assert notes.exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on(make_config):
+    config = make_config("max_steps=1")
+    train(config)
+    settings = Path(config.out) / "config.yaml"
+    settings.write_text(settings.read_text().partition("\n")[2])
+    assert train(make_config("max_steps=2", "resume=latest"))["step"] == 2
+    assert settings.read_text().startswith("# written by clipvip train\n")
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_in_one_line(make_config, monkeypatch):
+    from clipvip.training import build
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(build, "write_whole", full)
+    config = make_config("max_steps=1")
+    with pytest.raises(ConfigError) as error:
+        train(config)
+    path = Path(config.out) / "config.yaml"
+    assert str(error.value).startswith(f"{path} cannot be written: No space left on device; make ")
+    assert not (path.parent / "tensorboard").exists()  # whose thread prints a traceback
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_clips_names(make_config, monkeypatch):
     from clipvip.training import trainer
 
@@ -332,15 +417,19 @@ def test_links_that_cannot_be_moved_cost_no_checkpoint(make_config, caplog):
     """As after a copy that followed links, which makes folders of them."""
     from clipvip.training import checkpoint
 
-    config = make_config("save_every=1", "max_steps=3", "keep_checkpoints=1")
+    config = make_config("save_every=1", "max_steps=3", "keep_checkpoints=1", "resume=latest")
     last = Path(config.out) / "last"
-    last.mkdir(parents=True)
+    train(make_config("max_steps=1"))
+    last.unlink()
+    last.mkdir()
     (last / "copied").touch()
     train(config)
     (left,) = checkpoint.checkpoints(Path(config.out) / "checkpoints")
     assert left.name == "step-00000003" and list(last.iterdir()) == [last / "copied"]
     told = [record.getMessage() for record in caplog.records]
-    assert told == [f"{last} is not moved to step {n}: Is a directory" for n in (1, 2, 3)]
+    assert told == [
+        f"{last} is not moved to step {n}: last is not a link; move it away" for n in (1, 2, 3)
+    ]
     train(make_config("save_every=1", "max_steps=4", "resume=latest"))
 
 
@@ -363,14 +452,18 @@ def test_a_state_of_something_else_is_told_in_one_line(make_config):
     train(config)
     (path,) = checkpoint.checkpoints(Path(config.out) / "checkpoints")
     manifest = json.loads((path / "manifest.json").read_text())
-    for content in ({}, [1], {"optimizer": {}, "random": 1, "course": 2}):
+    contents = ({}, [1], {"optimizer": {}, "random": 1, "course": 2}, Path("code"), b"no file")
+    for content in contents:
         torch.save(content, path / "state.pt")
+        if isinstance(content, bytes):
+            (path / "state.pt").write_bytes(content)
         data = (path / "state.pt").read_bytes()
         entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         (path / "manifest.json").write_text(json.dumps({**manifest, "state.pt": entry}))
         with pytest.raises(TrainingError, match=r"state\.pt does not hold the state of a") as error:
             train(make_config("max_steps=2", "resume=latest"))
-        assert "\n" not in str(error.value)
+        assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+        assert ("could run code" in str(error.value)) == isinstance(content, Path)
 
 
 def test_a_full_gpu_is_no_fault_of_the_checkpoint(make_config, monkeypatch):

@@ -93,8 +93,9 @@ class Index(StoredIndex):
         if k < 1:
             raise ValueError(f"k is {k}; expected at least 1")
         try:
-            query.encode()
-        except UnicodeEncodeError:
+            # Of a command line in a locale of ASCII, Python holds each byte that is not.
+            query = query.encode(errors="surrogateescape").decode()
+        except UnicodeError:
             raise ValueError(f"the query {query!r} is not UTF-8; expected a sentence") from None
         model, processor = self._encoder
         inputs = processor(text=query.lstrip()[:LONGEST_QUERY])
@@ -154,6 +155,8 @@ def build_index(
     or `out` is the index of another model or of other videos, or something else; OSError where the
     index cannot be saved, which leaves it as it was.
     """
+    if not os.fspath(out):
+        raise ValueError("out is empty; expected the folder of an index")
     out, workers = Path(out), os.cpu_count() or 1 if num_workers is None else num_workers
     given = [videos] if isinstance(videos, str | os.PathLike) else videos
     sources = [os.fspath(source) for source in given]
@@ -197,8 +200,10 @@ def _update(
     done = {clip: known[clip] for clip in wanted if clip in known}
     todo = [clip for clip in wanted if clip not in known]
     not_finite: list[IndexedClip] = []
+    saved = old is not None
 
     def save() -> None:
+        nonlocal saved
         index.clips = [clip for clip in wanted if clip in done]
         if not index.clips:
             return
@@ -208,10 +213,12 @@ def _update(
         try:
             write_index(index, out)
         except OSError as error:
+            state = "it stays as last saved" if saved else "no clip is saved yet"
             raise OSError(
-                f"{shown(out)} cannot be saved ({error.strerror or error}); it stays as last "
-                "saved: correct that and run the same command again"
+                f"{shown(out)} cannot be saved ({error.strerror or error}); {state}: correct that "
+                "and run the same command again"
             ) from error
+        saved = True
 
     due = time.monotonic() + SAVE_SECONDS
     reused = f", {len(done)} are in the index already" if done else ""
@@ -364,13 +371,22 @@ def _model_here(model: str, sources: Sequence[str]) -> str:
                 f"{embed_command('MODEL', sources, 'INDEX')}"
             )
         return model
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import try_to_load_from_cache
 
     try:
-        return os.path.dirname(hf_hub_download(model, "config.json", local_files_only=True))
-    except (OSError, ValueError):
+        # hf_hub_download may call the hub even with local_files_only. A path stops transformers.
+        config = try_to_load_from_cache(model, "config.json")
+    except ValueError:
         raise ValueError(
-            f"the model {shown(model)} that this index was made with is not on this machine, and "
-            "search fetches none; if you trust it, fetch it: "
-            f"hf download {shown(shlex.quote(model))}"
+            f"the index names no model that may be loaded: {shown(model)!r}; expected an absolute "
+            "path or a name on the Hugging Face hub: make the index again with clipvip embed"
         ) from None
+    except OSError:
+        config = None
+    if isinstance(config, str):
+        return os.path.dirname(os.path.abspath(config))
+    raise ValueError(
+        f"the model {shown(model)} that this index was made with is not on this machine, and "
+        "search fetches none; if you trust it, fetch it: "
+        f"hf download {shown(shlex.quote(model))}"
+    )

@@ -222,11 +222,16 @@ def _read_bad_files(folder: Path) -> list[dict[str, str]]:
         lines = read_own(folder / _BAD_FILES, LIST_BYTES).splitlines()
     except FileNotFoundError:
         return []
-    files = []
-    for line in lines:
-        with suppress(RecursionError):
-            files.append(json.loads(line))
-    if not all(isinstance(file, dict) and file.keys() == {"path", "reason"} for file in files):
+    try:
+        files = [json.loads(line) for line in lines]
+    except RecursionError:
+        files = [None]
+    if not all(
+        isinstance(file, dict)
+        and file.keys() == {"path", "reason"}
+        and all(isinstance(text, str) for text in file.values())
+        for file in files
+    ):
         raise ValueError("not an index's")
     return files
 
@@ -244,7 +249,9 @@ def embed_command(model: str, sources: Sequence[str], out: object) -> str:
 
 def check_out(out: Path) -> None:
     """Raise ValueError where an index written to this folder would harm what is in it."""
-    name, own = shown(out), f"give a new or empty folder, such as {shown(out / 'index')}"
+    # An empty --out names the current folder too, perhaps unintended.
+    name = "the current folder" if out == Path() else shown(out)
+    own = f"give a new or empty folder, such as {shown(out / 'index')}"
     if out.is_symlink() and not out.exists():
         raise ValueError(f"{name} is a link to nowhere; give another --out, or delete it")
     if not out.exists():
@@ -254,7 +261,8 @@ def check_out(out: Path) -> None:
     if not os.access(out, os.W_OK | os.X_OK):
         raise ValueError(f"{name} cannot be written to; give another --out")
     if read_head(out) is None:
-        ours = re.compile(rf"\..*|.*\.partial|{re.escape(_BAD_FILES)}", re.DOTALL)
+        # bad_files.jsonl is none of ours here, as a save writes it after index.json.
+        ours = re.compile(r"\..*|.*\.partial", re.DOTALL)
         others = sorted(entry for entry in os.listdir(out) if not ours.fullmatch(entry))
         if others:
             raise ValueError(f"{name} holds {shown(others[0])!r} and no index; {own}")

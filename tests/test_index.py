@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 
 import av
@@ -439,13 +440,34 @@ def in_cache(model, cache, name):
     shutil.copytree(model, folder / "snapshots" / ("0" * 40))
 
 
-def test_search_takes_models_from_this_machine_alone(build, model, videos, tmp_path, monkeypatch):
+@pytest.fixture
+def network(monkeypatch):
+    """What asks the network, which this fails; a library may catch that."""
     import socket
 
-    def refused(*given):
-        raise AssertionError("the network was asked")
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(socket.socket, "connect", refused)
+    asked = []
+
+    def refused(*given, **options):
+        asked.append(given)
+        raise OSError("no network")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    # As a user's machine is, with no answer of the hub kept from earlier.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", os.devnull + "/none", raising=False)
+    detect = sys.modules.get("huggingface_hub.utils._detect_agent")
+    if detect is not None:
+        monkeypatch.setattr(detect, "_registry", None)
+    return asked
+
+
+def test_search_takes_models_from_this_machine_alone(
+    build, model, videos, tmp_path, monkeypatch, network
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     built = build(videos)
 
@@ -456,26 +478,54 @@ def test_search_takes_models_from_this_machine_alone(build, model, videos, tmp_p
 
     shutil.copytree(model, tmp_path / "someone" / "model")  # brought along with an index
     monkeypatch.chdir(tmp_path)
+    rename_model("someone/model")
+    with pytest.raises(ValueError, match=r"is not on this machine.*hf download someone/model"):
+        search(tmp_path / "index", "a square")
     for name in (
-        "someone/model",
+        "../model",
         "./someone/model",
-        "https://a.b/c",
+        "a/b/c",
+        "https://evil/x",
         "--model",
         "",
         "a\0",
         "\ud83d",
     ):
         rename_model(name)
-        with pytest.raises(ValueError, match=r"is not on this machine.*hf download ") as error:
+        with pytest.raises(ValueError, match=r"index names no model that may be loaded") as error:
             search(tmp_path / "index", "a square")
-        assert str(error.value).isprintable()
+        assert str(error.value).isprintable() and "hf download" not in str(error.value)
     rename_model("/a\0\ud83d")
     with pytest.raises(ValueError, match="is no longer there"):
         search(tmp_path / "index", "a square")
 
     in_cache(model, tmp_path / "cache", "someone/model")
     rename_model("someone/model")
+    monkeypatch.chdir("/")
     assert search(tmp_path / "index", "a square") == hits
+    assert not network
+
+
+def test_an_index_made_by_hub_name_is_searched_without_the_network(
+    build, model, videos, tmp_path, monkeypatch, network
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    in_cache(model, tmp_path / "cache", "someone/model")
+    by_path = build(videos, tmp_path / "by_path")
+    load = index_module._load
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            index_module,
+            "_load",
+            lambda name, device: load(name, device, local_files_only=True),
+        )
+        built = build(videos, model="someone/model")  # by name, as when it was just fetched
+    assert built.model == "someone/model"
+    assert built.fingerprint == by_path.fingerprint
+    network.clear()
+    assert search(tmp_path / "index", "a square") == search(by_path, "a square")
+    assert not network
 
 
 def test_features_that_are_not_finite_become_no_rows(build, videos, tmp_path, monkeypatch, model):
@@ -544,6 +594,32 @@ def test_a_full_disk_leaves_the_index_as_it_was(build, videos, tmp_path, monkeyp
     assert there.keys() - content(tmp_path / "index").keys() == set()
     assert len(build(videos).clips) == 4
     assert len(content(tmp_path / "index")) == len(there)
+
+
+def test_a_full_disk_at_the_first_save_claims_none(build, videos, tmp_path, monkeypatch):
+    def full(index, out):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write = index_module.write_index
+    monkeypatch.setattr(index_module, "write_index", full)
+    with pytest.raises(OSError, match=r"cannot be saved \(No space .*\); no clip is saved yet: "):
+        build(videos)
+    monkeypatch.setattr(index_module, "write_index", write)
+    build(videos / "a.mp4")
+    monkeypatch.setattr(index_module, "write_index", full)
+    with pytest.raises(OSError, match=r"\); it stays as last saved: "):
+        build(videos)
+
+
+def test_an_empty_out_is_told(build, videos):
+    with pytest.raises(ValueError, match="out is empty; expected the folder of an index"):
+        build(videos, "")
+
+
+def test_a_query_is_read_as_utf8_in_a_locale_of_ascii(build, videos):
+    index = build(videos)
+    held = "café a".encode().decode("ascii", "surrogateescape")  # as Python holds arguments there
+    assert index.search(held) == index.search("café a")
 
 
 def test_names_that_no_file_can_have_cost_themselves_alone(build, videos, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,7 @@ STRANGE = {
     "an index.json nested deeply": {"index.json": b"[" * 100_000},
     "a training run": {".lock": b"", "bad_files.jsonl": b'{"path":"a","reason":"b","line":3}\n'},
     "a list that is none": {"bad_files.jsonl": b"my own notes"},
+    "a list like an index's": {"bad_files.jsonl": b'{"path": "a", "reason": "b"}\n'},
 }
 
 
@@ -97,6 +99,34 @@ def test_an_index_does_not_land_in_files_or_links_to_nowhere(tmp_path, monkeypat
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_the_current_folder_is_named_as_that(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(""), Path(".")):
+        with pytest.raises(ValueError, match=r"the current folder holds 'a\.mp4' and no index"):
+            check_out(out)
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        b"[" * 200_000,
+        b"my own notes",
+        b"\xff",
+        b'{"path": 3, "reason": "b"}\n',
+        b'{"path": "a", "reason": "b"}\n' + b"[" * 200_000,
+        b'{"path": "a", "reason": "b", "line": 3}\n',
+    ],
+    ids=lambda there: repr(there[:60]),
+)
+def test_bad_files_beside_an_index_that_are_not_its_own_are_kept(saved, there):
+    (saved / "bad_files.jsonl").write_bytes(there)
+    with pytest.raises(ValueError, match=r"bad_files\.jsonl is not an index's; give .*move"):
+        check_out(saved)
+    assert (saved / "bad_files.jsonl").read_bytes() == there
+    assert read_index(saved).bad_files == []  # search needs none
+
+
 def test_strangers_files_beside_an_index_are_let_be(tmp_path):
     real, out = tmp_path / "real", tmp_path / "index"
     real.mkdir()
@@ -109,7 +139,6 @@ def test_strangers_files_beside_an_index_are_let_be(tmp_path):
 
     for name in (".lock", ".DS_Store", "index.json.partial"):
         (out / name).write_text("x")
-    (out / "bad_files.jsonl").write_text('{"path": "a.mp4", "reason": "gone"}\n')
     save(seed=0)
     strange = {
         "clips-test.jsonl": b"",

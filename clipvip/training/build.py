@@ -24,7 +24,7 @@ from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loader import ClipLoader, build_loader
 from clipvip.data.shards import is_shards, load_manifest
 from clipvip.data.streaming import Shards, Source, build_shard_loader
-from clipvip.files import read_own, shown, write_whole
+from clipvip.files import LOCK, read_own, shown, write_whole
 from clipvip.losses import VARIANTS
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
@@ -81,14 +81,16 @@ def known_trackers(config: TrainConfig) -> list[str | LoggerType]:
 def refuse_foreign(out: Path) -> None:
     """Raise a ConfigError where a run would overwrite or delete files that no run wrote.
 
-    A run is known by the first line of its config.yaml, which is written before all else, or by
-    its checkpoints: those of earlier versions lack that line, and find_resumed checks them.
+    A run is known by the first line of its config.yaml, which is written before all else, and by
+    the lock beside it, which a copy of that file lacks; or by its checkpoints, which find_resumed
+    checks, as runs of earlier versions lack that line.
     """
     there = [shown(name) for name in _OVERWRITTEN if os.path.lexists(out / name)]
     if not there or checkpoint.checkpoints(out / "checkpoints"):
         return
     try:
-        ours = read_own(out / "config.yaml", most=1 << 24).startswith(_WRITTEN.encode())
+        marked = read_own(out / "config.yaml", most=1 << 24).startswith(_WRITTEN.encode())
+        ours = marked and (out / LOCK).exists()
     except OSError:
         ours = False
     if not ours:

@@ -231,6 +231,16 @@ def test_the_configuration_that_was_passed_is_not_written_over(make_config, tmp_
     assert contents(tmp_path) == before
 
 
+def test_a_copy_of_a_runs_configuration_is_no_run(make_config, tmp_path):
+    train(make_config("max_steps=1"))
+    copy = tmp_path / "mine" / "config.yaml"
+    copy.parent.mkdir()
+    shutil.copy(tmp_path / "run" / "config.yaml", copy)
+    with pytest.raises(ConfigError, match="but no run of clipvip train"):
+        train(make_config(f"out={copy.parent}"))
+    assert list(copy.parent.iterdir()) == [copy]
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(make_config, monkeypatch):
     """By the same command, beside files that no run touches."""
     from clipvip.training import trainer

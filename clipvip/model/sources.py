@@ -40,10 +40,11 @@ _WEIGHTS = (  # in the order in which transformers looks for them
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# What torch.load says of a pickle that names or calls more than tensors need. One of protocol 4 or
-# later, which torch.save does not write, opens with a FRAME.
+# What torch.load says of TorchScript, and of a pickle that names or calls more than tensors need.
+# One of protocol 4 or later, which torch.save does not write, opens with a FRAME.
 _CODE = re.compile(
-    r"GLOBAL|unrecognized function|Can only (create new object|build)|"
+    r"GLOBAL|unrecognized function|Can only (create new object|build)|must be imported to load|"
+    r"Cannot use `*weights_only|"
     rf"Unsupported operand {pickle.FRAME[0]}\b"
 )
 _SLACK = 1 << 24  # weights that a file may lack
@@ -94,8 +95,8 @@ def found(
             raise
         if holds_code(failed):
             raise ValueError(
-                f"{what} is {value!r}, which holds more than weights (a pickle that could run "
-                "code) and is refused; save its weights as safetensors, or fetch it in that format"
+                f"{what} is {value!r}, which holds more than weights (code, or a pickle that "
+                "could run it) and is refused; save or fetch its weights as safetensors"
             ) from failed
         if isinstance(failed, error) or (type(failed) is ValueError and value in str(failed)):
             raise  # says itself what it is about
@@ -111,9 +112,9 @@ def found(
 
 
 def holds_code(error: BaseException | None) -> bool:
-    """Whether torch.load refused a pickle because of what it asks to be run or made."""
+    """Whether torch.load refused a file because of what it asks to be run or made."""
     while error is not None:
-        if isinstance(error, pickle.UnpicklingError) and _CODE.search(str(error)):
+        if isinstance(error, pickle.UnpicklingError | RuntimeError) and _CODE.search(str(error)):
             return True
         error = error.__cause__
     return False

@@ -449,7 +449,7 @@ def load_state(
     except (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError,
             ValueError, pickle.UnpicklingError) as error:  # fmt: skip
         if holds_code(error):
-            reason = "it holds more than tensors and plain values: a pickle that could run code"
+            reason = "it holds more than tensors and numbers: code, or a pickle that could run it"
         elif isinstance(error, pickle.UnpicklingError):  # torch's advice is to run what it holds
             reason = "it is damaged, or not a file of torch.save"
         else:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import socket
 import sys
+import zipfile
 from itertools import product
 from pathlib import Path
 
@@ -201,6 +202,11 @@ def test_pickles_are_not_executed(name, model_folder, monkeypatch):
         Path(name).write_bytes(pickle.dumps(content))
         with pytest.raises(ValueError, match=f"{source}.*holds more than weights"):
             CLIPViPModel.from_pretrained(source)
+    with zipfile.ZipFile(name, "w") as script:  # as TorchScript is told from weights
+        script.writestr("archive/constants.pkl", pickle.dumps(()))
+        script.writestr("archive/version", "3")
+    with pytest.raises(ValueError, match=f"{source}.*holds more than weights"):
+        CLIPViPModel.from_pretrained(source)
     assert not Path("planted").exists()
 
 

@@ -473,7 +473,7 @@ def test_a_state_of_something_else_is_told_in_one_line(make_config):
         with pytest.raises(TrainingError, match=r"state\.pt does not hold the state of a") as error:
             train(make_config("max_steps=2", "resume=latest"))
         assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
-        assert ("could run code" in str(error.value)) == isinstance(content, Path)
+        assert ("could run it" in str(error.value)) == isinstance(content, Path)
 
 
 def test_a_full_gpu_is_no_fault_of_the_checkpoint(make_config, monkeypatch):

@@ -93,7 +93,7 @@ class Index(StoredIndex):
         if k < 1:
             raise ValueError(f"k is {k}; expected at least 1")
         try:
-            # Of a command line in a locale of ASCII, Python holds each byte that is not.
+            # In an ASCII locale, Python holds other bytes of the command line as surrogates.
             query = query.encode(errors="surrogateescape").decode()
         except UnicodeError:
             raise ValueError(f"the query {query!r} is not UTF-8; expected a sentence") from None

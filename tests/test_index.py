@@ -442,7 +442,7 @@ def in_cache(model, cache, name):
 
 @pytest.fixture
 def network(monkeypatch):
-    """What asks the network, which this fails; a library may catch that."""
+    """Requests to the network. Each fails, which a library may catch, and is noted here."""
     import socket
 
     from huggingface_hub import constants
@@ -456,7 +456,7 @@ def network(monkeypatch):
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refused)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
-    # As a user's machine is, with no answer of the hub kept from earlier.
+    # Like a user's machine: online, and no answer of the hub is kept from earlier.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", os.devnull + "/none", raising=False)
     detect = sys.modules.get("huggingface_hub.utils._detect_agent")

@@ -505,8 +505,8 @@ def _memory() -> int:
 
 
 def _limit_memory() -> None:
-    """What a file makes a library ask for fails here, as an error, before memory runs out for all;
-    where it does run out, the system ends this process rather than its parent."""
+    """Limit this process's memory, so that a request by a library fails with an error before memory
+    runs out for all. Where it does run out, the system ends this process and not its parent."""
     with suppress(OSError, ValueError, IndexError):  # best effort: a sandbox may lack any of it
         status = Path("/proc/self/status").read_text()
         inherited = int(status.partition("VmData:")[2].split()[0]) << 10

@@ -657,7 +657,7 @@ NAMES += ["pipe.mp4", "folder.mp4", "loop.mp4"]
 
 
 def strange(source: Path) -> None:
-    """What no video is, by the names of videos."""
+    """Pipes and devices that have names of videos."""
     os.mkfifo(source / "pipe.mp4")
     (source / "folder.mp4").mkdir()
     (source / "loop.mp4").symlink_to("loop.mp4")

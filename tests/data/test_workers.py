@@ -331,7 +331,7 @@ def test_a_result_that_cannot_be_passed_on_is_an_error_of_its_task(result: Any) 
 
 
 class Panic(BaseException):
-    """What a library written in Rust raises."""
+    """Stands for the panic of a library written in Rust."""
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), SystemExit("no"), KeyboardInterrupt(), Panic()])

@@ -1,4 +1,4 @@
-"""What all ops refuse: derivatives they would get wrong, and tensors without their memory."""
+"""Refusals by all ops: derivatives they would get wrong, and tensors without their memory."""
 
 import importlib
 import types

@@ -424,7 +424,7 @@ def test_a_disk_with_room_for_the_checkpoints_that_are_kept_is_large_enough(
 
 
 def test_links_that_cannot_be_moved_cost_no_checkpoint(make_config, caplog):
-    """As after a copy that followed links, which makes folders of them."""
+    """A copy of a run that followed links has folders in their place."""
     from clipvip.training import checkpoint
 
     config = make_config("save_every=1", "max_steps=3", "keep_checkpoints=1", "resume=latest")

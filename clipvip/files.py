@@ -75,7 +75,8 @@ def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
-    _flush_folder(path.parent)
+    with suppress(OSError):
+        flush_folder(path.parent)
 
 
 def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -88,7 +89,8 @@ def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
         except BaseException:
             path.unlink()
             raise
-    _flush_folder(path.parent)
+    with suppress(OSError):
+        flush_folder(path.parent)
 
 
 def read_own(path: Path, most: int = sys.maxsize) -> bytes:
@@ -172,14 +174,20 @@ def _delete_unlocked(path: Path) -> None:
             os.close(descriptor)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Put names of new files on disk, where the file system can be told to."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def flush_folder(folder: Path) -> None:
+    """Put names of new files on disk. Raises OSError where the file system cannot be told to."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_is_file(path: str | Path) -> None:
+    """Raise OSError for a path that is there and no file: opening a pipe would wait, and a device
+    may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"a folder, {NOT_A_FILE.removeprefix('a ')}")
 
 
 def _warn_of(path: str, reason: str) -> None:

@@ -19,6 +19,7 @@ from av.video.stream import VideoStream
 
 from clipvip.data.limits import MAX_PIXELS, too_large
 from clipvip.data.mp4 import Impossible, check_claims
+from clipvip.files import NOT_A_FILE
 
 
 class DecodeError(RuntimeError):
@@ -176,7 +177,7 @@ def _size_of(path: Path) -> int:
     if stat.S_ISDIR(status.st_mode):
         raise DecodeError(path, "a folder, not a video")
     if not stat.S_ISREG(status.st_mode):
-        raise DecodeError(path, "a pipe, socket or device, not a file")
+        raise DecodeError(path, NOT_A_FILE)
     return status.st_size
 
 

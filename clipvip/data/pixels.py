@@ -140,7 +140,7 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
     return found
 
 
-# Pillow also reads others, by content, whatever the file's name; for EPS it starts Ghostscript.
+# Pillow recognises more formats, by content and whatever the name; for EPS it starts Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP")
 MOST_SCANS = (
     500  # of a progressive JPEG; each may be a few bytes and takes as long as a whole image

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from clipvip.data.annotations import kind_of
 from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from clipvip.data.tars import TEXT_BYTES
-from clipvip.files import MARKS, decode_text, files_in, shown
+from clipvip.files import MARKS, check_is_file, decode_text, files_in, shown
 
 LIST_BYTES = 1 << 32  # limit for a file that describes a data set
 PROBE = 1 << 20  # first bytes that tell a text from other files
@@ -144,10 +144,9 @@ def needed(path: Path) -> Iterator[None]:
 
 
 def open_file(path: Path, most: int = sys.maxsize) -> BinaryIO:
-    """Open a file to read it. Raises ValueError where it has more than `most` bytes or is a pipe,
-    which could block, or a device, which may never end."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("a folder, pipe, socket or device, not a file")
+    """Open a file to read it. Raises ValueError where it has more than `most` bytes, and OSError
+    where it is no file."""
+    check_is_file(path)
     size = os.path.getsize(path)
     if size > most:
         raise ValueError(f"{size} bytes; at most {most} are read of a file of its kind")

@@ -9,7 +9,6 @@ header for the end of the tar, and in releases still in use some headers make it
 hours (CVE-2025-8194, CVE-2024-6232).
 """
 
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, NamedTuple, Protocol, cast
 
 from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from clipvip.files import check_is_file
 
 MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 TEXTS = ("json", "txt")
@@ -58,14 +58,13 @@ class Readable(Protocol):
 
 def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
     """Open a path or any fsspec URL to read bytes. Raises whatever fsspec does, and OSError for
-    a path that is no file: opening a pipe would wait, and a device may never end."""
+    a path that is no file."""
     from fsspec.core import url_to_fs
     from fsspec.implementations.local import LocalFileSystem
 
     system, path = url_to_fs(url)
-    local = isinstance(system, LocalFileSystem)
-    if local and os.path.exists(path) and not os.path.isfile(path):
-        raise OSError("a folder, pipe, socket or device, not a file")
+    if isinstance(system, LocalFileSystem):
+        check_is_file(path)
     return cast(AbstractContextManager[IO[bytes]], system.open(path, "rb"))
 
 

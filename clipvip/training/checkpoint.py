@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from clipvip.data.shards import is_shards
-from clipvip.files import shown, write_whole
+from clipvip.files import flush_folder, shown, write_whole
 from clipvip.model.conversion import failed_writes
 from clipvip.training.config import TrainConfig, TrainingError
 
@@ -76,12 +76,12 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
             raise OSError(f"{absent} is gone; something else removes files of {shown(folder)}")
         write_whole(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for parent, _, _ in os.walk(temporary, topdown=False):
-            _flush(Path(parent))
+            flush_folder(Path(parent))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     temporary.rename(final)
-    _flush(folder)
+    flush_folder(folder)
     return final
 
 
@@ -306,14 +306,6 @@ def truncate_jsonl(path: Path, step: int) -> None:
             return False
 
     write_whole(path, list(filter(stays, path.read_bytes().splitlines(keepends=True))))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def move_links(out: Path, step: int, best_step: int | None) -> None:

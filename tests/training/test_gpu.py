@@ -305,7 +305,7 @@ def train_on_made_up_batches(make_config, monkeypatch, clips, layers, steps, pin
     monkeypatch.setattr(trainer, "save_state", lambda *given: None)
     assert WORDS < END - 1
     text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-    # 2: a text ends at its highest token, whatever the tokenizer's end, of which none is used.
+    # 2 means that a text ends at its highest token, so the tokenizer's own end does not matter.
     text |= {"vocab_size": END + 1, "eos_token_id": 2, "max_position_embeddings": 77}
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     vision |= {"image_size": 224, "patch_size": 32, "num_proxies": 4}

@@ -55,7 +55,8 @@ class Source:
         self.firsts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self.texts = sum(shard.texts for _, shard in found)
         self.bad = sum(shard.bad for _, shard in found)
-        self.sentences = sum(shard.subtitles + shard.captions for _, shard in found)
+        self.subtitles = sum(shard.subtitles for _, shard in found)
+        self.captions = sum(shard.captions for _, shard in found)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -85,7 +86,7 @@ class Shards:
             # Unreadable clips may have a text; they are reported when they are read.
             if task == "retrieval" and mute > source.bad:
                 raise ShardError(f"{source.url}: {mute} of {len(source)} clips have no text")
-            if task == "omnisource" and not source.sentences:
+            if task == "omnisource" and not (source.subtitles or source.captions):
                 raise ShardError(f"{source.url}: no clip has a subtitle or caption")
 
 

@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loader import ClipLoader, build_loader
-from clipvip.data.shards import is_shards, load_manifest
+from clipvip.data.shards import is_shards
 from clipvip.data.streaming import Shards, Source, build_shard_loader
 from clipvip.files import LOCK, read_own, shown, write_whole
 from clipvip.losses import VARIANTS
@@ -171,11 +171,10 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
         shards = Shards([Source(source.shards, source.ratio) for source in sources])
         shards.check(config.task)
         if config.task == "omnisource":
-            given = [shard for source in sources for _, shard in load_manifest(source.shards)]
             check_variant(
                 config.variant,
-                subtitles=sum(shard.subtitles for shard in given),
-                captions=sum(shard.captions for shard in given),
+                subtitles=sum(source.subtitles for source in shards.sources),
+                captions=sum(source.captions for source in shards.sources),
             )
         return shards, validation
     clips = load_annotations(data.train)

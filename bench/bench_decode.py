@@ -34,10 +34,9 @@ from av.filter import Graph
 from machine import machine
 from torch import Tensor
 
-from clipvip.data.dali import DaliDecoder, choose_engine, encode
-from clipvip.data.decode import open_clip, read_frames
-from clipvip.data.pixels import ONE_THREAD, planes_of
-from clipvip.data.sampling import choose_frames
+from clipvip.data.video import DaliDecoder, choose_engine, encode, open_clip, read_frames
+from clipvip.data.video.pixels import ONE_THREAD, planes_of
+from clipvip.data.video.sampling import choose_frames
 from clipvip.ops import resize_crop
 
 FRAMES, SIZE, RATE = 12, 224, 25

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipvip.model.lean import residual_mlp
+from clipvip.model.layers import residual_mlp
 from clipvip.ops import linear
 
 WIDTH, INNER = 768, 3072

@@ -20,7 +20,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 
-from clipvip.data.pixels import ONE_THREAD, Converter, planes_of
+from clipvip.data.video.pixels import ONE_THREAD, Converter, planes_of
 from clipvip.ops.resize_crop import resize_crop_reference, resized
 
 SIZE = 224

@@ -18,9 +18,8 @@ import av
 import numpy as np
 
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loader import ClipLoader, build_loader
-from clipvip.data.shards import write_shards
-from clipvip.data.streaming import Shards, Source, build_shard_loader
+from clipvip.data.loading import ClipLoader, build_loader
+from clipvip.data.shards import Shards, Source, build_shard_loader, write_shards
 
 FILES, BATCH = 200, 16
 CODECS = {

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from machine import machine
 from torch.nn.parallel import DistributedDataParallel
 
-from clipvip.distributed import _reduce_scatter
 from clipvip.losses import contrastive_loss
 from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.sharded import _reduce_scatter
 from clipvip.training.config import DataConfig, ModelConfig, TrainConfig
 from clipvip.training.plan import PEAKS, TERA, Plan, plan
 
@@ -77,7 +77,7 @@ def step_seconds(
     gradients = max(gradients - machine.hidden * backward / machine.flops, 0.0)
     gradients += 4 * size / machine.memory  # into buckets and back, each read and written
     # Features there, forward and backward, and their gradients back; eight collectives: see
-    # clipvip.distributed.sharded_logsumexp. Only one's own tile is computed meanwhile.
+    # clipvip.sharded.sharded_logsumexp. Only one's own tile is computed meanwhile.
     features = pairs * 3 * (ranks - 1) * clips * dimension * FLOAT / rate
     features += pairs * 8 * hops * machine.latency
     return {"towers": towers, "loss": loss, "gradients": gradients, "features": features}

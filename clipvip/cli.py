@@ -15,12 +15,12 @@ if Path(sys.argv[0]).stem == "clipvip" and sys.argv[1:2] == ["train"]:
 import tyro
 from tyro.conf import Positional, arg
 
+from clipvip.data import Decoder
 from clipvip.files import shown
 from clipvip.terminal import safe_output
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
-Decoder = Literal["auto", "dali", "pyav"]
 Annotations = Annotated[Positional[Path], arg(metavar="ANNOTATIONS.jsonl")]
 
 
@@ -86,7 +86,7 @@ def convert(
         tokenizer: A folder or hub name whose tokenizer is taken, as the authors' files have none;
             by default the source's.
     """
-    from clipvip.model.conversion import convert as convert_checkpoint
+    from clipvip.convert import convert as convert_checkpoint
 
     convert_checkpoint(source, destination, to=to, tokenizer=tokenizer)
 
@@ -268,7 +268,8 @@ def verify(
         manifest: Of tars made elsewhere: write the manifest that training from them needs.
         workers: Processes; by default one a core.
     """
-    from clipvip.data.shards import is_shards, verify_files, verify_shards
+    from clipvip.data.shards import is_shards, verify_shards
+    from clipvip.data.verify import verify_files
 
     if is_shards(source) or manifest is not None:
         clips, bad = verify_shards(source, clean, manifest, num_workers=workers)

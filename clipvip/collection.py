@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 
 from clipvip.data.annotations import AnnotationError, Clip, load_annotations, parse_line
-from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from clipvip.files import NOT_A_FILE, files_in, shown
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ LOCK = ".lock"
 HERE_WAIT, ELSEWHERE_WAIT = 10.0, 100.0
 _NOTE = re.compile(r"(host \S+, process \d+, since .*\s*)?")  # all that a lock file of ours holds
 
+TEXT_BYTES = 16 << 20  # limit for a text, in a tar or beside a video
 NOT_A_FILE = "a pipe, socket or device, not a file"
 
 
@@ -352,3 +353,33 @@ def _take(lock: int) -> str | None:
         os.pwrite(lock, note.encode(), 0)
         os.fsync(lock)  # for readers on other machines
     return None
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        hashed = Hashed(file)
+        while hashed.read(1 << 20):
+            pass
+    return hashed.digest.hexdigest()
+
+
+class Hashed:
+    """Passes on what is written or read, and takes its SHA-256."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._take(data)
+        return self.file.write(data)
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self._take(data)
+        return data
+
+    def _take(self, data: Any) -> None:
+        self.digest.update(data)
+        self.bytes += len(data)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from clipvip.collection import IndexedClip, clips_of, listed
 from clipvip.data.annotations import Clip
-from clipvip.data.bad_files import COUNTED_FROM
+from clipvip.data.loading import COUNTED_FROM
 from clipvip.files import only_run, shown
 from clipvip.index_files import (
     DamagedIndexError,
@@ -149,7 +149,7 @@ def build_index(
         name is refused, not overwritten; so is a folder of something else. Where its data files
         are damaged, what they held is embedded again.
     num_workers: decoding processes; by default one per core.
-    decoder: see clipvip.data.loader.build_loader.
+    decoder: see clipvip.data.loading.loader.build_loader.
     Files that cannot be decoded are left out and listed in bad_files.jsonl.
     Raises ValueError where nothing can be embedded, `videos` names something that matches nothing,
     or `out` is the index of another model or of other videos, or something else; OSError where the
@@ -312,8 +312,8 @@ def _embed(
 ) -> Iterator[dict[IndexedClip, Tensor]]:
     """Yield the unit vectors, float32 [P], of a batch of clips at a time; at the end, append to
     bad_files."""
-    from clipvip.data.loader import build_loader
-    from clipvip.training.evaluate import embed_batches
+    from clipvip.data.loading import build_loader
+    from clipvip.embedding import embed_batches
 
     if not clips:
         return
@@ -339,7 +339,7 @@ def _load(
 ) -> tuple[Any, Any]:
     from transformers.utils import logging
 
-    from clipvip.model import load_for_embedding
+    from clipvip.embedding import load_for_embedding
 
     logging.disable_progress_bar()  # of loading weights; it would break our own
     network: Any

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipvip.distributed import all_reduce, sharded_logsumexp
 from clipvip.ops import pairwise_logsumexp
+from clipvip.sharded import all_reduce, sharded_logsumexp
 from clipvip.transfer import send
 
 VARIANTS = ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc")

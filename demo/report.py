@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from clipvip.data.annotations import Clip
-from clipvip.data.decode import read_frames
+from clipvip.data.video import read_frames
 from clipvip.index import Hit, Index
 
 NAMES = {"clip_vip": "CLIP-ViP", "mean_pool": "mean-pooled frames"}

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipvip import distributed
-from clipvip.distributed import all_gather_objects, all_reduce
+from clipvip.distributed import all_gather_objects
 from clipvip.losses import VARIANTS, contrastive_loss, omnisource_loss
+from clipvip.sharded import all_reduce
 
 CLIPS = 13
 WORLDS = {2: [6, 7], 3: [5, 0, 8], 4: [1, 4, 2, 6]}  # clips of each rank: uneven, and none

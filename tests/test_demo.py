@@ -29,7 +29,7 @@ def test_the_reverse_of_a_motion_shows_the_same_frames_backwards(motion):
 
 
 def test_a_clip_decodes_to_what_was_drawn_and_its_caption_leaves_out_the_motion(tmp_path):
-    from clipvip.data.decode import read_frames
+    from clipvip.data.video import read_frames
 
     scene = Scene("blue", "triangle", "left", 3)
     (tmp_path / "train").mkdir()

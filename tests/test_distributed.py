@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipvip.distributed import _logsumexp_over_ranks
+from clipvip.sharded import _logsumexp_over_ranks
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 worker = runpy.run_path(str(WORKER))
@@ -47,7 +47,7 @@ def test_what_else_ranks_exchange(found):
 
 @pytest.mark.parametrize("way", worker["WAYS"])
 def test_bytes_on_the_wire_are_those_that_are_documented(found, way):
-    """In clipvip.distributed.sharded_logsumexp."""
+    """In clipvip.sharded.sharded_logsumexp."""
     for world, results in found.items():
         clips, dimension = worker["EVEN"]
         columns, share = world * clips, (world - 1) / world

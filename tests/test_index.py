@@ -119,7 +119,7 @@ ODD = ["[dQw4w9WgXcQ].mp4", "[b].mp4", "red\x1b[31m\n.mp4", "a\u202eb.mp4", LATI
 
 
 def test_a_folder_is_embedded_recursively_as_the_model_embeds_it(build, model, videos, tmp_path):
-    from clipvip.data.decode import read_frames
+    from clipvip.data.video import read_frames
     from clipvip.model import CLIPViPModel, CLIPViPProcessor
 
     (videos / "notes.txt").write_text("not a video")

@@ -47,8 +47,7 @@ from clipvip.data.published import (
     texts_of,
     value_of,
 )
-from clipvip.data.tars import TEXT_BYTES
-from clipvip.files import files_in
+from clipvip.files import TEXT_BYTES, files_in
 
 SPLITS = ("train", "val", "test")
 NOWHERE = Path()  # a video that was looked for already

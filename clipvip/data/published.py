@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from clipvip.data.annotations import kind_of
-from clipvip.data.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from clipvip.data.tars import TEXT_BYTES
-from clipvip.files import MARKS, check_is_file, decode_text, files_in, shown
+from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from clipvip.files import MARKS, TEXT_BYTES, check_is_file, decode_text, files_in, shown
 
 LIST_BYTES = 1 << 32  # limit for a file that describes a data set
 PROBE = 1 << 20  # first bytes that tell a text from other files

@@ -3,8 +3,6 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
-from clipvip.model.conversion import convert
-from clipvip.model.loading import load_for_embedding
 from clipvip.model.modeling import CLIPViPModel, CLIPViPOutput
 from clipvip.model.processing import CLIPViPProcessor
 
@@ -18,6 +16,4 @@ __all__ = [
     "CLIPViPOutput",
     "CLIPViPProcessor",
     "CLIPViPVisionConfig",
-    "convert",
-    "load_for_embedding",
 ]

@@ -36,10 +36,10 @@ from transformers.utils import ModelOutput, logging
 
 from clipvip.files import shown
 from clipvip.losses import contrastive_loss
+from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, CLIPViPVisionConfig
-from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
-from clipvip.model.lean import bare, norm_linear, residual_linear, residual_mlp
-from clipvip.model.sources import (
+from clipvip.model.layers import bare, norm_linear, residual_linear, residual_mlp
+from clipvip.model.pretrained import (
     check_size,
     found,
     hub_options,

@@ -19,10 +19,10 @@ from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file, logging
 
-from clipvip.data.sampling import check_sampling
+from clipvip.data.video import check_sampling
+from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.configuration import CLIPViPConfig
-from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
-from clipvip.model.sources import found
+from clipvip.model.pretrained import found
 from clipvip.ops.resize_crop import check_resize, resize_frames
 from clipvip.transfer import send
 
@@ -64,7 +64,7 @@ class CLIPViPProcessor(ProcessorMixin):
 
     tokenizer: a CLIPTokenizer.
     image_size: pixels, the side of a frame. image_mean, image_std: per channel, of [0, 1].
-    num_frames: frames that are read of a video. sampling: which, see clipvip.data.sampling.
+    num_frames: frames that are read of a video. sampling: which, see clipvip.data.video.sampling.
     resize: how they become squares, see clipvip.ops.resize_crop.
     text_length: tokens at which texts are cut off, the end-of-text token kept; None for as many as
         the tokenizer allows. paragraph: whether all texts of a clip are one.
@@ -138,7 +138,7 @@ class CLIPViPProcessor(ProcessorMixin):
         return self.text_length or min(self.tokenizer.model_max_length, LONGEST)
 
     def loading(self) -> dict[str, Any]:
-        """Arguments of clipvip.data.loader.build_loader that say how clips are read."""
+        """Arguments of clipvip.data.loading.loader.build_loader that say how clips are read."""
         return {
             "image_size": self.image_size,
             "num_frames": self.num_frames,
@@ -165,7 +165,7 @@ class CLIPViPProcessor(ProcessorMixin):
             raise ValueError("neither text nor videos was given; pass at least one of them")
         batch: dict[str, Tensor] = {}
         if text is not None:
-            from clipvip.data.loader import tokenize
+            from clipvip.text import tokenize
 
             texts = [text] if isinstance(text, str) else text
             length = text_length or self.longest_text
@@ -181,7 +181,7 @@ class CLIPViPProcessor(ProcessorMixin):
     def _frames(self, video: Video) -> Tensor:
         """One video in any of its forms → uint8 [N, 3, image_size, image_size]."""
         if isinstance(video, str | os.PathLike):
-            from clipvip.data.decode import read_frames
+            from clipvip.data.video import read_frames
 
             return read_frames(
                 Path(video),
@@ -195,7 +195,7 @@ class CLIPViPProcessor(ProcessorMixin):
                 return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
             return torch.cat([self._frames(frame) for frame in video])
         if isinstance(video, Image.Image):
-            from clipvip.data.pixels import rgb_of
+            from clipvip.data.video import rgb_of
 
             video = rgb_of(video)
         frames = torch.as_tensor(video)

@@ -1,6 +1,6 @@
 """Products with a layer's weights, and the elementwise work next to them, in one pass each.
 
-These are parts of other functions' forward and backward (clipvip.model.lean), not differentiable
+These are parts of other functions' forward and backward (clipvip.model.layers), not differentiable
 by themselves. T rows (tokens), K inputs, N outputs; f is nothing, LayerNorm or SiLU:
 
     linear_forward      alpha·f(x)·Wᵀ + beta·bias + residual

@@ -21,19 +21,18 @@ from transformers import CLIPTokenizer
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loader import ClipLoader, build_loader
-from clipvip.data.shards import is_shards
-from clipvip.data.streaming import Shards, Source, build_shard_loader
+from clipvip.data.loading import ClipLoader, build_loader
+from clipvip.data.shards import Shards, Source, build_shard_loader, is_shards
+from clipvip.embedding import with_texts_read
 from clipvip.files import LOCK, read_own, shown, write_whole
 from clipvip.losses import VARIANTS
 from clipvip.model import CLIPViPConfig, CLIPViPModel
-from clipvip.model.conversion import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
+from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
+from clipvip.model.pretrained import found
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
-from clipvip.model.sources import found
 from clipvip.ops import proxy_attention
-from clipvip.training import checkpoint, parallel, ranks
-from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
-from clipvip.training.evaluate import with_texts_read
+from clipvip.training import checkpoint, parallel
+from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, flat, refuse_unknown_key
 from clipvip.training.optimization import freeze
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch raises
         torch.use_deterministic_algorithms(True)
-    ranks.start(config.timeout)
+    distributed.start(config.timeout)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
@@ -103,13 +102,13 @@ def refuse_foreign(out: Path) -> None:
 def find_resumed(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from; refuses to mix a new run into an old one's folder."""
     folder = Path(config.out) / "checkpoints"
-    found = ranks.first_does(lambda: checkpoint.checkpoints(folder))
+    found = distributed.first_does(lambda: checkpoint.checkpoints(folder))
     if config.resume == "never" and found:
         raise ConfigError(
             f"{config.out} already holds a run (step {checkpoint.checkpoint_step(found[-1])}): "
             "resume=latest goes on with it; else give another out"
         )
-    newest = ranks.first_does(lambda: checkpoint.newest_good(folder))
+    newest = distributed.first_does(lambda: checkpoint.newest_good(folder))
     same = checkpoint.appears(newest) if newest else not checkpoint.checkpoints(folder)
     if not all(distributed.all_gather_objects(same)):
         raise ConfigError(f"{config.out} is not the same folder for all ranks; use shared storage")
@@ -149,7 +148,7 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> 
             for tracker in accelerator.trackers:
                 # TensorBoard makes another run of a configuration; MLflow takes it once.
                 if tracker.name != "tensorboard" and tracker.name not in ids:
-                    tracker.store_init_configuration(checkpoint.flat(config))
+                    tracker.store_init_configuration(flat(config))
                     mlflow = tracker.name == "mlflow"
                     ids[tracker.name] = tracker.tracker.info.run_id if mlflow else wandb_id
         except Exception as error:  # of services not logged in to, or not reached
@@ -157,7 +156,7 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> 
         if ids:
             write_whole(remembered, json.dumps(ids) + "\n")
 
-    ranks.first_does(start)
+    distributed.first_does(start)
 
 
 def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:

@@ -16,19 +16,17 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 
-from clipvip.data.shards import is_shards
 from clipvip.files import flush_folder, shown, write_whole
-from clipvip.model.conversion import failed_writes
-from clipvip.training.config import TrainConfig, TrainingError
+from clipvip.model.pretrained import failed_writes
+from clipvip.training.config import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -340,49 +338,3 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-_NOT_THE_COURSE = (
-    "out", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batch_size",
-    "data.num_workers", "data.validation", "best_metric", "eval_every", "lost_after", "timeout",
-    "on_nonfinite", "trackers",
-)  # fmt: skip
-
-
-def flat(config: TrainConfig) -> dict[str, Any]:
-    """Its settings by dotted keys."""
-    settings: dict[str, Any] = {}
-    for key, value in asdict(config).items():
-        if isinstance(value, dict):
-            settings.update({f"{key}.{name}": inner for name, inner in value.items()})
-        else:
-            settings[key] = value
-    return settings
-
-
-def course(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """What decides a run's losses: gone on with under other values, it is another run."""
-    settings = {"processes": processes, **flat(config)}
-    return {key: value for key, value in settings.items() if key not in _NOT_THE_COURSE}
-
-
-def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterator[str]:
-    """A line for each difference from the course that a checkpoint was written in."""
-    for key, value in course(config, processes).items():
-        before = then.get(key)
-        if before == value:
-            continue
-        if key in ("model.name", "model.config", "model.tokenizer"):
-            yield f"{key} is {value} now, and was {before}; the model stays the checkpoint's"
-        elif key != "processes":
-            yield f"resuming with another {key}: was {before}, is {value}"
-        elif config.data.train is None or is_shards(config.data.train):
-            yield (
-                f"resuming with {value} processes after {before}: what is left of this epoch is "
-                "drawn from the shards anew, so some of its clips come twice and some not at all"
-            )
-        else:
-            yield (
-                f"resuming with {value} processes after {before}: the batches stay as they would "
-                "have been, and losses too but for rounding and dropout"
-            )

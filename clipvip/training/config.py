@@ -7,7 +7,7 @@ file first (beside it, or by the name of a packaged one).
 import copy
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clipvip.data.sampling import check_sampling
+from clipvip.data import DECODERS
+from clipvip.data.shards import is_shards
+from clipvip.data.video import check_sampling
+from clipvip.losses import VARIANTS
 from clipvip.ops.resize_crop import RESIZES
 from clipvip.retrieval import METRICS, TABLES
 
@@ -169,13 +172,13 @@ _EXCLUSIVE = (("epochs", "max_steps"), ("data.train", "data.sources"))
 
 _CHOICES = {
     "task": ("omnisource", "retrieval"),
-    "variant": ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc"),
+    "variant": VARIANTS,
     "mixed_precision": ("no", "bf16"),
     "parallel": ("ddp", "fsdp"),
     "resume": ("never", "latest"),
     "on_nonfinite": ("stop", "skip"),
     "backend": ("native", "reference"),
-    "data.decoder": ("auto", "dali", "pyav"),
+    "data.decoder": DECODERS,
     "data.resize": RESIZES,
     "best_metric": tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS),
 }
@@ -383,3 +386,49 @@ def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+_NOT_THE_COURSE = (
+    "out", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batch_size",
+    "data.num_workers", "data.validation", "best_metric", "eval_every", "lost_after", "timeout",
+    "on_nonfinite", "trackers",
+)  # fmt: skip
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Its settings by dotted keys."""
+    settings: dict[str, Any] = {}
+    for key, value in asdict(config).items():
+        if isinstance(value, dict):
+            settings.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            settings[key] = value
+    return settings
+
+
+def course(config: TrainConfig, processes: int) -> dict[str, Any]:
+    """What decides a run's losses: gone on with under other values, it is another run."""
+    settings = {"processes": processes, **flat(config)}
+    return {key: value for key, value in settings.items() if key not in _NOT_THE_COURSE}
+
+
+def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterator[str]:
+    """A line for each difference from the course that a checkpoint was written in."""
+    for key, value in course(config, processes).items():
+        before = then.get(key)
+        if before == value:
+            continue
+        if key in ("model.name", "model.config", "model.tokenizer"):
+            yield f"{key} is {value} now, and was {before}; the model stays the checkpoint's"
+        elif key != "processes":
+            yield f"resuming with another {key}: was {before}, is {value}"
+        elif config.data.train is None or is_shards(config.data.train):
+            yield (
+                f"resuming with {value} processes after {before}: what is left of this epoch is "
+                "drawn from the shards anew, so some of its clips come twice and some not at all"
+            )
+        else:
+            yield (
+                f"resuming with {value} processes after {before}: the batches stay as they would "
+                "have been, and losses too but for rounding and dropout"
+            )

@@ -1,24 +1,22 @@
 """Text-video retrieval of a model over an annotation file."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.bad_files import BadFile
-from clipvip.data.loader import ClipLoader, LoaderError, build_loader, tokenize
+from clipvip.data.loading import BadFile, LoaderError, build_loader
+from clipvip.embedding import embed_batches, embed_texts, load_for_embedding, with_texts_read
 from clipvip.files import shown, write_whole
-from clipvip.model import CLIPViPModel, load_for_embedding
-from clipvip.model.processing import CLIPViPProcessor, normalize_frames
+from clipvip.model import CLIPViPModel
+from clipvip.model.processing import CLIPViPProcessor
 from clipvip.retrieval import METRICS, TABLES, both_directions
-from clipvip.training import ranks
+from clipvip.training import watch
 from clipvip.training.config import Preempted, TrainConfig
 
 
@@ -43,7 +41,7 @@ def evaluate(
     Args:
         clips: those without text are rivals in text→video only.
         processor: says how clips and texts are read.
-        decoder: see clipvip.data.loader.build_loader.
+        decoder: see clipvip.data.loading.loader.build_loader.
         dtype: autocast the towers to it; None for the weights' own.
         asked_to_stop: asked before each batch.
 
@@ -68,7 +66,7 @@ def evaluate(
             *(model, clips, processor, batch_size, num_workers, max_bad_share, decoder),
             asked_to_stop,
         )
-        sentences = _embed_texts(model, [text for _, text in texts], processor, batch_size)
+        sentences = embed_texts(model, [text for _, text in texts], processor, batch_size)
     model.train(training)
 
     if not videos:
@@ -78,7 +76,7 @@ def evaluate(
     asked = [i for i, (clip, _) in enumerate(texts) if clip in row_of_clip]
     video_of_text = torch.tensor([row_of_clip[texts[i][0]] for i in asked])
     # One computes them for all, as what is done next, such as saving the best, hangs on them.
-    tables = ranks.first_does(
+    tables = distributed.first_does(
         lambda: both_directions(
             torch.stack([videos[clip] for clip in seen]), sentences[asked], video_of_text
         )
@@ -109,12 +107,12 @@ def evaluate_checkpoint(
         out: JSON file for the result; written whole or not at all.
         num_frames, text_length: by default as the checkpoint's processor says.
         max_bad_share: of clips that may be unreadable; they are left out and listed.
-        decoder: see clipvip.data.loader.build_loader.
+        decoder: see clipvip.data.loading.loader.build_loader.
 
     Under torchrun the clips are shared out over the processes.
     """
-    state = ranks.start(TrainConfig.timeout)
-    with ranks.Watch(TrainConfig.lost_after):
+    state = distributed.start(TrainConfig.timeout)
+    with watch.Watch(TrainConfig.lost_after):
         clips = load_annotations(annotations)
         model, processor = load_for_embedding(checkpoint, attention_backend=backend)
         processor.num_frames = num_frames or processor.num_frames
@@ -157,13 +155,6 @@ def print_result(result: dict[str, Any]) -> None:
         console.print(f"{len(result['missing'])} clips could not be read and were left out:")
         for path in result["missing"]:
             console.print(f"  {shown(path)}", markup=False, highlight=False, soft_wrap=True)
-
-
-def with_texts_read(clips: Sequence[Clip], paragraph: bool) -> list[Clip]:
-    """The clips with their texts joined to one, if they are to be read as a paragraph."""
-    if not paragraph:
-        return list(clips)
-    return [replace(clip, text=(" ".join(clip.text),)) if clip.text else clip for clip in clips]
 
 
 def _embed_videos(
@@ -215,36 +206,3 @@ def _embed_videos(
             f"({missing / len(clips):.1%}, allowed {max_bad_share:.1%}){last}"
         )
     return videos
-
-
-def embed_batches(
-    model: CLIPViPModel, processor: CLIPViPProcessor, loader: ClipLoader
-) -> Iterator[dict[int, Tensor]]:
-    """For each batch of a loader: clip_index → unit feature [P], fp32 on the CPU."""
-    for batch in loader:
-        frames = normalize_frames(
-            batch["pixel_values"].to(model.device), processor.image_mean, processor.image_std
-        )
-        features = model.get_video_features(frames, batch["frame_offsets"].to(model.device))
-        features = F.normalize(features.float(), dim=-1).cpu()
-        yield dict(zip(batch["clip_index"].tolist(), features, strict=True))
-
-
-def _embed_texts(
-    model: CLIPViPModel,
-    texts: Sequence[str],
-    processor: CLIPViPProcessor,
-    batch_size: int,
-) -> Tensor:
-    """Unit features [n, P] in the order of the texts, fp32 on the CPU."""
-    rank, world = distributed.rank(), distributed.world_size()
-    chunks = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    own = []
-    for chunk in chunks[rank::world]:  # the same chunks on any number of ranks
-        ids, mask = tokenize(processor.tokenizer, chunk, processor.longest_text)
-        features = model.get_text_features(ids.to(model.device), mask.to(model.device))
-        own.append(F.normalize(features.float(), dim=-1).cpu())
-    parts: list[Tensor] = [torch.empty(0)] * len(chunks)
-    for first, given in enumerate(distributed.all_gather_objects(own)):
-        parts[first::world] = given
-    return torch.cat(parts)

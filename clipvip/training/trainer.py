@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip
-from clipvip.data.loader import ClipLoader, counted
+from clipvip.data.loading import ClipLoader, counted
 from clipvip.files import only_run, shown
 from clipvip.losses import contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel
+from clipvip.model.pretrained import holds_code
 from clipvip.model.processing import CLIPViPProcessor, normalize_frames
-from clipvip.model.sources import holds_code
 from clipvip.retrieval import TABLES
-from clipvip.training import caching, checkpoint, parallel, ranks
+from clipvip.training import caching, checkpoint, parallel, watch
 from clipvip.training.build import (
     build_model,
     find_resumed,
@@ -37,7 +37,15 @@ from clipvip.training.build import (
     start_trackers,
     training_loader,
 )
-from clipvip.training.config import ConfigError, Preempted, TrainConfig, TrainingError, check
+from clipvip.training.config import (
+    ConfigError,
+    Preempted,
+    TrainConfig,
+    TrainingError,
+    changes,
+    check,
+    course,
+)
 from clipvip.training.evaluate import evaluate
 from clipvip.training.optimization import adamw, run_steps, schedule
 from clipvip.training.plan import TERA, peak_tera, plan
@@ -73,8 +81,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     with (
         Preemption() as preemption,
-        ranks.Watch(config.lost_after),
-        ranks.first_enters(alone_in(Path(config.out))),
+        watch.Watch(config.lost_after),
+        distributed.first_enters(alone_in(Path(config.out))),
     ):
         return _train(config, accelerator, preemption)
 
@@ -136,8 +144,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, preemption: Preemption
         if validation and state.get("unmeasured"):  # SIGTERM came before that step's figures
             measure()
             best = state.get("best_step")
-            ranks.first_does(lambda: checkpoint.move_links(out, state["step"], best))
-        if ranks.on_any(torch.tensor([preemption.asked], device=accelerator.device))[0]:
+            distributed.first_does(lambda: checkpoint.move_links(out, state["step"], best))
+        if distributed.on_any(torch.tensor([preemption.asked], device=accelerator.device))[0]:
             raise preempted(state["step"], total)
         for step in range(state["step"] + 1, total + 1):
             started, waited, losses, seen = time.perf_counter(), 0.0, [], []
@@ -155,7 +163,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, preemption: Preemption
             figures = torch.stack([torch.stack(losses).mean(), norm])
             wrong = ~figures.isfinite().all()
             flags = torch.stack([wrong, torch.full_like(wrong, preemption.asked)])
-            flags = ranks.on_any(flags).float()
+            flags = distributed.on_any(flags).float()
             # Where found_inf is 1, AdamW changes nothing; the host need not wait for it to know.
             optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
             optimizer.step()
@@ -283,7 +291,6 @@ def compute_loss(features: dict[str, Tensor], config: TrainConfig) -> Tensor:
         scale,
         config.variant,
         subtitle_present=features["subtitle_present"],
-        frame_present=features["image_present"],
         caption_present=features["caption_present"],
         sharded=True,
         backend=config.backend,
@@ -386,7 +393,7 @@ def save_state(
             **live,
             "optimizer": moments,
             "random": random_states,
-            "course": checkpoint.course(config, accelerator.num_processes),
+            "course": course(config, accelerator.num_processes),
         }
         with (folder / "state.pt").open("wb") as file:  # its errors say why; torch's do not
             torch.save(whole, file)
@@ -414,7 +421,7 @@ def save_state(
         checkpoint.prune(folder, keep, protected)
         return None
 
-    problem = ranks.first_does(save)
+    problem = distributed.first_does(save)
     if problem is None:
         return
     told = f"step {state['step']}: the checkpoint could not be written: {problem}"
@@ -458,14 +465,14 @@ def load_state(
             f"{shown(resumed / 'state.pt')} does not hold the state of a run of this model "
             f"({reason}); give another out to start anew"
         ) from error
-    best = ranks.first_does(
+    best = distributed.first_does(
         lambda: checkpoint.whole_or_none(Path(config.out) / "checkpoints", state.get("best_step"))
     )
     if best is None:
         state.update(best_step=None, best_metric=None)
     if accelerator.is_main_process:
         checkpoint.move_links(Path(config.out), state["step"], best)
-        for change in checkpoint.changes(then, config, accelerator.num_processes):
+        for change in changes(then, config, accelerator.num_processes):
             print(change, flush=True)
     return state
 

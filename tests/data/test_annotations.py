@@ -15,7 +15,7 @@ from clipvip.data.annotations import (
     load_annotations,
     write_annotations,
 )
-from clipvip.data.decode import DecodeError, read_frames
+from clipvip.data.video import DecodeError, read_frames
 
 
 def write(folder: Path, *lines: str | bytes) -> Path:

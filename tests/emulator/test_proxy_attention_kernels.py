@@ -5,11 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipvip.ops.proxy_attention import (
-    _backward_cuda,
-    _forward_cuda,
-    proxy_attention_reference,
-)
+from clipvip.ops.proxy_attention import _backward_cuda, _forward_cuda, proxy_attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [0, 2, 2, 3]  # two frames, none, one

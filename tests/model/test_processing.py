@@ -7,12 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from clipvip.model import CLIPViPProcessor, processing
-from clipvip.model.processing import (
-    NoTokenizer,
-    normalize_frames,
-    read_settings,
-    save_settings,
-)
+from clipvip.model.processing import NoTokenizer, normalize_frames, read_settings, save_settings
 from clipvip.ops.resize_crop import RESIZES, resize_frames
 
 
@@ -71,14 +66,13 @@ def test_lone_images_and_empty_videos(processor):
 
 
 def test_paths_are_decoded_as_the_processor_says(processor, monkeypatch, tmp_path):
-    decode = pytest.importorskip("clipvip.data.decode")
     asked = []
 
     def read_frames(path, num_frames, **how):
         asked.append((path, num_frames, how))
         return noise(num_frames, 3, how["size"], how["size"])
 
-    monkeypatch.setattr(decode, "read_frames", read_frames)
+    monkeypatch.setattr("clipvip.data.video.read_frames", read_frames)
     processor.resize, processor.sampling = "pad", "fps:2"
     batch = processor(videos=[tmp_path / "a.mp4", "b.mp4"])
     how = {"size": 32, "resize": "pad", "sampling": "fps:2"}

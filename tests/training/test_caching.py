@@ -30,7 +30,6 @@ def batch():
         "frame_offsets": torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
         "clip_index": torch.arange(CLIPS),
         "image": draw(CLIPS, 3, 32, 32).to(torch.uint8),
-        "image_present": torch.ones(CLIPS, dtype=torch.bool),
         **texts,
     }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipvip.training import checkpoint
+from clipvip.training import checkpoint, config
 from clipvip.training.config import TrainingError
 
 WEIGHTS = "model/model.safetensors"
@@ -290,9 +290,9 @@ def test_random_states_come_back_through_a_file_without_pickle(tmp_path):
 
 
 def test_a_changed_setting_is_told_and_whether_it_is_taken(make_config):
-    then = checkpoint.course(make_config(), 1)
+    then = config.course(make_config(), 1)
     now = make_config("optimizer.lr=2e-3", "model.tokenizer=other", "log_every=7")
-    assert list(checkpoint.changes(then, now, 1)) == [
+    assert list(config.changes(then, now, 1)) == [
         f"model.tokenizer is other now, and was {then['model.tokenizer']}; the model stays the "
         "checkpoint's",
         "resuming with another optimizer.lr: was 0.001, is 0.002",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clipvip.model import CLIPViPProcessor
-from clipvip.model.conversion import authors_state_dict
+from clipvip.model.authors import authors_state_dict
 from clipvip.model.processing import READING
 from clipvip.training import evaluate as evaluation
 from clipvip.training.build import build_model, settled

@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipvip.data.loader import LoaderError
+from clipvip.data.loading import LoaderError
 from clipvip.model import CLIPViPModel
+from clipvip.training import checkpoint
 from clipvip.training.config import ConfigError, Preempted, TrainingError
 from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import train
@@ -367,8 +368,6 @@ def test_a_full_disk_costs_only_the_checkpoints_that_found_it_full(
     """Files of more than a few bytes cannot be written; the error is the real writers'."""
     import resource
 
-    from clipvip.training import checkpoint
-
     save, limit = checkpoint.save, resource.RLIMIT_FSIZE
     unlimited = resource.getrlimit(limit)
 
@@ -402,7 +401,6 @@ def test_a_full_disk_costs_only_the_checkpoints_that_found_it_full(
 def test_a_disk_with_room_for_the_checkpoints_that_are_kept_is_large_enough(
     make_config, monkeypatch, caplog
 ):
-    from clipvip.training import checkpoint
 
     flush = checkpoint._hash_and_flush
 
@@ -425,7 +423,6 @@ def test_a_disk_with_room_for_the_checkpoints_that_are_kept_is_large_enough(
 
 def test_links_that_cannot_be_moved_cost_no_checkpoint(make_config, caplog):
     """A copy of a run that followed links has folders in their place."""
-    from clipvip.training import checkpoint
 
     config = make_config("save_every=1", "max_steps=3", "keep_checkpoints=1", "resume=latest")
     last = Path(config.out) / "last"
@@ -456,7 +453,6 @@ def test_an_out_that_cannot_be_is_told_in_one_line(make_config, tmp_path, kind):
 
 
 def test_a_state_of_something_else_is_told_in_one_line(make_config):
-    from clipvip.training import checkpoint
 
     config = make_config("save_every=1", "max_steps=1")
     train(config)

@@ -1,0 +1,21 @@
+"""Clips to WebDataset tars, and tars to batches.
+
+These names are for the rest of the package; all others are private to this folder.
+"""
+
+from clipvip.data.shards.manifest import Shard, ShardError, is_shards, load_manifest
+from clipvip.data.shards.stream import Shards, Source, build_shard_loader
+from clipvip.data.shards.verify import verify_shards
+from clipvip.data.shards.write import write_shards
+
+__all__ = [
+    "Shard",
+    "ShardError",
+    "Shards",
+    "Source",
+    "build_shard_loader",
+    "is_shards",
+    "load_manifest",
+    "verify_shards",
+    "write_shards",
+]

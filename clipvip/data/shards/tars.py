@@ -1,0 +1,235 @@
+"""Read WebDataset tars, in which adjacent members of one name make a sample.
+
+A tar is read once, from its first byte to its last, and nothing in it is expanded. So memory never
+holds more than the file does: compressed tars are refused, and a member with holes costs its
+sample. Names in a tar are only names; nothing is written to them.
+
+Python's tarfile parses single headers here but does not walk through the tar: it takes a damaged
+header for the end of the tar, and in releases still in use some headers make it loop forever or for
+hours (CVE-2025-8194, CVE-2024-6232).
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import IO, NamedTuple, Protocol, cast
+
+from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, DecodeError
+from clipvip.files import TEXT_BYTES, check_is_file
+
+MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+TEXTS = ("json", "txt")
+HEADER_BYTES = 1 << 20  # limit for a long name, or for pax records
+BLOCK, PIECE = 512, 1 << 24
+DIGITS = 20  # limit for a number of bytes in pax records
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK": "zip",
+}
+PAX = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
+ABOUT_NEXT = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+# Pax records that are used. A stranger may add any number of others.
+SPARSE = frozenset({b"GNU.sparse.name", b"GNU.sparse.realsize", b"GNU.sparse.size"})
+USED = SPARSE | {b"path", b"size"}
+META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
+
+
+@dataclass(slots=True)
+class Packed:
+    """A sample of a tar: its members that are media or texts, by their suffixes in lower case.
+
+    fault: why it cannot be used; None if it can, as far as the tar tells.
+    """
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    fault: str | None = None
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
+    """Open a path or any fsspec URL to read bytes. Raises whatever fsspec does, and OSError for
+    a path that is no file."""
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    system, path = url_to_fs(url)
+    if isinstance(system, LocalFileSystem):
+        check_is_file(path)
+    return cast(AbstractContextManager[IO[bytes]], system.open(path, "rb"))
+
+
+def read_samples(file: Readable, url: str) -> Iterator[Packed]:
+    """Yield the samples of one open tar, in order. Raises DecodeError where the tar cannot be read
+    on. Errors of the file itself pass through."""
+    sample: Packed | None = None
+    for member in _members(_Bytes(file, url)):
+        key, suffix = _split(member.name)
+        if not key:
+            continue
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            sample = Packed(key)
+        fault = member.fault
+        if suffix in sample.members:
+            fault = f"two members have the suffix .{suffix}"
+        sample.fault = sample.fault or fault
+        if _most_bytes(member.name):
+            sample.members[suffix] = member.data
+    if sample is not None:
+        yield sample
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Split a name into key and suffix, at the first dot of its last part. An empty key means that
+    it is part of no sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    if not stem or stem == base or META.match(name):
+        return "", ""
+    return f"{folder}{slash}{stem}", suffix.lower()
+
+
+def _most_bytes(name: str) -> int:
+    """Return how many bytes of a member are held at most; 0 for one that no sample needs."""
+    _, suffix = _split(name)
+    if suffix in TEXTS:
+        return TEXT_BYTES
+    kind, _, last = suffix.rpartition(".")
+    return 1 << 62 if f".{last}" in MEDIA and kind in ("", "image") else 0
+
+
+# --- the format -----------------------------------------------------------------------------
+
+
+class _Bytes:
+    """Bytes of a tar, in order. at: how many were read."""
+
+    def __init__(self, file: Readable, url: str) -> None:
+        self.file = file
+        self.url = url
+        self.at = 0
+
+    def take(self, count: int) -> bytes:
+        data = self.up_to(count)
+        if len(data) < count:
+            raise DecodeError(self.url, f"cut off at byte {self.at}, within a member")
+        return data
+
+    def up_to(self, count: int) -> bytes:
+        """Read `count` bytes, fewer where the tar ends; in pieces, since a header may claim more
+        than there is memory."""
+        pieces = []
+        while count and (piece := self.file.read(min(count, PIECE))):
+            pieces.append(piece)
+            self.at += len(piece)
+            count -= len(piece)
+        return b"".join(pieces)
+
+    def skip(self, count: int) -> None:
+        for left in range(count, 0, -PIECE):
+            self.take(min(left, PIECE))
+
+
+class _Member(NamedTuple):
+    """A regular file. data: empty where it is not held."""
+
+    name: str
+    data: bytes
+    fault: str | None
+
+
+def _members(tar: _Bytes) -> Iterator[_Member]:
+    """Yield the regular files of a tar (POSIX.1-2001 and GNU formats), in order; skip others."""
+    while True:
+        records: dict[bytes, bytes] | None = {}  # of headers about the member; None if damaged
+        info = _header(tar)
+        while info is not None and info.type in ABOUT_NEXT:
+            found = _about_next(tar, info)
+            records = None if records is None or found is None else records | found
+            info = _header(tar)
+        if info is None:
+            return
+        known = records or {}
+        size = int(known.get(b"size", info.size))
+        name = known.get(b"GNU.sparse.name", known.get(b"path"))
+        named = info.name if name is None else name.decode("utf-8", "surrogateescape")
+        if size < 0:
+            raise DecodeError(tar.url, f"damaged at byte {tar.at}: a member of {size} bytes")
+        if not info.isreg():
+            # No data follows a known type such as a link; data of an unknown type is skipped.
+            tar.skip(0 if info.type in tarfile.SUPPORTED_TYPES else size + -size % BLOCK)
+            continue
+        fault, most = None, _most_bytes(named)
+        if records is None:
+            fault = "its pax header makes no sense"
+        elif info.type == tarfile.GNUTYPE_SPARSE or known.keys() & SPARSE:
+            fault = "a sparse file, whose holes are not expanded; pack it without --sparse"
+        elif size > most > 0:
+            fault = f"{size} bytes of .{_split(named)[1]}; expected at most {most}"
+        data = tar.take(size) if fault is None and most else b""
+        tar.skip(size - len(data))
+        yield _Member(named, data, fault)
+        tar.up_to(-size % BLOCK)
+
+
+def _header(tar: _Bytes) -> tarfile.TarInfo | None:
+    """Read the next member's header; None at the end, where the block of zeros may be missing."""
+    head = tar.up_to(BLOCK)
+    if not head and not tar.at:
+        raise DecodeError(tar.url, "empty file (0 bytes)")
+    if not any(head):
+        return None
+    try:
+        info = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        kind = next((COMPRESSED[mark] for mark in COMPRESSED if head.startswith(mark)), None)
+        if tar.at > len(head):
+            reason = f"damaged or cut off at byte {tar.at - len(head)} ({error})"
+        elif kind is not None:
+            reason = f"compressed ({kind}); only plain tars are read, so decompress it"
+        else:
+            reason = "not a tar"
+        raise DecodeError(tar.url, reason) from None
+    more = info.type == tarfile.GNUTYPE_SPARSE and head[482]
+    while more:  # the map of its holes continues
+        more = tar.take(BLOCK)[504]
+    return info
+
+
+def _about_next(tar: _Bytes, info: tarfile.TarInfo) -> dict[bytes, bytes] | None:
+    """Read a header about the member after it; None where it makes no sense."""
+    if not 0 <= info.size <= HEADER_BYTES:
+        raise DecodeError(tar.url, f"damaged at byte {tar.at}: a header of {info.size} bytes")
+    text = tar.take(info.size + -info.size % BLOCK)[: info.size]
+    if info.type == tarfile.GNUTYPE_LONGNAME:
+        return {b"path": text.partition(b"\0")[0]}
+    return _records(text) if info.type in PAX else {}
+
+
+def _records(text: bytes) -> dict[bytes, bytes] | None:
+    """Parse pax records, "LENGTH KEY=VALUE\\n" each, and return those in USED; None where one makes
+    no sense."""
+    found, at = {}, 0
+    while at < len(text) and text[at]:
+        digits = text[at : at + DIGITS].partition(b" ")[0]
+        if not digits.isdigit():
+            return None
+        end = at + int(digits)
+        key, equals, value = text[at + len(digits) + 1 : end].partition(b"=")
+        if not equals or not value.endswith(b"\n") or end > len(text):
+            return None
+        if key in USED:
+            found[key] = value[:-1]
+        at = end
+    size = found.get(b"size", b"0")
+    return found if size.isdigit() and len(size) < DIGITS else None

@@ -1,0 +1,68 @@
+"""One video or image file to frames: which frames it has and when, the wanted ones as pixels.
+
+These names are for the rest of the package; all others are private to this folder.
+"""
+
+from clipvip.data.video.container import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Blob,
+    DecodeError,
+    Media,
+    as_decode_errors,
+    file_of,
+    is_image,
+)
+from clipvip.data.video.dali import (
+    DaliDecoder,
+    Encoded,
+    Engine,
+    Refused,
+    choose_engine,
+    encode,
+    start_engine,
+)
+from clipvip.data.video.decode import (
+    OpenClip,
+    VideoInfo,
+    check_decodes,
+    decode_clip,
+    open_clip,
+    probe,
+    read_frames,
+)
+from clipvip.data.video.pixels import rgb_of
+from clipvip.data.video.sampling import check_sampling
+from clipvip.data.video.transcode import CODING, Cut, cut, reencode, whole
+
+__all__ = [
+    "CODING",
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Blob",
+    "Cut",
+    "DaliDecoder",
+    "DecodeError",
+    "Encoded",
+    "Engine",
+    "Media",
+    "OpenClip",
+    "Refused",
+    "VideoInfo",
+    "as_decode_errors",
+    "check_decodes",
+    "check_sampling",
+    "choose_engine",
+    "cut",
+    "decode_clip",
+    "encode",
+    "file_of",
+    "is_image",
+    "open_clip",
+    "probe",
+    "read_frames",
+    "reencode",
+    "rgb_of",
+    "start_engine",
+    "whole",
+]

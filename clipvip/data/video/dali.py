@@ -1,0 +1,441 @@
+"""Decoding by NVIDIA DALI: on a GPU's video engine, or on the CPU what DALI decodes there.
+
+Worker processes cannot share the main process's GPU, so the work is split. `encode`, in a
+worker, does all but decoding: it opens the file, chooses the frames as any reader does, and
+copies the packets that they need into a small Matroska file in memory, in which frames are
+numbered by their order of showing. So one demuxer, PyAV's, says which frame is which, whatever
+edit lists, times or cut ends the file has. `DaliDecoder`, in the main process, decodes batches of
+those on its device. What DALI cannot decode there, or would decode wrong (frames that change size,
+colours that are not BT.601's), PyAV decodes in the worker.
+"""
+
+import ctypes
+import functools
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.codec.codec import UnknownCodecError
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clipvip.data import DECODERS
+from clipvip.data.video.container import Blob, DecodeError, add_copy, open_video, packets_from
+from clipvip.data.video.decode import OpenClip, open_clip
+from clipvip.data.video.headers import CHANGED, difference, resets
+from clipvip.data.video.pixels import MATRIX_NAMES, orientation
+from clipvip.ops.resize_crop import Axis, Turn, on_black, placed, resize_frames
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(NamedTuple):
+    """Where DALI decodes, and what it can decode there, by FFmpeg's names."""
+
+    device: Literal["cpu", "gpu"]
+    codecs: frozenset[str]
+    pixels: frozenset[str]
+
+
+CPU = Engine(
+    "cpu",
+    frozenset({"vp8", "vp9", "mjpeg"}),
+    frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}),
+)
+GPU = Engine(
+    "gpu",
+    frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}),
+    frozenset({"yuv420p", "yuvj420p"}),
+)
+AV1_SINCE = (8, 6)  # compute capability
+
+TICKS = Fraction(1, 1000)  # of the copies
+STEP = 40  # ticks between frames
+THREADS = 8  # that feed a GPU's engines
+AT_ONCE = 1 << 30  # bytes of full-size frames
+
+
+class DaliError(ValueError):
+    """DALI was asked for and is not available."""
+
+
+def choose_engine(decoder: str) -> Engine | None:
+    """Choose the engine for `decoder`, one of DECODERS; None for PyAV.
+
+    "auto" takes DALI where there is a GPU with a video engine. Raises DaliError for "dali" where
+    it is not installed, or cannot reach the GPU's video engine.
+    """
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}")
+    if decoder == "pyav":
+        return None
+    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    gpu = torch.cuda.is_available()
+    if decoder == "auto" and not (installed and gpu and _has_nvdec()):
+        return None
+    if not installed:
+        raise DaliError('decoder is "dali", which is not installed: pip install "clipvip[dali]"')
+    if not gpu:
+        return CPU
+    if not _has_nvdec():
+        raise DaliError(
+            'decoder is "dali", but the driver\'s video library (libnvcuvid.so.1) is not found; '
+            "a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
+    with_av1 = torch.cuda.get_device_capability() >= AV1_SINCE
+    return GPU if with_av1 else GPU._replace(codecs=GPU.codecs - {"av1"})
+
+
+def start_engine(decoder: str) -> Engine | None:
+    """Return the engine that choose_engine chooses, once DALI has decoded a small clip on it.
+
+    Where it cannot, "auto" leaves the run to PyAV (None), and one line in the log says why; with
+    "dali" that is a DaliError.
+    """
+    engine = choose_engine(decoder)
+    problem = None if engine is None else _problem(engine)
+    if problem is None:
+        return engine
+    if decoder == "dali":
+        raise DaliError(f'decoder is "dali", which cannot start ({problem}); use auto or pyav')
+    _warn_once(f"DALI cannot start ({problem}): PyAV decodes all clips")
+    return None
+
+
+@functools.cache
+def _problem(engine: Engine) -> str | None:
+    """Return why DALI cannot decode there; None where it can."""
+    try:
+        with open_clip(Blob("the clip that DALI starts with", _sample(engine)), 1) as clip:
+            encoded = encode(clip, engine)
+        (frames,) = DaliDecoder(encoded.height, engine).decode([encoded])
+    except UnknownCodecError:  # PyAV was built without the encoder: nothing to try it with
+        return None
+    except Exception as error:  # raised by DALI, its libraries or the driver
+        return _reason(error)
+    return frames if isinstance(frames, str) else None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def _sample(engine: Engine) -> bytes:
+    """Make a file of one frame to try DALI with."""
+    buffer = io.BytesIO()
+    codec, pixels = ("libx264", "yuv420p") if engine.device == "gpu" else ("mjpeg", "yuvj420p")
+    with av.open(buffer, "w", format="matroska") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 176, 144, pixels
+        black = np.zeros((144 * 3 // 2, 176), np.uint8)
+        out.mux(stream.encode(VideoFrame.from_ndarray(black, format=pixels)))
+        out.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _has_nvdec() -> bool:
+    """Containers may give the GPU but not its video driver."""
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        return False
+    return True
+
+
+# --- in the workers -------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Frames of a clip, not decoded yet.
+
+    data: uint8 [bytes], a Matroska file; numbers: int32 [N], the frames wanted, counted in the
+    order of showing; width, height: as stored. turn: see decode.orientation.
+    """
+
+    data: Tensor
+    numbers: NDArray[np.int32]
+    width: int
+    height: int
+    turn: Turn
+
+
+class Refused(DecodeError):
+    """A clip that DALI cannot decode; PyAV may."""
+
+
+def encode(clip: OpenClip, engine: Engine) -> Encoded:
+    """Prepare all that DALI needs for the clip's frames. Raises Refused, or what PyAV raises."""
+    path, head = clip.path, clip.stream.codec_context
+    codec = head.codec.canonical_name
+    if codec not in engine.codecs:
+        raise Refused(path, f"{codec} on the {engine.device.upper()}")
+    if clip.index.by_count:
+        raise Refused(path, "no times of showing in the file")
+    _check_colours(path, head.colorspace)
+    wanted = clip.index.shown[clip.chosen]
+    # Half a tick on, or rounding could lead to the keyframe before.
+    first = clip.index.times[clip.chosen.min()] + float(clip.stream.time_base or 0) / 2
+    with open_video(clip.source) as (container, stream):
+        given = stream.codec_context.width, stream.codec_context.height
+        source = packets_from(container, stream, first)
+        packets = _needed(source, set(wanted.tolist()), resets(stream))
+        if packets and (problem := difference(stream, packets)):
+            raise Refused(path, problem)
+        frame = _first_frame(packets)
+        if frame is None:
+            raise Refused(path, "frames out of order")
+        if (frame.width, frame.height) != given:  # DALI makes room for what the file says
+            raise Refused(path, CHANGED)
+        _check_picture(path, frame, engine)
+        times = np.array([packet.pts for packet in packets], np.int64)
+        shown = np.unique(times)
+        if len(shown) < len(times):
+            raise Refused(path, "two frames at one time")
+        data = _matroska(stream, packets, np.searchsorted(shown, times))
+    return Encoded(
+        torch.frombuffer(data, dtype=torch.uint8),
+        np.searchsorted(shown, wanted).astype(np.int32),
+        frame.width,
+        frame.height,
+        orientation(frame),
+    )
+
+
+def _check_picture(path: Path, frame: VideoFrame, engine: Engine) -> None:
+    """Raise Refused where DALI would make other pixels of the frame."""
+    _check_colours(path, frame.colorspace)
+    if frame.format.name not in engine.pixels:
+        raise Refused(path, f"{frame.format.name} pixels on the {engine.device.upper()}")
+    if engine.device == "gpu" and frame.interlaced_frame:
+        raise Refused(path, "interlaced")
+    if engine.device == "gpu" and (frame.width % 2 or frame.height % 2):
+        raise Refused(path, "a width or height that is odd")
+
+
+def _check_colours(path: Path, number: int) -> None:
+    """Raise Refused for colours other than BT.601's. DALI takes all for those and clips the result
+    to 0 to 255, which no later correction undoes: saturated colours would be off by up to 40."""
+    name = MATRIX_NAMES.get(int(number))
+    if name != "bt601":
+        raise Refused(path, f"{name or 'other'} colours")
+
+
+def _needed(
+    packets: Iterator[Packet], wanted: set[int], is_reset: Callable[[Packet], bool]
+) -> list[Packet]:
+    """Packets in decoding order, from the first keyframe to the last wanted packet, without the
+    stretches between resets in which none is wanted; none where a wanted one is missing."""
+    needed: list[Packet] = []
+    stretch, used = 0, False  # where the packets since the last reset begin, if any is wanted
+    for packet in packets:
+        if not packet.size or packet.pts is None:
+            continue
+        if is_reset(packet):
+            if not used:
+                del needed[stretch:]
+            stretch, used = len(needed), False
+        # What refers to frames before the keyframe cannot be decoded without them.
+        if not needed or packet.pts >= (needed[0].pts or 0):
+            needed.append(packet)
+            used |= packet.pts in wanted
+            wanted.discard(packet.pts)
+        if not wanted:
+            return needed
+    return []
+
+
+def _first_frame(packets: list[Packet]) -> VideoFrame | None:
+    """Only a decoded frame says how it is to be turned and coloured."""
+    for packet in packets:
+        for frame in packet.decode():
+            assert isinstance(frame, VideoFrame)
+            return frame
+    flushed = packets[0].stream.decode(None) if packets else []
+    return flushed[0] if flushed else None
+
+
+def _matroska(stream: Any, packets: list[Packet], order: NDArray[np.int64]) -> memoryview:
+    """The packets as a file, the packet of order[i] shown at that place."""
+    buffer = io.BytesIO()
+    # None may be shown before it is decoded.
+    delay = int((np.arange(len(packets)) - order).max())
+    with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as out:
+        copy = add_copy(out, stream)
+        copy.time_base = TICKS
+        for decoded, (packet, shown) in enumerate(zip(packets, order.tolist(), strict=True)):
+            packet.time_base = TICKS
+            packet.pts, packet.dts = (shown + delay) * STEP, decoded * STEP
+            packet.duration = STEP
+            packet.stream = copy
+            out.mux(packet)
+    return buffer.getbuffer()
+
+
+# --- in the main process --------------------------------------------------------------------
+
+
+class DaliDecoder:
+    """Decodes frames and makes squares of them, as clipvip.ops.resize_crop says.
+
+    threads: for decoding on the CPU. Uses the GPU that is current when it is made.
+    """
+
+    def __init__(self, size: int, engine: Engine, threads: int = 1, resize: str = "crop") -> None:
+        self.size = size
+        self.resize = resize
+        on_gpu = engine.device == "gpu"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
+        self._threads = THREADS if on_gpu else max(threads, 1)
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._pipeline: Any = None
+        self._most = 0
+
+    def decode(self, clips: Sequence[Encoded]) -> list[Tensor | str]:
+        """Each clip's frames, uint8 [N, 3, size, size] on the device; a string, the reason, where
+        DALI could not decode it.
+        """
+        with self.apart():
+            return list(chain.from_iterable(map(self._decode, _portions(clips))))
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The GPU's work within waits for none of its other work, and is done at the end."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            yield
+            self._stream.synchronize()
+
+    def _decode(self, clips: Sequence[Encoded]) -> list[Tensor | str]:
+        if self._pipeline is None or len(clips) > self._most:
+            self._most = max(len(clips), self._most)
+            self._pipeline = self._build(self._most)
+        try:
+            packed = self._run(clips)
+        except RuntimeError as error:
+            # An error leaves the pipeline invalid, and the other clips' frames are lost.
+            self._pipeline = None
+            if len(clips) == 1:
+                return [_reason(error)]
+            half = len(clips) // 2
+            return [*self._decode(clips[:half]), *self._decode(clips[half:])]
+        parts = packed.split([len(clip.numbers) for clip in clips])
+        return [_turned(part, clip.turn) for part, clip in zip(parts, clips, strict=True)]
+
+    def _run(self, clips: Sequence[Encoded]) -> Tensor:
+        """uint8 [F, 3, size, size]."""
+        axes = [
+            placed(clip.height, clip.width, self.size, self.resize, clip.turn) for clip in clips
+        ]
+        inputs: dict[str, list[NDArray[Any]]] = {
+            "data": [clip.data.numpy() for clip in clips],
+            "frames": [clip.numbers for clip in clips],
+        }
+        if self.resize != "squash":
+            parts = [_part(clip, sides) for clip, sides in zip(clips, axes, strict=True)]
+            inputs |= {name: [part[name] for part in parts] for name in PART}
+        (given,) = self._pipeline.run(**inputs)
+        frames = [torch.from_dlpack(given[i]).permute(0, 3, 1, 2) for i in range(len(clips))]
+        counts = [len(part) for part in frames]
+        wanted = [len(clip.numbers) for clip in clips]
+        if counts != wanted:
+            raise RuntimeError(f"gave {counts} frames of {wanted}")
+        packed = torch.cat(list(map(self._squares, frames, axes)))
+        if self._stream is not None:
+            self._stream.synchronize()  # the next run writes where these frames lie
+        return packed
+
+    def _squares(self, frames: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
+        if self.resize == "squash":
+            return resize_frames(frames, self.size, self.resize)
+        return on_black(frames, axes, self.size)
+
+    def _build(self, most: int) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        gpu = self._stream is not None
+        pipeline = Pipeline(
+            batch_size=most,
+            num_threads=self._threads,
+            device_id=self.device.index if isinstance(self.device, torch.device) else None,
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, no_copy=True)
+            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+            # "none": a frame past the end is an error instead of a black frame.
+            decoded = fn.decoders.video(
+                data,
+                frames=frames,
+                pad_mode="none",
+                device="mixed" if gpu else "cpu",
+                affine=False,  # or the processes of one machine would share the same few cores
+            )
+            if self.resize != "squash":  # DALI has no filter like it
+                size, begin, end = (
+                    fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in PART
+                )
+                decoded = fn.resize(
+                    decoded,
+                    size=size,
+                    roi_start=begin,
+                    roi_end=end,
+                    interp_type=types.INTERP_CUBIC,
+                    antialias=True,
+                )
+            pipeline.set_outputs(decoded)
+        pipeline.build()
+        return pipeline
+
+
+def _portions(clips: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
+    """Parts whose full-size frames fit into memory together."""
+    first, total = 0, 0
+    for last, clip in enumerate(clips):
+        size = 3 * clip.width * clip.height * len(clip.numbers)
+        if total and total + size > AT_ONCE:
+            yield clips[first:last]
+            first, total = last, 0
+        total += size
+    if clips:
+        yield clips[first:]
+
+
+PART = ("size", "begin", "end")
+
+
+def _part(clip: Encoded, axes: tuple[Axis, Axis]) -> dict[str, NDArray[np.float32]]:
+    """The part of a clip's frames that is shown, (top, left) to (bottom, right), and what it is
+    resized to."""
+    whole, first, kept, _ = np.array(tuple(zip(*axes, strict=True)), np.float32)
+    unit = np.array([clip.height, clip.width], np.float32) / whole
+    return {"size": kept, "begin": first * unit, "end": (first + kept) * unit}
+
+
+def _turned(frames: Tensor, turn: Turn) -> Tensor:
+    swapped, mirrored_x, mirrored_y = turn
+    frames = frames.transpose(2, 3) if swapped else frames
+    axes = [axis for axis, mirrored in ((3, mirrored_x), (2, mirrored_y)) if mirrored]
+    return frames.flip(axes) if axes else frames
+
+
+def _reason(error: Exception) -> str:
+    """DALI's own words out of several lines around them."""
+    text = str(error)
+    said = text.partition("encountered:")[2].strip() or text.strip()
+    return f"DALI: {said.splitlines()[0] if said else 'an error without words'}"

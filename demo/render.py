@@ -87,7 +87,9 @@ def render(scene: Scene, path: Path) -> dict[str, str]:
     rng = np.random.default_rng(scene.seed)
     frames, middle = draw(scene, rng)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"crf": "18"})
+        # x264's macroblock tree gives other bytes in each run, even on one thread.
+        coding = {"crf": "18", "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=RATE, options=coding)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1

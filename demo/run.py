@@ -144,20 +144,22 @@ def train_tokenizer(annotations: Path) -> CLIPTokenizer:
     learned = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learned.normalizer = normalizers.Lowercase()
     learned.pre_tokenizer = pre_tokenizers.Whitespace()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # CLIP's tokenizer wants every byte as the end of a word too. Known from the start, they have the
+    # same numbers in every run, and so equally frequent pairs are merged in the same order.
+    ends = [character + "</w>" for character in alphabet]
     learned.train_from_iterator(
         sentences,
         trainers.BpeTrainer(
             vocab_size=1024,
             end_of_word_suffix="</w>",
             initial_alphabet=alphabet,
+            special_tokens=ends,
             show_progress=False,
         ),
     )
     state = json.loads(learned.to_str())["model"]
-    # CLIP's tokenizer wants every byte as the end of a word too, and its two special tokens.
-    ends = [character + "</w>" for character in sorted(alphabet)]
-    vocabulary = dict.fromkeys([*state["vocab"], *ends, "<|startoftext|>", "<|endoftext|>"])
+    vocabulary = [*state["vocab"], "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: number for number, token in enumerate(vocabulary)},
         merges=[tuple(merge) for merge in state["merges"]],

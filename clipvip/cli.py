@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +16,7 @@ from tyro.conf import Positional, arg
 
 from clipvip.data import Decoder
 from clipvip.files import shown
-from clipvip.terminal import safe_output
+from clipvip.terminal import one_line_errors, print_error, safe_output
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
@@ -355,7 +354,7 @@ def bench(
     try:
         better = benchmark.compare(*compare, allow)
     except ValueError as error:
-        print(f"clipvip: error: {shown(error)}", file=sys.stderr)
+        print_error(error)
         raise SystemExit(2) from None
     if not better:
         raise SystemExit(1)
@@ -384,23 +383,11 @@ COMMANDS: dict[str, Any] = {
 
 
 def main() -> None:
-    """Runs one command; an error that the user can mend is one line and exit status 1."""
-    with safe_output():
-        _run()
-
-
-def _run() -> None:
-    try:
+    """Run one command."""
+    with safe_output(), one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="clipvip", description="Video-text models from CLIP, trained fast."
         )
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if os.environ.get("CLIPVIP_TRACEBACK"):
-            raise
-        print(f"clipvip: error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

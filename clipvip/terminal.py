@@ -1,4 +1,4 @@
-"""Output that ends no work: on any terminal, into a pipe that is closed, to a disk that is full."""
+"""What commands print: output that never stops the work, and errors as one line."""
 
 import io
 import os
@@ -7,17 +7,45 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from clipvip.files import shown
+
+
+@contextmanager
+def one_line_errors(alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Print an error that the user can correct as one line, and exit with status 1.
+
+    With CLIPVIP_TRACEBACK set in the environment such an error is raised as usual. An interrupt
+    (Ctrl-C) exits with status 130.
+
+    alike: types of errors that every rank of a training run raises; only rank 0 prints them.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("CLIPVIP_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, alike):
+            print_error(error)
+        raise SystemExit(1) from None
+
+
+def print_error(error: Exception) -> None:
+    """Print an error as one line on stderr, with the rank of this process if it is not 0."""
+    rank = os.environ.get("RANK", "0")
+    name = "clipvip" if rank == "0" else f"clipvip, rank {rank}"
+    print(shown(f"{name}: error: {' '.join(str(error).split())}"), file=sys.stderr)
+
 
 class _Output(io.FileIO):
-    """A file for output that drops what cannot be written and remembers why."""
+    """An output file that drops what it cannot write and remembers the first error."""
 
     failure: OSError | None = None
 
     def write(self, data) -> int:  # type: ignore[no-untyped-def]
         try:
-            while (
-                written := super().write(data)
-            ) is None:  # a pipe that does not block, and is full
+            while (written := super().write(data)) is None:  # a non-blocking pipe that is full
                 select.select([], [self], [])
             return written
         except OSError as error:
@@ -27,12 +55,12 @@ class _Output(io.FileIO):
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Keep printing from raising errors: letters that a terminal lacks become escapes, and output
-    that cannot be written is dropped.
+    """Keep printing from raising errors.
 
-    A reader that closes its pipe early, such as `| head -1`, is no error. Any other loss of output,
-    such as on a full disk, ends with one line on stderr and exit status 1. Streams that were
-    replaced, such as by a test, are left as they are.
+    Characters that the terminal cannot show become escapes, and output that cannot be written is
+    dropped. A reader that closes its pipe early, such as `| head -1`, is no error. After any other
+    loss of output, such as on a full disk, print one line on stderr and exit with status 1.
+    Streams that something else replaced, such as a test, are not touched.
     """
     _open_standard_files()
     replaced = {name: getattr(sys, name) for name in ("stdout", "stderr")}
@@ -67,8 +95,11 @@ def safe_output() -> Iterator[None]:
 
 
 def _open_standard_files() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed: else the next file to be opened, such
-    as an index, would take its number, and what libraries print would be written into it."""
+    """Open /dev/null in place of a closed stdin, stdout or stderr.
+
+    Otherwise the next file opened, such as an index, would get its descriptor, and libraries would
+    print into that file.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

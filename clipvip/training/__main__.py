@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from clipvip.terminal import safe_output
+from clipvip.terminal import one_line_errors, safe_output
 from clipvip.training.preemption import EXIT_STATUS, leave_on_sigterm
 
 USAGE = """usage: python -m clipvip.training CONFIG [key=value …] [--dry-run [--processes N]]
@@ -29,7 +29,6 @@ resume=latest, the run goes on. One more SIGTERM, over 5 seconds later, ends at 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train by a configuration; an error is one line and exit status 1."""
     leave_on_sigterm()
-    from clipvip.files import shown
     from clipvip.training.config import (
         ConfigError,
         Preempted,
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(USAGE.format(names=", ".join(path.stem for path in packaged_configs())))
         raise SystemExit(0 if arguments else 2)
     arguments, dry, processes = _flags(list(arguments))
-    try:
+    with one_line_errors(alike=(ConfigError, TrainingError)):
         config = load_config(arguments[0], arguments[1:])  # before the slow imports
 
         if dry:
@@ -68,22 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _leave(status)
         if status:
             raise SystemExit(status)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if os.environ.get("CLIPVIP_TRACEBACK"):
-            raise
-        rank = os.environ.get("RANK", "0")
-        alike = isinstance(error, ConfigError | TrainingError)  # on all ranks
-        if rank == "0" or not alike:
-            name = "clipvip" if rank == "0" else f"clipvip, rank {rank}"
-            print(shown(f"{name}: error: {' '.join(str(error).split())}"), file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process without taking the interpreter down: a thread of gloo that is still to free
-    the last collective's tensors (PyTorch 2.13) would abort it, and a finished run fail."""
+    """End the process without shutting the interpreter down.
+
+    A gloo thread may still have to free the tensors of the last collective (PyTorch 2.13). It would
+    then abort the process, and a finished run would fail.
+    """
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -18,7 +18,7 @@ import av
 import numpy as np
 
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loading import ClipLoader, build_loader
+from clipvip.data.loading import ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, write_shards
 
 FILES, BATCH = 200, 16
@@ -34,20 +34,20 @@ def main(clips: int = 10_000, workers: int = 2, decoder: str = "pyav") -> None:
         annotations = render(folder, *CODECS[decoder])
         shards = folder / "shards"
         write_shards(annotations, shards, clips_per_shard=20, num_workers=workers)
-        settings = {
-            "tokenizer": None,
-            "image_size": 64,
-            "num_frames": 8,
-            "text_length": 8,
-            "task": "video",
-            "batch_size": BATCH,
-            "seed": 1,
-            "num_workers": workers,
-            "decoder": decoder,
-        }
+        options = LoaderOptions(
+            tokenizer=None,
+            image_size=64,
+            num_frames=8,
+            text_length=8,
+            task="video",
+            batch_size=BATCH,
+            seed=1,
+            num_workers=workers,
+            decoder=decoder,
+        )
         given: list[Clip] = load_annotations(annotations)
-        watch("files", build_loader(given, training=True, **settings), clips)
-        watch("shards", build_shard_loader(Shards([Source(str(shards))]), **settings), clips)
+        watch("files", build_loader(given, options, training=True), clips)
+        watch("shards", build_shard_loader(Shards([Source(str(shards))]), options), clips)
 
 
 def render(folder: Path, suffix: str, codec: str, options: dict[str, str]) -> Path:

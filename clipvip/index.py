@@ -149,7 +149,7 @@ def build_index(
         name is refused, not overwritten; so is a folder of something else. Where its data files
         are damaged, what they held is embedded again.
     num_workers: decoding processes; by default one per core.
-    decoder: see clipvip.data.loading.loader.build_loader.
+    decoder: see clipvip.data.loading.LoaderOptions.
     Files that cannot be decoded are left out and listed in bad_files.jsonl.
     Raises ValueError where nothing can be embedded, `videos` names something that matches nothing,
     or `out` is the index of another model or of other videos, or something else; OSError where the
@@ -312,23 +312,23 @@ def _embed(
 ) -> Iterator[dict[IndexedClip, Tensor]]:
     """Yield the unit vectors, float32 [P], of a batch of clips at a time; at the end, append to
     bad_files."""
-    from clipvip.data.loading import build_loader
+    from clipvip.data.loading import LoaderOptions, build_loader
     from clipvip.embedding import embed_batches
 
     if not clips:
         return
-    loader = build_loader(
-        [Clip(Path(clip.path), clip.start, clip.end) for clip in clips],
+    options = LoaderOptions(
         tokenizer=None,
         task="video",
         batch_size=batch_size,
-        training=False,
         seed=0,
         num_workers=min(workers, len(clips)),
         max_bad_share=1.0,
         decoder=decoder,
         **processor.loading(),
     )
+    given = [Clip(Path(clip.path), clip.start, clip.end) for clip in clips]
+    loader = build_loader(given, options, training=False)
     for features in embed_batches(model, processor, loader):
         yield {clips[place]: row for place, row in features.items()}
     bad_files += [{"path": bad.path, "reason": bad.reason} for bad in loader.bad_files]

@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loading import ClipLoader, build_loader
+from clipvip.data.loading import ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, is_shards
 from clipvip.embedding import with_texts_read
 from clipvip.files import LOCK, read_own, shown, write_whole
@@ -371,21 +371,21 @@ def training_loader(
         raise ConfigError(
             f"{given} holds {len(clips)} clips, fewer than one micro-batch of {micro}"
         )
-    settings: dict[str, Any] = {
-        "tokenizer": processor.tokenizer,
-        "task": config.task,
-        "batch_size": micro // distributed.world_size(),
-        "seed": config.seed,
-        "num_workers": data.num_workers,
-        "rank": distributed.rank(),
-        "world_size": distributed.world_size(),
-        "max_bad_share": data.max_bad_share,
-        "bad_files": Path(config.out) / "bad_files.jsonl",
-        "decoder": data.decoder,
+    options = LoaderOptions(
+        tokenizer=processor.tokenizer,
+        task=config.task,
+        batch_size=micro // distributed.world_size(),
+        seed=config.seed,
+        num_workers=data.num_workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        max_bad_share=data.max_bad_share,
+        bad_files=Path(config.out) / "bad_files.jsonl",
+        decoder=data.decoder,
         **processor.loading(),
-    }
+    )
     if isinstance(clips, Shards):
         return build_shard_loader(
-            clips, paragraph=processor.paragraph, shuffle=data.shuffle, **settings
+            clips, options, paragraph=processor.paragraph, shuffle=data.shuffle
         )
-    return build_loader(with_texts_read(clips, processor.paragraph), training=True, **settings)
+    return build_loader(with_texts_read(clips, processor.paragraph), options, training=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loading import BadFile, LoaderError, build_loader
+from clipvip.data.loading import BadFile, LoaderError, LoaderOptions, build_loader
 from clipvip.embedding import embed_batches, embed_texts, load_for_embedding, with_texts_read
 from clipvip.files import shown, write_whole
 from clipvip.model import CLIPViPModel
@@ -41,7 +41,7 @@ def evaluate(
     Args:
         clips: those without text are rivals in text→video only.
         processor: says how clips and texts are read.
-        decoder: see clipvip.data.loading.loader.build_loader.
+        decoder: see clipvip.data.loading.LoaderOptions.
         dtype: autocast the towers to it; None for the weights' own.
         asked_to_stop: asked before each batch.
 
@@ -107,7 +107,7 @@ def evaluate_checkpoint(
         out: JSON file for the result; written whole or not at all.
         num_frames, text_length: by default as the checkpoint's processor says.
         max_bad_share: of clips that may be unreadable; they are left out and listed.
-        decoder: see clipvip.data.loading.loader.build_loader.
+        decoder: see clipvip.data.loading.LoaderOptions.
 
     Under torchrun the clips are shared out over the processes.
     """
@@ -168,12 +168,10 @@ def _embed_videos(
     asked_to_stop: Callable[[], bool],
 ) -> dict[int, Tensor]:
     """Index of each clip that could be read → its unit feature [P], fp32 on the CPU."""
-    loader = build_loader(
-        clips,
+    options = LoaderOptions(
         tokenizer=None,
         task="video",
         batch_size=batch_size,
-        training=False,
         seed=0,
         num_workers=num_workers,
         rank=distributed.rank(),
@@ -182,6 +180,7 @@ def _embed_videos(
         decoder=decoder,
         **processor.loading(),
     )
+    loader = build_loader(clips, options, training=False)
     own: dict[int, Tensor] = {}
     stopped = asked_to_stop()
     for part in () if stopped else embed_batches(model, processor, loader):

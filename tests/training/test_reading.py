@@ -33,9 +33,9 @@ def loaded(monkeypatch):
     """What loaders of evaluations are asked for."""
     asked = []
 
-    def spy(clips, **settings):
-        asked.append(settings)
-        return build(clips, **settings)
+    def spy(clips, options, **settings):
+        asked.append(vars(options))
+        return build(clips, options, **settings)
 
     build = evaluation.build_loader
     monkeypatch.setattr(evaluation, "build_loader", spy)

@@ -5,8 +5,9 @@ These names are for the rest of the package; all others are private to this fold
 
 from clipvip.data.loading import workers
 from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Failure, LoaderError
-from clipvip.data.loading.collate import Batch, Collate
-from clipvip.data.loading.loader import ClipLoader, build_loader, check_rank, counted
+from clipvip.data.loading.collate import Batch
+from clipvip.data.loading.loader import ClipLoader, build_loader, counted, reading_of
+from clipvip.data.loading.options import LoaderOptions
 from clipvip.data.loading.samples import Reading, Sample
 from clipvip.data.loading.workers import Workers, cores
 
@@ -16,15 +17,15 @@ __all__ = [
     "BadFiles",
     "Batch",
     "ClipLoader",
-    "Collate",
     "Failure",
     "LoaderError",
+    "LoaderOptions",
     "Reading",
     "Sample",
     "Workers",
     "build_loader",
-    "check_rank",
     "cores",
     "counted",
+    "reading_of",
     "workers",
 ]

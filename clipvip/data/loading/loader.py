@@ -20,7 +20,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from clipvip.data.loading import workers
 from clipvip.data.loading.bad_files import BadFile, BadFiles, LoaderError
 from clipvip.data.loading.by_dali import ByDali, Encoding
 from clipvip.data.loading.collate import Batch, Collate
+from clipvip.data.loading.options import LoaderOptions
 from clipvip.data.loading.samples import TRIES, FileBatches, Order, Reading, Report, Work
 from clipvip.data.loading.workers import Workers
 from clipvip.data.video import start_engine
@@ -43,35 +43,19 @@ logger = logging.getLogger(__name__)
 
 def build_loader(
     clips: Sequence[Clip],
+    options: LoaderOptions,
     *,
-    tokenizer: Any,
-    image_size: int,
-    num_frames: int,
-    text_length: int,
-    task: str,
-    batch_size: int,
     training: bool,
-    seed: int,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
     drop_last: bool | None = None,
-    max_bad_share: float = 0.05,
-    bad_files: Path | None = None,
-    sampling: str = "uniform",
-    resize: str = "crop",
-    decoder: str = "pyav",
 ) -> "ClipLoader":
-    """A loader of one rank's batches; batch_size is per rank.
+    """Make a loader of one rank's batches from video and image files.
 
-    tokenizer: a transformers CLIPTokenizer (None for task "video"). training: shuffle, jitter
-    frames, draw one text per clip; else every clip once, in order, with all its texts.
-    drop_last: leave out an uneven tail; as `training` unless given. bad_files: where to append
-    unreadable files. sampling, resize: see clipvip.data.video.sampling, clipvip.ops.resize_crop.
-    decoder: "pyav", "dali", or "auto" for DALI where there is a GPU on which it starts; clips,
-    frames and order are the same.
+    training: shuffle the clips, jitter the chosen frames and draw one text per clip. Otherwise
+        every clip comes once, in order, with all its texts.
+    drop_last: leave out the last clips of an epoch that do not fill a batch on every rank;
+        None for the value of `training`.
 
-    A batch is a dict of CPU tensors (what DALI decodes on a GPU is there already):
+    A batch is a dict of CPU tensors (on the GPU if DALI decodes there):
     - pixel_values uint8 [F, 3, S, S], frames of B clips, packed; frame_offsets int32 [B+1],
       their running sum; clip_index int64 [B], places in `clips`.
     - task "retrieval": text_ids, text_mask int64 [n, len] and text_clip int64 [n], the place in
@@ -81,29 +65,30 @@ def build_loader(
       annotated image or the clip's middle frame. Absent texts are tokenised as empty.
     - task "video": nothing more.
     """
-    if task == "retrieval":
+    if options.task == "retrieval":
         without = next((clip for clip in clips if not clip.text), None)
         if without is not None:
             named = f"line {without.line} ({shown(without.video)})"
             raise ValueError(f"{named} has no 'text' to retrieve by")
-    reading = Reading(
-        size=image_size,
-        num_frames=num_frames,
-        sampling=sampling,
-        resize=resize,
-        task=task,
-        training=training,
-        seed=seed,
-        engine=start_engine(decoder),
-    )
-    order = _Batches(len(clips), batch_size, rank, world_size, training, seed, drop_last=drop_last)
     return ClipLoader(
-        FileBatches(clips, reading),
-        Collate(tokenizer, text_length, task),
-        order,
-        num_workers,
-        BadFiles(len(clips), max_bad_share, bad_files),
+        FileBatches(clips, reading_of(options, training)),
+        _Batches(len(clips), options, training, drop_last),
+        options,
+        BadFiles(len(clips), options.max_bad_share, options.bad_files),
         lambda place: f"{clips[place].video} (line {clips[place].line})",
+    )
+
+
+def reading_of(options: LoaderOptions, training: bool) -> Reading:
+    return Reading(
+        size=options.image_size,
+        num_frames=options.num_frames,
+        sampling=options.sampling,
+        resize=options.resize,
+        task=options.task,
+        training=training,
+        seed=options.seed,
+        engine=start_engine(options.decoder),
     )
 
 
@@ -117,12 +102,12 @@ class ClipLoader:
     def __init__(
         self,
         work: Work,
-        collate: "Collate",
         order: Order,
-        num_workers: int,
+        options: LoaderOptions,
         bad: BadFiles,
         name: Callable[[int], str],
     ) -> None:
+        collate = Collate(options.tokenizer, options.text_length, options.task)
         self.name = name
         self.decoded: Counter[str] = Counter()
         self._order = order
@@ -131,8 +116,8 @@ class ClipLoader:
         in_workers: Callable[[Any, frozenset[int]], Any] = _ByPyAV(work, collate)
         if work.reading.engine is not None:
             in_workers = Encoding(work)
-            self._finish = ByDali(work, collate, num_workers, name)
-        self._workers: Workers[Any, Any] = Workers(in_workers, num_workers, name)
+            self._finish = ByDali(work, collate, options.num_workers, name)
+        self._workers: Workers[Any, Any] = Workers(in_workers, options.num_workers, name)
 
     @property
     def bad_files(self) -> list[BadFile]:
@@ -200,11 +185,6 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def check_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank} of {world_size}; expected 0 ≤ rank < world_size")
-
-
 # --- order ----------------------------------------------------------------------------------
 
 
@@ -214,28 +194,20 @@ class _Batches:
     lane: Callable[[Any], int] | None = None
 
     def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        training: bool,
-        seed: int,
-        drop_last: bool | None,
+        self, count: int, options: LoaderOptions, training: bool, drop_last: bool | None
     ) -> None:
-        check_rank(rank, world_size)
         self.count = count
-        self.batch_size = batch_size
-        self.rank = rank
-        self.stride = batch_size * world_size
+        self.batch_size = options.batch_size
+        self.rank = options.rank
+        self.stride = options.batch_size * options.world_size
         self.training = training
-        self.seed = seed
+        self.seed = options.seed
         self.drop_last = training if drop_last is None else drop_last
         self.epoch = 0
         self.skipped = 0
         if count == 0 or (self.drop_last and count < self.stride):
             raise ValueError(
-                f"{count} clips make no batch of {batch_size} on {world_size} ranks; "
+                f"{count} clips make no batch of {self.batch_size} on {options.world_size} ranks; "
                 "give more clips, a smaller batch, or drop_last=False"
             )
 

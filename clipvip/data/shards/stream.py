@@ -17,16 +17,23 @@ followed:
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipvip.data.loading import BadFiles, ClipLoader, Collate, Reading, Sample, check_rank, workers
+from clipvip.data.loading import (
+    BadFiles,
+    ClipLoader,
+    LoaderOptions,
+    Reading,
+    Sample,
+    reading_of,
+    workers,
+)
 from clipvip.data.shards.manifest import ShardError, load_manifest, reason_of, unpack
 from clipvip.data.shards.tars import Packed, open_url, read_samples
-from clipvip.data.video import DecodeError, start_engine
+from clipvip.data.video import DecodeError
 
 LANES = 16
 RETRIES = (1.0, 4.0)  # seconds to wait before a tar is opened again
@@ -89,49 +96,25 @@ class Shards:
 
 def build_shard_loader(
     shards: Shards,
+    options: LoaderOptions,
     *,
-    tokenizer: Any,
-    image_size: int,
-    num_frames: int,
-    text_length: int,
-    task: str,
-    batch_size: int,
-    seed: int,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    max_bad_share: float = 0.05,
-    bad_files: Path | None = None,
-    sampling: str = "uniform",
-    resize: str = "crop",
     paragraph: bool = False,
     shuffle: int = 1024,
-    decoder: str = "pyav",
 ) -> ClipLoader:
-    """A loader of one rank's batches for training; batches are those of loader.build_loader.
+    """Make a loader of one rank's training batches from shards; batches are build_loader's.
 
-    clip_index is a place of `shards`. paragraph: join a clip's texts to one. shuffle: encoded
-    clips that a rank holds in memory to shuffle among. More than LANES workers gain nothing.
+    clip_index is a place of `shards`. More than LANES workers gain nothing.
+
+    paragraph: join the texts of a clip to one.
+    shuffle: encoded clips that a rank holds in memory to shuffle among.
     """
-    reading = Reading(
-        size=image_size,
-        num_frames=num_frames,
-        sampling=sampling,
-        resize=resize,
-        task=task,
-        training=True,
-        seed=seed,
-        engine=start_engine(decoder),
-    )
-    check_rank(rank, world_size)
-    shards.check(task)
-    plan = _Plan(shards, batch_size, seed, rank, world_size, max(shuffle, 1))
+    shards.check(options.task)
+    plan = _Plan(shards, options, max(shuffle, 1))
     return ClipLoader(
-        _ShardBatches(plan, reading, paragraph),
-        Collate(tokenizer, text_length, task),
+        _ShardBatches(plan, reading_of(options, training=True), paragraph),
         _Order(plan),
-        min(num_workers, plan.lanes),
-        BadFiles(len(shards), max_bad_share, bad_files),
+        replace(options, num_workers=min(options.num_workers, plan.lanes)),
+        BadFiles(len(shards), options.max_bad_share, options.bad_files),
         shards.name,
     )
 
@@ -142,18 +125,16 @@ def build_shard_loader(
 class _Plan:
     """Which clips come when: arithmetic over the shards' counts."""
 
-    def __init__(
-        self, shards: Shards, batch_size: int, seed: int, rank: int, world: int, window: int
-    ) -> None:
+    def __init__(self, shards: Shards, options: LoaderOptions, window: int) -> None:
         self.shards = shards
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.batches = len(shards) // (batch_size * world)
+        self.batch_size = options.batch_size
+        self.seed = options.seed
+        self.rank = options.rank
+        self.world = options.world_size
+        self.batches = len(shards) // (self.batch_size * self.world)
         if not self.batches:
             raise ValueError(
-                f"{len(shards)} clips make no batch of {batch_size} on {world} ranks; "
+                f"{len(shards)} clips make no batch of {self.batch_size} on {self.world} ranks; "
                 "give more clips or a smaller batch"
             )
         self.lanes = min(LANES, self.batches)

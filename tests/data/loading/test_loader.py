@@ -20,6 +20,7 @@ from clipvip.data.annotations import Clip
 from clipvip.data.loading import collate, samples, workers
 from clipvip.data.loading.collate import Batch
 from clipvip.data.loading.loader import ClipLoader, LoaderError, build_loader
+from clipvip.data.loading.options import LoaderOptions
 from clipvip.data.loading.workers import WorkerError
 from clipvip.data.video import open_clip, read_frames
 from clipvip.ops.resize_crop import RESIZES
@@ -49,19 +50,27 @@ def clips(make_video) -> list[Clip]:
 
 @pytest.fixture
 def load(clips: list[Clip], tokenizer: Any) -> Load:
-    def make(given: list[Clip] | None = None, **options: Any) -> ClipLoader:
-        settings = {
+    def make(
+        given: list[Clip] | None = None,
+        *,
+        training: bool = True,
+        drop_last: bool | None = None,
+        **options: Any,
+    ) -> ClipLoader:
+        settings: dict[str, Any] = {
             "tokenizer": tokenizer,
             "image_size": SIZE,
             "num_frames": 3,
             "text_length": 16,
             "task": "retrieval",
             "batch_size": 4,
-            "training": True,
             "seed": 7,
             "max_bad_share": 0.2,
         }
-        return build_loader(given or clips, **(settings | options))
+        settings |= options
+        return build_loader(
+            given or clips, LoaderOptions(**settings), training=training, drop_last=drop_last
+        )
 
     return make
 
@@ -563,11 +572,15 @@ TRAINING = """
 import sys, time
 from pathlib import Path
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import build_loader
+from clipvip.data.loading import LoaderOptions, build_loader
 
 loader = build_loader(
-    [Clip(Path(sys.argv[1]))] * 64, tokenizer=None, image_size=16, num_frames=2, text_length=8,
-    task="video", batch_size=4, training=True, seed=0, num_workers=2,
+    [Clip(Path(sys.argv[1]))] * 64,
+    LoaderOptions(
+        tokenizer=None, image_size=16, num_frames=2, text_length=8, task="video", batch_size=4,
+        seed=0, num_workers=2,
+    ),
+    training=True,
 )
 for epoch in range(1000):
     for batch in loader:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from clipvip.data.loading import LoaderOptions
 from clipvip.data.shards import tars, verify_shards
 from clipvip.data.shards.manifest import ShardError, load_manifest, unpack
 from clipvip.data.shards.stream import Shards, Source, build_shard_loader
@@ -134,15 +135,17 @@ def test_training_goes_on_over_clips_of_strangers(
     check_all_but_some(tmp_path, tar_of(*bad, *right), len(bad), len(right))
     loader = build_shard_loader(
         Shards([Source(str(tmp_path))]),
-        tokenizer=tokenizer,
-        image_size=16,
-        num_frames=1,
-        text_length=8,
-        task="retrieval",
-        batch_size=2,
-        seed=0,
-        num_workers=num_workers,
-        max_bad_share=1.0,
+        LoaderOptions(
+            tokenizer=tokenizer,
+            image_size=16,
+            num_frames=1,
+            text_length=8,
+            task="retrieval",
+            batch_size=2,
+            seed=0,
+            num_workers=num_workers,
+            max_bad_share=1.0,
+        ),
     )
     batches = list(loader)
     places = {place for batch in batches for place in batch["clip_index"].tolist()}

@@ -1,24 +1,36 @@
-"""Where models are loaded from: folders, the authors' files, names on the Hugging Face hub."""
+"""Loading of weights, whoever made them: find the files, check them, refuse what is no model.
 
-import contextlib
+A model may come from a folder, from an authors' file or from the Hugging Face hub. Each error is
+one line that names the source. `CLIPViPModel.from_pretrained` and the processor load within
+`found`; `resolve`, `key_report`, `SameDraws` and `check_…` are the model's steps.
+"""
+
 import json
 import os
 import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import LogRecord, getLogger
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from clipvip.files import shown
-from clipvip.model.authors import AUTHORS_SUFFIXES
-from clipvip.model.configuration import CLIPViPConfig, count_weights
+from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
+from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
 
+ADDED_TO_CLIP = (
+    "vision_model.embeddings.added_cls",
+    "vision_model.embeddings.temporal_embedding",
+)
 _HUB_OPTIONS = (
     "cache_dir",
     "force_download",
@@ -42,14 +54,14 @@ _WEIGHTS = (  # in the order in which transformers looks for them
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# What torch.load says of TorchScript, and of a pickle that names or calls more than tensors need.
-# One of protocol 4 or later, which torch.save does not write, opens with a FRAME.
+# What torch.load's errors say about TorchScript, and about a pickle that names or calls more than
+# tensors need. Pickles of protocol 4 or later, which torch.save does not write, start with FRAME.
 _CODE = re.compile(
     r"GLOBAL|unrecognized function|Can only (create new object|build)|must be imported to load|"
     r"Cannot use `*weights_only|"
     rf"Unsupported operand {pickle.FRAME[0]}\b"
 )
-_SLACK = 1 << 24  # weights that a file may lack
+_SLACK = 1 << 24  # number of weights that a file may lack
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -62,14 +74,15 @@ def found(
     kind: Literal["model", "tokenizer"] = "model",
     error: type[Exception] = FileNotFoundError,
 ) -> Iterator[None]:
-    """Around a load of `source`: one line that says what is wrong where there is no such thing, or
-    where one of its files is damaged (ValueError).
+    """Run a load of `source`, and turn its errors into one line that says what is wrong.
 
-    transformers takes whatever is no folder for a name on the hub, and speaks of that alone.
+    transformers takes everything that is no folder for a hub name, and its errors speak of the
+    hub alone.
 
-    what: the subject of the message, such as "the model" or the name of a setting.
-    error: what to raise; its base may be OSError, so that callers can tell it from a load that
-        failed otherwise.
+    what: subject of the message, such as "the model" or the name of a setting.
+    error: raised if `source` does not exist. It may derive from OSError, so that callers can tell
+        it from other failures.
+    Raises ValueError if a file is damaged, holds code or cannot be loaded.
     """
     value, path = fspath(source), Path(source)
     wanted = f"expected the folder of a {kind}" + ", an authors' .pt file" * (kind == "model")
@@ -88,8 +101,8 @@ def found(
         if path.exists():
             raise
         raise error(
-            f"{what} is {value!r}, which does not exist here, nor could it be fetched from the hub "
-            f"(it is not there, it needs a login, or this machine is offline); {wanted}"
+            f"{what} is {value!r}, which does not exist here and could not be fetched from the hub "
+            f"(it does not exist there, needs a login, or this machine is offline); {wanted}"
         ) from failed
     except BaseException as failed:
         # A panic in Rust is a BaseException.
@@ -97,24 +110,24 @@ def found(
             raise
         if holds_code(failed):
             raise ValueError(
-                f"{what} is {value!r}, which holds more than weights (code, or a pickle that "
-                "could run it) and is refused; save or fetch its weights as safetensors"
+                f"{what} is {value!r}, which is refused because it holds more than weights (code, "
+                "or a pickle that could run code); save or fetch its weights as safetensors"
             ) from failed
         if isinstance(failed, error) or (type(failed) is ValueError and value in str(failed)):
-            raise  # says itself what it is about
+            raise  # it names the source already
         reason = " ".join(str(failed).split()).partition(". ")[0][:300] or type(failed).__name__
         # tokenizers raises a bare Exception.
         if type(failed) is Exception or isinstance(failed, _DAMAGED):
-            reason = f"of which a file is damaged ({reason}); save or fetch it again"
+            reason = f"but one of its files is damaged ({reason}); save or fetch it again"
         else:
             if not isinstance(failed, ValueError | RuntimeError | TypeError):
                 reason = f"{type(failed).__name__}: {reason}"
-            reason = f"which cannot be loaded: {reason}"
+            reason = f"but it cannot be loaded: {reason}"
         raise ValueError(f"{what} is {value!r}, {reason}") from failed
 
 
 def holds_code(error: BaseException | None) -> bool:
-    """Whether torch.load refused a file because of what it asks to be run or made."""
+    """Whether torch.load refused a file because it asks to run code or to build other objects."""
     while error is not None:
         if isinstance(error, pickle.UnpicklingError | RuntimeError) and _CODE.search(str(error)):
             return True
@@ -123,61 +136,188 @@ def holds_code(error: BaseException | None) -> bool:
 
 
 def check_name(what: str, path: str | PathLike) -> None:
-    """Raise a ValueError where a path is not UTF-8, which the library of weights takes alone."""
+    """Raise ValueError if a path is not UTF-8: safetensors takes no other."""
     try:
         fspath(path).encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{what} is {fspath(path)!r}, a name that is not UTF-8, as those of models must be; "
-            "rename it"
+            f"{what} is {fspath(path)!r}, a name that is not UTF-8; expected UTF-8: rename it"
         ) from None
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s options that say where on the hub, and how to get it."""
+    """Options of `from_pretrained` that say where on the hub a file is and how to fetch it."""
     return {name: options[name] for name in _HUB_OPTIONS if name in options}
 
 
 def read_config(source: str | PathLike, options: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a folder or hub name as it stands there.
+    """Return the content of config.json of a folder or hub name.
 
-    options: of `from_pretrained`; those that say where on the hub are used.
+    options: options of `from_pretrained`; see `hub_options`.
     """
     config: Any = PretrainedConfig.get_config_dict(source, **hub_options(options))[0]
     if not isinstance(config, dict):
-        raise ValueError(f"config.json of {fspath(source)!r} holds no object; expected a model's")
+        raise ValueError(
+            f"config.json of {fspath(source)!r} holds no object; expected the settings of a model"
+        )
     return config
 
 
-def refuse_adapter(source: str | PathLike, options: dict[str, Any]) -> None:
-    """Raise a ValueError where a folder or hub name holds an adapter: with peft installed,
-    transformers would load the model that it names."""
-    file = "adapter_config.json"
-    hub = hub_options(options)
+def is_plain_clip(config: dict[str, Any]) -> bool:
+    """Whether a config.json is that of an image model, which has no video weights."""
+    return config.get("model_type") != "clipvip"
+
+
+def resolve(
+    source: str | PathLike | None, options: dict[str, Any]
+) -> tuple[str | PathLike | None, dict[str, Any], frozenset[str]]:
+    """Return how to call transformers' `from_pretrained` for a source.
+
+    Returns its location and its options, and the names of weights that the source may lack.
+    """
+    if source is None:
+        return None, options, frozenset()
+    if os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES:
+        options = {**options, "state_dict": read_authors_checkpoint(source)}
+        if options.get("config") is None:
+            video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
+            options["config"] = infer_config(options["state_dict"], source, **video)
+            _check_size(options["config"], source, options)
+        return None, options, frozenset()
+    plain = is_plain_clip(read_config(source, options))
+    _refuse_adapter(source, options)
+    if options.get("config") is None:
+        video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
+        shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)
+        _check_size(shapes, source, options)
+    return source, options, frozenset(ADDED_TO_CLIP if plain else ())
+
+
+@contextmanager
+def key_report(*, logged: bool) -> Iterator[None]:
+    """Choose whether transformers logs its table of keys that do not fit.
+
+    The table repeats what our error lists, and reports the weights that plain CLIP lacks as a
+    fault.
+    """
+
+    def wanted(record: LogRecord) -> bool:
+        return logged or "LOAD REPORT" not in record.getMessage()
+
+    source = getLogger("transformers.modeling_utils")
+    source.addFilter(wanted)
+    try:
+        yield
+    finally:
+        source.removeFilter(wanted)
+
+
+class SameDraws(TorchDispatchMode):
+    """Context in which normal_ draws the same numbers each time it is entered.
+
+    It leaves the global generators alone. The numbers are drawn in double precision on the CPU and
+    then rounded, so that they depend neither on the processor nor on a tensor's dtype or device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.ops.aten.normal_.default:
+            return func(*args, **(kwargs or {}))
+
+        def draw(tensor: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+            shape, generator = tensor.shape, self.generator
+            numbers = torch.randn(shape, generator=generator, dtype=torch.double, device="cpu")
+            return tensor.copy_((numbers * std + mean).float())
+
+        return draw(*args, **(kwargs or {}))
+
+
+def check_fit(
+    source: Any,
+    info: dict[str, Any],
+    added: frozenset[str],
+    strict: bool,
+    ignore_mismatched_sizes: bool,
+) -> None:
+    """Raise ValueError with a list of the checkpoint's keys that do not fit the model."""
+    problems = []
+    if strict:
+        for word in ("missing", "unexpected"):
+            keys = sorted(set(info[f"{word}_keys"]) - added)
+            problems += [f"{word}: {key}" for key in keys]
+    if not ignore_mismatched_sizes:
+        problems += [
+            f"shape: {key} is {list(given)} in the checkpoint, {list(expected)} in the model"
+            for key, given, expected in sorted(info["mismatched_keys"])
+        ]
+    if problems:
+        raise ValueError(
+            f"{source} does not fit this model (strict=False allows missing and unexpected keys, "
+            "ignore_mismatched_sizes=True other shapes):\n  " + "\n  ".join(problems)
+        )
+
+
+def check_finite(source: Any, model: nn.Module) -> None:
+    """Raise ValueError if weights are NaN or infinite, which damaged files cause."""
+    wrong = [
+        name
+        for name, weight in model.named_parameters()
+        if not weight.is_meta and not weight.isfinite().all()
+    ]
+    if wrong:
+        raise ValueError(
+            f"the model is {str(source)!r}, but one of its files is damaged ({len(wrong)} weights "
+            f"are not finite, the first is {wrong[0]}); save or fetch it again"
+        )
+
+
+@contextmanager
+def failed_writes() -> Iterator[None]:
+    """Turn torch's and safetensors' errors about a file that cannot be written into OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        if isinstance(error.__context__, OSError):  # from the file that torch writes to
+            raise error.__context__ from None
+        raise OSError("a file could not be written completely") from error
+
+
+def _refuse_adapter(source: str | PathLike, options: dict[str, Any]) -> None:
+    """Raise ValueError for an adapter: with peft, transformers would load the model it names."""
+    file, hub = "adapter_config.json", hub_options(options)
     if cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub) is not None:
         raise ValueError("it holds an adapter; merge it into the model")
 
 
-def is_plain_clip(config: dict[str, Any]) -> bool:
-    """Whether a model's config.json is that of an image model, which has no video weights."""
-    return config.get("model_type") != "clipvip"
+def _check_size(config: CLIPViPConfig, source: str | PathLike, options: dict[str, Any]) -> None:
+    """Raise ValueError if a configuration has more weights than the model's files have bytes.
 
-
-def check_size(config: CLIPViPConfig, source: str | PathLike, options: dict[str, Any]) -> None:
-    """Raise a ValueError where a configuration has more weights than the files of a folder, a hub
-    name or an authors' file have bytes: they would be made up, whatever memory that takes."""
+    transformers would initialise the missing ones, however much memory that takes.
+    """
     path = Path(source)
     stored = path.stat().st_size if path.is_file() else _weight_bytes(source, options)
     wanted = count_weights(config)
     if stored is not None and wanted > stored + _SLACK:
         raise ValueError(
             f"its configuration has {wanted:.3g} weights, but its files hold only {stored} bytes "
-            "of them; save or fetch it again"
+            "of weights; save or fetch it again"
         )
 
 
 def _weight_bytes(source: str | PathLike, options: dict[str, Any]) -> int | None:
-    """Size of a folder's or hub name's weights; None where they have no usual name."""
+    """Bytes of the weights of a folder or hub name; None if their files have unusual names."""
     hub = hub_options(options)
     for name in _WEIGHTS:
         file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
@@ -194,22 +334,3 @@ def _weight_bytes(source: str | PathLike, options: dict[str, Any]) -> int | None
             files = [str(cached_file(source, part, **hub)) for part in sorted(parts)]
         return sum(Path(file).stat().st_size for file in files)
     return None
-
-
-@contextlib.contextmanager
-def failed_writes() -> Iterator[None]:
-    """Raise OSError in place of torch's and safetensors' errors about a file that cannot be
-    written."""
-    try:
-        yield
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-    except RuntimeError as error:
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        if isinstance(error.__context__, OSError):  # of the file that torch writes to
-            raise error.__context__ from None
-        raise OSError("a file could not be written to its end") from error

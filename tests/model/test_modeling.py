@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
 from clipvip.model import CLIPViPConfig, CLIPViPModel
-from clipvip.model.modeling import temporal_positions
+from clipvip.model.vision import temporal_positions
 from clipvip.ops import proxy_attention
 
 LENGTHS = [3, 0, 1, 12, 5]

@@ -34,7 +34,7 @@ LOADS = {
     ("source", "message"),
     [
         ("/absent/model", "the model is '/absent/model', which does not exist; expected"),
-        ("absent/model", "the model is 'absent/model', which does not exist here, nor could it"),
+        ("absent/model", "the model is 'absent/model', which does not exist here and could not"),
         ("../some/absent/model", "the model is '../some/absent/model', which does not exist; "),
         ("absent.pt", "the model is 'absent.pt', which does not exist; expected"),
         (".", "the model is '.', a folder without config.json; expected"),

@@ -1,0 +1,177 @@
+"""The video tower: from packed frames to tokens, and through the encoder's layers.
+
+`clipvip.model.modeling` builds CLIPViPVisionModel from these and describes the packed format.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import (
+    CLIPMLP,
+    CLIPAttention,
+    CLIPEncoderLayer,
+    CLIPVisionEmbeddings,
+)
+
+from clipvip.model.configuration import CLIPViPVisionConfig
+from clipvip.model.layers import bare, norm_linear, residual_linear, residual_mlp
+from clipvip.ops import proxy_attention
+from clipvip.ops.proxy_attention import takes_heads_of
+
+
+class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
+    """Turn frames into packed tokens: patches and proxies, with positions in space and time."""
+
+    image_size: int
+    patch_size: int
+
+    def __init__(self, config: CLIPViPVisionConfig) -> None:
+        super().__init__(config)
+        self.num_proxies = config.num_proxies
+        if config.num_proxies > 1:
+            self.added_cls = nn.Parameter(torch.empty(config.num_proxies - 1, self.embed_dim))
+        else:
+            self.register_parameter("added_cls", None)
+        self.temporal_embedding = nn.Parameter(torch.empty(1, config.num_frames, self.embed_dim))
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """[F, 3, H, W] → [F, L, C]: the patch convolution as one matrix product."""
+        side, size = self.image_size // self.patch_size, self.patch_size
+        weight = self.patch_embedding.weight
+        pixel_values = pixel_values[..., : side * size, : side * size].to(weight.dtype)
+        columns = pixel_values.unflatten(3, (side, size)).unflatten(2, (side, size))
+        columns = columns.permute(0, 2, 4, 1, 3, 5).reshape(-1, weight[0].numel())
+        return F.linear(columns, weight.flatten(1)).view(-1, side * side, self.embed_dim)
+
+    def forward(self, pixel_values: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
+        """pixel_values [F, 3, H, W], frame_offsets int32 [B+1] → tokens [B·M + F·L, C]."""
+        if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"frames are {list(pixel_values.shape[1:])}; this model reads "
+                f"{[3, self.image_size, self.image_size]} (channels, height, width)"
+            )
+        frames, videos = len(pixel_values), len(frame_offsets) - 1
+        position = self.position_embedding.weight
+        time = temporal_positions(self.temporal_embedding[0], frame_offsets, frames)
+        patches = (self.patches(pixel_values) + position[1:]).add_(time[:, None])
+        proxies = self.class_embedding[None]
+        if self.added_cls is not None:
+            proxies = torch.cat([proxies, self.added_cls])
+        proxies = (proxies + position[0]).to(patches.dtype).expand(videos, -1, -1)
+
+        # Before frame f of video v stand v + 1 groups of proxies and f frames.
+        length = patches.shape[1]
+        video = video_of_frame(frame_offsets, frames)
+        first = (video + 1) * self.num_proxies + torch.arange(
+            0, frames * length, length, device=video.device
+        )
+        rows = first[:, None] + torch.arange(length, device=video.device)
+        proxy_rows = proxy_starts(frame_offsets, self.num_proxies, length)[:, None] + torch.arange(
+            self.num_proxies, device=video.device
+        )
+        tokens = patches.new_empty(videos * self.num_proxies + frames * length, self.embed_dim)
+        tokens = tokens.index_copy_(0, rows.flatten(), patches.flatten(0, 1))
+        return tokens.index_copy_(0, proxy_rows.flatten(), proxies.flatten(0, 1))
+
+
+class CLIPViPAttention(CLIPAttention):
+    """Proxy-guided attention with CLIP's weights.
+
+    The three projections keep separate parameters, and with them CLIP's checkpoint names. They are
+    concatenated for one matrix product, whose output goes to the op without a copy. Concatenating
+    copies 3·C² weights, which is little beside the product with every token.
+    """
+
+    def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
+        super().__init__(config)
+        self.patches_per_frame = patches_per_frame
+        if config.attention_backend == "native" and not takes_heads_of(self.head_dim):
+            raise ValueError(
+                f"vision_config has heads of {self.head_dim} (hidden_size {config.hidden_size} / "
+                f"num_attention_heads {config.num_attention_heads}); the compiled attention takes "
+                'multiples of 16 up to 128: set attention_backend="reference" (plain PyTorch, any '
+                "size) in from_pretrained or in the vision_config of config.json"
+            )
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, norm: nn.LayerNorm, frame_offsets: Tensor
+    ) -> Tensor:
+        """Add attention over normalised tokens to the tokens.
+
+        hidden_states: tokens [T, C]. norm: the LayerNorm before the projections.
+        frame_offsets: int32 [B+1]. Returns [T, C].
+        """
+        qkv = norm_linear(hidden_states, norm, self.q_proj, self.k_proj, self.v_proj)
+        attended = proxy_attention(
+            qkv.unflatten(1, (3, self.num_heads, self.head_dim)),
+            frame_offsets,
+            self.config.num_proxies,
+            self.patches_per_frame,
+            self.scale,
+            backend=self.config.attention_backend,
+        )
+        return residual_linear(hidden_states, attended.flatten(1), self.out_proj)
+
+
+class CLIPViPEncoderLayer(CLIPEncoderLayer):
+    """CLIP's pre-LayerNorm block over packed tokens."""
+
+    def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
+        super().__init__(config)
+        self.self_attn = CLIPViPAttention(config, patches_per_frame)
+
+    def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
+        """tokens [T, C], frame_offsets int32 [B+1] → [T, C]."""
+        hidden_states = self.self_attn(hidden_states, self.layer_norm1, frame_offsets)
+        mlp = self.mlp
+        if type(mlp) is CLIPMLP and mlp.config.hidden_act == "quick_gelu" and bare(mlp):
+            return residual_mlp(hidden_states, self.layer_norm2, mlp.fc1, mlp.fc2)
+        return hidden_states + mlp(self.layer_norm2(hidden_states))
+
+
+class CLIPViPEncoder(nn.Module):
+    """The layers, named as in CLIP's checkpoints."""
+
+    def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            CLIPViPEncoderLayer(config, patches_per_frame) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, frame_offsets)
+        return hidden_states
+
+
+def video_of_frame(frame_offsets: Tensor, num_frames: int) -> Tensor:
+    """Index of the video of each packed frame: frame_offsets [B+1] → int64 [F]."""
+    frames = torch.arange(num_frames, dtype=frame_offsets.dtype, device=frame_offsets.device)
+    return torch.searchsorted(frame_offsets, frames, right=True) - 1
+
+
+def temporal_positions(embedding: Tensor, frame_offsets: Tensor, num_frames: int) -> Tensor:
+    """Temporal embedding of each packed frame, stretched to the length of its video.
+
+    For a video of N frames this is linear interpolation of the embedding's T rows with
+    align_corners=False: frame t reads at (t + ½)·T/N - ½, clamped to [0, T-1]. For N = T, that is
+    exactly row t.
+
+    embedding: [T, C]. Returns [F, C] in its dtype.
+    """
+    rows = embedding.shape[0]
+    video = video_of_frame(frame_offsets, num_frames)
+    within = torch.arange(num_frames, device=video.device) - frame_offsets[video]
+    length = frame_offsets.diff()[video]
+    at = ((within + 0.5) * (rows / length) - 0.5).clamp(0, rows - 1)
+    before = at.long()
+    after = (before + 1).clamp(max=rows - 1)
+    share = (at - before).to(embedding.dtype)[:, None]
+    return torch.lerp(embedding[before], embedding[after], share)
+
+
+def proxy_starts(frame_offsets: Tensor, num_proxies: int, patches_per_frame: int) -> Tensor:
+    """Packed row of the first proxy of each video: frame_offsets [B+1] → int64 [B]."""
+    offsets = frame_offsets[:-1].long()
+    videos = torch.arange(len(offsets), device=offsets.device)
+    return videos * num_proxies + offsets * patches_per_frame

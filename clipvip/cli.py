@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 from clipvip.training.preemption import leave_on_sigterm
 
@@ -12,15 +12,43 @@ if Path(sys.argv[0]).stem == "clipvip" and sys.argv[1:2] == ["train"]:
     leave_on_sigterm()  # before the slow imports
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, arg, subcommand
 
 from clipvip.data import Decoder
 from clipvip.files import shown
 from clipvip.terminal import one_line_errors, print_error, safe_output
 
-Model = Annotated[Positional[str], arg(metavar="MODEL")]
+DESCRIPTION = """Video-text models made from CLIP (CLIP-ViP): search your videos by text, or train.
+
+Search your own videos:
+  clipvip embed openai/clip-vit-base-patch32 ~/Videos
+  clipvip search 'a dog catches a ball'
+
+Train a model on your own or published data:
+  clipvip prepare folder ~/Videos train.jsonl
+  clipvip train msrvtt model.name=openai/clip-vit-base-patch32 data.train=train.jsonl out=run
+
+Set CLIPVIP_TRACEBACK=1 in the environment to see Python's traceback of an error."""
+
 INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
-Annotations = Annotated[Positional[Path], arg(metavar="ANNOTATIONS.jsonl")]
+
+# Arguments of several commands.
+Model = Annotated[
+    Positional[str],
+    arg(metavar="MODEL", help="A model folder or a name on the Hugging Face hub."),
+]
+Annotations = Annotated[
+    Positional[Path],
+    arg(
+        metavar="ANNOTATIONS.jsonl",
+        help="JSON Lines file with one clip per line; `clipvip prepare` makes it.",
+    ),
+]
+DecodeWith = Annotated[
+    Decoder,
+    arg(help="Video decoder. auto uses DALI if it is installed and there is a GPU, else PyAV."),
+]
+WorkerCount = Annotated[int | None, arg(help="Number of processes; by default one per core.")]
 
 
 def train(
@@ -29,17 +57,24 @@ def train(
     dry_run: bool = False,
     processes: int = 1,
 ) -> None:
-    """Post-pretrain or fine-tune by a configuration.
+    """Post-pretrain or fine-tune a model.
 
-    Several processes: `torchrun --nproc-per-node 8 -m clipvip.training CONFIG.yaml key=value`.
-    On SIGTERM it saves and ends with status 75; resume=latest goes on.
+    See what fine-tuning on MSR-VTT would cost, then start it:
+      clipvip train msrvtt model.name=MODEL data.train=train.jsonl out=run --dry-run
+      clipvip train msrvtt model.name=MODEL data.train=train.jsonl out=run
+
+    Train on several GPUs:
+      torchrun --nproc-per-node 8 -m clipvip.training CONFIG KEY=VALUE …
+
+    On SIGTERM, training saves a checkpoint and exits with status 75. Start it again with
+    resume=latest to continue.
 
     Args:
-        config: A YAML file, or the name of a packaged one (pretrain, msrvtt, didemo, …).
-        overrides: Settings that replace the file's, as key=value (optimizer.lr=1e-6).
-        dry_run: Print what the run will cost (parameters, tokens, operations, memory, steps) and
-            take one step through all its parts on made-up clips, with a model hardly any wide.
-        processes: Those that a dry run plans for.
+        config: A YAML file, or the name of a packaged configuration (pretrain, msrvtt, didemo, …).
+        overrides: Settings that replace those of CONFIG, such as optimizer.lr=1e-6.
+        dry_run: Train nothing. Print what the run costs (parameters, tokens, operations, memory).
+            Then take one step on generated clips, with a 32-channel model of the same depth.
+        processes: Number of processes to plan for; only with --dry-run.
     """
     from clipvip.training.__main__ import main as train_main
 
@@ -51,16 +86,16 @@ def evaluate(
     model: Model,
     annotations: Annotations,
     out: Path | None = None,
-    decoder: Decoder = "auto",
+    decoder: DecodeWith = "auto",
 ) -> None:
-    """Measure text-video retrieval: both directions, with and without dual softmax.
+    """Measure how well a model retrieves videos by text, and texts by video.
+
+    Prints recall at 1, 5 and 10 and the median and mean rank, with and without dual softmax.
+    For example:
+      clipvip eval run/last test.jsonl --out scores.json
 
     Args:
-        model: A model folder or hub name, which says how videos and texts are read. Of one of the
-            authors' .pt files, `clipvip convert` makes a folder.
-        annotations: JSON Lines, one clip a line, with `video` and `text`.
-        out: Also write the figures to this JSON file.
-        decoder: Of the videos; auto is DALI where it and a GPU are, else PyAV.
+        out: Also write the scores to this JSON file.
     """
     from clipvip.training.evaluate import evaluate_checkpoint
 
@@ -73,17 +108,17 @@ def convert(
     to: Literal["clipvip", "authors"] = "clipvip",
     tokenizer: str | None = None,
 ) -> None:
-    """Convert a checkpoint: CLIP or the authors' into ours, or ours into the authors' names.
+    """Convert a CLIP or CLIP-ViP checkpoint to a model folder, or back to the authors' format.
 
-    `clipvip convert pretrain_clipvip_base_32.pt FOLDER --tokenizer openai/clip-vit-base-patch32`
-    makes all of a model that reads videos as the authors' code does.
+    Turn a file of the CLIP-ViP authors into a model that reads videos as their code does:
+      clipvip convert pretrain_clipvip_base_32.pt MODEL --tokenizer openai/clip-vit-base-patch32
 
     Args:
-        source: A model folder, hub name, or one of the authors' .pt files.
-        destination: A folder (to clipvip) or a .pt file (to authors).
-        to: The layout to write.
-        tokenizer: A folder or hub name whose tokenizer is taken, as the authors' files have none;
-            by default the source's.
+        source: A model folder, a name on the Hugging Face hub, or a .pt file of the authors.
+        destination: The folder (--to clipvip) or .pt file (--to authors) to write.
+        to: Format to write.
+        tokenizer: Folder or hub name to take the tokenizer from. By default it is SOURCE's.
+            The authors' .pt files have none.
     """
     from clipvip.convert import convert as convert_checkpoint
 
@@ -94,18 +129,17 @@ def embed(
     model: Model,
     videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
     out: Path = Path("index"),
-    decoder: Decoder = "auto",
+    decoder: DecodeWith = "auto",
 ) -> None:
-    """Embed one's own videos into an index that can be searched by text.
+    """Embed your videos into an index that `clipvip search` can search by text.
 
-    `clipvip embed MODEL a.mp4 folder/ 'clips/*.mkv' list.txt annotations.jsonl`
+    For example, with a plain CLIP, whose features of a video's frames are averaged:
+      clipvip embed openai/clip-vit-base-patch32 ~/Videos 'clips/*.mkv'
 
     Args:
-        model: A model folder or hub name. A plain CLIP's features of the frames are averaged.
-        videos: Videos, images, folders (searched recursively for videos), patterns in quotes,
-            lists (.txt, a path per line), annotations (.jsonl).
-        out: Where the index goes; videos that are in it and unchanged are not embedded again.
-        decoder: Of the videos; auto is DALI where it and a GPU are, else PyAV.
+        videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
+            Also lists (.txt, one path per line) and annotations (.jsonl).
+        out: Folder of the index. Unchanged videos that it holds already are not embedded again.
     """
     from clipvip.index import build_index
 
@@ -117,13 +151,15 @@ def search(
     index: Path | None = None,
     k: Annotated[int, arg(aliases=["-k"])] = 10,
 ) -> None:
-    """Rank the videos of an index by a sentence.
+    """Find the videos of an index that match a sentence, best first.
+
+    For example:
+      clipvip search 'a dog catches a ball' -k 5
 
     Args:
-        query: What to look for, in words.
-        index: A folder that `clipvip embed` made; by default ./index, or where there is none,
-            that of the demo.
-        k: How many videos to show.
+        query: The sentence to search for.
+        index: Folder that `clipvip embed` wrote. By default ./index, else that of the demo.
+        k: Number of videos to show.
     """
     from rich.console import Console
     from rich.table import Column, Table
@@ -158,26 +194,33 @@ def prepare(
     videos: Path | None = None,
     first_30s: bool = False,
 ) -> None:
-    """Write annotations of a known data set, or of a folder of videos with texts beside them.
+    """Write annotations for a published data set, or for a folder of videos and texts.
 
-    Videos are found by name anywhere in their folder. Those that are missing are named and left
-    out; so is a line or file that cannot be used. `clipvip prepare folder ~/videos mine.jsonl`
-    takes x.mp4 with x.txt, a text per line.
+    Annotations are a JSON Lines file that `clipvip train`, `eval`, `shard` and `verify` read. For
+    MSR-VTT, and for a folder of videos x.mp4 with their texts in x.txt, one per line:
+      clipvip prepare msrvtt ~/MSRVTT train.jsonl --split train-9k
+      clipvip prepare folder ~/Videos mine.jsonl
+
+    Videos are found by name in any subfolder. Missing videos and unusable entries are reported
+    and left out.
 
     Args:
-        kind: msrvtt (its JSON or frozen-in-time's, with lists as CSV, .txt or JSON), didemo, lsmdc,
-            activitynet, hdvila (.jsonl, with LMDBs of subtitles and captions), captions (one file
-            of {clip_id, text}, as the CLIP-ViP authors have it, or {video, caption}, as LAVIS and
-            VindLU have it), folder.
-        source: The folder with the set's own files, or one of them.
-        out: JSON Lines, for `clipvip train`, `eval`, `shard` or `verify`.
-        split: Of the set; hdvila and folder have none. Only msrvtt has the ones with a number or
-            "full"; there train is train-9k, else 7k, else full, and test is test-1k (1k-A), else
-            full, by what SRC holds.
-        videos: Where the videos lie, if not in SRC.
-        first_30s: End each clip of DiDeMo after 30 seconds, as annotators saw no more and ClipBERT,
-            Singularity and VindLU read no more (CLIP4Clip 31). The CLIP-ViP authors' loader reads
-            whole files.
+        kind: The data set.
+            msrvtt: its JSON file or frozen-in-time's, and split lists (.csv, .txt, .json).
+            didemo, lsmdc, activitynet: the files that their authors publish.
+            hdvila: .jsonl files of clips, and LMDBs of subtitles and captions.
+            captions: a file of {clip_id, text} (CLIP-ViP) or {video, caption} (LAVIS, VindLU).
+            folder: videos and images, each with a .txt file of its texts.
+        source: Folder with the set's own files, or one of these files.
+        out: JSON Lines file to write.
+        split: Part of the set; hdvila and folder have none.
+            Splits with a number or "full" in their names exist only for msrvtt.
+            There, train is the first of train-9k, train-7k and train-full that SRC holds.
+            Likewise, test is test-1k (known as 1k-A) or test-full.
+        videos: Folder with the videos, if it is not SRC.
+        first_30s: End each clip after 30 seconds; only for DiDeMo.
+            Its annotators saw no more, and ClipBERT, Singularity and VindLU read no more.
+            CLIP4Clip reads 31 seconds, the CLIP-ViP authors' loader the whole file.
     """
     from clipvip.data.prepare import prepare as prepare_set
     from clipvip.files import write_whole
@@ -191,7 +234,7 @@ def prepare(
         ("mute", "clips have no text and were left out", done.mute),
         ("bad", "lines or files cannot be used and were left out", done.bad),
         ("guessed", "texts are not UTF-8 and were read as Windows-1252", done.guessed),
-        ("repaired", "clips' texts held half a character, now U+FFFD", done.repaired),
+        ("repaired", "clips had half a character in a text, now U+FFFD", done.repaired),
     ):
         lines = [shown(entry) for entry in entries]
         if lines:
@@ -199,7 +242,7 @@ def prepare(
         if len(lines) > 5:
             path = out.with_suffix(f".{name}.txt")
             write_whole(path, "".join(f"{line}\n" for line in lines))
-            print(f"all of them: {shown(path)}")
+            print(f"full list: {shown(path)}")
 
 
 def shard(
@@ -209,25 +252,28 @@ def shard(
     cut: bool = False,
     size: int | None = None,
     seed: int = 0,
-    workers: int | None = None,
+    workers: WorkerCount = None,
     max_bad_share: float = 0.05,
 ) -> None:
-    """Write WebDataset tars to train from: OUT/00000.tar, 00001.tar, … and a manifest.
+    """Pack clips into WebDataset tar files (shards) to train from.
 
-    Run again after a crash it goes on; finished shards are not written again. Train on them with
-    `clipvip train … data.train='OUT/{00000..00099}.tar'`, or just data.train=OUT.
+    Writes OUT/00000.tar, 00001.tar, … and a manifest with their checksums. For example:
+      clipvip shard train.jsonl SHARDS --size 256
+      clipvip train msrvtt data.train=SHARDS …
+
+    If a run stops early, run the same command again: it keeps the finished shards. To train on
+    some of the shards, use data.train='SHARDS/{00000..00099}.tar'.
 
     Args:
-        annotations: JSON Lines, one clip a line; `clipvip prepare` makes it of known data sets.
-        out: A folder, new or of an earlier run with the same options.
-        clips_per_shard: Aim at 0.1 to 1 GB a shard.
-        cut: Store of a long video only what the clip (start, end) needs; frames stay the same.
-        size: Store the clip coded anew as H.264, its shortest side this; 256 suits training at
-            224. Much smaller and faster to decode.
-        seed: Of the order in which clips are spread over the shards.
-        workers: Processes; by default one a core.
-        max_bad_share: Of clips that may be unreadable; they are left out and listed in
-            OUT/bad_files.jsonl.
+        out: Folder to write to: a new one, or that of an earlier run with the same options.
+        clips_per_shard: Number of clips per shard. Choose it so that a shard has 0.1 to 1 GB.
+        cut: Store only the part of a video that the clip (start, end) needs.
+            The frames do not change.
+        size: Re-encode each clip as H.264 with this shortest side, in pixels.
+            256 suits training at 224. Such clips are much smaller and decode faster.
+        seed: Random seed for the order of the clips.
+        max_bad_share: Share of unreadable clips above which the command fails.
+            Unreadable clips are left out and listed in OUT/bad_files.jsonl.
     """
     from clipvip.data.shards import write_shards
 
@@ -254,18 +300,20 @@ def verify(
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
     clean: Annotated[Positional[Path | None], arg(metavar="[CLEAN.jsonl]")] = None,
     manifest: Path | None = None,
-    workers: int | None = None,
+    workers: WorkerCount = None,
 ) -> None:
-    """Check that clips can be read: decodes the first, middle and last frame of each.
+    """Verify that clips can be read, by decoding the first, middle and last frame of each.
 
-    Names what cannot be, and then ends with exit status 1.
+    Lists the clips that cannot be read. If there are any, exits with status 1. For example:
+      clipvip verify train.jsonl clean.jsonl
+      clipvip verify 'https://example.org/shards/{00000..00099}.tar'
 
     Args:
-        source: Annotations (JSON Lines), or shards: their folder, or tars such as
-            'shards/{00000..00099}.tar' or any fsspec URL; their checksums are compared too.
-        clean: Write the annotations of the clips that can be read to this file.
-        manifest: Of tars made elsewhere: write the manifest that training from them needs.
-        workers: Processes; by default one a core.
+        source: Annotations (.jsonl), or shards: a folder, a pattern of tars, or an fsspec URL.
+            The checksums of shards are verified too.
+        clean: Write the annotations of the readable clips to this file.
+        manifest: Write a manifest of the tars to this file.
+            Training needs one, and tars that another tool made have none.
     """
     from clipvip.data.shards import is_shards, verify_shards
     from clipvip.data.verify import verify_files
@@ -280,8 +328,8 @@ def verify(
     print(f"{shown(source)}: {clips} clips, {len(bad)} bad")
     if any(file.path.endswith(".tar") for file in bad):
         print(
-            "delete a bad tar and run `clipvip shard` again with the options it had, which writes "
-            "what is missing; fetch one made elsewhere again"
+            "to replace a bad tar: delete it and run `clipvip shard` again with the same options, "
+            "or download it again"
         )
     for written in (clean, manifest):
         if written is not None:
@@ -305,35 +353,38 @@ def bench(
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="BEFORE AFTER")] = None,
     allow: float = 0.1,
 ) -> None:
-    """Measure kernels, losses, model, training step and decoding against their peers here.
+    """Measure the speed and memory of kernels, model, training and decoding on this machine.
 
-    Results are checked before they are timed; contestants take turns. Every case runs in a process
-    of its own (on a GPU for 90 seconds at most, a training step for twice that), the most important
-    ones first; a case that crashes or hangs is recorded as that. Prints the table so far after
-    every case, writes a record per case and a report. Ends with status 1 if a case failed.
+    Compares this package (ours) with a baseline and with other libraries, which take turns. Their
+    results are checked before they are timed. For example:
+      clipvip bench ops --quick
+
+    Each case runs in a process of its own, the most important cases first. On a GPU a case may take
+    90 seconds, a training step 180. After each case the table so far is printed and a record is
+    written; a report follows at the end. If a case fails, crashes or hangs, the record says so and
+    the command exits with status 1.
 
     Args:
-        suite: ops, model, train, decode, growth, or all.
-        device: Where to measure. auto is the GPU if there is one.
-        quick: A few small cases of each suite: about three minutes on a CPU with two cores.
-        only: Measure only the cases that this expression finds, by suite and name as the tables
-            print them: 'ops proxy_attention-b16.*both'.
-        minutes: Stop in time to be done after this many minutes, and name what was not reached,
-            which is no failure.
-        out: Where records and report go: a folder, or a file NAME.jsonl that takes a record per
-            line, with the report beside it. By default bench/results in a checkout, else
-            ./clipvip-bench.
-        resume: Records of an earlier run (a folder or file as --out). A case that this commit
-            already measured on this machine is taken from there instead of measured again. On a
-            GPU that also holds for the records in --out.
-        profile: Also write torch.profiler traces, to traces/ beside the records: of one contestant,
-            such as ours, or of all.
-        compare: Measure nothing; say what moved beyond noise between two runs, each a record or a
-            folder of records. Ends with status 1 if ours got worse or was lost, 2 if they cannot be
-            compared. A case that is absent counts as lost if its suite was run as before (so not
-            by --quick where it was run in full).
-        allow: By what share ours may get worse in a comparison: its time as a ratio to the
-            baseline's (itself where there is none), or its peak memory.
+        suite: Group of cases to measure: ops, model, train, decode, growth, or all.
+        device: Device to measure on; auto is the GPU if there is one.
+        quick: Measure a few small cases of each suite (three minutes on a CPU with two cores).
+        only: Measure only the cases whose suite and name, as tables show them, match this
+            expression, such as 'ops proxy_attention-b16.*both'.
+        minutes: Finish within this many minutes, and name the cases that were not reached.
+            These do not count as failures.
+        out: Folder for records and report, or a file NAME.jsonl for one record per line, with the
+            report beside it. By default bench/results in a checkout, else ./clipvip-bench.
+        resume: Records of an earlier run, a folder or file like --out.
+            Cases that this commit already measured on this machine are taken from there.
+            On a GPU the records in --out are used likewise.
+        profile: Also write torch.profiler traces to traces/ beside the records.
+            Name one contestant, such as ours, or all.
+        compare: Measure nothing. Compare two runs and print what changed by more than noise.
+            Each run is a record or a folder of records.
+            Exits with status 1 if ours got worse or is missing, 2 if they cannot be compared.
+            A missing case counts only if its suite was run alike (not with --quick once).
+        allow: Share by which ours may get worse in a comparison, in time and in peak memory.
+            The time is taken relative to the baseline's, if there is one.
     """
     from clipvip import benchmark
 
@@ -361,7 +412,7 @@ def bench(
 
 
 def doctor() -> None:
-    """Say what was built, what runs here, and what is missing."""
+    """Show what was built, what works on this machine, and what is missing."""
     from clipvip.doctor import report
 
     if not report():
@@ -384,10 +435,14 @@ COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Run one command."""
+    overview = not COMMANDS.keys() & set(sys.argv[1:2])  # shows one line per command
+    commands = []
+    for name, command in COMMANDS.items():
+        summary = command.__doc__.partition("\n")[0] if overview else None
+        commands.append(Annotated[Any, subcommand(name, constructor=command, description=summary)])
+    choice: Any = Union[tuple(commands)]  # noqa: UP007
     with safe_output(), one_line_errors():
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="clipvip", description="Video-text models from CLIP, trained fast."
-        )
+        tyro.cli(choice, prog="clipvip", description=DESCRIPTION)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class CLIPViPProcessor(ProcessorMixin):
         return self.text_length or min(self.tokenizer.model_max_length, LONGEST)
 
     def loading(self) -> dict[str, Any]:
-        """Arguments of clipvip.data.loading.loader.build_loader that say how clips are read."""
+        """The fields of clipvip.data.loading.LoaderOptions that say how clips are read."""
         return {
             "image_size": self.image_size,
             "num_frames": self.num_frames,

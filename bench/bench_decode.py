@@ -91,11 +91,11 @@ class Dali:
         return self.several(map, path, 1)[0]
 
     def several(self, map: Callable[..., Any], path: Path, clips: int) -> list[Tensor]:
-        frames = self.decoder.decode(list(map(self.encode, [path] * clips)))
-        for each in frames:
+        decoded = self.decoder.decode(list(map(self.encode, [path] * clips)))
+        for each in decoded:
             if isinstance(each, str):  # the reason why not
                 raise RuntimeError(each)
-        return frames
+        return [each.frames for each in decoded]
 
 
 def naive() -> Reader:

@@ -69,7 +69,7 @@ class ByDali:
             if isinstance(frames, str):
                 samples[i] = self._read_again(samples[i], frames)
             else:
-                samples[i].frames = frames
+                samples[i].hold(frames)
         if places:
             for sample in samples:
                 if isinstance(sample.frames, Tensor):

@@ -34,8 +34,6 @@ class Collate:
         frames = []
         for sample in samples:
             assert isinstance(sample.frames, Tensor)
-            if sample.middle:
-                sample.frames, sample.image = sample.frames[:-1], sample.frames[-1]
             frames.append(sample.frames)
         batch = {
             "pixel_values": torch.cat(frames),

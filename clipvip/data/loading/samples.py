@@ -16,6 +16,7 @@ from clipvip.data.video import (
     DecodeError,
     Encoded,
     Engine,
+    Frames,
     Media,
     OpenClip,
     Refused,
@@ -61,8 +62,8 @@ class Work(Protocol):
 class Sample:
     """What became of one place in the order; frames is None where nothing could be read.
 
-    key: what Work.sample makes it of; attempt: which of its tries this is. middle: its last frame
-    is the image still.
+    key: what Work.sample makes it of; attempt: which of its tries this is. image: the annotated
+    image, or the clip's middle frame.
     """
 
     key: Any
@@ -70,7 +71,6 @@ class Sample:
     attempt: int = 0
     frames: Tensor | Encoded | None = None
     image: Tensor | None = None
-    middle: bool = False
     texts: tuple[str, ...] = ()
     subtitle: str | None = None
     caption: str | None = None
@@ -78,6 +78,15 @@ class Sample:
     tried: list[int] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     damaged: list[BadFile] = field(default_factory=list)
+
+    def hold(self, decoded: Frames | Encoded) -> None:
+        """Hold the clip's frames, and its middle frame, if given, as the image."""
+        if isinstance(decoded, Encoded):
+            self.frames = decoded
+            return
+        self.frames = decoded.frames
+        if decoded.middle is not None:
+            self.image = decoded.middle
 
     def failed(self, path: str, reason: str, line: int) -> None:
         self.failures.append(Failure(self.place, BadFile(path, reason, line)))
@@ -135,11 +144,12 @@ class Reading:
         sample.texts, sample.subtitle, sample.caption = clip.text, clip.subtitle, clip.caption
         if self.training and clip.text:
             sample.texts = (clip.text[int(generator.integers(len(clip.text)))],)
-        sample.middle = omnisource and image is None
         try:
             if omnisource and image is not None:
                 sample.image = read_frames(image, 1, size=self.size, resize=self.resize)[0]
-            self._read_frames(sample, clip, clip.video if video is None else video, generator)
+            with_middle = omnisource and image is None
+            video = clip.video if video is None else video
+            self._read_frames(sample, clip, video, generator, with_middle)
         except DecodeError:
             raise
         except Exception as error:  # one clip never ends a run; if all fail so, their share does
@@ -148,28 +158,35 @@ class Reading:
             raise DecodeError(clip.video, reason) from error
 
     def _read_frames(
-        self, sample: Sample, clip: Clip, video: Media, generator: np.random.Generator
+        self,
+        sample: Sample,
+        clip: Clip,
+        video: Media,
+        generator: np.random.Generator,
+        with_middle: bool,
     ) -> None:
-        settings: dict[str, Any] = {
-            "start": clip.start,
-            "end": clip.end,
-            "sampling": self.sampling,
-            "generator": generator if self.training else None,
-            "with_middle": sample.middle,
-        }
         if is_image(video):
-            squares: dict[str, Any] = {"size": self.size, "resize": self.resize}
-            sample.frames = read_frames(video, self.num_frames, **squares, **settings)
+            frames = read_frames(video, 1, size=self.size, resize=self.resize)
+            sample.hold(Frames(frames, frames[0] if with_middle else None))
             sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
             return
-        with open_clip(video, self.num_frames, **settings) as opened:
-            frames, decoder = self._decode(opened)
+        with open_clip(
+            video,
+            self.num_frames,
+            start=clip.start,
+            end=clip.end,
+            sampling=self.sampling,
+            generator=generator if self.training else None,
+            with_middle=with_middle,
+        ) as opened:
+            decoded, decoder = self._decode(opened)
             damage = opened.damage
         if damage is not None:
             sample.damaged.append(BadFile(str(opened.path), damage, clip.line))
-        sample.frames, sample.decoder = frames, decoder
+        sample.hold(decoded)
+        sample.decoder = decoder
 
-    def _decode(self, opened: OpenClip) -> tuple[Tensor | Encoded, str]:
+    def _decode(self, opened: OpenClip) -> tuple[Frames | Encoded, str]:
         decoder = "PyAV"
         if self.engine is not None:
             try:

@@ -23,6 +23,7 @@ from clipvip.data.video.dali import (
     start_engine,
 )
 from clipvip.data.video.decode import (
+    Frames,
     OpenClip,
     VideoInfo,
     check_decodes,
@@ -45,6 +46,7 @@ __all__ = [
     "DecodeError",
     "Encoded",
     "Engine",
+    "Frames",
     "Media",
     "OpenClip",
     "Refused",

@@ -33,9 +33,10 @@ from torch import Tensor
 
 from clipvip.data import DECODERS
 from clipvip.data.video.container import Blob, DecodeError, add_copy, open_video, packets_from
-from clipvip.data.video.decode import OpenClip, open_clip
+from clipvip.data.video.decode import Frames, OpenClip, open_clip
 from clipvip.data.video.headers import CHANGED, difference, resets
 from clipvip.data.video.pixels import MATRIX_NAMES, orientation
+from clipvip.data.video.sampling import Choice
 from clipvip.ops.resize_crop import Axis, Turn, on_black, placed, resize_frames
 
 logger = logging.getLogger(__name__)
@@ -162,12 +163,12 @@ def _has_nvdec() -> bool:
 class Encoded:
     """Frames of a clip, not decoded yet.
 
-    data: uint8 [bytes], a Matroska file; numbers: int32 [N], the frames wanted, counted in the
-    order of showing; width, height: as stored. turn: see decode.orientation.
+    data: uint8 [bytes], a Matroska file. chosen: the frames wanted, int32 [N], counted in the
+    order of showing. width, height: as stored. turn: see pixels.orientation.
     """
 
     data: Tensor
-    numbers: NDArray[np.int32]
+    chosen: Choice
     width: int
     height: int
     turn: Turn
@@ -186,9 +187,10 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
     if clip.index.by_count:
         raise Refused(path, "no times of showing in the file")
     _check_colours(path, head.colorspace)
-    wanted = clip.index.shown[clip.chosen]
+    positions = clip.chosen.positions
+    wanted = clip.index.shown[positions]
     # Half a tick on, or rounding could lead to the keyframe before.
-    first = clip.index.times[clip.chosen.min()] + float(clip.stream.time_base or 0) / 2
+    first = clip.index.times[positions.min()] + float(clip.stream.time_base or 0) / 2
     with open_video(clip.source) as (container, stream):
         given = stream.codec_context.width, stream.codec_context.height
         source = packets_from(container, stream, first)
@@ -206,9 +208,10 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
         if len(shown) < len(times):
             raise Refused(path, "two frames at one time")
         data = _matroska(stream, packets, np.searchsorted(shown, times))
+    numbers, middle = clip.chosen.split(np.searchsorted(shown, wanted).astype(np.int32))
     return Encoded(
         torch.frombuffer(data, dtype=torch.uint8),
-        np.searchsorted(shown, wanted).astype(np.int32),
+        Choice(numbers, None if middle is None else int(middle)),
         frame.width,
         frame.height,
         orientation(frame),
@@ -304,10 +307,8 @@ class DaliDecoder:
         self._pipeline: Any = None
         self._most = 0
 
-    def decode(self, clips: Sequence[Encoded]) -> list[Tensor | str]:
-        """Each clip's frames, uint8 [N, 3, size, size] on the device; a string, the reason, where
-        DALI could not decode it.
-        """
+    def decode(self, clips: Sequence[Encoded]) -> list[Frames | str]:
+        """Decode each clip's frames, on the device; a string, the reason, where DALI could not."""
         with self.apart():
             return list(chain.from_iterable(map(self._decode, _portions(clips))))
 
@@ -321,7 +322,7 @@ class DaliDecoder:
             yield
             self._stream.synchronize()
 
-    def _decode(self, clips: Sequence[Encoded]) -> list[Tensor | str]:
+    def _decode(self, clips: Sequence[Encoded]) -> list[Frames | str]:
         if self._pipeline is None or len(clips) > self._most:
             self._most = max(len(clips), self._most)
             self._pipeline = self._build(self._most)
@@ -334,8 +335,11 @@ class DaliDecoder:
                 return [_reason(error)]
             half = len(clips) // 2
             return [*self._decode(clips[:half]), *self._decode(clips[half:])]
-        parts = packed.split([len(clip.numbers) for clip in clips])
-        return [_turned(part, clip.turn) for part, clip in zip(parts, clips, strict=True)]
+        parts = packed.split([len(clip.chosen.positions) for clip in clips])
+        return [
+            Frames(*clip.chosen.split(_turned(part, clip.turn)))
+            for part, clip in zip(parts, clips, strict=True)
+        ]
 
     def _run(self, clips: Sequence[Encoded]) -> Tensor:
         """uint8 [F, 3, size, size]."""
@@ -344,7 +348,7 @@ class DaliDecoder:
         ]
         inputs: dict[str, list[NDArray[Any]]] = {
             "data": [clip.data.numpy() for clip in clips],
-            "frames": [clip.numbers for clip in clips],
+            "frames": [clip.chosen.positions for clip in clips],
         }
         if self.resize != "squash":
             parts = [_part(clip, sides) for clip, sides in zip(clips, axes, strict=True)]
@@ -352,7 +356,7 @@ class DaliDecoder:
         (given,) = self._pipeline.run(**inputs)
         frames = [torch.from_dlpack(given[i]).permute(0, 3, 1, 2) for i in range(len(clips))]
         counts = [len(part) for part in frames]
-        wanted = [len(clip.numbers) for clip in clips]
+        wanted = [len(clip.chosen.positions) for clip in clips]
         if counts != wanted:
             raise RuntimeError(f"gave {counts} frames of {wanted}")
         packed = torch.cat(list(map(self._squares, frames, axes)))
@@ -407,7 +411,7 @@ def _portions(clips: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
     """Parts whose full-size frames fit into memory together."""
     first, total = 0, 0
     for last, clip in enumerate(clips):
-        size = 3 * clip.width * clip.height * len(clip.numbers)
+        size = 3 * clip.width * clip.height * len(clip.chosen.positions)
         if total and total + size > AT_ONCE:
             yield clips[first:last]
             first, total = last, 0

@@ -51,7 +51,7 @@ from clipvip.data.video.container import (
 from clipvip.data.video.frame_index import Index, IndexWrong, Trust, known_index, window_of
 from clipvip.data.video.in_order import NO_TIME, InOrder
 from clipvip.data.video.pixels import Converter, open_image, orientation, read_image
-from clipvip.data.video.sampling import check_sampling, choose_frames, middle_frame
+from clipvip.data.video.sampling import Choice, check_sampling, choose_frames, middle_frame
 from clipvip.ops.resize_crop import check_compiled, check_resize
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Blob",
     "DecodeError",
+    "Frames",
     "Media",
     "OpenClip",
     "VideoInfo",
@@ -81,6 +82,17 @@ class VideoInfo(NamedTuple):
     codec: str
 
 
+class Frames(NamedTuple):
+    """Decoded frames of a clip as squares.
+
+    frames: uint8 [N, 3, size, size]. middle: uint8 [3, size, size], the clip's middle frame; None
+    unless asked for.
+    """
+
+    frames: Tensor
+    middle: Tensor | None = None
+
+
 def read_frames(
     path: Media,
     num_frames: int,
@@ -91,15 +103,14 @@ def read_frames(
     end: float | None = None,
     sampling: str = "uniform",
     generator: np.random.Generator | None = None,
-    with_middle: bool = False,
     threads: int = 1,
 ) -> Tensor:
     """Frames of a clip as squares of `size`.
 
     resize: how a frame becomes a square, see clipvip.ops.resize_crop.
     start, end: seconds; the clip is what is shown in [start, end). sampling: see
-    clipvip.data.sampling; a generator means training. with_middle: the clip's middle frame
-    follows as one more. threads: for the decoder, 0 for one per core.
+    clipvip.data.video.sampling; a generator means training. threads: for the decoder, 0 for one
+    per core.
     Returns uint8 [N, 3, size, size] with N = num_frames (fewer only with "fps:R"; frames of
     a shorter clip repeat). An image is one frame, N = 1, whatever was asked.
     Raises DecodeError for files that are missing, empty, cut off, damaged or no video.
@@ -111,23 +122,16 @@ def read_frames(
         raise ValueError(f"num_frames is {num_frames}, size {size}; expected both at least 1")
     if is_image(path):
         with as_decode_errors(file):
-            image = read_image(file, size, resize)
-            return image.expand(2, -1, -1, -1) if with_middle else image
+            return read_image(file, size, resize)
     with open_clip(
-        path,
-        num_frames,
-        start=start,
-        end=end,
-        sampling=sampling,
-        generator=generator,
-        with_middle=with_middle,
+        path, num_frames, start=start, end=end, sampling=sampling, generator=generator
     ) as clip:
-        return clip.decode(size, threads, resize)
+        return clip.decode(size, threads, resize).frames
 
 
 @dataclass(slots=True)
 class OpenClip:
-    """An opened video and the frames wanted: `chosen` are positions among all frames that `index`
+    """An opened video and the frames wanted: `chosen` holds positions among all frames that `index`
     lists in the order of showing. Decoding replaces the index by a more reliable one where the
     decoder's frames differ from it."""
 
@@ -135,9 +139,9 @@ class OpenClip:
     container: InputContainer
     stream: VideoStream
     index: Index
-    chosen: NDArray[np.int64]
+    chosen: Choice
     find: Callable[[InputContainer, VideoStream, Trust], Index]
-    choose: Callable[[Index], NDArray[np.int64]]
+    choose: Callable[[Index], Choice]
 
     @property
     def path(self) -> Path:
@@ -151,8 +155,8 @@ class OpenClip:
         stretches = ", ".join(f"{first:.1f}–{last:.1f} s" for first, last in self.index.lost[:5])
         return f"damaged at {stretches}" + ", …" * (len(self.index.lost) > 5)
 
-    def decode(self, size: int, threads: int = 1, resize: str = "crop") -> Tensor:
-        """uint8 [len(chosen), 3, size, size]; once, and within `open_clip` only."""
+    def decode(self, size: int, threads: int = 1, resize: str = "crop") -> Frames:
+        """Decode the chosen frames; once, and within `open_clip` only."""
         file = file_of(self.source)
         with suppress(IndexWrong):
             return _decode(
@@ -182,21 +186,20 @@ def open_clip(
     generator: np.random.Generator | None = None,
     with_middle: bool = False,
 ) -> Iterator[OpenClip]:
-    """Open a video and choose the frames that read_frames would decode; what goes wrong within is a
-    DecodeError."""
+    """Open a video and choose the frames that read_frames would decode, and with `with_middle` the
+    clip's middle frame; what goes wrong within is a DecodeError."""
     file = file_of(source)
     check_compiled()  # or every file would seem to be bad
     state = {} if generator is None else generator.bit_generator.state
 
-    def choose(index: Index) -> NDArray[np.int64]:
+    def choose(index: Index) -> Choice:
         if generator is not None:
             generator.bit_generator.state = state
         window = window_of(index.times, start, end, file.path)
         times = index.times[window]
-        chosen = choose_frames(times, num_frames, sampling, generator)
-        if with_middle:
-            chosen = np.append(chosen, middle_frame(times, sampling))
-        return chosen + window.start
+        frames = choose_frames(times, num_frames, sampling, generator) + window.start
+        middle = middle_frame(times, sampling) + window.start if with_middle else None
+        return Choice(frames, middle)
 
     def find(container: InputContainer, stream: VideoStream, trust: Trust) -> Index:
         return known_index(container, stream, file, start, end, trust=trust)
@@ -292,14 +295,14 @@ def _decode(
     container: InputContainer,
     stream: VideoStream,
     index: Index,
-    chosen: NDArray[np.int64],
+    chosen: Choice,
     size: int,
     file: File,
     threads: int,
     resize: str,
-) -> Tensor:
-    """The chosen frames (positions in index.shown), converted: uint8 [len(chosen), 3, s, s]."""
-    wanted, places = np.unique(chosen, return_inverse=True)
+) -> Frames:
+    """Decode and convert the chosen frames (positions in index.shown)."""
+    wanted, places = np.unique(chosen.positions, return_inverse=True)
     frames = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
     pixels = frames.numpy()
     converter = Converter(size, stream.codec_context.name, resize)
@@ -315,9 +318,9 @@ def _decode(
             _set_threads(stream, threads)
             for position, frame in _decode_in_order(again, stream, index, wanted, file.path):
                 converter.convert(frame, pixels[position])
-    if np.array_equal(places, np.arange(len(wanted))):
-        return frames
-    return frames[torch.from_numpy(places)]
+    if not np.array_equal(places, np.arange(len(wanted))):
+        frames = frames[torch.from_numpy(places)]
+    return Frames(*chosen.split(frames))
 
 
 def _set_threads(stream: VideoStream, threads: int) -> None:

@@ -16,11 +16,35 @@ with fewer frames than wanted (frames then repeat) need no special case.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 TIE = 1e-6  # seconds: a time half way between two frames takes the later one
+
+
+class Choice(NamedTuple):
+    """Positions of the frames to take from a list of frames.
+
+    frames: integers [N]. middle: the clip's middle frame; None unless asked for.
+    """
+
+    frames: NDArray[Any]
+    middle: int | None = None
+
+    @property
+    def positions(self) -> NDArray[Any]:
+        """All positions in one array, the middle frame's last: [N] or [N + 1]."""
+        if self.middle is None:
+            return self.frames
+        return np.append(self.frames, np.array(self.middle, self.frames.dtype))
+
+    def split(self, pixels: Any) -> tuple[Any, Any]:
+        """Split what belongs to `positions`, [N] or [N + 1], into that of `frames`, [N], and that
+        of `middle`, or None."""
+        count = len(self.frames)
+        return pixels[:count], None if self.middle is None else pixels[count]
 
 
 def check_sampling(sampling: str) -> tuple[str, float]:

@@ -193,7 +193,7 @@ def _shown(source: Media, start: float | None, end: float | None) -> _Shown:
     """Raises DecodeError."""
     with open_clip(source, 3, start=start, end=end) as clip:
         context = clip.stream.codec_context
-        pictures = clip.decode(max(min(context.width, context.height), 1))
+        pictures = clip.decode(max(min(context.width, context.height), 1)).frames
         times = clip.index.times[window_of(clip.index.times, start, end, clip.path)]
         return _Shown(times - times[0], pictures, float(clip.stream.time_base or 0))
 

@@ -21,7 +21,7 @@ from clipvip.data.shards import stream
 from clipvip.data.shards.manifest import ShardError
 from clipvip.data.shards.stream import Shards, Source, build_shard_loader
 from clipvip.data.shards.write import write_shards
-from clipvip.data.video import read_frames
+from clipvip.data.video import Frames, read_frames
 
 COUNT = 101
 Load = Callable[..., ClipLoader]
@@ -89,17 +89,19 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     class Nothing:
         damage = None
 
-        def __init__(self, frames: int) -> None:
+        def __init__(self, frames: int, with_middle: bool) -> None:
             self.frames = frames
+            self.with_middle = with_middle
 
-        def decode(self, size: int, **options: Any) -> torch.Tensor:
-            return torch.zeros(self.frames, 3, size, size, dtype=torch.uint8)
+        def decode(self, size: int, **options: Any) -> Frames:
+            frames = torch.zeros(self.frames, 3, size, size, dtype=torch.uint8)
+            return Frames(frames, frames[0] if self.with_middle else None)
 
     @contextmanager
     def opened(
         video: Any, count: int, *, with_middle: bool = False, **options: Any
     ) -> Iterator[Nothing]:
-        yield Nothing(count + with_middle)
+        yield Nothing(count, with_middle)
 
     monkeypatch.setattr(samples, "open_clip", opened)
 

@@ -24,7 +24,8 @@ from clipvip.data.shards import Shards, Source, build_shard_loader, write_shards
 from clipvip.data.video import dali
 from clipvip.data.video.container import Blob, Media
 from clipvip.data.video.dali import DaliDecoder, DaliError, Refused, choose_engine, encode
-from clipvip.data.video.decode import open_clip, read_frames
+from clipvip.data.video.decode import Frames, open_clip, read_frames
+from clipvip.data.video.sampling import Choice
 from clipvip.ops.resize_crop import RESIZES
 
 needs_dali = pytest.mark.skipif(
@@ -82,13 +83,24 @@ def decoder() -> DaliDecoder:
     return DaliDecoder(SIZE, dali.CPU)
 
 
-def by_dali(source: Media, num_frames: int, decoder: DaliDecoder, **clip: Any) -> Tensor:
+def by_dali(media: Media, num_frames: int, decoder: DaliDecoder, **clip: Any) -> Tensor:
     engine = dali.CPU if decoder.device == "cpu" else dali.GPU
-    with open_clip(source, num_frames, **clip) as opened:
+    with open_clip(media, num_frames, **clip) as opened:
         encoded = encode(opened, engine)
-    (frames,) = decoder.decode([encoded])
-    assert isinstance(frames, Tensor), frames
-    return frames
+    (decoded,) = decoder.decode([encoded])
+    assert isinstance(decoded, Frames), decoded
+    return joined(decoded)
+
+
+def by_pyav(media: Media, num_frames: int, **clip: Any) -> Tensor:
+    with open_clip(media, num_frames, **clip) as opened:
+        return joined(opened.decode(SIZE))
+
+
+def joined(decoded: Frames) -> Tensor:
+    """All frames, the middle one last."""
+    frames, middle = decoded
+    return frames if middle is None else torch.cat([frames, middle[None]])
 
 
 def far(ours: Tensor, theirs: Tensor) -> float:
@@ -163,7 +175,7 @@ def test_every_resize_is_pyavs(name: str, resize: str, real_clips, tmp_path: Pat
     ids=str,
 )
 def test_which_frames_is_as_with_pyav(video: Path, clip, decoder: DaliDecoder, numbers) -> None:
-    theirs = read_frames(video, 7, size=SIZE, **clip)
+    theirs = by_pyav(video, 7, **clip)
     assert numbers(by_dali(video, 7, decoder, **clip)) == numbers(theirs)
     blob = Blob(video.name, video.read_bytes())
     assert numbers(by_dali(blob, 7, decoder, **clip)) == numbers(theirs)
@@ -207,8 +219,8 @@ def test_only_packets_that_are_needed_are_passed_on(vp9: Path) -> None:
     with open_clip(vp9, 4) as whole, open_clip(vp9, 4, start=1.0, end=1.3) as part:
         everything, some = encode(whole, dali.CPU), encode(part, dali.CPU)
     assert len(some.data) < len(everything.data) / 2
-    assert everything.numbers.tolist() == [0, 10, 29, 39]  # 0-9, 20-29, 30-39 and 50-59 of 60
-    assert some.numbers.max() < 20
+    assert everything.chosen.frames.tolist() == [0, 10, 29, 39]  # 0-9, 20-29, 30-39 and 50-59 of 60
+    assert some.chosen.frames.max() < 20
 
 
 KEYS = "keyint=10:min-keyint=10:scenecut=0"
@@ -240,7 +252,7 @@ def test_groups_of_pictures_without_a_wanted_frame_are_left_out_where_closed(
     with av.open(io.BytesIO(encoded.data.numpy().tobytes())) as copy:
         frames = [frame.to_ndarray(format="rgb24") for frame in copy.decode(video=0)]
     copied = numbers(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
-    assert [copied[number] for number in encoded.numbers] == wanted
+    assert [copied[number] for number in encoded.chosen.frames] == wanted
     groups = {number // 10 for number in wanted}
     between = set(range(min(groups), max(groups) + 1))
     assert len(groups) < len(between)
@@ -261,7 +273,7 @@ def test_clips_of_several_sizes_and_lengths_keep_their_order(
         for path, count in asked:
             with open_clip(path, count) as clip:
                 encoded.append(encode(clip, dali.CPU))
-        assert [numbers(frames) for frames in decoder.decode(encoded)] == expected
+        assert [numbers(decoded.frames) for decoded in decoder.decode(encoded)] == expected
     assert decoder.decode([]) == []
 
 
@@ -269,10 +281,10 @@ def test_clips_of_several_sizes_and_lengths_keep_their_order(
 def test_a_frame_past_the_end_is_an_error_not_a_black_frame(vp9: Path, decoder, numbers) -> None:
     with open_clip(vp9, 3) as clip:
         good = encode(clip, dali.CPU)
-    end = int(good.numbers[-1])
-    long = replace(good, numbers=np.array([0, end, end + 1], np.int32))
+    end = int(good.chosen.frames[-1])
+    long = replace(good, chosen=Choice(np.array([0, end, end + 1], np.int32)))
     first, said, last = decoder.decode([good, long, good])
-    assert numbers(first) == numbers(last) == [0, 30, 59]
+    assert numbers(first.frames) == numbers(last.frames) == [0, 30, 59]
     assert f"out-of-bounds frame index {end + 1}" in said
 
 
@@ -667,7 +679,7 @@ def test_which_frames_on_a_gpu(name: str, clip, cuda: str, make_video, numbers) 
     video = make_video(f"dali-{name}", size=STORED, **ON_GPU[name])
     ours = by_dali(video, 7, DaliDecoder(SIZE, dali.GPU), **clip)
     assert ours.is_cuda
-    assert numbers(ours.cpu()) == numbers(read_frames(video, 7, size=SIZE, **clip))
+    assert numbers(ours.cpu()) == numbers(by_pyav(video, 7, **clip))
 
 
 @needs_dali

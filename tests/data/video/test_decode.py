@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import av.filter
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipvip.data.video import container, decode, frame_index, pixels
-from clipvip.data.video.decode import DecodeError, probe, read_frames
+from clipvip.data.video.decode import DecodeError, open_clip, probe, read_frames
 from clipvip.data.video.sampling import choose_frames
 from clipvip.ops import _native
 
@@ -342,12 +343,17 @@ def test_a_clip_shorter_than_asked_repeats_frames(make_video, numbers: Numbers) 
     assert numbers(read_frames(make_video("single.mp4", count=1), 4, size=16)) == [0] * 4
 
 
-def test_the_middle_frame_follows_when_asked(make_video, numbers: Numbers) -> None:
+@pytest.mark.parametrize("seed", [None, 0])
+def test_the_middle_frame_is_given_when_asked(seed, make_video, numbers: Numbers) -> None:
     path = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
-    frames = read_frames(
-        path, 2, size=16, start=0.4, end=1.2, with_middle=True, generator=np.random.default_rng(0)
-    )
-    assert len(frames) == 3 and numbers(frames)[2] == 20
+    for with_middle in (False, True):
+        generator = None if seed is None else np.random.default_rng(seed)
+        part: dict[str, Any] = {"start": 0.4, "end": 1.2, "generator": generator}
+        with open_clip(path, 2, with_middle=with_middle, **part) as clip:
+            frames, middle = clip.decode(16)
+        part["generator"] = None if seed is None else np.random.default_rng(seed)
+        assert torch.equal(frames, read_frames(path, 2, size=16, **part))
+        assert numbers(middle[None]) == [20] if with_middle else middle is None
 
 
 @pytest.mark.parametrize("width, height", [(35, 51), (97, 33), (16, 16), (7, 200)])

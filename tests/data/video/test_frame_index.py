@@ -81,7 +81,7 @@ def check(path: Path, numbers: Numbers, times: np.ndarray) -> None:
     """Frames i of a video are those shown at times[i]: all of it, parts of it, one by one."""
     assert plain(path) == list(range(len(times)))
     with open_clip(path, len(times)) as clip:
-        found = numbers(clip.decode(16))
+        found = numbers(clip.decode(16).frames)
         assert np.allclose(clip.index.times, times, atol=2e-3)
         assert clip.index.duration == pytest.approx(times[-1] + np.diff(times)[-1], abs=0.05)
     with_times = list(decode_clip(path))
@@ -176,8 +176,8 @@ def test_packets_that_give_no_frame(
                 out.mux(each)
     assert plain(path) == list(range(60))
     with open_clip(path, 60) as clip:
-        assert numbers(clip.decode(16)) == list(range(60))
-        assert np.allclose(clip.index.times[clip.chosen], np.arange(60) / 25, atol=2e-3)
+        assert numbers(clip.decode(16).frames) == list(range(60))
+        assert np.allclose(clip.index.times[clip.chosen.frames], np.arange(60) / 25, atol=2e-3)
     assert [number_of(frame) for _, frame in decode_clip(path)] == list(range(60))
 
 
@@ -190,7 +190,7 @@ def test_joined_files_are_stitched_at_each_restart(
     path = tmp_path / name
     path.write_bytes(part.read_bytes() * parts)
     with open_clip(path, 60 * parts) as clip:
-        found = numbers(clip.decode(16))
+        found = numbers(clip.decode(16).frames)
         assert np.allclose(clip.index.times, np.arange(60 * parts) / 25, atol=0.021)
     assert found == list(range(60)) * parts
     for start, first in ((1.0, 25), (2.4 * (parts - 1) + 1.0, 25)):
@@ -211,7 +211,7 @@ def test_a_recording_joined_to_a_later_one_has_no_hole(
     path = tmp_path / "both.ts"
     path.write_bytes(first.read_bytes() + second.read_bytes())
     with open_clip(path, 120) as clip:
-        found = numbers(clip.decode(16))
+        found = numbers(clip.decode(16).frames)
         assert clip.index.duration == pytest.approx(4.8, abs=0.1)
     assert sorted(found) == sorted(2 * list(range(60)))
 
@@ -252,7 +252,7 @@ def test_frames_before_what_no_demuxer_can_read_are_read(
     noise = np.random.default_rng(0).integers(0, 256, 600, np.uint8).tobytes()
     path.write_bytes(data[:-600] + noise)
     with open_clip(path, 60) as clip:
-        found = sorted(set(numbers(clip.decode(16))))
+        found = sorted(set(numbers(clip.decode(16).frames)))
     assert len(found) >= 40 and found == list(range(len(found)))
 
 
@@ -308,7 +308,7 @@ def test_a_part_without_reordering_is_not_read_from_the_first_frame(
         out.mux(stream.encode())
     with open_clip(path, 5, start=1.601, end=1.799) as clip:
         assert clip.index.pts.min() >= 1.0 / clip.stream.time_base
-        assert numbers(clip.decode(16)) == [40, 41, 42, 43, 44]
+        assert numbers(clip.decode(16).frames) == [40, 41, 42, 43, 44]
     check(path, numbers, np.arange(60) / 25)
 
 
@@ -356,7 +356,7 @@ def test_a_part_of_an_edited_video_has_the_frames_of_the_whole(
     path = edited(make_video("gop10.mp4", **CODED), tmp_path / "x.mp4", edits)
     whole = plain(path)
     with open_clip(path, len(whole)) as clip:
-        found, times = numbers(clip.decode(16)), clip.index.times
+        found, times = numbers(clip.decode(16).frames), clip.index.times
     assert len(times) == len(whole)
     assert [number for number in found if number not in whole] == []
     for first, stop in ((2, 8), (len(whole) // 2, len(whole) - 1)):
@@ -396,7 +396,7 @@ def test_a_stretch_that_is_lost_costs_no_frame_elsewhere(
         path.write_bytes(bytes(data[: lost.start]) + damage + bytes(data[lost.stop :]))
         for start, end, first, last in ((0.2, 0.8, 5, 19), (2.0, 2.4, 50, 59)):
             with open_clip(path, 10, start=start, end=end) as clip:
-                found = numbers(clip.decode(16))
+                found = numbers(clip.decode(16).frames)
                 assert (found[0], found[-1]) == (first, last)
         wrong = 0
         for number in range(60):
@@ -474,7 +474,7 @@ def test_hidden_frames_of_vp8_are_not_counted(make_video, numbers: Numbers, tmp_
     right = plain(path)
     assert len(right) == 60
     with open_clip(path, 60) as clip:
-        assert numbers(clip.decode(16)) == right
+        assert numbers(clip.decode(16).frames) == right
         assert len(clip.index.times) == 60 and clip.index.trust is Trust.PACKETS
 
 
@@ -511,6 +511,6 @@ def test_one_damaged_frame_among_whole_ones_is_left_out(make_video, numbers, tmp
 
     path = remux(source, tmp_path / "x.mkv", spoiled)
     with open_clip(path, 60) as clip:
-        found = numbers(clip.decode(16))
+        found = numbers(clip.decode(16).frames)
     assert len(found) == 60 and set(found) >= set(range(60)) - {29}
     assert abs(found[29] - 29) <= 1

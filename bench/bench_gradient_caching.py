@@ -57,15 +57,19 @@ def towers():
 def step(model, embed, batch, micro_batch):
     """Forward and backward of one batch: the loss and a gradient."""
     model.zero_grad()
-    loss = caching.backward(
-        embed,
-        batch,
-        micro_batch,
-        lambda f: contrastive_loss(f["video"], f["text"], f["scale"]),
-        prepare=lambda part: part,
-        run_backward=lambda loss: loss.backward(),
-        without_sync=nullcontext,
-    )
+
+    def loss_of(features):
+        return contrastive_loss(features["video"], features["text"], features["scale"])
+
+    if micro_batch is None:
+        loss = loss_of(embed(batch))
+        loss.backward()
+    else:
+        loss = caching.forward_backward(
+            *(embed, loss_of, batch, micro_batch),
+            backward=torch.Tensor.backward,
+            without_sync=nullcontext,
+        )
     return [loss, model.visual_projection.weight.grad]
 
 

@@ -41,7 +41,7 @@ from clipvip.training import parallel
 from clipvip.training.config import DataConfig, OptimizerConfig, TrainConfig
 from clipvip.training.optimization import adamw
 from clipvip.training.plan import plan
-from clipvip.training.trainer import Towers, compute_loss
+from clipvip.training.task import Task, Towers, task_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "b16-fp32": dict(videos=2, patch=16, dtype="float32"),
@@ -126,12 +126,10 @@ def pooled(model: CLIPViPModel, pixels: Tensor) -> Tensor:
     return pooled_features(model.vision_model, pixels)
 
 
-def our_loss(
-    towers: Towers, batch: Batch, autocast: Callable[[], Any], config: TrainConfig
-) -> Tensor:
+def our_loss(towers: Towers, batch: Batch, autocast: Callable[[], Any], task: Task) -> Tensor:
     with autocast():
         features = towers(batch)
-    return compute_loss(features, config)
+    return task.loss(features, batch)
 
 
 def one_step(
@@ -179,7 +177,7 @@ def contestants(
 ) -> dict[str, tuple[CLIPViPModel, Callable[..., Tensor], torch.optim.Optimizer]]:
     """name → a model of its own, the loss of a batch, an optimiser. Eager steps each weight by
     itself, as PyTorch does by default on a CPU; all others step them in one pass."""
-    optim = config.optimizer
+    task, optim = task_of(config), config.optimizer
     processor: Any = SimpleNamespace(image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD)
     found: dict[str, Any] = {}
 
@@ -188,8 +186,7 @@ def contestants(
         found[name] = (changed, functools.partial(eager_loss, changed, features=features), step)
 
     def by_trainer(name: str, changed: CLIPViPModel) -> None:
-        towers = Towers(changed, config, processor)
-        loss = functools.partial(our_loss, towers, config=config)
+        loss = functools.partial(our_loss, task.towers(changed, processor), task=task)
         found[name] = (changed, loss, adamw(changed, optim))
 
     plain = copy.deepcopy(model)

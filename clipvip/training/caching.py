@@ -1,9 +1,9 @@
 """Gradient caching: a batch's exact gradient in the memory of a part (arXiv 2101.06983).
 
-A contrastive loss needs the features of the whole batch, but not their graphs at once. So
-each part is embedded without a graph, the loss gives the gradient of every feature, and each
-part is embedded again, from the same random state, to carry its features' gradients on to the
-weights. One more forward pass buys memory that does not grow with the batch.
+A contrastive loss needs the features of the whole batch, but not their graphs at the same time.
+So each part is embedded without a graph, and the loss gives the gradient of every feature. Then
+each part is embedded again, from the same random state, to pass the gradients of its features on
+to the weights. The memory no longer grows with the batch; the price is one more forward pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,62 +13,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Batch = dict[str, Tensor]
-SHARED = "scale"  # the one output that is not a row for each clip
+from clipvip.training.task import Batch, Features
+
+SHARED = "scale"  # the one output that is not a row per clip
 
 
-def backward(
-    towers: Callable[[Batch], Batch],
+def forward_backward(
+    embed: Callable[[Batch], Features],
+    loss_of: Callable[[Features], Tensor],
     batch: Batch,
-    micro_batch: int | None,
-    loss_of: Callable[[Batch], Tensor],
+    part_size: int,
     *,
-    prepare: Callable[[Batch], Batch],
-    run_backward: Callable[[Tensor], Any],
+    backward: Callable[[Tensor], Any],
     without_sync: Callable[[], AbstractContextManager],
 ) -> Tensor:
-    """The loss of a batch, its gradients added to those of the towers' parameters.
+    """Add the gradients of a batch's loss to those of the towers' parameters; return the loss, 0-d.
 
     Args:
-        batch: of a ClipLoader.
-        micro_batch: clips embedded at a time; None for all at once, without caching.
-        prepare: moves a part to where the towers are.
-        run_backward: of the loss; may scale it.
-        without_sync: for all but the last of the parts that are embedded again: no exchange of
-            gradients between ranks.
+        embed: towers, with autocast; moves a part to their device.
+        loss_of: loss of the features of the whole batch.
+        batch: a batch of a ClipLoader.
+        part_size: number of clips to embed at a time.
+        backward: computes gradients from a loss, which it may scale.
+        without_sync: context for all parts but the last: ranks do not exchange gradients in it.
     """
-    clips = len(batch["frame_offsets"]) - 1
-    if micro_batch is None or micro_batch >= clips:
-        loss = loss_of(towers(prepare(batch)))
-        run_backward(loss)
-        return loss.detach()
-
-    parts = split(batch, micro_batch)
+    parts = split(batch, part_size)
     states, found = [], []
     with torch.no_grad():
         for part in parts:
             states.append(_random_state())
-            found.append(towers(prepare(part)))
+            found.append(embed(part))
     features = {
         key: found[0][key] if key == SHARED else torch.cat([each[key] for each in found])
         for key in found[0]
     }
     for feature in features.values():
-        feature.requires_grad_(feature.is_floating_point())
+        feature.requires_grad_()
     loss = loss_of(features)
-    run_backward(loss)
+    backward(loss)
 
     first = 0
     for part, state in zip(parts, states, strict=True):
         after = first + len(part["frame_offsets"]) - 1
-        last = after == clips
+        last = part is parts[-1]
         with _from_random_state(state), nullcontext() if last else without_sync():
-            again = towers(prepare(part))
+            again = embed(part)
             pairs = []
             for key, feature in features.items():
                 if again[key].requires_grad and feature.grad is not None:
                     gradient = feature.grad if key == SHARED else feature.grad[first:after]
-                    # Every part gives what all share; its gradient counts once.
+                    # Every part outputs the shared one; its gradient must count once.
                     pairs.append((again[key], gradient * (key != SHARED or last)))
             outputs, gradients = zip(*pairs, strict=True)
             torch.autograd.backward(outputs, gradients)
@@ -77,7 +71,7 @@ def backward(
 
 
 def split(batch: Batch, clips: int) -> list[Batch]:
-    """A training batch in parts of so many clips, and a rest."""
+    """Split a training batch into parts of `clips` clips; the last may be smaller."""
     offsets = batch["frame_offsets"]
     count = len(offsets) - 1
     parts = []
@@ -98,7 +92,7 @@ def _random_state() -> list[Tensor]:
 
 @contextmanager
 def _from_random_state(state: list[Tensor]) -> Iterator[None]:
-    """Within, random numbers from `state` on; after it, those that would have come."""
+    """Draw random numbers from `state` inside, and continue with the former ones afterwards."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.set_rng_state(state[0])

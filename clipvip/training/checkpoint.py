@@ -83,6 +83,28 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     return final
 
 
+def save_with_room(
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    keep: int,
+    protect: Collection[int | None] = (),
+) -> None:
+    """Save a checkpoint. If the disk is full, delete those that `prune` would delete next, and
+    retry once. Arguments and errors are those of `save` and `prune`."""
+    try:
+        save(folder, step, write)
+    except OSError as error:
+        deleted = make_room(folder, error, keep, protect)
+        if not deleted:
+            raise
+        logger.warning(
+            "step %d: the disk is full; deleted %s, which was next to be deleted; retrying",
+            *(step, ", ".join(path.name for path in deleted)),
+        )
+        save(folder, step, write)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8))

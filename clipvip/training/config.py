@@ -296,6 +296,16 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"optimizer.warmup is {config.optimizer.warmup}; it must be in [0, 1)")
 
 
+def check_batch(config: TrainConfig, processes: int) -> None:
+    """Raise ConfigError if batch_size cannot be divided evenly among so many processes."""
+    parts = processes * config.accumulation
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size is {config.batch_size}; it must be a multiple of {parts} "
+            f"({processes} processes × accumulation {config.accumulation})"
+        )
+
+
 def find_config(name: str | Path) -> Path:
     """A path that exists, or the packaged configuration of that name (with or without .yaml)."""
     path = Path(name)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from clipvip.model import CLIPViPConfig, CLIPViPModel
-from clipvip.training.build import build_processor, load_clips, model_config, settled
-from clipvip.training.config import ConfigError, TrainConfig
+from clipvip.training.build import build_processor, model_config, settled
+from clipvip.training.clips import load_clips
+from clipvip.training.config import ConfigError, TrainConfig, check_batch
 from clipvip.training.optimization import freeze, run_steps
 from clipvip.training.plan import plan
 from clipvip.training.trainer import train
@@ -24,12 +25,7 @@ def dry_run(config: TrainConfig, processes: int) -> None:
     """Print the plan of a run on so many processes, and take one step of its trial here."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("a dry run is one process; --processes plans for more")
-    parts = processes * config.accumulation
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"batch_size is {config.batch_size}; it must be a multiple of {parts} "
-            f"({processes} processes × accumulation {config.accumulation})"
-        )
+    check_batch(config, processes)
     clips = len(load_clips(config)[0])
     _, steps = run_steps(config, clips // (config.batch_size // config.accumulation))
     shapes = model_config(config)

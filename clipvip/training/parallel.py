@@ -5,7 +5,7 @@ number of ranks. accelerate's own FSDP2 runs on GPUs only and cannot leave out a
 logit_scale is; PyTorch's, which it wraps, can.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -61,18 +61,6 @@ def distribute(
     for name in ("get_video_features", "get_text_features"):
         register_fsdp_forward_method(model, name)
     return towers
-
-
-def embedder(
-    towers: nn.Module, accelerator: Accelerator
-) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """The towers' call, under the run's autocast."""
-
-    def embed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        with accelerator.autocast():
-            return towers(batch)
-
-    return embed
 
 
 def without_sync(

@@ -12,6 +12,7 @@ import torch
 from clipvip.model import CLIPViPModel
 from clipvip.training.config import TrainConfig
 from clipvip.training.optimization import height
+from clipvip.training.task import task_of
 
 TERA, GIB = 1e12, 2.0**30
 # Dense 16-bit products of one GPU, 10¹² operations a second, as their maker states them (half of
@@ -89,15 +90,13 @@ class Plan:
 def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
     """Plan the training of a model, which may be on the meta device, by a configuration that says
     how clips are read."""
-    vision = model.config.vision_config
+    task, vision = task_of(config), model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     frames, length, proxies = config.data.num_frames, config.data.text_length, vision.num_proxies
     assert frames is not None and length is not None
-    with_image = config.task == "omnisource" and config.variant.endswith("fc")
-    texts = 1 if config.task == "retrieval" or config.variant == "vs" else 2
     video_tokens = proxies + frames * patches
-    image_tokens = (proxies + patches) if with_image else 0
-    text_tokens = texts * length
+    image_tokens = task.with_image * (proxies + patches)
+    text_tokens = len(task.texts) * length
 
     towers = {kind: _Tower.of(model, kind) for kind in ("vision", "text")}
 
@@ -106,12 +105,10 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
         return _Input(towers["vision"], proxies + count * patches, pairs, count * patches)
 
     dimension = model.config.projection_dim
-    inputs = [video(frames), *texts * [_Input(towers["text"], length, length * length, 0)]]
-    inputs += with_image * [video(1)]
+    text = _Input(towers["text"], length, length * length, 0)
+    inputs = [video(frames), *len(task.texts) * [text], *task.with_image * [video(1)]]
     negatives = config.batch_size // config.accumulation  # of a clip
-    pairs = sum(len(term) - 1 for term in config.variant.split("_"))
-    pairs = 1 if config.task == "retrieval" else pairs
-    loss_flops = 2.0 * pairs * config.accumulation * negatives**2 * dimension
+    loss_flops = 2.0 * task.pairs * config.accumulation * negatives**2 * dimension
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())

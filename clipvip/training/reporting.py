@@ -1,17 +1,22 @@
-"""What a run says of itself: metrics.jsonl, trackers, and a bar or plain lines."""
+"""Reports of a run: metrics.jsonl, trackers, and a progress bar or plain lines."""
 
 import json
 import logging
 import math
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
-from clipvip.files import shown
+from clipvip import distributed
+from clipvip.files import shown, write_whole
 from clipvip.training.checkpoint import truncate_jsonl
+from clipvip.training.config import ConfigError, TrainConfig, flat
 
 logger = logging.getLogger(__name__)
 
@@ -123,3 +128,53 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def known_trackers(config: TrainConfig) -> list[str | LoggerType]:
+    """Return the configured trackers; raise ConfigError if one is not known or not installed."""
+    known = sorted(set(LoggerType.list()) - {"all"})
+    for name in config.trackers:
+        if name not in known:
+            raise ConfigError(f"trackers: {name!r} is not one of {', '.join(known)}")
+        if name not in map(str, get_available_trackers()):
+            raise ConfigError(f"trackers: {name} is not installed: pip install {name}")
+    return [LoggerType(name) for name in config.trackers]
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+    """Start the trackers on the first rank, after `step` steps of a run.
+
+    TensorBoard drops the events of later steps. wandb and MLflow continue the runs that
+    OUT/trackers.json remembers. Raises ConfigError, on all ranks, if a tracker does not start.
+    """
+    out = Path(config.out)
+    remembered = out / "trackers.json"
+
+    def start() -> None:
+        ids: dict[str, str] = {}
+        if step and remembered.exists():
+            try:
+                ids = dict(json.loads(remembered.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                logger.warning("%s cannot be read (%s): trackers start new runs", remembered, error)
+        wandb_id = ids.get("wandb", uuid.uuid4().hex)
+        named = {"name": out.name, "group": out.name, "dir": config.out}
+        options = {
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {**named, "id": wandb_id, "resume": "allow"},
+            "mlflow": {"run_name": out.name, "run_id": ids.get("mlflow")},
+        }
+        try:
+            accelerator.init_trackers("clipvip", init_kwargs=options)
+            for tracker in accelerator.trackers:
+                # TensorBoard would make a configuration a run of its own; MLflow accepts one once.
+                if tracker.name != "tensorboard" and tracker.name not in ids:
+                    tracker.store_init_configuration(flat(config))
+                    mlflow = tracker.name == "mlflow"
+                    ids[tracker.name] = tracker.tracker.info.run_id if mlflow else wandb_id
+        except Exception as error:  # such as of a service that is not reached, or needs a login
+            raise ConfigError(f"trackers: {' '.join(str(error).split())}") from error
+        if ids:
+            write_whole(remembered, json.dumps(ids) + "\n")
+
+    distributed.first_does(start)

@@ -7,7 +7,9 @@ import torch
 
 from clipvip.training import caching
 from clipvip.training.build import build_model
-from clipvip.training.trainer import Towers, compute_loss, presence, to_device, train
+from clipvip.training.step import to_device
+from clipvip.training.task import task_of
+from clipvip.training.trainer import train
 
 CLIPS = 7
 
@@ -38,27 +40,31 @@ def make_towers(make_config, *overrides):
     config = make_config("task=omnisource", *overrides)
     torch.manual_seed(0)
     model, processor = build_model(config, None)
-    return Towers(model, config, processor), config
+    return task_of(config).towers(model, processor), config
 
 
 def run(towers, config, micro_batch, device="cpu", bf16=False):
-    """The loss and the gradient of each parameter."""
+    """The loss and the gradient of each parameter. micro_batch: None for the batch at once."""
+    task, whole = task_of(config), batch()
 
     def embed(part):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return towers(part)
+            return towers(to_device(part, torch.device(device)))
+
+    def loss_of(features):
+        return task.loss(features, whole)
 
     towers.zero_grad()
     torch.manual_seed(1)
-    loss = caching.backward(
-        embed,
-        batch(),
-        micro_batch,
-        lambda features: compute_loss(features, config),
-        prepare=lambda part: to_device(part, torch.device(device)) | presence(part),
-        run_backward=lambda loss: loss.backward(),
-        without_sync=nullcontext,
-    )
+    if micro_batch is None:
+        loss = loss_of(embed(whole))
+        loss.backward()
+    else:
+        loss = caching.forward_backward(
+            *(embed, loss_of, whole, micro_batch),
+            backward=torch.Tensor.backward,
+            without_sync=nullcontext,
+        )
     return loss, {name: p.grad.clone() for name, p in towers.named_parameters() if p.requires_grad}
 
 

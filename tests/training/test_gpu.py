@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from clipvip import losses
 from clipvip.model import CLIPViPModel, modeling, processing
+from clipvip.training import step as steps
+from clipvip.training import task as tasks
 from clipvip.training import trainer
 from clipvip.training.build import build_model
 from clipvip.training.trainer import train
@@ -30,13 +32,13 @@ BF16 = ("mixed_precision=bf16", "backend=native", "data.decoder=pyav")
 
 def at_each_step(monkeypatch, do):
     """Calls do(step) as each step of a run begins."""
-    schedule = trainer.schedule
+    schedule = steps.schedule
 
     def told(done, total, warmup):
         do(done + 1)
         return schedule(done, total, warmup)
 
-    monkeypatch.setattr(trainer, "schedule", told)
+    monkeypatch.setattr(steps, "schedule", told)
 
 
 # --- waits that are counted on the CPU ------------------------------------------------------------
@@ -162,7 +164,7 @@ def test_a_step_reads_its_device_at_most_twice(task, overrides, make_config, mon
         waits.found.clear()
 
     monkeypatch.setattr(trainer, "adamw", adamw)
-    for module in (trainer, losses, processing):
+    for module in (steps, losses, processing):
         monkeypatch.setattr(module, "send", waits.send)
     # It checks frames' offsets where they are on the CPU.
     monkeypatch.setattr(modeling, "pack_frames", lambda pixels, offsets: (pixels, offsets))
@@ -179,7 +181,7 @@ def test_padding_is_masked_as_by_transformers(make_config):
     model, _ = build_model(make_config(), None)
     ids = torch.randint(400, (3, 9))
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
-    found = model.get_text_features(ids, trainer.causal_mask(mask))
+    found = model.get_text_features(ids, tasks.causal_mask(mask))
     assert found.equal(model.get_text_features(ids, mask))
     assert not found.equal(model.get_text_features(ids, 1 - mask))
 

@@ -12,7 +12,7 @@ from clipvip.training.__main__ import main
 from clipvip.training.build import build_model, model_config
 from clipvip.training.config import load_config, packaged_configs
 from clipvip.training.plan import peak_tera, plan
-from clipvip.training.trainer import Towers
+from clipvip.training.task import task_of
 
 PATCHES = {"b32": 32, "b16": 16, "l14": 14}
 
@@ -91,7 +91,7 @@ def wide(make_config):
         for name in ("subtitle", "caption"):
             ids = torch.randint(500, (CLIPS, config.data.text_length))
             batch |= {f"{name}_ids": ids, f"{name}_mask": torch.ones_like(ids)}
-        return config, Towers(model, config, processor), batch
+        return config, task_of(config).towers(model, processor), batch
 
     return make
 

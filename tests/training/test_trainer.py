@@ -24,6 +24,7 @@ from clipvip.model import CLIPViPModel
 from clipvip.training import checkpoint
 from clipvip.training.config import ConfigError, Preempted, TrainingError
 from clipvip.training.evaluate import evaluate_checkpoint
+from clipvip.training.task import TASKS, Omnisource, Retrieval
 from clipvip.training.trainer import train
 
 
@@ -134,7 +135,7 @@ def test_utilisation_is_that_of_the_plans_operations(make_config, monkeypatch):
 def test_a_variant_that_the_data_have_nothing_for_is_refused(make_config, world, tmp_path, caplog):
     """Its loss would be 0, and the run would go through without a word."""
     from clipvip.data.shards import write_shards
-    from clipvip.training.build import load_clips
+    from clipvip.training.clips import load_clips
 
     rows = [json.loads(line) for line in (world / "annotations.jsonl").read_text().splitlines()]
     for row in rows:
@@ -273,41 +274,37 @@ def test_a_run_of_an_earlier_version_goes_on(make_config):
 
 
 def test_a_disk_that_is_full_at_the_start_is_told_in_one_line(make_config, monkeypatch):
-    from clipvip.training import build
+    from clipvip.training import folder
 
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(build, "write_whole", full)
+    monkeypatch.setattr(folder, "write_whole", full)
     config = make_config("max_steps=1")
     with pytest.raises(ConfigError) as error:
         train(config)
     path = Path(config.out) / "config.yaml"
-    assert str(error.value).startswith(f"{path} cannot be written: No space left on device; make ")
+    assert str(error.value).startswith(f"{path} cannot be written: No space left on device; free ")
     assert not (path.parent / "tensorboard").exists()  # whose thread prints a traceback
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_clips_names(make_config, monkeypatch):
-    from clipvip.training import trainer
-
-    def broken(features, config):
+    def broken(task, features, batch):
         return features["video"].sum() * math.nan
 
-    monkeypatch.setattr(trainer, "compute_loss", broken)
+    monkeypatch.setattr(Retrieval, "loss", broken)
     with pytest.raises(TrainingError, match=r"step 1: loss nan.*(red|blue|green|grey)-\w+\.mp4"):
         train(make_config())
 
 
 def test_steps_that_are_not_finite_are_left_out_if_asked_to(make_config, monkeypatch, capsys):
-    from clipvip.training import trainer
-
-    compute_loss, calls, broken = trainer.compute_loss, [], {2, 3}
+    loss, calls, broken = Retrieval.loss, [], {2, 3}
 
     def sometimes_broken(*given):
         calls.append(1)
-        return compute_loss(*given) * (math.nan if len(calls) in broken else 1)
+        return loss(*given) * (math.nan if len(calls) in broken else 1)
 
-    monkeypatch.setattr(trainer, "compute_loss", sometimes_broken)
+    monkeypatch.setattr(Retrieval, "loss", sometimes_broken)
     config = make_config("on_nonfinite=skip", "save_every=1", "keep_checkpoints=6")
     train(config)
     found = Path(config.out) / "checkpoints"
@@ -335,15 +332,13 @@ def test_steps_that_are_not_finite_are_left_out_if_asked_to(make_config, monkeyp
 def test_texts_and_names_that_are_not_utf8_train_and_are_shown(
     make_config, world, tmp_path, monkeypatch, capsys, task
 ):
-    from clipvip.training import trainer
-
-    compute_loss, calls = trainer.compute_loss, []
+    loss, calls = TASKS[task].loss, []
 
     def broken_at_first(*given):
         calls.append(1)
-        return compute_loss(*given) * (math.nan if len(calls) == 1 else 1)
+        return loss(*given) * (math.nan if len(calls) == 1 else 1)
 
-    monkeypatch.setattr(trainer, "compute_loss", broken_at_first)
+    monkeypatch.setattr(TASKS[task], "loss", broken_at_first)
     lines = [json.loads(line) for line in (world / "annotations.jsonl").open()][:4]
     for number, line in enumerate(lines):
         name = os.fsdecode(b"caf\xe9-%d.mp4" % number)
@@ -538,8 +533,8 @@ def test_what_one_rank_finds_they_all_do(make_config, tmp_path):
 def test_rows_of_metrics_wait_for_room_on_the_disk(make_config, tmp_path, caplog):
     import resource
 
-    from clipvip.training.build import make_accelerator
     from clipvip.training.reporting import Reporter
+    from clipvip.training.trainer import make_accelerator
 
     limit = resource.RLIMIT_FSIZE
     unlimited = resource.getrlimit(limit)
@@ -579,7 +574,7 @@ def test_a_run_that_goes_on_is_one_run_of_its_trackers(make_config, monkeypatch)
 
     import accelerate.tracking
 
-    from clipvip.training import build
+    from clipvip.training import reporting
 
     said = {"wandb": [], "mlflow": [], "configurations": [], "steps": []}
 
@@ -603,7 +598,7 @@ def test_a_run_that_goes_on_is_one_run_of_its_trackers(make_config, monkeypatch)
     for module in (wandb, mlflow):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     known = [accelerate.tracking.LoggerType(name) for name in ("wandb", "mlflow")]
-    for place in (build, accelerate.tracking):
+    for place in (reporting, accelerate.tracking):
         monkeypatch.setattr(place, "get_available_trackers", lambda: known)
 
     config = make_config("trackers=[wandb,mlflow]", "save_every=2", "resume=latest")
@@ -1020,7 +1015,6 @@ def test_training_from_mixed_shards_goes_on_exactly_with_any_number_of_workers(
     make_config, tmp_path, world, monkeypatch
 ):
     from clipvip.data.shards import write_shards
-    from clipvip.training import trainer
 
     for name in ("one", "two"):
         write_shards(world / "annotations.jsonl", tmp_path / name, clips_per_shard=5, num_workers=0)
@@ -1033,7 +1027,7 @@ def test_training_from_mixed_shards_goes_on_exactly_with_any_number_of_workers(
     ]  # fmt: skip
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     train(make_config(*overrides, f"out={unbroken}"))
-    loss, calls = trainer.compute_loss, []
+    loss, calls = Omnisource.loss, []
 
     def failing(*given):
         calls.append(1)
@@ -1041,7 +1035,7 @@ def test_training_from_mixed_shards_goes_on_exactly_with_any_number_of_workers(
             raise KeyboardInterrupt
         return loss(*given)
 
-    monkeypatch.setattr(trainer, "compute_loss", failing)
+    monkeypatch.setattr(Omnisource, "loss", failing)
     with pytest.raises(KeyboardInterrupt):
         train(make_config(*overrides, f"out={broken}"))
     train(make_config(*overrides, f"out={broken}", "resume=latest", "data.num_workers=2"))

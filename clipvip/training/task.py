@@ -1,0 +1,205 @@
+"""Tasks: the features that a run computes, the loss over them, and what its clips must have.
+
+`task_of` is the one place that looks at which task a configuration names. Another task, such as
+captioning, is one more subclass of Task in TASKS.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipvip.data.annotations import Clip
+from clipvip.data.shards import Shards
+from clipvip.losses import VARIANTS, contrastive_loss, omnisource_loss
+from clipvip.model import CLIPViPModel
+from clipvip.model.processing import CLIPViPProcessor, normalize_frames
+from clipvip.training.config import ConfigError, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+Features = dict[str, Tensor]
+
+
+class Task:
+    """A training objective.
+
+    name: the task's name in configurations and for loaders.
+    texts: names of the texts of a clip that are embedded.
+    with_image: whether the image of each clip is embedded too.
+    pairs: number of pairs of features whose similarities the loss computes.
+    lacks: what a clip without a use for this task lacks, for an error.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    with_image = False
+    pairs = 1
+    lacks: str
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.backend = config.backend
+
+    def towers(self, model: CLIPViPModel, processor: CLIPViPProcessor) -> "Towers":
+        """The module that turns a batch into features; data parallelism wraps it."""
+        return Towers(model, processor, self.texts, self.with_image)
+
+    def loss(self, features: Features, batch: Batch) -> Tensor:
+        """Loss over the clips of all ranks, 0-d, the same on every rank.
+
+        features: those of all clips of this rank, from the towers.
+        batch: the batch of a ClipLoader. Its presence masks, bool [n], are on the host: they
+            decide the logits' shapes, which the host must know.
+        """
+        raise NotImplementedError
+
+    def is_useless(self, clip: Clip) -> bool:
+        """Whether a clip has no text to train on."""
+        raise NotImplementedError
+
+    def check(self, clips: list[Clip] | Shards, where: object) -> None:
+        """Raise ConfigError or ShardError where clips have nothing for this task to train on.
+
+        where: path of the clips, for the error.
+        """
+        if isinstance(clips, Shards):
+            clips.check(self.name)
+        elif useless := [clip for clip in clips if self.is_useless(clip)]:
+            raise ConfigError(
+                f"{where}: {len(useless)} of {len(clips)} clips have no {self.lacks} for "
+                f"task={self.name}; the first is on line {useless[0].line}"
+            )
+
+
+class Retrieval(Task):
+    """Fine-tuning: videos against their texts."""
+
+    name = "retrieval"
+    texts = ("text",)
+    lacks = "text"
+
+    def loss(self, features: Features, batch: Batch) -> Tensor:
+        video, text, scale = features["video"], features["text"], features["scale"]
+        return contrastive_loss(video, text, scale, sharded=True, backend=self.backend)
+
+    def is_useless(self, clip: Clip) -> bool:
+        return not clip.text
+
+
+class Omnisource(Task):
+    """Post-pretraining: videos and images against subtitles and captions, in a loss variant."""
+
+    name = "omnisource"
+    lacks = "subtitle and no caption"
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.variant = config.variant
+        self.texts = ("subtitle",) if self.variant == "vs" else ("subtitle", "caption")
+        self.with_image = self.variant.endswith("fc")
+        self.pairs = sum(len(term) - 1 for term in self.variant.split("_"))
+
+    def loss(self, features: Features, batch: Batch) -> Tensor:
+        return omnisource_loss(
+            features["video"],
+            features["subtitle"],
+            features.get("frame"),
+            features.get("caption"),
+            features["scale"],
+            self.variant,
+            subtitle_present=batch["subtitle_present"],
+            caption_present=batch["caption_present"],
+            sharded=True,
+            backend=self.backend,
+        )
+
+    def is_useless(self, clip: Clip) -> bool:
+        return clip.subtitle is None and clip.caption is None
+
+    def check(self, clips: list[Clip] | Shards, where: object) -> None:
+        """Also raise ConfigError where the loss would be 0 for want of texts that the variant
+        compares; warn where one of its terms would be."""
+        super().check(clips, where)
+        if isinstance(clips, Shards):
+            subtitles = sum(source.subtitles for source in clips.sources)
+            captions = sum(source.captions for source in clips.sources)
+        else:
+            subtitles = sum(clip.subtitle is not None for clip in clips)
+            captions = sum(clip.caption is not None for clip in clips)
+        used = {"s": ("subtitle", subtitles), "c": ("caption", captions)}
+        counts = [used[letter] for letter in used if letter in self.variant]
+        absent = ", no ".join(name for name, count in counts if not count)
+        if not any(count for _, count in counts):
+            others = ", ".join(name for name in VARIANTS if "c" in name)
+            raise ConfigError(
+                f"variant={self.variant} compares videos with subtitles alone, and no clip has a "
+                f"{absent}; choose a variant that compares captions too ({others}), or give clips "
+                "with subtitles"
+            )
+        if absent:
+            logger.warning(
+                "variant=%s: no clip has a %s; its terms with them are 0", self.variant, absent
+            )
+
+
+TASKS = {task.name: task for task in (Omnisource, Retrieval)}
+
+
+def task_of(config: TrainConfig) -> Task:
+    """The task that a configuration names, with its options."""
+    return TASKS[config.task](config)
+
+
+class Towers(nn.Module):
+    """A model's towers, from a batch to unit features."""
+
+    def __init__(
+        self,
+        model: CLIPViPModel,
+        processor: CLIPViPProcessor,
+        texts: tuple[str, ...],
+        with_image: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.mean, self.std = processor.image_mean, processor.image_std
+        self.texts, self.with_image = texts, with_image
+
+    def forward(self, batch: Batch) -> Features:
+        """Embed a batch of n clips, as a ClipLoader gives it, on the model's device.
+
+        Returns fp32 unit features [n, P] named "video", by each of the texts, and "frame" for
+        images where they are embedded; and "scale", 0-d, the factor of similarities.
+        """
+        pixels, offsets = batch["pixel_values"], batch["frame_offsets"]
+        count = len(offsets) - 1
+        if self.with_image:  # images are videos of one frame, in the same packed batch
+            pixels = torch.cat([pixels, batch["image"]])
+            images = torch.arange(1, count + 1, device=offsets.device, dtype=offsets.dtype)
+            offsets = torch.cat([offsets, offsets[-1] + images])
+        pixels = normalize_frames(pixels, self.mean, self.std)
+        visual = F.normalize(self.model.get_video_features(pixels, offsets).float(), dim=-1)
+        features = {"video": visual[:count], "scale": self.model.logit_scale.exp()}
+        if self.with_image:
+            features["frame"] = visual[count:]
+        for name in self.texts:
+            mask = batch.get(f"{name}_mask")
+            if mask is not None and self.model.text_model.config._attn_implementation == "sdpa":
+                mask = causal_mask(mask)
+            text = self.model.get_text_features(batch[f"{name}_ids"], mask)
+            features[name] = F.normalize(text.float(), dim=-1)
+        return features
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """Mask of text attention, bool [n, 1, length, length]: True where a token attends to another,
+    which is an earlier one or itself, and never padding.
+
+    mask: [n, length], 0 for padding. transformers builds the same mask, but first asks whether
+    there is any padding at all, for which the host waits for the GPU.
+    """
+    length = mask.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return earlier & mask.bool()[:, None, None]

@@ -5,12 +5,12 @@
     a video, or an image, which counts as a video of one frame
     a folder, searched recursively for videos (not images) by VIDEO_SUFFIXES
     annotations (.jsonl): one clip per line; their texts are not used
-    a list (.txt): the path of a video or image per line, relative to the list
-    a pattern such as "clips/**/*.mkv", which matches any of these
+    a list (.txt): the path of one video or image per line, relative to the list
+    a pattern such as "clips/**/*.mkv" that matches any of these
 
-A name that exists is taken as it is, even if it looks like a pattern. Files with other suffixes are
-skipped and counted on standard error. Nothing is decoded here: a video that is broken, or missing
-though a list or annotations name it, is listed too, and fails when it is read.
+A name that exists is taken literally, even if it looks like a pattern. Files with other suffixes
+are skipped and counted on standard error. Nothing is decoded here. A broken video, or a missing one
+that a list or annotations name, is listed too; reading it fails later.
 """
 
 import glob
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 
 MOST_NAMED = 3  # sources or suffixes in a message
 
-LeftOut = Callable[[str, str], None]  # takes a path and the reason why it is left out
+LeftOut = Callable[[str, str], None]  # called with a path that is left out, and the reason
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedClip:
-    """A clip and the state of its file when it was listed, which tells whether it has changed.
+    """A clip, and the state of its file when it was listed, to notice later changes.
 
     path: absolute. start, end: seconds, None for the start or end of the file.
-    size, mtime_ns: 0 where the file's state cannot be read.
+    size, mtime_ns: bytes and modification time of the file; 0 if they cannot be read.
     """
 
     path: str
@@ -54,12 +54,12 @@ class IndexedClip:
 def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, str]]]:
     """List every distinct clip of the sources, in a stable order, and what was left out.
 
-    A file that two sources name, or that is reached through a linked folder too, is listed once.
-    Left out, as {"path", "reason"} each, is what can hold no clip: pipes, folders and lists that
-    cannot be read, bad lines of annotations.
+    A file that two sources name, or that is also reached through a linked folder, is listed once.
+    Pipes, unreadable folders and lists, and bad lines of annotations are left out and returned as
+    {"path", "reason"} each.
 
-    Raises ValueError where a source matches nothing or is a folder without videos, and where all
-    sources together give no clip.
+    Raises ValueError if a source matches nothing or is a folder without videos, and if all sources
+    together contain no clip.
     """
     if not sources:
         raise ValueError("no videos were named; expected files, folders, patterns or lists of them")
@@ -98,7 +98,7 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
 
 
 def listed(names: Sequence[str]) -> str:
-    """Join the first few names for a message, and say how many more there are."""
+    """Join the first names for a message, and add how many more there are."""
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
@@ -106,12 +106,13 @@ def listed(names: Sequence[str]) -> str:
 def _real(folder: str) -> str:
     try:
         return os.path.realpath(folder)
-    except (OSError, ValueError):  # a name that no folder can have
+    except (OSError, ValueError):  # not a valid name
         return folder
 
 
 def _state(path: str) -> tuple[int, int]:
-    """Size and modification time of a file, 0 where it has none: reading it will tell why."""
+    """Return size and modification time of a file, or zeros if there is none; reading it will say
+    why."""
     try:
         state = os.stat(path)
     except (OSError, ValueError):
@@ -120,9 +121,10 @@ def _state(path: str) -> tuple[int, int]:
 
 
 def _clips_of_one(source: str, skipped: Counter[str], left_out: LeftOut) -> Iterator[Clip]:
-    """Yield the clips of one source; count in `skipped` the suffixes of files that are no videos.
+    """Yield the clips of one source.
 
-    Raises ValueError where the source matches nothing.
+    skipped: counts the files that are no videos, by suffix.
+    Raises ValueError if the source matches nothing.
     """
     path = Path(source)
     suffix = path.suffix.lower()
@@ -156,18 +158,19 @@ def _clips_of_one(source: str, skipped: Counter[str], left_out: LeftOut) -> Iter
 
 
 def _matches(pattern: str) -> list[str]:
-    """The paths that a pattern matches, sorted; those in folders below `**/` once each."""
+    """Return the paths that a pattern matches, sorted, each once even with `**/`."""
     root, below, name = (pattern + "/*" * pattern.endswith("/**")).partition("**/")
     if not below:
         return sorted(glob.glob(pattern))
-    # glob's own recursion would go round and round in links that form a circle.
+    # glob's own recursion would follow links that form a circle again and again.
     folders = [root] if os.path.isdir(root or ".") else sorted(glob.glob(root))
     files = [file for folder in folders for file in files_in(Path(folder))]
     return [os.fspath(file) for file in files if file.match(name or "*")]
 
 
 def _annotated(path: Path, left_out: LeftOut) -> list[Clip]:
-    """The clips of annotations. A bad line is left out alone, unless no line is good."""
+    """Read the clips of annotations without the bad lines. If all lines are bad, leave the file
+    out."""
     try:
         return load_annotations(path)
     except AnnotationError as error:
@@ -185,7 +188,7 @@ def _annotated(path: Path, left_out: LeftOut) -> list[Clip]:
 
 
 def _in_list(path: Path, left_out: LeftOut) -> list[Path]:
-    """The files that a list names, a path per line; none if not one of them exists."""
+    """Read the files that a list names, one path per line. If none exists, leave the list out."""
     try:
         files = [path.parent / os.fsdecode(line) for line in _lines(path) if line.strip()]
     except OSError as error:
@@ -194,7 +197,7 @@ def _in_list(path: Path, left_out: LeftOut) -> list[Path]:
     if any(map(os.path.lexists, files)):
         return files
     first = f", not {files[0].name[:100]!r}" if files else ""
-    left_out(str(path), f"names no file; expected the path of a video per line{first}")
+    left_out(str(path), f"names no file; expected the path of one video per line{first}")
     return []
 
 

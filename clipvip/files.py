@@ -1,8 +1,10 @@
-"""Files, names and texts: written whole or not at all, found through links, decoded, shown safely;
-and folders that one run at a time writes to.
+"""Safe handling of files, names and texts.
 
-A file name is bytes. Python holds bytes that are not UTF-8 as lone surrogates (PEP 383); JSON
-written by `json_line` holds those as escapes, so a name read back names the same file.
+Write files whole or not at all, find files through links, decode texts, print names safely, and
+let one run at a time write to a folder.
+
+A file name is a sequence of bytes. Python stores bytes that are not UTF-8 as lone surrogates
+(PEP 383). `json_line` writes those as escapes, so a name read back from JSON names the same file.
 """
 
 import codecs
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # change reading order
 
-MARKS = {  # byte-order marks; that of UTF-16 starts that of UTF-32
+MARKS = {  # byte-order marks, UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -37,31 +39,34 @@ MARKS = {  # byte-order marks; that of UTF-16 starts that of UTF-32
 }
 
 LOCK = ".lock"
-# Seconds to wait for a run that holds a folder: its process may be killed and not quite gone. A
-# server of files keeps the locks of a machine that is gone for as long as its lease, 90 s in NFS.
+# Seconds to wait for a run that holds a folder: a killed process may take a moment to end. A file
+# server keeps the locks of a lost machine until their lease ends, after 90 s in NFS.
 HERE_WAIT, ELSEWHERE_WAIT = 10.0, 100.0
-_NOTE = re.compile(r"(host \S+, process \d+, since .*\s*)?")  # all that a lock file of ours holds
+_NOTE = re.compile(r"(host \S+, process \d+, since .*\s*)?")  # whole content of our lock files
 
-TEXT_BYTES = 16 << 20  # limit for a text, in a tar or beside a video
+TEXT_BYTES = 16 << 20  # limit for one text, in a tar or beside a video
 NOT_A_FILE = "a pipe, socket or device, not a file"
 
 
 class OtherRunError(ValueError):
-    """Another process writes to a folder; one line that says which and what to do."""
+    """Another process is writing to a folder; one line says which, and what to do."""
 
 
 def json_line(record: Any) -> bytes:
-    """One line of JSON Lines. Names that are not UTF-8 come back as they were by json.loads."""
-    # The replacement of a lone surrogate by this handler is its escape in JSON too.
+    """Return a line of JSON Lines, from which json.loads restores names that are not UTF-8."""
+    # This handler replaces a lone surrogate by what is also its escape in JSON.
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
-    """Write a file whole or not at all, on disk before it has its name; then the name is too.
+    """Write a file whole or not at all.
 
-    path: a link is followed. data: text becomes UTF-8; an iterable is written piece by piece.
-    Processes that write the same file do not meet: the last one's stays. What a killed one leaves
-    is deleted when the same file is written next. An OSError names `path`.
+    The data are flushed to disk before the file gets its name, and then the name is flushed.
+    Processes may write the same file at the same time: the last one wins. What a killed process
+    leaves behind is deleted when the same file is next written.
+
+    path: a link is followed. data: text is encoded as UTF-8; an iterable is written piece by piece.
+    Raises OSError, which names `path`.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +74,10 @@ def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():  # such as /dev/null, which root could replace
         raise OSError(errno.EINVAL, NOT_A_FILE, str(path))
-    with _told_of(path), _open_partial(path) as file:
+    with _errors_name(path), _open_partial(path) as file:
         try:
             _write_out(file, data)
-            os.replace(file.name, path)  # while locked, or it would be taken for left behind
+            os.replace(file.name, path)  # while locked, or another process might delete it
         except BaseException:
             os.unlink(file.name)
             raise
@@ -81,10 +86,12 @@ def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
 
 
 def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a file that is not there yet, and flush it and its name. Nothing stays of one that
-    cannot be written whole, unless this process is killed. Raises FileExistsError where it is there
-    already; an OSError names `path`."""
-    with _told_of(path), path.open("xb") as file:
+    """Write a file that does not exist yet, and flush it and its name.
+
+    If it cannot be written whole, it is deleted, unless this process is killed.
+    Raises FileExistsError if it exists, else OSError, which names `path`.
+    """
+    with _errors_name(path), path.open("xb") as file:
         try:
             _write_out(file, data)
         except BaseException:
@@ -95,10 +102,11 @@ def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
 
 
 def read_own(path: Path, most: int = sys.maxsize) -> bytes:
-    """Read a file that is one itself: a link may lead anywhere, a pipe or device never end.
+    """Read a regular file, not a link, which may lead anywhere, nor a pipe or device, which may
+    never end.
 
-    Raises OSError, whose strerror says what it is instead, or that it has more than `most` bytes,
-    which holes in a small file may claim.
+    most: limit in bytes; a sparse file may claim any size.
+    Raises OSError, whose strerror says what the path is instead, or that the file is too large.
     """
     status = os.lstat(path)
     mode = status.st_mode
@@ -121,8 +129,8 @@ def _write_out(file: BinaryIO, data: str | bytes | Iterable[bytes]) -> None:
 
 
 @contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """Name the file in errors of writing it, which name no file or the partial one."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Put the file's name into errors of writing it, which name no file or the partial one."""
     try:
         yield
     except OSError as error:
@@ -132,10 +140,10 @@ def _told_of(path: Path) -> Iterator[None]:
 
 
 def _open_partial(path: Path) -> BinaryIO:
-    """Create and lock the file that becomes `path` once it is whole.
+    """Create and lock a partial file, to be renamed to `path` once it is whole.
 
-    Its name is a hash, so that no file but one of ours has it, however long the name of `path` is.
-    One that is there and not locked was left behind by a killed run.
+    A hash in its name keeps it short, and distinct from other files. An existing partial file that
+    is not locked was left behind by a killed process.
     """
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     for number in itertools.count():
@@ -150,12 +158,12 @@ def _open_partial(path: Path) -> BinaryIO:
 
 
 def _keeps(file: BinaryIO, path: Path) -> bool:
-    """Lock a new file before another process takes it for left behind. Return whether it worked."""
+    """Lock a new file unless another process deletes it as left behind. Return whether it worked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no such locks here, for nobody
+    except OSError:  # this file system has no locks, for any process
         return True
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
@@ -164,8 +172,8 @@ def _keeps(file: BinaryIO, path: Path) -> bool:
 
 
 def _delete_unlocked(path: Path) -> None:
-    """Delete a file that no process has locked."""
-    with suppress(OSError):  # there is none, it is locked, or there are no such locks here
+    """Delete a file if no process has locked it."""
+    with suppress(OSError):  # it does not exist, is locked, or cannot be locked here
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,7 +184,7 @@ def _delete_unlocked(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Put names of new files on disk. Raises OSError where the file system cannot be told to."""
+    """Flush the names of new files to disk. Raises OSError if the file system cannot do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -185,34 +193,34 @@ def flush_folder(folder: Path) -> None:
 
 
 def check_is_file(path: str | Path) -> None:
-    """Raise OSError for a path that is there and no file: opening a pipe would wait, and a device
-    may never end."""
+    """Raise OSError if a path exists but is no file: opening a pipe would wait, and a device may
+    never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"a folder, {NOT_A_FILE.removeprefix('a ')}")
 
 
-def _warn_of(path: str, reason: str) -> None:
+def _warn_left_out(path: str, reason: str) -> None:
     logger.warning("left out %s: %s", shown(path), shown(reason))
 
 
 def files_in(
     folder: Path,
     keep: Callable[[str], bool] = lambda name: True,
-    left_out: Callable[[str, str], None] = _warn_of,
+    left_out: Callable[[str, str], None] = _warn_left_out,
 ) -> list[Path]:
-    """Every file below a folder, sorted; links are followed, but no folder is entered twice.
+    """List every file below a folder, sorted. Links are followed, but no folder is entered twice.
 
-    A folder that can be reached with and without links is listed without. macOS's shadows of
-    files (`._name`) are left out.
+    A folder that can be reached with and without links is listed by its path without links.
+    The `._name` files that macOS adds are left out.
 
-    keep: says by a file's name whether it is wanted.
-    left_out: is told the path of each folder that cannot be read, and of each pipe, socket or
-        device with a name that is wanted, and the reason.
+    keep: whether a file with this name is wanted.
+    left_out: called with the path and the reason for each folder that cannot be read, and for each
+        pipe, socket or device with a wanted name.
     """
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
     folders = [os.fspath(folder)]
-    links: list[str] = []  # they wait until all real folders are entered
+    links: list[str] = []  # entered after all real folders
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
         try:
@@ -239,16 +247,16 @@ def files_in(
 
 
 def _may_be_file(entry: os.DirEntry[str]) -> bool:
-    if entry.is_symlink():  # to nowhere: told when it is opened
+    if entry.is_symlink():  # a broken link counts: opening it will raise the error
         return os.path.isfile(entry.path) or not os.path.exists(entry.path)
     return entry.is_file()
 
 
 def decode_text(data: bytes) -> tuple[str, bool]:
-    """A text of unknown encoding, and whether that was guessed for a part of it.
+    """Decode a text of unknown encoding. Return it, and whether an encoding was guessed.
 
-    The encoding is what the byte-order mark says, else UTF-8, else UTF-8 in the lines that are
-    and Windows-1252 or Latin-1 in the others. Raises ValueError where it is no text.
+    The encoding is that of the byte-order mark, else UTF-8. Lines that are not UTF-8 are decoded as
+    Windows-1252, else Latin-1; that is a guess. Raises ValueError if the data are no text.
     """
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
     guessed = False
@@ -271,8 +279,11 @@ def _decode_line(line: bytes) -> str:
 
 
 def shown(name: object) -> str:
-    """A name or text from elsewhere, made safe to print: control characters, bytes that are not
-    UTF-8 and marks that turn the reading order become escapes."""
+    """Make a name or text from elsewhere safe to print.
+
+    Control characters, bytes that are not UTF-8 and marks that change the reading order become
+    escapes.
+    """
     return "".join(map(_shown, str(name)))
 
 
@@ -286,12 +297,12 @@ def _shown(letter: str) -> str:
 
 @contextmanager
 def only_run(folder: Path, what: str, error: type[ValueError] = OtherRunError) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made if absent, until this one ends, however it
-    ends: the lock dies with its process.
+    """Keep other runs out of a folder, which is created if needed, until this block ends.
 
-    On a file system without locks it keeps nobody out. A file `.lock` with other content than a
-    note of ours is locked, but not written to. what: the work, such as "trains"; it stands in
-    the message after "another run".
+    The lock also ends with its process, however that ends. A file system without locks keeps nobody
+    out. A file `.lock` whose content is not one of our notes is locked, but not written to.
+
+    what: the work, such as "trains"; it follows "another run" in the message.
 
     Raises:
         error: another process of any machine, or another caller in this one, holds the folder; or
@@ -300,7 +311,7 @@ def only_run(folder: Path, what: str, error: type[ValueError] = OtherRunError) -
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise error(f"{shown(path)} is no file to lock; delete it or give another out")
+        raise error(f"{shown(path)} is not a file, so not a lock; delete it or give another out")
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     _locks.add(lock)
     try:
@@ -320,7 +331,7 @@ _locks: set[int] = set()  # descriptors of this process
 
 
 def _leave_locks() -> None:
-    """Let the parent alone hold its locks: a worker may outlive it by a moment."""
+    """Leave the locks to the parent process: a worker may outlive it by a moment."""
     for lock in _locks:
         os.close(lock)
     _locks.clear()
@@ -330,7 +341,8 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 
 def _take(lock: int) -> str | None:
-    """Lock a file and note the holder in it. Return None, or the note of another holder."""
+    """Lock a file and write a note of the holder into it. Return None, or the note of another
+    holder."""
     here = f"host {socket.gethostname()}, "
     began = time.monotonic()
     while True:
@@ -343,7 +355,7 @@ def _take(lock: int) -> str | None:
             if time.monotonic() - began > (ELSEWHERE_WAIT if elsewhere else HERE_WAIT):
                 return shown(holder)
             time.sleep(0.05)
-        except OSError:  # no such locks here
+        except OSError:  # this file system has no locks
             return None
     note = f"{here}process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}\n"
     with suppress(OSError):  # the disk may be full
@@ -364,7 +376,7 @@ def sha256_of(path: Path) -> str:
 
 
 class Hashed:
-    """Passes on what is written or read, and takes its SHA-256."""
+    """A file whose reads and writes also go into a SHA-256 and a count of bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file

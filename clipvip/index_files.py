@@ -1,4 +1,4 @@
-"""Read and write the files of an index, trusting none of them further than it must.
+"""Read and write the files of an index, and check everything that is read.
 
 An index is a folder:
 
@@ -8,14 +8,15 @@ An index is a folder:
     clips-*.jsonl              line i: path, start and end (seconds) of clip i, its file's state
     bad_files.jsonl            files that could not be decoded, and why
 
-A save replaces index.json twice, atomically: before it writes data files, to name them as spare,
-and after, to put them in use. So a reader never sees half a save, a build that is killed resumes
-from the last one, and what it leaves behind is known by name: only data files that index.json names
-are ever deleted. A reader whose data files are replaced while it reads them starts again.
+A save replaces index.json twice, each time atomically: first to list the new data files as spare,
+and after writing them to put them in use. So a reader never sees half a save, and a build that is
+killed resumes from its last save. The files that it leaves behind are known by name: only data
+files that index.json names are ever deleted. A reader whose data files are replaced while it reads
+starts again.
 
-An index may come from somebody else. So every value in its files is checked before use, data files
-have names as above and lie in the folder itself, and links are not followed. When the model that
-index.json names is used is up to `clipvip.index`.
+An index may come from a stranger. So every value in its files is checked before use, data files
+have names as above and lie in the folder itself, and links are not followed. `clipvip.index`
+decides when to load the model that index.json names.
 """
 
 import json
@@ -37,8 +38,8 @@ from clipvip.collection import MOST_NAMED, IndexedClip
 from clipvip.files import json_line, read_own, shown, write_new, write_whole
 
 FORMAT = 2
-LIST_BYTES = 1 << 28  # of index.json and of bad_files.jsonl, far more than they need
-READS = 100  # before giving up on an index that is replaced during each of them
+LIST_BYTES = 1 << 28  # limit for index.json and bad_files.jsonl, far more than they need
+READS = 100  # attempts to read an index that is replaced during each of them
 
 _HEAD, _BAD_FILES = "index.json", "bad_files.jsonl"
 _EMBEDDINGS = re.compile(r"embeddings-[0-9a-f]{16}\.safetensors")
@@ -46,9 +47,9 @@ _CLIPS = re.compile(r"clips-[0-9a-f]{16}\.jsonl")
 
 
 class DamagedIndexError(ValueError):
-    """A data file of an index is lost; one line that says which, why, and what to do.
+    """A data file of an index is missing or damaged; one line says which, why, and what to do.
 
-    damage: the first part of that line, which file and why.
+    damage: the first part of that line: which file, and why.
     """
 
     def __init__(self, damage: str, remedy: str) -> None:
@@ -77,8 +78,11 @@ class StoredIndex:
 
 @dataclass(frozen=True)
 class Head:
-    """Contents of index.json. embeddings, clips: names of the data files in use, None before the
-    first save. spare: names of data files not in use, which the next build deletes."""
+    """Contents of index.json.
+
+    embeddings, clips: names of the data files in use, None before the first save.
+    spare: names of data files not in use, which the next build deletes.
+    """
 
     model: str
     fingerprint: str
@@ -93,8 +97,8 @@ class Head:
 
 
 def read_index(folder: Path) -> StoredIndex:
-    """Read an index. Raises ValueError where there is none, DamagedIndexError where its data files
-    are lost."""
+    """Read an index. Raises ValueError if there is none, DamagedIndexError if its data files are
+    missing or damaged."""
     damaged, before = None, None
     for _ in range(READS):
         head = read_head(folder)
@@ -105,21 +109,21 @@ def read_index(folder: Path) -> StoredIndex:
             )
         if head.data is None:
             raise ValueError(
-                f"{shown(folder)} holds no clips yet: its first build is running, or ended before "
-                "it saved any; wait, or run the same clipvip embed again"
+                f"{shown(folder)} holds no clips yet: its first build is running, or stopped "
+                "before it saved any; wait, or run the same clipvip embed again"
             )
         if damaged and head == before:
             break
         try:
             return _read_data(folder, head, *head.data)
-        except DamagedIndexError as error:  # or replaced since index.json was read
+        except DamagedIndexError as error:  # or its files were replaced meanwhile
             damaged, before = error, head
     assert damaged is not None
     raise damaged
 
 
 def read_head(folder: Path) -> Head | None:
-    """Read index.json, None where there is none. Raises ValueError where it is not an index's."""
+    """Read index.json; None if there is none. Raises ValueError if it is not that of an index."""
     file = folder / _HEAD
     another = "give another --out, or the folder of an index"
     try:
@@ -129,7 +133,9 @@ def read_head(folder: Path) -> Head | None:
     except OSError as error:
         raise ValueError(f"{shown(file)}: {error.strerror}; {another}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shown(file)} is damaged or no index's ({error}); {another}") from None
+        raise ValueError(
+            f"{shown(file)} is damaged or not an index's ({error}); {another}"
+        ) from None
     number = head.get("format") if isinstance(head, dict) else None
     if type(number) is int and number != FORMAT:
         raise ValueError(
@@ -137,12 +143,12 @@ def read_head(folder: Path) -> Head | None:
             "the index again with clipvip embed and another --out, or delete it"
         )
     if number != FORMAT or not _is_sound(head):
-        raise ValueError(f"{shown(file)} is damaged or no index's; {another}")
+        raise ValueError(f"{shown(file)} is damaged or not an index's; {another}")
     return Head(**{part.name: head[part.name] for part in fields(Head) if part.name in head})
 
 
 def _is_sound(head: dict[str, Any]) -> bool:
-    """Whether the values in index.json have their types and name no files but an index's."""
+    """Whether values of index.json have the right types, and it names only files of an index."""
     sources, spare = head.get("sources"), head.get("spare", [])
     data = head.get("embeddings"), head.get("clips")
     if not (isinstance(sources, list) and isinstance(spare, list)):
@@ -161,7 +167,7 @@ def _is_name(value: object, names: re.Pattern[str]) -> bool:
 
 
 def _read_data(folder: Path, head: Head, embeddings_name: str, clips_name: str) -> StoredIndex:
-    """Read the data files. Raises DamagedIndexError, which says which of them is lost."""
+    """Read the data files. Raises DamagedIndexError if one is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -169,7 +175,7 @@ def _read_data(folder: Path, head: Head, embeddings_name: str, clips_name: str) 
         again = embed_command(head.model, head.sources, folder)
         return DamagedIndexError(
             f"{shown(folder / name)} is damaged ({why})",
-            f"to embed again what is lost: {again}",
+            f"to embed its clips again: {again}",
         )
 
     def content(name: str) -> bytes:
@@ -180,7 +186,7 @@ def _read_data(folder: Path, head: Head, embeddings_name: str, clips_name: str) 
         except MemoryError:
             raise damaged(name, "larger than memory") from None
 
-    data = content(embeddings_name)  # as load_file accepts no path that is not UTF-8
+    data = content(embeddings_name)  # load_file accepts only paths in UTF-8
     try:
         embeddings = load(data)["embeddings"]
     except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
@@ -216,8 +222,10 @@ def _parse_clip(line: bytes) -> IndexedClip:
 
 
 def _read_bad_files(folder: Path) -> list[dict[str, str]]:
-    """Read bad_files.jsonl, [] where there is none. Raises OSError, and ValueError where it is not
-    an index's, such as that of a training run."""
+    """Read bad_files.jsonl; [] if there is none.
+
+    Raises OSError, and ValueError if it is not that of an index but, say, of a training run.
+    """
     try:
         lines = read_own(folder / _BAD_FILES, LIST_BYTES).splitlines()
     except FileNotFoundError:
@@ -237,19 +245,20 @@ def _read_bad_files(folder: Path) -> list[dict[str, str]]:
 
 
 def is_unit(rows: Tensor) -> Tensor:
-    """Whether vectors [..., P] have length 1, bool [...]; False for those that are not finite."""
+    """Return whether vectors [..., P] are finite and have length 1, bool [...]."""
     return (torch.linalg.vector_norm(rows, dim=-1) - 1).abs() <= 1e-3
 
 
 def embed_command(model: str, sources: Sequence[str], out: object) -> str:
-    """The shell command that embeds these sources, for a message; VIDEOS stands for many."""
+    """Return the shell command that embeds these sources, with VIDEOS in place of many, for a
+    message."""
     videos = shlex.join(sources) if len(sources) <= MOST_NAMED else "VIDEOS"
     return shown(f"clipvip embed {shlex.quote(model)} {videos} --out {shlex.quote(str(out))}")
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError where an index written to this folder would harm what is in it."""
-    # An empty --out names the current folder too, perhaps unintended.
+    """Raise ValueError if an index written to this folder would harm what is in it."""
+    # An empty --out also means the current folder, perhaps by mistake.
     name = "the current folder" if out == Path() else shown(out)
     own = f"give a new or empty folder, such as {shown(out / 'index')}"
     if out.is_symlink() and not out.exists():
@@ -261,7 +270,7 @@ def check_out(out: Path) -> None:
     if not os.access(out, os.W_OK | os.X_OK):
         raise ValueError(f"{name} cannot be written to; give another --out")
     if read_head(out) is None:
-        # bad_files.jsonl is none of ours here, as a save writes it after index.json.
+        # Here bad_files.jsonl is not ours: a save writes it after index.json.
         ours = re.compile(r"\..*|.*\.partial", re.DOTALL)
         others = sorted(entry for entry in os.listdir(out) if not ours.fullmatch(entry))
         if others:
@@ -275,8 +284,10 @@ def check_out(out: Path) -> None:
 
 
 def write_index(index: StoredIndex, out: Path) -> None:
-    """Write new data files, put them in use, delete the old ones. Where that raises an error, the
-    index that was there stays in use."""
+    """Write new data files, put them in use, and delete the old ones.
+
+    On an error the previous index stays in use.
+    """
     from safetensors.torch import save
 
     token = secrets.token_hex(8)
@@ -286,7 +297,7 @@ def write_index(index: StoredIndex, out: Path) -> None:
     spare = [name for name in old.spare if os.path.lexists(out / name)]
     _write_head(replace(old, spare=[*spare, *data]), out)
     try:
-        # save_file would make a file that only its owner can read, regardless of the umask.
+        # save_file would ignore the umask and make a file that only its owner can read.
         embeddings = save({"embeddings": index.embeddings.contiguous()})
         write_new(out / data[0], embeddings)
         write_new(out / data[1], map(_clip_line, index.clips))
@@ -300,7 +311,7 @@ def write_index(index: StoredIndex, out: Path) -> None:
 
 
 def delete_spare(out: Path) -> Head | None:
-    """Delete data files that are not in use; return what index.json says, None without one."""
+    """Delete data files that are not in use. Return the contents of index.json, or None."""
     head = read_head(out)
     if head is not None:
         _delete(out, head.spare)
@@ -316,7 +327,7 @@ def _clip_line(clip: IndexedClip) -> bytes:
 
 
 def _delete(out: Path, names: Iterable[str]) -> None:
-    """Delete data files that index.json names; the next build retries where that fails."""
+    """Delete data files that index.json names; the next build retries those that remain."""
     for name in names:
         with suppress(OSError):
             os.unlink(out / name)

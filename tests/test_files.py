@@ -197,7 +197,7 @@ def test_a_strangers_lock_file_keeps_its_content(tmp_path: Path, monkeypatch, co
 
 def test_a_lock_file_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OtherRunError, match=r"\.lock is no file"), only_run(tmp_path, "writes"):
+    with pytest.raises(OtherRunError, match=r"\.lock is not a file"), only_run(tmp_path, "writes"):
         pass
     assert not (tmp_path / "elsewhere").exists()
 

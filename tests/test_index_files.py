@@ -157,7 +157,7 @@ def test_strangers_files_beside_an_index_are_let_be(tmp_path):
 def test_an_index_that_names_nothing_spare_is_read_too(saved):
     head = json.loads((saved / "index.json").read_bytes())
     change(saved, spare=[head["clips"]])  # or a build would delete what holds
-    with pytest.raises(ValueError, match="damaged or no index's"):
+    with pytest.raises(ValueError, match="damaged or not an index's"):
         read_index(saved)
     del head["spare"]
     (saved / "index.json").write_text(json.dumps(head))

@@ -158,7 +158,7 @@ def _open_partial(path: Path) -> BinaryIO:
 
 
 def _keeps(file: BinaryIO, path: Path) -> bool:
-    """Lock a new file unless another process deletes it as left behind. Return whether it worked."""
+    """Lock a new file unless another process deletes it first. Return whether it worked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

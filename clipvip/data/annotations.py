@@ -1,4 +1,4 @@
-"""Annotations: JSON Lines, one clip a line.
+"""Annotations: JSON Lines, one clip per line.
 
     {"video": "clips/0001.mp4", "text": "a red circle moves left"}
     {"video": "talk.mp4", "start": 12.5, "end": 20, "text": ["a man speaks", "he points"]}
@@ -8,16 +8,17 @@
 | key | type | meaning |
 |---|---|---|
 | `video` | string, required | video or image (jpg, png, webp), relative to this file's folder |
-| `start`, `end` | seconds | the part of the video that is the clip; the whole of it if absent |
-| `text` | string or list | what retrieval trains and measures on; a list holds alternatives |
+| `start`, `end` | seconds | the part of the video that is the clip; if absent, the whole video |
+| `text` | string or list | texts for retrieval; a list holds alternatives |
 | `subtitle` | string | speech heard in the clip (post-pretraining) |
-| `caption` | string | a sentence on `image`, or on the clip's middle frame (post-pretraining) |
-| `image` | string | picture that `caption` is about, relative; the middle frame if absent |
+| `caption` | string | a sentence about `image` or the clip's middle frame (post-pretraining) |
+| `image` | string | picture that `caption` is about, relative; if absent, the middle frame |
 
-A key that is null counts as absent; blank lines are skipped. A file name that is not UTF-8 stands
-as json.dumps writes what os.fsdecode makes of it: each such byte as an escape from \\udc80 to
-\\udcff. A name that no file can have, with NUL or any other half of a character (a lone surrogate),
-makes a clip that cannot be read; in a text U+FFFD takes a half's place, with one warning per file.
+A key that is null counts as absent; blank lines are skipped. A file name that is not UTF-8 is
+written as json.dumps writes the result of os.fsdecode: each invalid byte as an escape from \\udc80
+to \\udcff. An impossible file name, with NUL or another half of a character (a lone surrogate),
+gives a clip that cannot be read. In a text, half a character becomes U+FFFD, with one warning per
+file.
 """
 
 import difflib
@@ -39,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("video", "start", "end", "text", "subtitle", "caption", "image")
 MAX_REPORTED = 5
-REPAIRED = "a text holds half a character (a lone surrogate); U+FFFD takes its place"
+REPAIRED = "a text holds half a character (a lone surrogate), replaced by U+FFFD"
 
 
 class AnnotationError(ValueError):
-    """An annotation file that cannot be used; one line naming file, line numbers, reasons."""
+    """An annotation file that cannot be used; one line with file, line numbers and reasons."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One annotated clip. Times in seconds from the video's first frame."""
+    """One annotated clip. start and end are seconds from the video's first frame."""
 
     video: Path
     start: float | None = None
@@ -59,26 +60,29 @@ class Clip:
     image: Path | None = None
     line: int = 0
     repaired: bool = field(default=False, compare=False, repr=False)
-    """Whether a text held half a character, which U+FFFD now replaces."""
+    """Whether a text held half a character, now replaced by U+FFFD."""
 
 
 def load_annotations(path: str | Path) -> list[Clip]:
-    """Every clip of a JSON Lines file, in order.
+    """Read every clip of a JSON Lines file, in order.
 
-    Raises AnnotationError where the file is missing or holds no clip, or where lines are
-    bad: then the first five are reported together.
+    Raises AnnotationError if the file is missing or has no clip, or if it has bad lines: the error
+    reports the first five together.
     """
     return [clip for _, clip in _scan(Path(path))]
 
 
 class Annotations:
-    """The same clips by their places, each parsed when it is asked for: eight bytes a clip, so
-    that a hundred million fit into memory. The file must stay as it is."""
+    """The clips of a JSON Lines file as a sequence that parses each clip on access.
+
+    It takes eight bytes of memory per clip, so a hundred million clips fit. The file must not
+    change meanwhile. Raises AnnotationError like load_annotations.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._offsets = array("q")
-        self._blanks = array("q")  # of each blank line, the place of the clip after it
+        self._blanks = array("q")  # for each blank line, the place of the clip after it
         line = 0
         for offset, clip in _scan(self.path):
             self._blanks.extend([len(self._offsets)] * (clip.line - line - 1))
@@ -102,7 +106,7 @@ class Annotations:
 
 
 def _scan(path: Path) -> Iterator[tuple[int, Clip]]:
-    """Every clip and where its line starts, a line in memory at a time."""
+    """Yield every clip, and the offset of its line, with one line in memory at a time."""
     problems: list[str] = []
     number = clips = bad = repaired = first_repaired = 0
     name = shown(path)
@@ -126,17 +130,17 @@ def _scan(path: Path) -> Iterator[tuple[int, Clip]]:
         raise AnnotationError(f"{name}: {error.strerror}; expected a JSON Lines file") from error
     if problems:
         tail = f"; and {bad - MAX_REPORTED} more bad lines" if bad > MAX_REPORTED else ""
-        tail += "" if clips else "; expected JSON Lines, a clip's object a line"
+        tail += "" if clips else "; expected JSON Lines, one object per clip and line"
         raise AnnotationError("; ".join(problems) + tail)
     if not clips:
-        raise AnnotationError(f"{name}: holds no clips; expected one JSON object a line")
+        raise AnnotationError(f"{name}: holds no clips; expected one JSON object per line")
     if repaired:
         more = f"; so do {repaired - 1} more lines" if repaired > 1 else ""
         logger.warning("%s:%d: %s%s", name, first_repaired, REPAIRED, more)
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Each line and where it starts; ended by LF, CR or both, as bytes.splitlines has it."""
+    """Yield each line and its offset. Like bytes.splitlines, ends lines at LF, CR or CR LF."""
     offset = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
     file.seek(offset)
     for lines in file:
@@ -146,9 +150,12 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(line: bytes, folder: Path, number: int = 0) -> Clip:
-    """One line's clip, its paths taken relative to `folder`. ValueError gives the reason."""
+    """Return the clip of one line, with paths relative to `folder`.
+
+    Raises ValueError, which says what is wrong with the line.
+    """
     try:
-        # json.loads would read halves of characters in bytes too, as if they were names.
+        # From bytes, json.loads would also accept encoded halves of characters, as if in names.
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from error
@@ -160,7 +167,7 @@ def parse_line(line: bytes, folder: Path, number: int = 0) -> Clip:
 
 
 def parse_record(record: Any, folder: Path, number: int = 0) -> Clip:
-    """As parse_line, of what stands in the line."""
+    """Return the clip of one record: the content of a line, parsed. Raises like parse_line."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object in braces, got {kind_of(record)}")
     for key in record:
@@ -190,8 +197,10 @@ def parse_record(record: Any, folder: Path, number: int = 0) -> Clip:
 
 
 def mended(text: str) -> str:
-    """The text with each pair of surrogates joined and U+FFFD for each lone one, which neither
-    UTF-8 nor a tokenizer can take."""
+    """Join each pair of surrogates in a text, and replace each lone one by U+FFFD.
+
+    Neither UTF-8 nor a tokenizer accepts lone surrogates.
+    """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -202,7 +211,6 @@ def write_annotations(path: str | Path, clips: Iterable[Clip]) -> None:
     """
     path = Path(path)
     folder = os.path.abspath(path.parent) + os.sep
-
     write_whole(path, (json_line(_record(clip, folder)) for clip in clips))
 
 
@@ -220,7 +228,7 @@ def _record(clip: Clip, folder: str) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str:
-    """The JSON type of a value, in words for a message."""
+    """Return the JSON type of a value in words, for a message."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return names.get(type(value), "null" if value is None else f"the number {value}")
 

@@ -1,18 +1,7 @@
-"""MSR-VTT as its makers and peers publish it.
+"""Read MSR-VTT as its authors and later projects publish it.
 
-Its splits, each with the files that may list it:
-
-| split | files |
-|---|---|
-| train-9k | MSRVTT_train.9k.csv, train_list_jsfusion.txt, train_list_9k.txt, msrvtt_ret_train9k.json, train9k.jsonl |
-| train-7k | MSRVTT_train.7k.csv, train_list_7k.txt, msrvtt_ret_train7k.json |
-| train-full | train_list_full.txt, the JSON's `train` |
-| val | val_list_full.txt, msrvtt_ret_val*.json, the JSON's `validate` |
-| test-1k (1k-A) | MSRVTT_JSFUSION_test.csv, val_list_jsfusion.txt with jsfusion_val_caption_idx.pkl, msrvtt_ret_test1k.json, test1ka.jsonl |
-| test-full | test_list_full.txt, the JSON's `test` |
-
-`train` is the first of the three that is there, and `test` the first of the two.
-"""  # noqa: E501
+A split's videos are listed in one of the files that LISTS names, or in the authors' JSON.
+"""
 
 import csv
 import io
@@ -42,6 +31,7 @@ from clipvip.data.published import (
     value_of,
 )
 
+# Splits, and the files that may list each of them, in order of preference.
 LISTS = {
     "train-9k": (
         "MSRVTT_train.9k.csv",
@@ -53,7 +43,7 @@ LISTS = {
     "train-7k": ("MSRVTT_train.7k.csv", "train_list_7k.txt", "msrvtt_ret_train7k.json"),
     "train-full": ("train_list_full.txt",),
     "val": ("val_list_full.txt", "msrvtt_ret_val*.json"),
-    "test-1k": (
+    "test-1k": (  # also known as 1k-A
         "MSRVTT_JSFUSION_test.csv",
         "val_list_jsfusion.txt",
         "msrvtt_ret_test1k.json",
@@ -61,13 +51,15 @@ LISTS = {
     ),
     "test-full": ("test_list_full.txt",),
 }
+# Plain names of splits: the first of these that is present.
 PLAIN = {"train": ("train-9k", "train-7k", "train-full"), "test": ("test-1k", "test-full")}
 PICKLE_BYTES = 1 << 24
+# Splits as the JSON of the authors, with `videos` and `sentences`, names them.
 MAKERS = {"train": "train-full", "validate": "val", "test": "test-full"}
 
 
 class _Listed(NamedTuple):
-    """The videos of a split, with their texts where the list has them."""
+    """The videos of a split, and their texts if the list has them."""
 
     split: str
     path: Path
@@ -75,7 +67,7 @@ class _Listed(NamedTuple):
 
 
 def msrvtt_items(request: Request) -> Iterator[Item]:
-    """The videos of a split, each with its captions."""
+    """Yield the videos of a split, each with its captions."""
     texts, numbered, makers = _read_captions(request)
     wanted = PLAIN.get(request.split, (request.split,))
     found = (_read_list(request, split, makers, request.done) for split in wanted)
@@ -104,7 +96,7 @@ def msrvtt_items(request: Request) -> Iterator[Item]:
 def _read_captions(
     request: Request,
 ) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, _Listed]]:
-    """All captions by video, those of frozen-in-time's JSON alone, and the makers' own splits."""
+    """Read all captions by video, those of frozen-in-time's JSON alone, and the authors' splits."""
     done = request.done
     numbered: list[tuple[str, list[str]]] = []
     others: list[tuple[str, list[str]]] = []
@@ -159,7 +151,7 @@ def _read_list(
 
 
 def _warn_of_shared(request: Request, listed: _Listed, makers: dict[str, _Listed]) -> None:
-    """Tell which videos to train on are also such to measure on: those of val are in 9k and 7k."""
+    """Note which videos are in both training and evaluation splits, such as those of val in 9k."""
     videos = set(map(bare_name, listed.texts))
     trains = listed.split.startswith("train")
     for split in LISTS:
@@ -172,11 +164,11 @@ def _warn_of_shared(request: Request, listed: _Listed, makers: dict[str, _Listed
         if other and shared:
             request.done.notes.append(
                 f"warning: {len(shared)} of the {len(videos)} videos of {listed.split} are in "
-                f"{split} too ({other.path.name}): do not train on the one and measure on the other"
+                f"{split} too ({other.path.name}): do not train on one and evaluate on the other"
             )
 
 
-# Operations of a pickle of a plain dictionary: values that stand in it, and what joins them.
+# Operations in the pickle of a plain dictionary: those that hold values, and those that join them.
 VALUES = frozenset(
     ("BINSTRING", "BINUNICODE", "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1")
     + ("SHORT_BINSTRING", "SHORT_BINUNICODE", "STRING", "UNICODE")
@@ -188,29 +180,31 @@ JOINS = frozenset(
 
 
 def _numbers(data: bytes) -> dict[str, int]:
-    """Read numbers by names from a pickle without running it: it may name any code and allocate
-    any memory."""
+    """Read numbers by names from a pickle without executing it.
+
+    Executing it could run any code and allocate any memory.
+    """
     values = []
     for operation, value, _ in pickletools.genops(data):
         if operation.name in VALUES:
             values.append(value)
         elif operation.name not in JOINS:
-            raise ValueError(f"it holds other things ({operation.name})")
+            raise ValueError(f"it holds something else ({operation.name})")
     names = [value for value in values[::2] if isinstance(value, str)]
     numbers = [value for value in values[1::2] if type(value) is int]
     if not len(names) == len(numbers) == len(values) / 2 > 0:
-        raise ValueError("it holds other things")
+        raise ValueError("it holds something else")
     return dict(zip(names, numbers, strict=True))
 
 
 def _read_picked(request: Request) -> dict[str, int]:
-    """Which of a video's captions 1k-A has, by video."""
-    name, instead = "jsfusion_val_caption_idx.pkl", "or MSRVTT_JSFUSION_test.csv in its place"
+    """Read which caption of each video 1k-A uses."""
+    name, instead = "jsfusion_val_caption_idx.pkl", "or MSRVTT_JSFUSION_test.csv instead"
     path = next(iter(request.find(name)), None)
     if path is None:
         raise PrepareError(
             f"{request.source}: val_list_jsfusion.txt without {name}, which says which caption of "
-            f"a video counts; put it there, {instead}"
+            f"each video to use; put it there, {instead}"
         )
     try:
         with open_file(path, PICKLE_BYTES) as file:
@@ -218,26 +212,26 @@ def _read_picked(request: Request) -> dict[str, int]:
     except Exception as error:  # a damaged pickle can raise anything
         reason = reason_of(error) or type(error).__name__
         raise PrepareError(
-            f"{path}: expected the number of a caption by video, nothing else, but {reason}; put "
-            f"the published file there, {instead}"
+            f"{path}: expected the number of a caption by video, but {reason}; put the published "
+            f"file there, {instead}"
         ) from error
 
 
 def _pick(said: list[str], number: int | None) -> str:
     if number is None:
-        raise ValueError("no number of its caption")
+        raise ValueError("the number of its caption is missing")
     if not 0 <= number < len(said):
         raise ValueError(f"caption {number} of {len(said)}")
     return said[number]
 
 
 def _rows(path: Path, done: Prepared) -> Iterator[tuple[str, str | None]]:
-    """(video_id, sentence, if the table has them) of each row of a CSV."""
+    """Yield video_id and sentence of each row of a CSV; None for a sentence if it has none."""
     text = read_text(path, done)
     rows: list[Any]
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error:  # such as a quotation mark that is never closed and swallows what follows
+    except csv.Error:  # such as a quotation mark without its partner, which hides later rows
         rows = list(lines_of(text))
 
     def fields(row: Any) -> list[str]:

@@ -1,18 +1,18 @@
-"""Annotations (clipvip.data.annotations) from data sets as their makers or peers publish them.
+"""Make annotations (clipvip.data.annotations) from data sets as they are published.
 
-| set | what is read | texts of a clip |
+| set | files read | texts of a clip |
 |---|---|---|
-| msrvtt | lists of a split's videos (see clipvip.data.msrvtt), and JSON files with `videos` and `sentences` or, as frozen-in-time has them, `images` and `annotations` | all captions; one in 1k-A |
+| msrvtt | lists of a split's videos (see clipvip.data.msrvtt), and JSON files with `videos` and `sentences` or, in frozen-in-time's form, `images` and `annotations` | all captions; one in 1k-A |
 | didemo | {train,val,test}_data.json | all descriptions of a video, in their order |
-| lsmdc | LSMDC16_annos_training.csv, LSMDC16_annos_val.csv, LSMDC16_challenge_1000_publictect.csv | |
-| activitynet | train.json, val_1.json (papers test on it: val and test both mean it) | all sentences of a video |
-| hdvila | .jsonl of clips (`clip_id`, perhaps `text`) or of videos (`video_id`, `clip`: spans); LMDBs from clip_id to text, whose folders have "subtitle" or "caption" in their names | a subtitle, a caption |
-| captions | JSON Lines, or a JSON list, of {`clip_id`, `text`} as the CLIP-ViP authors have it, or {`video`, `caption`} as ALPRO, LAVIS and VindLU have it | all that name the video |
-| folder | videos and images with a .txt beside them | a text per line |
+| lsmdc | LSMDC16_annos_training.csv, LSMDC16_annos_val.csv, LSMDC16_challenge_1000_publictect.csv | its sentence |
+| activitynet | train.json, val_1.json (val and test both mean it, as papers test on it) | all sentences of a video |
+| hdvila | .jsonl of clips (`clip_id`, perhaps `text`) or of videos (`video_id`, `clip`: spans); LMDBs from clip_id to text, in folders with "subtitle" or "caption" in their names | a subtitle, a caption |
+| captions | JSON Lines, or a JSON list, of {`clip_id`, `text`} (CLIP-ViP authors) or {`video`, `caption`} (ALPRO, LAVIS, VindLU) | all texts of its video |
+| folder | videos and images, each with a .txt file beside it | one text per line |
 
-Videos are found by name anywhere in the source's folder, whatever their container. Several texts
-of a clip stand as a list: alternatives, or with `data.paragraph: true` one paragraph. A line,
-entry or file that cannot be used costs itself alone.
+Videos are found by name anywhere in the source's folder, with any video suffix. Several texts of a
+clip become a list: alternatives, or one paragraph if `data.paragraph` is true. A line, entry or
+file that cannot be used is skipped; the others are kept.
 """  # noqa: E501
 
 import os
@@ -50,7 +50,7 @@ from clipvip.data.published import (
 from clipvip.files import TEXT_BYTES, files_in
 
 SPLITS = ("train", "val", "test")
-NOWHERE = Path()  # a video that was looked for already
+NOWHERE = Path()  # stands for a video that was searched for and not found
 
 
 def prepare(
@@ -64,11 +64,11 @@ def prepare(
 ) -> Prepared:
     """Write the annotations of one split.
 
-    Clips whose video is missing, or of which nothing is said, are left out.
+    Clips without a video or without any text are left out.
 
-    videos: where the videos lie, if not in the source. first_30s: of DiDeMo, whose annotators saw
-    no more of a video: the clip ends after 30 seconds.
-    Raises PrepareError: files not found or not as published, or no clip is left.
+    videos: folder of the videos, if it is not the source.
+    first_30s: end each clip after 30 seconds; for DiDeMo, whose annotators saw no more of a video.
+    Raises PrepareError if files are missing or not as published, or if no clip is left.
     """
     if kind not in SETS:
         raise PrepareError(f"no data set {kind!r}; known: {', '.join(SETS)}")
@@ -76,7 +76,7 @@ def prepare(
     if split not in splits:
         raise PrepareError(f"split is {split!r}; {kind} has {', '.join(splits)}")
     if first_30s and kind not in ("didemo", "captions"):
-        raise PrepareError(f"the first 30 seconds are a custom with DiDeMo, not with {kind}")
+        raise PrepareError(f"first_30s is for didemo (or captions of it), not for {kind}")
     if not source.exists():
         raise PrepareError(f"{source}: no such file or folder")
     folder = videos or (source if source.is_dir() else source.parent)
@@ -101,7 +101,7 @@ def prepare(
 
 
 def _clip(item: Item, find: "_Finder", done: Prepared) -> Clip | None:
-    """The clip, if there is one; else `done` says why not."""
+    """Return the clip of an item, or None and note the reason in `done`."""
     texts = [text.strip() for text in item.texts]
     record = {
         "start": item.start,
@@ -116,7 +116,7 @@ def _clip(item: Item, find: "_Finder", done: Prepared) -> Clip | None:
     elif video in (None, NOWHERE):
         done.missing.append(item.key)
     else:
-        # Checked by the rules of annotations, so that the file can be read again.
+        # Checked like a line of annotations, so that the file can be read back.
         with done.tolerate(item.key):
             clip = parse_record(record | {"video": str(video)}, Path())
             if clip.repaired:
@@ -126,19 +126,19 @@ def _clip(item: Item, find: "_Finder", done: Prepared) -> Clip | None:
 
 
 def _losses(done: Prepared, folder: Path) -> Iterator[str]:
-    if done.missing:
-        count = len(done.missing)
-        yield f"none of {count} videos was found in {folder}, the first: {done.missing[0]}"
-    if done.mute:
-        yield f"{len(done.mute)} have no text, the first: {done.mute[0]}"
-    if done.bad:
-        yield f"{len(done.bad)} lines or files cannot be used, the first: {done.bad[0]}"
+    for lost, what in (
+        (done.missing, f"videos were not found in {folder}"),
+        (done.mute, "clips have no text"),
+        (done.bad, "lines or files cannot be used"),
+    ):
+        if lost:
+            yield f"{len(lost)} {what}, the first: {lost[0]}"
     if not (done.missing or done.mute or done.bad):
-        yield "it names none"
+        yield "the source names no clips"
 
 
 class _Finder:
-    """Videos of a folder by the names that data sets give them."""
+    """Find videos of a folder by the names that data sets give them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -147,7 +147,7 @@ class _Finder:
     def __call__(self, key: str) -> Path | None:
         if is_media(key) and os.path.isfile(self.folder / key):
             return self.folder / key
-        if self.names is None:  # not before it must be: there may be a hundred million
+        if self.names is None:  # only if needed: there may be a hundred million files
             self.names = {}
             for path in files_in(self.folder, is_video):
                 for name in (path.name, path.stem):
@@ -166,7 +166,7 @@ def _captions(request: Request) -> Iterator[Item]:
             names = ": " + ", ".join(path.name for path in found[:5]) if found else ""
             raise PrepareError(
                 f"{path}: {len(found)} files .jsonl or .json have {request.split!r} in their "
-                f"names{names}; expected one, or the file itself for a source, and --videos"
+                f"names{names}; expected one: give the file itself as the source, and --videos"
             )
         path = found[0]
     with needed(path):
@@ -196,7 +196,7 @@ def _lsmdc(request: Request) -> Iterator[Item]:
     }[request.split]
 
     def parse(line: str) -> tuple[str, list[str]] | None:
-        fields = line.split("\t")  # no quoting: sentences hold quotation marks of their own
+        fields = line.split("\t")  # not quoted: quotation marks belong to the sentences
         if not line.strip():
             return None
         if len(fields) < 6:
@@ -220,7 +220,7 @@ def _activitynet(request: Request) -> Iterator[Item]:
 def _hdvila(request: Request) -> Iterator[Item]:
     given = request.find("*.jsonl") if request.source.is_dir() else [request.source]
     if not given:
-        raise PrepareError(f"{request.source}: no .jsonl there")
+        raise PrepareError(f"{request.source}: holds no .jsonl file")
     done = request.done
     with ExitStack() as stack:
         find = {name: _database(request, name, stack) for name in ("subtitle", "caption")}
@@ -258,14 +258,17 @@ def _hdvila_item(clip: Any, find: dict[str, Callable[[str], str | None]], videos
 
 
 def _hdvila_video(videos: Path, key: str) -> Path | None:
-    """A cut clip lies in a folder of its video's name, or with the others."""
+    """Find a clip that was cut from its video: in a folder named after that, or in `videos`."""
     names = [key] if is_video(key) else [f"{key}.mp4", f"{key}.mkv", f"{key}.webm"]
     folders = (videos / key.partition(".")[0], videos)
     return next((p for f in folders for n in names if (p := f / n).is_file()), None)
 
 
 def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], str | None]:
-    """Looks a clip_id up in the LMDB whose folder has `name` in its own; None where none is."""
+    """Return a function from clip_id to its text in the LMDB with `name` in its folder's name.
+
+    The function returns None if there is no such LMDB, or no such clip_id in it.
+    """
     found = [
         path.parent
         for path in request.find("data.mdb")
@@ -299,14 +302,14 @@ def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], 
 
 
 def _seconds(time: Any) -> float | None:
-    """Seconds of "00:04:52.140"."""
+    """Return a time such as "00:04:52.140" in seconds."""
     if time is None:
         return None
     try:
         hours, minutes, seconds = as_kind(time, str).split(":")
         return round(int(hours) * 3600 + int(minutes) * 60 + float(seconds), 3)
     except ValueError as error:
-        raise ValueError(f"span: expected times as 00:04:52.140, got {time!r}") from error
+        raise ValueError(f"span: expected times such as 00:04:52.140, got {time!r}") from error
 
 
 def _folder(request: Request) -> Iterator[Item]:

@@ -1,6 +1,6 @@
-"""Data sets as they are published: finding their files, reading them, and noting what is wrong.
+"""Find and read the files of published data sets, and note what is wrong in them.
 
-A line, entry or file that cannot be used costs itself alone; `Prepared` holds what was lost.
+A line, entry or file that cannot be used is skipped and noted in `Prepared`.
 """
 
 import csv
@@ -20,19 +20,19 @@ from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from clipvip.files import MARKS, TEXT_BYTES, check_is_file, decode_text, files_in, shown
 
 LIST_BYTES = 1 << 32  # limit for a file that describes a data set
-PROBE = 1 << 20  # first bytes that tell a text from other files
+PROBE = 1 << 20  # number of first bytes by which a text is told from other files
 LIST_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".mdb")
 
 
 class PrepareError(ValueError):
-    """A source that cannot be converted; one line that says what was looked for."""
+    """A source that cannot be converted; one line says what was expected."""
 
     def __init__(self, message: str) -> None:
         super().__init__(shown(message))
 
 
 class Item(NamedTuple):
-    """What a data set says of a clip; `key` names its video as the set does."""
+    """An entry of a data set: one clip. key: name of its video in the data set."""
 
     key: str
     texts: tuple[str, ...] = ()
@@ -41,31 +41,31 @@ class Item(NamedTuple):
     start: float | None = None
     end: float | None = None
     video: Path | None = None
-    """Where it lies, if that is known; else it is looked for by its key."""
+    """Path of the video if known; otherwise it is searched for by its key."""
 
 
 @dataclass
 class Prepared:
-    """What became of a source."""
+    """Result of preparing a source."""
 
     clips: int = 0
-    """How many were written."""
+    """Number of clips written."""
     missing: list[str] = field(default_factory=list)
     """Videos that were not found."""
     mute: list[str] = field(default_factory=list)
-    """Clips of which nothing is said."""
+    """Clips without any text."""
     bad: list[str] = field(default_factory=list)
     """Lines, entries and files that could not be used, each with the reason."""
     guessed: list[str] = field(default_factory=list)
     """Texts that are not UTF-8 and were read as Windows-1252."""
     repaired: list[str] = field(default_factory=list)
-    """Clips of whose texts one held half a character."""
+    """Clips with half a character in one of their texts."""
     notes: list[str] = field(default_factory=list)
-    """What was read, and what to know of it."""
+    """Which files were read, and warnings about them."""
 
     @contextmanager
     def tolerate(self, where: object) -> Iterator[None]:
-        """Note as bad what fails inside."""
+        """Note an error inside the block as bad."""
         try:
             yield
         except Exception as error:  # a stranger's file may hold anything
@@ -74,8 +74,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Request:
-    """What a set is asked for. videos: the folder in which they lie. out: no source of anything,
-    though it may lie among them since an earlier run."""
+    """What to prepare.
+
+    videos: folder of the videos. out: the file to write, which may exist since an earlier run, even
+    in the source's folder, and is never read.
+    """
 
     source: Path
     split: str
@@ -89,7 +92,7 @@ class Request:
 
     @cached_property
     def _lists(self) -> list[Path]:
-        """Files that may describe a set, the topmost ones first."""
+        """Files that may describe a set, those in upper folders first."""
         found = self.all_in(self.folder, lambda name: name.lower().endswith(LIST_SUFFIXES))
         return sorted(found, key=lambda path: len(path.parts))
 
@@ -98,13 +101,15 @@ class Request:
         return [path for path in files_in(folder, keep) if path.absolute() != out]
 
     def find(self, *patterns: str) -> list[Path]:
-        """Files of the source's folder by patterns of their names in order of preference, but
-        before all the source itself, if it is one of them."""
+        """Find files in the source's folder by patterns of names, in order of preference.
+
+        If the source itself is such a file, it comes first.
+        """
         found = [p for pattern in patterns for p in self._lists if fnmatch(p.name, pattern)]
         return sorted(found, key=lambda path: path != self.source)
 
     def file(self, *patterns: str) -> Path:
-        """The first of these files that the source is or holds."""
+        """Find the preferred file: the source itself, or one in its folder."""
         found = self.find(*patterns) if self.source.is_dir() else [self.source]
         found = [path for path in found if any(fnmatch(path.name, p) for p in patterns)]
         if not found:
@@ -122,7 +127,7 @@ def is_media(name: str) -> bool:
 
 
 def bare_name(key: str) -> str:
-    """A video's name without folders and without the suffix of a container."""
+    """Return a video's name without folders and without a video suffix."""
     name = key.rpartition("/")[2]
     return os.path.splitext(name)[0] if is_video(name) else name
 
@@ -135,7 +140,7 @@ def reason_of(error: Exception) -> str:
 
 @contextmanager
 def needed(path: Path) -> Iterator[None]:
-    """Raise as PrepareError what fails inside: nothing can be done without this file."""
+    """Turn an error inside the block into PrepareError: this file is required."""
     try:
         yield
     except Exception as error:
@@ -143,17 +148,17 @@ def needed(path: Path) -> Iterator[None]:
 
 
 def open_file(path: Path, most: int = sys.maxsize) -> BinaryIO:
-    """Open a file to read it. Raises ValueError where it has more than `most` bytes, and OSError
-    where it is no file."""
+    """Open a file for reading. Raises ValueError if it has more than `most` bytes, OSError if it is
+    no file."""
     check_is_file(path)
     size = os.path.getsize(path)
     if size > most:
-        raise ValueError(f"{size} bytes; at most {most} are read of a file of its kind")
+        raise ValueError(f"{size} bytes; expected at most {most} for a file of this kind")
     return path.open("rb")
 
 
 def lines_in(file: BinaryIO, most: int = TEXT_BYTES) -> Iterator[bytes]:
-    """Yield the lines; only the first `most` + 1 bytes of a longer one."""
+    """Yield the lines, each cut to `most` + 1 bytes."""
     while line := file.readline(most + 1):
         yield line
         while line and not line.endswith(b"\n"):
@@ -171,7 +176,7 @@ def read_text(path: Path, done: Prepared, most: int = LIST_BYTES) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines as files have them; str.splitlines splits at characters of a text too."""
+    """Split a text at line ends alone; str.splitlines splits at other characters too."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
@@ -201,7 +206,7 @@ def as_kind(value: Any, *kinds: type) -> Any:
 
 
 def value_of(record: Any, keys: str | tuple[str, ...], *kinds: type) -> Any:
-    """The value of a record's first key of these that is there."""
+    """Return the value of the first of these keys that a record has."""
     keys = (keys,) if isinstance(keys, str) else keys
     given = [key for key in keys if as_kind(record, dict).get(key) is not None]
     if not given:
@@ -218,7 +223,7 @@ def texts_of(record: Any, *keys: str) -> list[str]:
 
 
 def merge(pairs: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
-    """All texts of each video, in the order in which they are first named."""
+    """Join the texts of each video; videos stay in the order of their first entries."""
     texts: dict[str, list[str]] = {}
     for video, said in pairs:
         texts.setdefault(video, []).extend(said)
@@ -228,7 +233,7 @@ def merge(pairs: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
 def entries(
     records: Iterable[Any], where: str, done: Prepared, parse: Callable[[Any], Any]
 ) -> Iterator[Any]:
-    """What `parse` makes of each record that it takes; `done` names the others by their number."""
+    """Yield each record, parsed, unless that is None; note those that fail by their numbers."""
     for number, record in enumerate(records, 1):
         with done.tolerate(f"{where}{number}"):
             parsed = parse(record)
@@ -237,7 +242,7 @@ def entries(
 
 
 def captioned(path: Path, done: Prepared) -> dict[str, list[str]]:
-    """Texts by video, of a JSON list or JSON Lines."""
+    """Read texts by video from a JSON list or JSON Lines."""
 
     def parse(record: Any) -> tuple[str, list[str]]:
         return value_of(record, ("clip_id", "video"), str), texts_of(record, "text", "caption")

@@ -229,9 +229,9 @@ def test_folder_takes_texts_beside_videos_and_images(source: Path, add, tmp_path
         ("activitynet", "train.json", "[]", "expected an object in braces, got a list"),
         ("activitynet", "train.json", "[" * 100_000, "nested too deeply"),
         ("hdvila", "a.jsonl", "{}\n", "a.jsonl:1: no 'clip_id'"),
-        ("captions", "train.json", "[]", "it names none"),
+        ("captions", "train.json", "[]", "names no clips"),
         ("captions", "test.json", "[]", "0 files .jsonl or .json have 'train' in their names"),
-        ("folder", "a.mp4", "", "1 have no text"),
+        ("folder", "a.mp4", "", "1 clips have no text"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(
@@ -355,7 +355,7 @@ def test_half_characters_are_repaired_and_counted(
     said = run(monkeypatch, capsys, "activitynet", source, tmp_path / "out.jsonl")
     clips = load_annotations(tmp_path / "out.jsonl")
     assert [clip.text for clip in clips] == [("half \ufffd", "b"), ("😀",)]
-    assert "1 clips' texts held half a character, now U+FFFD: a\n" in said
+    assert "1 clips had half a character in a text, now U+FFFD: a\n" in said
     assert not caplog.messages
 
 
@@ -401,7 +401,7 @@ TIMES = "\t".join(["00.00.51.926"] * 4)
                 ":4: 'utf-8' codec can't decode byte 0xff",
                 ":5: expected an object in braces, got a list",
                 ":6: not JSON",
-                ":7: span: expected times as 00:04:52.140, got '0'",
+                ":7: span: expected times such as 00:04:52.140, got '0'",
             ],
         ),
         (
@@ -624,7 +624,7 @@ def test_didemo_may_end_after_30_seconds(source, add, tmp_path, monkeypatch, cap
         said = run(monkeypatch, capsys, "didemo", source, out, *flags)
         assert load_annotations(out)[0].end == end
         assert f"train: {source}/train_data.json" in said
-    with pytest.raises(PrepareError, match="custom with DiDeMo"):
+    with pytest.raises(PrepareError, match="first_30s is for didemo"):
         prepare("lsmdc", source, out, first_30s=True)
 
 

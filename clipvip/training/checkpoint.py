@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or absent, and logs that agree with them.
+"""Checkpoints on disk that are whole or absent, and logs that agree with them.
 
-A checkpoint is a folder `step-00000123`. It is written under a temporary name, flushed to
-disk, and renamed, so that whatever carries that name was complete then, at any kill and any
-power cut. `point` moves a link the same way. What disks and people do to it later is found by
-the sizes and checksums in its manifest.json.
+A checkpoint is a folder `step-00000123`. It is written under a temporary name, flushed to disk and
+then renamed, so a folder of that name was complete, whatever killed the process or cut the power.
+`point` moves a link in the same way. Damage that happens later is detected by the sizes and
+checksums in the checkpoint's manifest.json.
 """
 
 import errno
@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 import stat
@@ -21,9 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
-
 from clipvip.files import flush_folder, shown, write_whole
 from clipvip.model.pretrained import failed_writes
 from clipvip.training.config import TrainingError
@@ -31,7 +27,7 @@ from clipvip.training.config import TrainingError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-REQUIRED = (  # one of each; the later names are those that earlier versions and transformers wrote
+REQUIRED = (  # one file of each group; earlier versions and transformers wrote the later names
     ("state.pt",),
     ("model/config.json",),
     ("model/model.safetensors", "model/model.safetensors.index.json"),
@@ -56,10 +52,10 @@ def checkpoint_step(path: Path) -> int:
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Let `write` fill an empty folder, then make it the checkpoint of that step.
 
-    Where that fails, nothing is left of it and other checkpoints stay.
+    On failure, the folder is removed and other checkpoints stay as they are.
 
     Raises:
-        OSError: it cannot be written, because the disk is full for instance.
+        OSError: it cannot be written, for instance because the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder)
@@ -71,7 +67,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
             write(temporary)
         manifest = _hash_and_flush(temporary)
         if absent := _absent(manifest):
-            raise OSError(f"{absent} is gone; something else removes files of {shown(folder)}")
+            raise OSError(f"{absent} is missing; another program deletes files in {shown(folder)}")
         write_whole(temporary / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for parent, _, _ in os.walk(temporary, topdown=False):
             flush_folder(Path(parent))
@@ -106,15 +102,15 @@ def save_with_room(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
+    """List the complete checkpoints, oldest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 8))
 
 
 def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written; None where there is none at all.
+    """Return the newest undamaged checkpoint; None if there are no checkpoints.
 
-    Newer ones that are damaged are told of and set aside as damaged-step-*, since a run that
-    goes on from before them writes those steps again.
+    Newer ones that are damaged are logged and renamed to damaged-step-*, since the resumed run
+    writes those steps again.
 
     Raises:
         TrainingError: all are damaged.
@@ -128,21 +124,21 @@ def newest_good(folder: Path) -> Path | None:
                 aside = worse.with_name(_DAMAGED + worse.name)
                 _remove(aside)
                 worse.rename(aside)
-                logger.warning("%s: %s; set aside, going on from %s", worse, reason, path.name)
+                logger.warning("%s: %s; set aside, resuming from %s", worse, reason, path.name)
             return path
         damaged[path] = problem
     if found:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
         raise TrainingError(
-            f"{folder} holds no checkpoint that is whole ({reasons}); restore one from a copy, or "
-            "give another out to start anew"
+            f"all checkpoints in {folder} are damaged ({reasons}); restore one from a copy, or "
+            "give another out to start a new run"
         )
     return None
 
 
 def appears(path: Path, within: float = 60.0) -> bool:
-    """Whether a checkpoint of another machine is to be seen here, at once or in some seconds: a
-    network file system may show a folder as it was before."""
+    """Return whether a checkpoint that another machine wrote is visible here within some seconds. A
+    network file system may show an old state of a folder for a while."""
     until = time.monotonic() + within
     while not (path / MANIFEST).exists():
         if time.monotonic() > until:
@@ -152,7 +148,7 @@ def appears(path: Path, within: float = 60.0) -> bool:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest; None where nothing is."""
+    """Compare a checkpoint with its manifest; return what is wrong with it, or None."""
     try:
         manifest = _read_manifest(path)
         if absent := _absent(manifest):
@@ -160,13 +156,13 @@ def damage(path: Path) -> str | None:
         for name, entry in manifest.items():
             status = (path / name).stat()
             if not stat.S_ISREG(status.st_mode):  # reading a device or a pipe may never end
-                return f"{shown(name)} is no file"
+                return f"{shown(name)} is not a file"
             if status.st_size != entry["bytes"]:
                 return f"{shown(name)} has {status.st_size} bytes of {entry['bytes']}"
         found = _checksums(path / name for name in manifest)
         for (name, entry), checksum in zip(manifest.items(), found, strict=True):
             if checksum != entry["sha256"]:
-                return f"{shown(name)} is not what was written (its checksum is another)"
+                return f"{shown(name)} is not what was written (its checksum differs)"
         for name in manifest:
             if name.endswith(".index.json"):
                 weights = json.loads((path / name).read_text(encoding="utf-8"))["weight_map"]
@@ -181,11 +177,13 @@ def damage(path: Path) -> str | None:
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of each file by its path in the checkpoint. Raises ValueError for anything
-    else, such as a path that leads out of it."""
+    """Read the size and checksum of each file, by its path in the checkpoint.
+
+    Raises ValueError for anything else, such as a path that leads out of the checkpoint.
+    """
     file = path / MANIFEST
     if not file.is_file() and file.exists():
-        raise ValueError("no file")
+        raise ValueError("not a file")
     manifest = json.loads(file.read_text(encoding="utf-8"))
     for name, entry in manifest.items():
         inside = PurePosixPath(name)
@@ -202,24 +200,24 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _absent(manifest: Collection[str]) -> str | None:
-    """The first of REQUIRED that a manifest does not name."""
+    """Return the first of REQUIRED that a manifest does not name, or None."""
     return next((names[0] for names in REQUIRED if not set(names) & set(manifest)), None)
 
 
 def whole_or_none(folder: Path, step: int | None) -> int | None:
-    """The step, where its checkpoint is there as it was written; else None, and that is told."""
+    """Return the step if its checkpoint exists undamaged; otherwise log that and return None."""
     if step is None:
         return None
     path = checkpoint_path(folder, step)
     problem = damage(path)
     if problem is None:
         return step
-    logger.warning("%s was the best, but %s; the next to be measured is the best", path, problem)
+    logger.warning("%s was the best, but %s; the next that is validated is", path, problem)
     return None
 
 
 def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and checksum of each file in a folder, all of them on disk afterwards."""
+    """Flush all files of a folder to disk; return the size and checksum of each."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
@@ -237,19 +235,19 @@ def _checksums(paths: Iterable[Path], flush: bool = False) -> list[str]:
                 os.fsync(file.fileno())
         return result.hexdigest()
 
-    with ThreadPoolExecutor() as threads:  # neither reading nor hashing holds Python's lock
+    with ThreadPoolExecutor() as threads:  # reading and hashing release Python's lock
         return list(threads.map(checksum, paths))
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a killed writer left, and nothing of another name."""
+    """Remove what a killed writer left behind; files of other names stay."""
     for leftover in folder.glob(_TEMPORARY + "*"):
         if _LEFTOVER.fullmatch(leftover.name):
             _remove(leftover)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or a link but not its target; what cannot be removed stays."""
+    """Remove a folder, or a link without its target; what cannot be removed stays."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
@@ -257,7 +255,7 @@ def _remove(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int, protect: Collection[int | None] = ()) -> None:
-    """Delete all but the last `keep` checkpoints and the protected steps'."""
+    """Delete all checkpoints except for the last `keep` and those of the protected steps."""
     for path in checkpoints(folder)[:-keep]:
         if checkpoint_step(path) not in protect:
             _delete(path)
@@ -266,8 +264,8 @@ def prune(folder: Path, keep: int, protect: Collection[int | None] = ()) -> None
 def make_room(
     folder: Path, error: OSError, keep: int, protect: Collection[int | None] = ()
 ) -> list[Path]:
-    """After a save that failed for lack of room, delete what prune would have deleted next, and
-    return that. The newest whole checkpoint stays; where none is whole, all stay."""
+    """After a save that failed on a full disk, delete the checkpoints that `prune` would delete
+    after it, and return them. The newest undamaged checkpoint stays; if there is none, all stay."""
     if error.errno not in _NO_ROOM:
         return []
     found = checkpoints(folder)
@@ -282,18 +280,18 @@ def make_room(
 
 
 def _delete(path: Path) -> None:
-    # Under another name first: a kill halfway must not leave half a checkpoint.
+    # Rename it first: a kill halfway must not leave half a checkpoint.
     try:
         _remove(path.rename(path.with_name(_TEMPORARY + "old-" + path.name)))
     except OSError as error:  # the next save tries again
-        logger.warning("%s is not deleted: %s", shown(path), error.strerror)
+        logger.warning("%s could not be deleted: %s", shown(path), error.strerror)
 
 
 def point(link: Path, target: Path) -> None:
-    """Make the symbolic link show target, by a path relative to it, in one step.
+    """Make a symbolic link point to target, by a relative path, in one atomic step.
 
     Raises:
-        OSError: it cannot be made, or a file or folder of its name is there, which stays.
+        OSError: the link cannot be created, or a file or folder has its name, which stays.
     """
     temporary = link.with_name(link.name + ".new")
     _check_link(link)
@@ -303,7 +301,7 @@ def point(link: Path, target: Path) -> None:
 
 
 def _check_link(path: Path) -> None:
-    """Raise FileExistsError where there is something else than a link: it is not a run's."""
+    """Raise FileExistsError if something other than a link is there; no run created it."""
     if os.path.lexists(path) and not path.is_symlink():
         raise FileExistsError(errno.EEXIST, f"{path.name} is not a link; move it away", str(path))
 
@@ -314,8 +312,8 @@ def _unlink(link: Path) -> None:
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
-    """Drop the rows of later steps, which a resumed run writes again, and what is no row, such as
-    a half-written last one."""
+    """Remove the rows of later steps, which a resumed run writes again, and lines that are not
+    rows, such as a half-written last one."""
     if not path.exists():
         return
 
@@ -329,8 +327,8 @@ def truncate_jsonl(path: Path, step: int) -> None:
 
 
 def move_links(out: Path, step: int, best_step: int | None) -> None:
-    """Make OUT/last, and OUT/best where there is one, show those steps' models. A link that cannot
-    be moved is no more than a warning: the checkpoints do not need it."""
+    """Point OUT/last and OUT/best to the models of these steps; without a best step, OUT/best is
+    removed. If a link cannot be moved, a warning is logged: the checkpoints do not need it."""
     for link, target in ((out / "last", step), (out / "best", best_step)):
         try:
             if target is not None:
@@ -338,25 +336,6 @@ def move_links(out: Path, step: int, best_step: int | None) -> None:
             else:
                 _unlink(link)
         except OSError as error:
-            logger.warning("%s is not moved to step %s: %s", shown(link), target, error.strerror)
-
-
-def random_state() -> dict[str, Any]:
-    """This process's random generators, as values that torch.load reads without pickle."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, torch.as_tensor(np.asarray(keys, dtype=np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, words, *rest = state["numpy"]
-    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+            logger.warning(
+                "%s could not be moved to step %s: %s", shown(link), target, error.strerror
+            )

@@ -1,7 +1,7 @@
-"""What a run is: typed dataclasses, filled from YAML files and `key=value` overrides.
+"""Settings of a run: typed dataclasses, filled from YAML files and `key=value` overrides.
 
-A configuration may be a small diff from another: `base: other.yaml` at its top loads that
-file first (beside it, or by the name of a packaged one).
+A configuration may be a small diff from another: `base: other.yaml` at its top loads that file
+first, from the same folder or by the name of a packaged one.
 """
 
 import copy
@@ -16,7 +16,6 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clipvip.data import DECODERS
-from clipvip.data.shards import is_shards
 from clipvip.data.video import check_sampling
 from clipvip.losses import VARIANTS
 from clipvip.ops.resize_crop import RESIZES
@@ -24,150 +23,173 @@ from clipvip.retrieval import METRICS, TABLES
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; one line that says what to change."""
+    """A configuration that cannot be run; the message is one line and says what to change."""
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; one line that says why and where, the same on all ranks."""
+    """A run that cannot continue; the message is one line and says why, the same on all ranks."""
 
 
 class Preempted(RuntimeError):
-    """SIGTERM ended a run, on all ranks, after it saved where it stood; one line that says so."""
+    """The end of a run on all ranks by SIGTERM, after it saved its state; one line says so."""
 
 
 @dataclass
 class ModelConfig:
-    """Give `name` or `config`, not both."""
+    """Model to train. Give `name` or `config`, not both."""
 
     name: str | None = None
-    """CLIP or CLIP-ViP folder, hub name, or an authors' .pt file."""
+    """Folder of a CLIP or CLIP-ViP, hub name, or one of the authors' .pt files."""
     config: dict[str, Any] | None = None
-    """A CLIPViPConfig as nested keys: a new model, trained from nothing."""
+    """Shapes of a new model, as nested keys of CLIPViPConfig; it starts from random weights."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer or processor; by default that of `name`."""
+    """Folder or hub name of a tokenizer or processor; by default that of `name`."""
     gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its intermediate results."""
     freeze: list[str] = field(default_factory=list)
-    """Globs of names of parameters that are not trained; the text tower is
+    """Globs of parameter names that are not trained; for the text tower
     ["text_model.*", "text_projection.*"]."""
     unfreeze: list[str] = field(default_factory=list)
-    """Globs of those to train all the same."""
+    """Globs of parameter names that are trained although `freeze` matches them."""
 
 
 @dataclass
 class SourceConfig:
-    """Shards that are trained from together with others."""
+    """One of several sets of shards to train from."""
 
     shards: str = MISSING
-    """As data.train."""
+    """Shards, in the forms that data.train allows."""
     ratio: float = 1.0
-    """Share of clips, relative to the other sources' ratios."""
+    """Share of clips from this source, relative to the ratios of the others."""
 
 
 @dataclass
 class DataConfig:
+    """Clips to train and validate on, and how they are read."""
+
     train: str | None = None
-    """Annotations (JSON Lines); or shards: "clips/{00000..00099}.tar", their folder or manifest,
-    also at any fsspec URL. Give this or `sources`; the one given last replaces the other."""
+    """Annotations (JSON Lines); or shards as "clips/{00000..00099}.tar", their folder, or their
+    manifest, also at any fsspec URL. Give this or `sources`; in layers of configurations, the
+    higher layer's choice replaces the lower one's."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """Several sets of shards, mixed."""
+    """Several sets of shards, mixed by their ratios."""
     shuffle: int = 1024
-    """Encoded clips of shards that each rank holds in memory to shuffle among."""
+    """Encoded clips from shards that each rank holds in memory to shuffle among."""
     validation: str | None = None
-    """Annotations that choose the best checkpoint. Not the test set: a figure measured on
-    the clips that chose the checkpoint is too good."""
+    """Annotations of the clips by which the best checkpoint is chosen. Do not use the test set: a
+    score on the clips that chose the checkpoint is too high."""
     num_frames: int | None = None
-    """Frames of a clip. This and the next four: by default as the model's processor says (of a
-    plain CLIP 12, 77, false, uniform, crop); they are saved in the processor of the run."""
+    """Frames per clip. The default of this and the next four settings is the value in the model's
+    processor (for a plain CLIP 12, 77, false, uniform, crop). The run's processor saves them."""
     text_length: int | None = None
-    """Tokens at which texts are cut off."""
+    """Tokens per text; longer texts are truncated."""
     paragraph: bool | None = None
-    """Join a clip's texts to one paragraph, in training and evaluation."""
+    """Join all texts of a clip into one paragraph, in training and evaluation."""
     sampling: str | None = None
-    """Which frames: "uniform", "fps:R", "clip:R", or "authors", as in the authors' code."""
-    resize: str | None = None
-    """How a frame becomes a square: "crop" (CLIP's own), "pad", or "squash", as in the authors'
+    """Which frames are read: "uniform", "fps:R", "clip:R", or "authors", as in the authors'
     code."""
+    resize: str | None = None
+    """How frames are made square: "crop" (as in CLIP), "pad", or "squash" (as in the authors'
+    code)."""
     num_workers: int = 4
-    """Decoding processes of each rank."""
+    """Decoding processes per rank."""
     decoder: str = "auto"
-    """"dali", "pyav", or "auto": NVIDIA DALI where it and a GPU are and it can start, else PyAV.
-    Either sees the same clips and frames; what DALI cannot decode, PyAV does."""
+    """"dali", "pyav", or "auto": NVIDIA DALI if it is installed and starts on a GPU, otherwise
+    PyAV. Both give the same clips and frames; PyAV decodes the files that DALI cannot."""
     max_bad_share: float = 0.05
+    """Share of clips that may be unreadable; a run with more of them stops."""
 
 
 @dataclass
 class OptimizerConfig:
+    """AdamW and its learning rate."""
+
     lr: float = 1e-6
+    """Highest learning rate."""
     weight_decay: float = 0.2
+    """Weight decay, except for biases, LayerNorms and logit_scale."""
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
+    """Norm to which the gradients are clipped, all together."""
     layer_decay: float = 1.0
-    """Each layer's rate is this times that of the layer above it."""
+    """Factor of each layer's learning rate relative to the layer above it."""
     warmup: float = 0.01
     """Share of all steps in which the rate rises linearly; a cosine to 0 follows."""
 
 
 @dataclass
 class TrainConfig:
+    """A run of post-pretraining or fine-tuning."""
+
     out: str = MISSING
     """Folder of the run: checkpoints, metrics.jsonl, bad_files.jsonl, tensorboard."""
     task: str = "retrieval"
     """"omnisource" (post-pretraining) or "retrieval" (fine-tuning)."""
     variant: str = "vsc_fc"
-    """Loss of the omnisource task."""
+    """Variant of the omnisource loss: "vs", "vsc" or "vs_vc", each also with "_fc"."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 128
-    """Clips an optimiser step, over all processes and accumulated micro-batches. Negatives
-    come from the batch_size / accumulation clips between two backward passes, at least 2."""
+    """Clips per optimizer step, over all ranks and accumulated micro-batches. The negatives of a
+    clip are the other clips of its backward pass, which holds batch_size / accumulation clips, at
+    least 2."""
     accumulation: int = 1
+    """Backward passes per optimizer step."""
     micro_batch: int | None = None
-    """Clips that a process embeds at once, with all of the batch as negatives all the same
-    (gradient caching): memory that does not grow with the batch for one more forward pass."""
+    """Clips that a rank embeds at a time, while the negatives remain those of the whole backward
+    pass (gradient caching). Memory then does not grow with the batch, at the price of one more
+    forward pass."""
     epochs: float | None = None
+    """Passes over the clips. Give this or max_steps; in layers of configurations, the higher
+    layer's choice replaces the lower one's."""
     max_steps: int | None = None
-    """Optimiser steps; give this or epochs. The one given last replaces the other."""
+    """Optimizer steps."""
     mixed_precision: str = "bf16"
+    """"bf16" (autocast over fp32 weights) or "no" (fp32)."""
     parallel: str = "ddp"
-    """Of several processes, each holds all weights ("ddp") or a share of them ("fsdp")."""
+    """How weights lie on several ranks: each holds all of them ("ddp") or a share ("fsdp")."""
     compile: bool = False
     """Compile the towers' layers with torch.compile, once for any number of frames."""
     ema: float | None = None
-    """Decay of an average of the weights, such as 0.9999: what is validated and saved then."""
+    """Decay of an average of the weights, such as 0.9999, which is then validated and saved."""
     backend: str = "native"
-    """Of both ops: "native" (compiled) or "reference" (plain PyTorch)."""
+    """Implementation of attention and loss: "native" (compiled) or "reference" (plain PyTorch)."""
     seed: int = 42
     deterministic: bool = False
-    """Ask PyTorch for deterministic algorithms, which a GPU needs for a resumed run to equal
-    an unbroken one to the last bit; slower there."""
+    """Ask PyTorch for deterministic algorithms. On a GPU, only then does a resumed run equal an
+    uninterrupted one bit for bit; it is slower there."""
     lost_after: float = 20.0
-    """Seconds without a sign of life from a rank, of its process and not of its progress, after
-    which the others end and name it."""
+    """Seconds of silence from the process of a rank after which the other ranks end and name it. A
+    rank that is slow but alive is not silent."""
     timeout: float = 1800.0
-    """Seconds that ranks wait for one that lives but does not come."""
+    """Seconds that ranks wait for a rank that is alive."""
     on_nonfinite: str = "stop"
-    """Where a loss or gradient is NaN or infinite: "stop", or "skip" the optimiser's step and
-    stop only after ten in a row. Either way the clips of that step are named."""
+    """What to do if a loss or gradient is NaN or infinite: "stop", or "skip" the optimizer step and
+    stop only after ten such steps in a row. In both cases the clips of the step are named."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where rows of metrics go besides metrics.jsonl, by accelerate's names: tensorboard, wandb,
-    mlflow, trackio, …"""
+    """Where metrics go besides metrics.jsonl, by accelerate's names: tensorboard, wandb, mlflow,
+    trackio, …"""
     log_every: int = 1
+    """Steps between rows of metrics."""
     eval_every: int | None = None
-    """Steps between evaluations; by default an epoch."""
+    """Steps between validations; by default one epoch."""
     save_every: int | None = None
-    """Steps between checkpoints; by default an epoch."""
+    """Steps between checkpoints; by default one epoch."""
     eval_batch_size: int = 32
-    """Clips a rank embeds at once."""
+    """Clips that a rank embeds at a time in a validation."""
     keep_checkpoints: int = 2
+    """Number of latest checkpoints that are kept, besides the best one."""
     best_metric: str = "text_to_video/R@1"
+    """Validation metric by which the best checkpoint is chosen."""
     resume: str = "never"
-    """"latest" goes on from the newest checkpoint in `out`, or starts if there is none."""
+    """"latest" resumes from the newest checkpoint in `out`, or starts a new run if there is none;
+    "never" refuses a folder that holds a run."""
 
 
-# Two ways to say one thing: in a layer above the other's, either replaces it. model.name and
-# model.config are not of these: a key of model.config, given above a name, may be meant for the
-# named model, and taken as a new one it would train from nothing.
+# Pairs of settings for one thing: in a higher layer, one replaces the other. model.name and
+# model.config are no such pair: a key of model.config above a name may be meant for the named
+# model, and would silently start a new one from random weights.
 _EXCLUSIVE = (("epochs", "max_steps"), ("data.train", "data.sources"))
 
 _CHOICES = {
@@ -190,18 +212,18 @@ _POSITIVE = (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The file, its bases below it and the overrides above it, as one checked TrainConfig.
+    """Merge a file, its bases below it and the overrides above it into one checked TrainConfig.
 
-    Of epochs and max_steps, and of data.train and data.sources, the one given in the higher of
-    these layers replaces the other.
+    Of epochs and max_steps, and of data.train and data.sources, the one given in a higher layer
+    replaces the other.
 
     Args:
         path: a YAML file, or the name of a packaged configuration such as "msrvtt".
         overrides: "key=value" with dotted keys, such as "optimizer.lr=1e-5".
 
     Raises:
-        ConfigError: unknown key (the nearest known one is named), value of another type,
-            missing required key, or values that contradict each other, such as epochs and
+        ConfigError: a key is unknown (the message suggests the nearest one), a value has another
+            type, a required key is missing, or values contradict each other, such as epochs and
             max_steps in one layer.
     """
     for override in overrides:
@@ -236,7 +258,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def check(config: TrainConfig) -> None:
-    """Raise ConfigError where values are out of range or contradict each other."""
+    """Raise ConfigError if values are out of range or contradict each other."""
 
     def get(key: str) -> Any:
         value: Any = config
@@ -283,7 +305,7 @@ def check(config: TrainConfig) -> None:
     if config.model.name is not None and config.model.config is not None:
         raise ConfigError(
             "give either model.name (a checkpoint) or model.config (a new model); model.name=null "
-            "or model.config=null takes back the one that a file gives"
+            "or model.config=null removes the one that a file gives"
         )
     if config.model.config is not None and config.model.tokenizer is None:
         raise ConfigError("model.config needs model.tokenizer, the folder of a CLIP tokenizer")
@@ -307,7 +329,8 @@ def check_batch(config: TrainConfig, processes: int) -> None:
 
 
 def find_config(name: str | Path) -> Path:
-    """A path that exists, or the packaged configuration of that name (with or without .yaml)."""
+    """Return the file of that path, or the packaged configuration of that name (with or without
+    .yaml). Raises ConfigError if there is neither."""
     path = Path(name)
     if path.is_file():
         return path
@@ -326,7 +349,7 @@ def packaged_configs() -> list[Path]:
 
 
 def refuse_unknown_key(key: str, known: Sequence[str], source: str) -> None:
-    """Raise ConfigError naming the nearest of the known dotted keys, unless key is one."""
+    """Raise ConfigError if a dotted key is not known; suggest the nearest one that is."""
     if key in known:
         return
     leaves: dict[str, str] = {}
@@ -340,7 +363,7 @@ def refuse_unknown_key(key: str, known: Sequence[str], source: str) -> None:
 
 
 def _layers(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, DictConfig]]:
-    """The chain of bases of a file, lowest first."""
+    """Yield the name and content of a file's bases, lowest first, and of the file itself."""
     path = path.resolve()
     if path in above:
         raise ConfigError(f"{path} is its own base")
@@ -360,12 +383,12 @@ def _layers(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, DictConf
 def _refuse_unknown(layer: DictConfig, schema: DictConfig, source: str) -> None:
     known = list(_keys(schema))
     for key in _keys(layer):
-        if not key.startswith("model.config."):  # checked against CLIPViPConfig on building
+        if not key.startswith("model.config."):  # checked when the model is built
             refuse_unknown_key(key, known, source)
 
 
 def _without_replaced(below: DictConfig, layer: DictConfig, source: str) -> DictConfig:
-    """What lies below a layer, without what the layer gives in another way."""
+    """Return the layers below without the settings that this layer replaces by their other form."""
     given = OmegaConf.to_container(layer, resolve=False)
     kept = copy.deepcopy(below)
     for pair in _EXCLUSIVE:
@@ -379,7 +402,7 @@ def _without_replaced(below: DictConfig, layer: DictConfig, source: str) -> Dict
 
 
 def _at(tree: Any, key: str) -> Any:
-    """The value at a dotted key; None where there is none."""
+    """Return the value at a dotted key; None if there is none."""
     for name in key.split("."):
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
@@ -398,15 +421,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-_NOT_THE_COURSE = (
-    "out", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batch_size",
-    "data.num_workers", "data.validation", "best_metric", "eval_every", "lost_after", "timeout",
-    "on_nonfinite", "trackers",
-)  # fmt: skip
-
-
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """Its settings by dotted keys."""
+    """Return the settings by dotted keys."""
     settings: dict[str, Any] = {}
     for key, value in asdict(config).items():
         if isinstance(value, dict):
@@ -414,31 +430,3 @@ def flat(config: TrainConfig) -> dict[str, Any]:
         else:
             settings[key] = value
     return settings
-
-
-def course(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """What decides a run's losses: gone on with under other values, it is another run."""
-    settings = {"processes": processes, **flat(config)}
-    return {key: value for key, value in settings.items() if key not in _NOT_THE_COURSE}
-
-
-def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterator[str]:
-    """A line for each difference from the course that a checkpoint was written in."""
-    for key, value in course(config, processes).items():
-        before = then.get(key)
-        if before == value:
-            continue
-        if key in ("model.name", "model.config", "model.tokenizer"):
-            yield f"{key} is {value} now, and was {before}; the model stays the checkpoint's"
-        elif key != "processes":
-            yield f"resuming with another {key}: was {before}, is {value}"
-        elif config.data.train is None or is_shards(config.data.train):
-            yield (
-                f"resuming with {value} processes after {before}: what is left of this epoch is "
-                "drawn from the shards anew, so some of its clips come twice and some not at all"
-            )
-        else:
-            yield (
-                f"resuming with {value} processes after {before}: the batches stay as they would "
-                "have been, and losses too but for rounding and dropout"
-            )

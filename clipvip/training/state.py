@@ -2,10 +2,13 @@
 
 import logging
 import pickle
+import random
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -13,12 +16,13 @@ from torch import nn
 from clipvip import distributed
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import ClipLoader
+from clipvip.data.shards import is_shards
 from clipvip.files import shown
 from clipvip.model import CLIPViPModel
 from clipvip.model.pretrained import holds_code
 from clipvip.model.processing import CLIPViPProcessor
 from clipvip.training import checkpoint, parallel
-from clipvip.training.config import TrainConfig, TrainingError, changes, course
+from clipvip.training.config import TrainConfig, TrainingError, flat
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import Reporter
 from clipvip.training.task import Task
@@ -118,7 +122,7 @@ def save_state(run: Run) -> None:
         TrainingError: the final checkpoint cannot be written; on all ranks.
     """
     state, average = run.state, run.average
-    random_states = distributed.all_gather_objects(checkpoint.random_state())
+    random_states = distributed.all_gather_objects(random_state())
     moments = parallel.whole_moments(run.model, run.optimizer)
     weights = parallel.whole_weights(run.model)
     live = {}
@@ -190,7 +194,7 @@ def load_state(
             parallel.load_weights(model, saved["weights"])
         random_states = saved["random"]
         if len(random_states) == accelerator.num_processes:
-            checkpoint.set_random_state(random_states[accelerator.process_index])
+            set_random_state(random_states[accelerator.process_index])
         state, then = RunState.from_dict(saved), dict(saved["course"])
     except torch.OutOfMemoryError:  # a RuntimeError too, but no fault of the checkpoint
         raise
@@ -218,3 +222,62 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run what it holds
         return "it is damaged, or was not written by torch.save"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of this process's random generators, in types that torch.load reads without
+    pickle."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.as_tensor(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what random_state returned; the CUDA generator only if there is a GPU."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, words, *rest = state["numpy"]
+    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# Settings that do not change a run's losses.
+_NOT_THE_COURSE = (
+    "out", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batch_size",
+    "data.num_workers", "data.validation", "best_metric", "eval_every", "lost_after", "timeout",
+    "on_nonfinite", "trackers",
+)  # fmt: skip
+
+
+def course(config: TrainConfig, processes: int) -> dict[str, Any]:
+    """Return the settings that decide a run's losses: resumed with others, it is another run."""
+    settings = {"processes": processes, **flat(config)}
+    return {key: value for key, value in settings.items() if key not in _NOT_THE_COURSE}
+
+
+def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterator[str]:
+    """Yield a line per setting that differs from the course saved in a checkpoint."""
+    for key, value in course(config, processes).items():
+        before = then.get(key)
+        if before == value:
+            continue
+        if key in ("model.name", "model.config", "model.tokenizer"):
+            yield f"{key} was {before} and is now {value}; the checkpoint's model is kept"
+        elif key != "processes":
+            yield f"resuming with another {key}: was {before}, is now {value}"
+        elif config.data.train is None or is_shards(config.data.train):
+            yield (
+                f"resuming with {value} processes after {before}: the rest of this epoch is drawn "
+                "again from the shards, so some of its clips come twice and some not at all"
+            )
+        else:
+            yield (
+                f"resuming with {value} processes after {before}: the batches are unchanged, and "
+                "losses match up to rounding and dropout"
+            )

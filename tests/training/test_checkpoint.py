@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipvip.training import checkpoint, config
+from clipvip.training import checkpoint, state
 from clipvip.training.config import TrainingError
 
 WEIGHTS = "model/model.safetensors"
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, harm
     assert checkpoint.newest_good(tmp_path) == first
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and all(told in line and "\n" not in line for line in said)
-    assert "step-00000003" in said[0] and said[0].endswith("going on from step-00000001")
+    assert "step-00000003" in said[0] and said[0].endswith("resuming from step-00000001")
     assert checkpoint.checkpoints(tmp_path) == [first]
     checkpoint.save(tmp_path, 3, write_one)
     assert checkpoint.newest_good(tmp_path) == third
@@ -94,7 +94,7 @@ def test_a_file_that_vanishes_while_it_is_saved_is_no_checkpoint(tmp_path, name)
         (folder / name).unlink()
 
     first = checkpoint.save(tmp_path, 1, write_one)
-    with pytest.raises(OSError, match=f"{name} is gone"):
+    with pytest.raises(OSError, match=f"{name} is missing"):
         checkpoint.save(tmp_path, 2, robbed)
     assert list(tmp_path.iterdir()) == [first]
 
@@ -150,7 +150,7 @@ def test_no_manifest_makes_the_check_wait_or_fail(tmp_path):
     path = checkpoint.save(tmp_path, 2, write_one)
     (path / WEIGHTS).unlink()
     os.mkfifo(path / WEIGHTS)
-    assert checkpoint.damage(path) == f"{WEIGHTS} is no file"
+    assert checkpoint.damage(path) == f"{WEIGHTS} is not a file"
 
 
 def test_what_is_pruned_anyway_makes_room_but_never_the_newest_whole_checkpoint(tmp_path):
@@ -281,19 +281,19 @@ def test_the_log_is_cut_to_the_checkpoints_step(tmp_path):
 
 
 def test_random_states_come_back_through_a_file_without_pickle(tmp_path):
-    torch.save(checkpoint.random_state(), tmp_path / "state.pt")
+    torch.save(state.random_state(), tmp_path / "state.pt")
     expected = random.random(), np.random.rand(), torch.rand(3)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    checkpoint.set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    state.set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert (random.random(), np.random.rand()) == expected[:2]
     assert torch.rand(3).equal(expected[2])
 
 
 def test_a_changed_setting_is_told_and_whether_it_is_taken(make_config):
-    then = config.course(make_config(), 1)
+    then = state.course(make_config(), 1)
     now = make_config("optimizer.lr=2e-3", "model.tokenizer=other", "log_every=7")
-    assert list(config.changes(then, now, 1)) == [
-        f"model.tokenizer is other now, and was {then['model.tokenizer']}; the model stays the "
-        "checkpoint's",
-        "resuming with another optimizer.lr: was 0.001, is 0.002",
+    assert list(state.changes(then, now, 1)) == [
+        f"model.tokenizer was {then['model.tokenizer']} and is now other; the checkpoint's model "
+        "is kept",
+        "resuming with another optimizer.lr: was 0.001, is now 0.002",
     ]

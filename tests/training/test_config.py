@@ -116,7 +116,7 @@ def test_a_new_model_is_nested_keys(tmp_path):
         (["best_metric=R@1"], "best_metric is 'R@1'; it must be one of text_to_video/R@1, "),
         (["model.name=null"], "model.name is empty; expected the folder of a model, "),
         (["model.config={}"], "give either model.name"),
-        (["model.config={}"], "model.name=null or model.config=null takes back the one that a"),
+        (["model.config={}"], "model.name=null or model.config=null removes the one that a"),
         (["data.resize=fit"], "data.resize is 'fit'; it must be one of crop, squash, pad"),
         (["data.sampling=best"], "data.sampling is 'best'; expected 'uniform', 'authors', 'fps:R'"),
         (["seed"], "override 'seed' is not of the form key=value"),

@@ -1,4 +1,7 @@
-"""Load a model to embed with rather than to train."""
+"""Turn clips and texts into vectors with a model that is loaded for it.
+
+The index and evaluation embed through this module, so that search needs no training package.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,10 +14,10 @@ from torch import Tensor
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import ClipLoader
-from clipvip.model import CLIPViPModel
+from clipvip.data.loading import BadFile, LoaderOptions, build_loader
+from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.pretrained import found, hub_options, is_plain_clip, read_config
-from clipvip.model.processing import CLIPViPProcessor, normalize_frames
+from clipvip.model.processing import normalize_frames
 from clipvip.text import tokenize
 
 
@@ -23,14 +26,14 @@ def load_for_embedding(
 ) -> tuple[CLIPViPModel, CLIPViPProcessor]:
     """Load a model and its processor to embed videos and texts with, not to train.
 
-    A plain CLIP's proxies would be untrained, so it is loaded without them unless frame_pooling
-    is given, here or in its config.json: a video's feature is then the mean of CLIP's own
-    features of its frames, and that is logged.
+    A plain CLIP has no trained proxies. Unless frame_pooling is given, here or in its config.json,
+    it is loaded without them: the feature of a video is then the mean of CLIP's own features of
+    its frames, and a warning says so.
 
-    source: a folder or hub name that `CLIPViPModel.from_pretrained` takes, its tokenizer with it.
-    options: of `CLIPViPModel.from_pretrained`, such as frame_pooling="proxy".
+    source: folder or hub name for `CLIPViPModel.from_pretrained`, which also holds a tokenizer.
+    options: options of `CLIPViPModel.from_pretrained`, such as frame_pooling="proxy".
     Returns the model in eval mode on the CPU, and a processor that fits it. Raises
-    FileNotFoundError where there is no model.
+    FileNotFoundError if there is no model.
     """
     with found("the model", source, options.get("subfolder") or ""):
         processor = CLIPViPProcessor.from_pretrained(source, **hub_options(options))
@@ -43,17 +46,39 @@ def load_for_embedding(
     return model, processor
 
 
-def with_texts_read(clips: Sequence[Clip], paragraph: bool) -> list[Clip]:
-    """The clips with their texts joined to one, if they are to be read as a paragraph."""
-    if not paragraph:
-        return list(clips)
-    return [replace(clip, text=(" ".join(clip.text),)) if clip.text else clip for clip in clips]
-
-
-def embed_batches(
-    model: CLIPViPModel, processor: CLIPViPProcessor, loader: ClipLoader
+@torch.inference_mode()
+def embed_clips(
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor,
+    clips: Sequence[Clip],
+    bad_files: list[BadFile],
+    *,
+    batch_size: int,
+    num_workers: int,
+    decoder: str,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[dict[int, Tensor]]:
-    """For each batch of a loader: clip_index → unit feature [P], fp32 on the CPU."""
+    """Embed one rank's share of clips, one batch per step.
+
+    Yields index in `clips` → unit feature [P], fp32 on the CPU. Clips that cannot be read are left
+    out; after the last batch, their files are appended to bad_files.
+
+    batch_size: clips per batch. num_workers, decoder: see clipvip.data.loading.LoaderOptions.
+    """
+    options = LoaderOptions(
+        task="video",
+        tokenizer=None,
+        batch_size=batch_size,
+        seed=0,
+        num_workers=num_workers,
+        rank=rank,
+        world_size=world_size,
+        max_bad_share=1.0,  # the caller judges the clips of all ranks
+        decoder=decoder,
+        **processor.loading(),
+    )
+    loader = build_loader(clips, options, training=False)
     for batch in loader:
         frames = normalize_frames(
             batch["pixel_values"].to(model.device), processor.image_mean, processor.image_std
@@ -61,23 +86,32 @@ def embed_batches(
         features = model.get_video_features(frames, batch["frame_offsets"].to(model.device))
         features = F.normalize(features.float(), dim=-1).cpu()
         yield dict(zip(batch["clip_index"].tolist(), features, strict=True))
+    bad_files += loader.bad_files
 
 
 def embed_texts(
-    model: CLIPViPModel,
-    texts: Sequence[str],
-    processor: CLIPViPProcessor,
-    batch_size: int,
+    model: CLIPViPModel, processor: CLIPViPProcessor, texts: Sequence[str], batch_size: int
 ) -> Tensor:
-    """Unit features [n, P] in the order of the texts, fp32 on the CPU."""
+    """Embed texts, shared out over the ranks: unit features [n, P], fp32 on the CPU.
+
+    The rows are in the order of the texts, the same on every rank.
+    """
     rank, world = distributed.rank(), distributed.world_size()
-    chunks = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    # The batches do not depend on the number of ranks, so neither do the features.
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     own = []
-    for chunk in chunks[rank::world]:  # the same chunks on any number of ranks
-        ids, mask = tokenize(processor.tokenizer, chunk, processor.longest_text)
+    for batch in batches[rank::world]:
+        ids, mask = tokenize(processor.tokenizer, batch, processor.longest_text)
         features = model.get_text_features(ids.to(model.device), mask.to(model.device))
         own.append(F.normalize(features.float(), dim=-1).cpu())
-    parts: list[Tensor] = [torch.empty(0)] * len(chunks)
-    for first, given in enumerate(distributed.all_gather_objects(own)):
-        parts[first::world] = given
+    parts: list[Tensor] = [torch.empty(0)] * len(batches)
+    for first, theirs in enumerate(distributed.all_gather_objects(own)):
+        parts[first::world] = theirs
     return torch.cat(parts)
+
+
+def join_texts(clips: Sequence[Clip], paragraph: bool) -> list[Clip]:
+    """Return the clips; if paragraph, all texts of a clip are joined into one."""
+    if not paragraph:
+        return list(clips)
+    return [replace(clip, text=(" ".join(clip.text),)) if clip.text else clip for clip in clips]

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from clipvip.collection import IndexedClip, clips_of, listed
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import COUNTED_FROM
+from clipvip.data.loading import COUNTED_FROM, BadFile
 from clipvip.files import only_run, shown
 from clipvip.index_files import (
     DamagedIndexError,
@@ -300,7 +300,6 @@ def _remains(clip: IndexedClip) -> bool:
     return os.path.lexists(clip.path) or not os.path.isdir(os.path.dirname(clip.path))
 
 
-@torch.inference_mode()
 def _embed(
     model: Any,
     processor: Any,
@@ -312,26 +311,21 @@ def _embed(
 ) -> Iterator[dict[IndexedClip, Tensor]]:
     """Yield the unit vectors, float32 [P], of a batch of clips at a time; at the end, append to
     bad_files."""
-    from clipvip.data.loading import LoaderOptions, build_loader
-    from clipvip.embedding import embed_batches
+    from clipvip.embedding import embed_clips
 
     if not clips:
         return
-    options = LoaderOptions(
-        tokenizer=None,
-        task="video",
-        batch_size=batch_size,
-        seed=0,
-        num_workers=min(workers, len(clips)),
-        max_bad_share=1.0,
-        decoder=decoder,
-        **processor.loading(),
-    )
     given = [Clip(Path(clip.path), clip.start, clip.end) for clip in clips]
-    loader = build_loader(given, options, training=False)
-    for features in embed_batches(model, processor, loader):
+    unread: list[BadFile] = []
+    batches = embed_clips(
+        *(model, processor, given, unread),
+        batch_size=batch_size,
+        num_workers=min(workers, len(clips)),
+        decoder=decoder,
+    )
+    for features in batches:
         yield {clips[place]: row for place, row in features.items()}
-    bad_files += [{"path": bad.path, "reason": bad.reason} for bad in loader.bad_files]
+    bad_files += [{"path": bad.path, "reason": bad.reason} for bad in unread]
 
 
 def _load(

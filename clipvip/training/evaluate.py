@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loading import BadFile, LoaderError, LoaderOptions, build_loader
-from clipvip.embedding import embed_batches, embed_texts, load_for_embedding, with_texts_read
+from clipvip.data.loading import BadFile, LoaderError
+from clipvip.embedding import embed_clips, embed_texts, join_texts, load_for_embedding
 from clipvip.files import shown, write_whole
 from clipvip.model import CLIPViPModel
 from clipvip.model.processing import CLIPViPProcessor
@@ -54,7 +54,7 @@ def evaluate(
         Preempted: on all ranks, where any was asked to stop.
         LoaderError: too many clips cannot be decoded.
     """
-    clips = with_texts_read(clips, processor.paragraph)
+    clips = join_texts(clips, processor.paragraph)
     texts = [(index, text) for index, clip in enumerate(clips) for text in clip.text]
     if not texts:
         raise ValueError(f"none of the {len(clips)} clips has a text to search with")
@@ -66,7 +66,7 @@ def evaluate(
             *(model, clips, processor, batch_size, num_workers, max_bad_share, decoder),
             asked_to_stop,
         )
-        sentences = embed_texts(model, [text for _, text in texts], processor, batch_size)
+        sentences = embed_texts(model, processor, [text for _, text in texts], batch_size)
     model.train(training)
 
     if not videos:
@@ -168,22 +168,18 @@ def _embed_videos(
     asked_to_stop: Callable[[], bool],
 ) -> dict[int, Tensor]:
     """Index of each clip that could be read → its unit feature [P], fp32 on the CPU."""
-    options = LoaderOptions(
-        tokenizer=None,
-        task="video",
+    unread: list[BadFile] = []
+    batches = embed_clips(
+        *(model, processor, clips, unread),
         batch_size=batch_size,
-        seed=0,
         num_workers=num_workers,
+        decoder=decoder,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        max_bad_share=1.0,  # judged by all ranks' clips together
-        decoder=decoder,
-        **processor.loading(),
     )
-    loader = build_loader(clips, options, training=False)
     own: dict[int, Tensor] = {}
     stopped = asked_to_stop()
-    for part in () if stopped else embed_batches(model, processor, loader):
+    for part in () if stopped else batches:
         own.update(part)
         if stopped := asked_to_stop():
             break
@@ -192,9 +188,7 @@ def _embed_videos(
     videos: dict[int, Tensor] = {}
     bad: list[BadFile] = []
     features = torch.stack(list(own.values())) if own else torch.empty(0)  # else sent one by one
-    for places, part, files in distributed.all_gather_objects(
-        (list(own), features, loader.bad_files)
-    ):
+    for places, part, files in distributed.all_gather_objects((list(own), features, unread)):
         videos.update(zip(places, part, strict=True))
         bad += files
     missing = len(clips) - len(videos)

@@ -1,7 +1,7 @@
-"""CLIP-ViP: video-text models from image-text CLIP, with kernels of their own.
+"""CLIP-ViP: video-text models made from the image-text model CLIP, with kernels of their own.
 
-`clipvip.ops` loads torch and the compiled kernels on first use, so that a command can respond to
-signals earlier; the model, the data path and the trainer are imported from their own modules.
+`clipvip.ops` loads torch and the compiled kernels on first use, so that commands start quickly and
+respond to signals early. Import the model, data path and trainer from their own modules.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What was built, what runs here, and a verdict a line."""
+"""Report what was built and what works on this machine, with one verdict per line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import importlib.metadata
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 
 class Finding(NamedTuple):
-    """One line of the report: `verdict` is "ok", "note" (works, with less) or "problem"."""
+    """One line of the report. verdict: "ok", "note" (works, but with limits) or "problem"."""
 
     verdict: str
     subject: str
@@ -18,16 +19,18 @@ class Finding(NamedTuple):
 
 
 def examine() -> Iterator[Finding]:
-    """Yields the findings from the compiled core up to the optional packages."""
+    """Yield the findings, from the compiled core to the optional packages."""
     yield from _core()
     yield from _gpu()
-    for package, purpose, required in (
-        ("transformers", "CLIP itself", True),
-        ("accelerate", "training on one or many devices", True),
-        ("av", "video decoding on the CPU (PyAV)", True),
-    ):
-        yield _package(package, purpose, required)
-    yield _dali()
+    yield _package("CLIP itself", "transformers")
+    yield _package("training on one or many devices", "accelerate")
+    yield _package("video decoding on the CPU (PyAV)", "av")
+    yield _package(
+        "video decoding on the GPU (DALI)",
+        *("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+        missing="note",
+        advice='; `pip install "clipvip[dali]"`',
+    )
 
 
 def _core() -> Iterator[Finding]:
@@ -45,10 +48,10 @@ def _core() -> Iterator[Finding]:
         yield Finding("problem", "CPU kernels chosen", str(error))
     else:
         best = native.cpu_capabilities()[-1]
-        forced = "" if chosen == best else f" (CLIPVIP_CPU; {best} would be faster)"
+        forced = "" if chosen == best else f" (set by CLIPVIP_CPU; {best} would be faster)"
         yield Finding("ok" if chosen == best else "note", "CPU kernels chosen", chosen + forced)
     if info["cuda"] is None:
-        why = "none: nvcc was not found, or CLIPVIP_CUDA=0 was set, when this was built"
+        why = "none: at build time, nvcc was not found or CLIPVIP_CUDA=0 was set"
         yield Finding("note", "CUDA kernels built", why)
     else:
         architectures = ", ".join(f"sm_{x.split('-')[0]}" for x in info["cuda"].split(","))
@@ -71,7 +74,9 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("ok", "driver", _driver())
     else:
         built = torch.version.cuda
-        why = "torch is a CPU build" if built is None else f"torch has CUDA {built}, no GPU is seen"
+        why = (
+            "torch is a CPU build" if built is None else f"torch has CUDA {built}, but sees no GPU"
+        )
         yield Finding("note", "GPU", f"none: {why}")
 
 
@@ -83,51 +88,37 @@ def _driver() -> str:
         return "version unknown (nvidia-smi did not answer)"
 
 
-def _package(name: str, purpose: str, required: bool) -> Finding:
-    try:
-        return Finding("ok", name, f"{importlib.metadata.version(name)}: {purpose}")
-    except importlib.metadata.PackageNotFoundError:
-        verdict = "problem" if required else "note"
-        return Finding(verdict, name, f"not installed: {purpose}")
-
-
-def _dali() -> Finding:
-    purpose = "video decoding on the GPU (DALI)"
-    for package in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):
-        finding = _package(package, purpose, required=False)
-        if finding.verdict == "ok":
-            return finding
-    return Finding(
-        "note", "nvidia-dali", f'not installed: {purpose}; `pip install "clipvip[dali]"`'
-    )
+def _package(purpose: str, *names: str, missing: str = "problem", advice: str = "") -> Finding:
+    """Return a finding on the first of these packages that is installed, or on their absence."""
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return Finding("ok", name, f"{importlib.metadata.version(name)}: {purpose}")
+    return Finding(missing, names[0], f"not installed: {purpose}{advice}")
 
 
 def report() -> bool:
-    """Prints the findings; returns whether there was no problem."""
+    """Print the findings, and run the ops if there is no problem. Return whether there is none."""
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
-    marks = {
-        "ok": "[green]ok     [/]",
-        "note": "[yellow]note   [/]",
-        "problem": "[red]problem[/]",
-    }
-    findings = list(examine())
-    for finding in findings:
-        detail = escape(finding.detail)
-        console.print(f"{marks[finding.verdict]}  {finding.subject + ':':<22} {detail}")
-    problems = sum(finding.verdict == "problem" for finding in findings)
+    colours = {"ok": "green", "note": "yellow", "problem": "red"}
+
+    def show(finding: Finding) -> bool:
+        verdict, subject, detail = finding
+        mark = f"[{colours[verdict]}]{verdict:<7}[/]"
+        console.print(f"{mark}  {subject + ':':<22} {escape(detail)}")
+        return verdict != "problem"
+
+    return all([show(finding) for finding in examine()]) and show(_ops())
+
+
+def _ops() -> Finding:
     start = time.perf_counter()
-    works = problems == 0 and _ops_agree()
-    if works:
-        elapsed = time.perf_counter() - start
-        console.print(
-            f"{marks['ok']}  both ops ran and agree with their references ({elapsed:.2f} s)"
-        )
-    elif problems == 0:
-        console.print(f"{marks['problem']}  an op disagrees with its reference; please report this")
-    return works
+    if not _ops_agree():
+        return Finding("problem", "ops", "one disagrees with its reference; please report this")
+    seconds = time.perf_counter() - start
+    return Finding("ok", "ops", f"both ran and agree with their references ({seconds:.2f} s)")
 
 
 def _ops_agree() -> bool:

@@ -1,4 +1,4 @@
-"""How far long work is."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -8,30 +8,23 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(note: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with each number of clips done.
+    """Show on standard error how many of `total` clips are done.
 
-    On standard error: a bar with rate and time left on a terminal; plain lines, at most one in
-    10 s, elsewhere.
+    On a terminal, show a bar with rate and remaining time; elsewhere print plain lines, at most one
+    per 10 s. Yields a function to call with each number of clips done.
     """
     if sys.stderr.isatty():
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
 
         columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TaskProgressColumn(show_speed=True),
-            TimeRemainingColumn(),
+            rich.TextColumn("{task.description}", markup=False),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TaskProgressColumn(show_speed=True),
+            rich.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with rich.Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(note, total=total)
             yield lambda clips: bar.advance(task, clips)
         return

@@ -3,16 +3,16 @@
 `build_index` embeds the clips that `clipvip.collection` finds and saves them in a folder, in the
 format of `clipvip.index_files`. `load_index` reads the folder, and `search` ranks its clips.
 
-An index may come from somebody else, and names its model. Two rules keep that safe:
+An index may come from a stranger, and it names its model. Two rules keep that safe:
 
-- The model is an absolute path, or a name on the Hugging Face hub that is in this machine's cache
-  of it. Search fetches nothing and takes nothing from the current folder, so a foreign index can
-  neither choose what is downloaded nor bring a model along. The model of one's own index is here,
-  as embedding fetched it. Loading a model runs no code from its folder.
-- A model is used only if its fingerprint, over all of its weights, is that in the index.
+- The model is an absolute path, or a name on the Hugging Face hub that is in this machine's cache.
+  Search downloads nothing and reads nothing from the current folder. So a foreign index can neither
+  choose what is downloaded nor bring a model along. The model of your own index is on this machine,
+  since embedding downloaded it. Loading a model runs no code from its folder.
+- A model is used only if its fingerprint, a hash of all its weights, equals that in the index.
 
-Search is exact: one product of all n embeddings with the query. A million clips at P = 512 are
-2 GB, read once per query; up to about that size nothing cleverer pays. Beyond it, hand
+Search is exact: one product of all n embeddings with the query. A million clips at P = 512 take
+2 GB, read once per query. Up to about that size no approximation is worth its cost. Beyond it, pass
 `Index.embeddings` to an approximate nearest-neighbour library.
 """
 
@@ -22,7 +22,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -52,13 +52,16 @@ __all__ = ["Hit", "Index", "IndexedClip", "build_index", "load_index", "search"]
 
 logger = logging.getLogger(__name__)
 
-SAVE_SECONDS = 60.0  # from one save of a build to the next, at least
-LONGEST_QUERY = 10_000  # characters: far more than a model reads; tokenizing more takes long
+SAVE_SECONDS = 60.0  # least time between two saves of a build
+LONGEST_QUERY = 10_000  # characters: far more than a model reads; tokenizing more is slow
 NOT_FINITE = "the model gives no finite features for it"
 
 
 class Hit(NamedTuple):
-    """One result: cosine of query and clip, the video's path, the clip's seconds in it."""
+    """One result of a search.
+
+    score: cosine of query and clip. start, end: seconds, None for the start or end of the video.
+    """
 
     score: float
     path: Path
@@ -67,7 +70,7 @@ class Hit(NamedTuple):
 
 
 class Index(StoredIndex):
-    """An index that can be searched, loaded or just built. Its fields are those of StoredIndex."""
+    """An index to search, loaded or just built. Its fields are those of StoredIndex."""
 
     @cached_property
     def _encoder(self) -> tuple[Any, Any]:
@@ -82,18 +85,18 @@ class Index(StoredIndex):
 
     @torch.inference_mode()
     def search(self, query: str, k: int = 10) -> list[Hit]:
-        """Return the k clips nearest to the query (all of them where k > n), best first.
+        """Return the k clips nearest to the query, best first; all clips if there are fewer.
 
         The first search loads the model and keeps it.
-        Raises ValueError for a query that is empty or no text, k < 1, or a model that has changed
-        or moved.
+        Raises ValueError for a query that is empty or not text, for k < 1, and for a model that has
+        changed or moved.
         """
         if not query.strip():
             raise ValueError("the query is empty; expected a sentence")
         if k < 1:
             raise ValueError(f"k is {k}; expected at least 1")
         try:
-            # In an ASCII locale, Python holds other bytes of the command line as surrogates.
+            # In an ASCII locale, Python stores other bytes of the command line as surrogates.
             query = query.encode(errors="surrogateescape").decode()
         except UnicodeError:
             raise ValueError(f"the query {query!r} is not UTF-8; expected a sentence") from None
@@ -103,7 +106,7 @@ class Index(StoredIndex):
         if not is_unit(features).all():
             raise ValueError(
                 f"the model {shown(self.model)} gives the query no finite features; its weights "
-                "are damaged: fetch or train it again"
+                "are damaged: download or train it again"
             )
         if features.shape[1:] != self.embeddings.shape[1:]:
             raise ValueError(
@@ -119,12 +122,12 @@ class Index(StoredIndex):
 
 
 def load_index(path: str | Path) -> Index:
-    """Read an index folder. Raises ValueError where there is none or it is damaged."""
+    """Read an index folder. Raises ValueError if there is none, or if it is damaged."""
     return Index(**vars(read_index(Path(path))))
 
 
 def search(index: str | Path | Index, query: str, k: int = 10) -> list[Hit]:
-    """Rank the clips of an index (a folder, or loaded) by a sentence; see `Index.search`."""
+    """Rank the clips of an index, a folder or loaded, by a sentence; see `Index.search`."""
     return (index if isinstance(index, Index) else load_index(index)).search(query, k)
 
 
@@ -140,20 +143,22 @@ def build_index(
 ) -> Index:
     """Embed videos into an index.
 
+    Clips that the index in `out` holds already, with unchanged files (same size and modification
+    time), are not embedded again. Clips that `videos` no longer lists are dropped. Files that
+    cannot be decoded are left out and listed in bad_files.jsonl.
+
     model: a CLIP-ViP folder or hub name, with its processor; the index remembers it.
     videos: one or more videos, images, folders, annotations (.jsonl), lists (.txt) and patterns;
         see clipvip.collection.
-    out: the index folder, a new or empty one at first. Clips that are in it and whose files are
-        unchanged (same size and modification time) are not embedded again; clips that `videos` no
-        longer lists are dropped. An index of videos that still exist and that `videos` does not
-        name is refused, not overwritten; so is a folder of something else. Where its data files
-        are damaged, what they held is embedded again.
-    num_workers: decoding processes; by default one per core.
+    out: the index folder; a new or empty one, or an index to update. A folder of something else is
+        refused, and so is an index of existing videos that `videos` does not name. If the data
+        files of the index are damaged, their clips are embedded again.
+    num_workers: number of decoding processes; by default one per core.
     decoder: see clipvip.data.loading.LoaderOptions.
-    Files that cannot be decoded are left out and listed in bad_files.jsonl.
-    Raises ValueError where nothing can be embedded, `videos` names something that matches nothing,
-    or `out` is the index of another model or of other videos, or something else; OSError where the
-    index cannot be saved, which leaves it as it was.
+
+    Raises ValueError if nothing can be embedded, if a name in `videos` matches nothing, and if
+    `out` is refused or is the index of another model; OSError if the index cannot be saved, which
+    leaves it as it was.
     """
     if not os.fspath(out):
         raise ValueError("out is empty; expected the folder of an index")
@@ -168,8 +173,9 @@ def build_index(
     where = sorted(map(os.path.realpath, sources))
     nothing = torch.empty(0, network.config.projection_dim)
     index = Index(name, _fingerprint(network, processor), where, nothing, [], bad_files)
+    options = {"batch_size": batch_size, "num_workers": workers, "decoder": decoder}
     with only_run(out, "embeds"):
-        _update(index, out, wanted, network, processor, batch_size, workers, decoder)
+        _Build(index, out, wanted).run(network, processor, options)
     if not index.clips:
         first = index.bad_files[0]
         raise ValueError(
@@ -182,121 +188,115 @@ def build_index(
     return index
 
 
-def _update(
-    index: Index,
-    out: Path,
-    wanted: list[IndexedClip],
-    network: Any,
-    processor: Any,
-    batch_size: int,
-    workers: int,
-    decoder: str,
-) -> None:
-    """Fill an index with the clips wanted, which `out` holds already or which are embedded now;
-    save it there now and then and at the end."""
-    check_out(out)
-    old = _old_index(out, index, wanted)
-    known = dict(zip(old.clips, old.embeddings, strict=True)) if old else {}
-    done = {clip: known[clip] for clip in wanted if clip in known}
-    todo = [clip for clip in wanted if clip not in known]
-    not_finite: list[IndexedClip] = []
-    saved = old is not None
+class _Build:
+    """A build of an index: rows that the folder `out` holds already, and rows embedded now."""
 
-    def save() -> None:
-        nonlocal saved
-        index.clips = [clip for clip in wanted if clip in done]
-        if not index.clips:
-            return
-        index.embeddings = torch.stack([done[clip] for clip in index.clips])
-        if old and replace(old, embeddings=index.embeddings) == index:
-            return  # nothing is new
-        try:
-            write_index(index, out)
-        except OSError as error:
-            state = "it stays as last saved" if saved else "no clip is saved yet"
-            raise OSError(
-                f"{shown(out)} cannot be saved ({error.strerror or error}); {state}: correct that "
-                "and run the same command again"
-            ) from error
-        saved = True
+    def __init__(self, index: Index, out: Path, wanted: list[IndexedClip]) -> None:
+        check_out(out)
+        self.index, self.out, self.wanted = index, out, wanted
+        self.old = _old_index(out, index, wanted)
+        self.saved = self.old is not None
+        known = dict(zip(self.old.clips, self.old.embeddings, strict=True)) if self.old else {}
+        self.rows = {clip: known[clip] for clip in wanted if clip in known}
 
-    due = time.monotonic() + SAVE_SECONDS
-    reused = f", {len(done)} are in the index already" if done else ""
-    with progress(f"embedding {len(todo)} clips{reused}", len(todo)) as advance:
-        batches = _embed(network, processor, todo, batch_size, workers, decoder, index.bad_files)
+    def run(self, network: Any, processor: Any, options: dict[str, Any]) -> None:
+        """Embed the wanted clips that have no row, and save the index: regularly and at the end."""
+        todo = [clip for clip in self.wanted if clip not in self.rows]
+        reused = f", {len(self.rows)} are in the index already" if self.rows else ""
+        with progress(f"embedding {len(todo)} clips{reused}", len(todo)) as advance:
+            batches = _embed(network, processor, todo, self.index.bad_files, options)
+            not_finite = self._take(batches, advance)
+        if not_finite and not self.rows:
+            raise ValueError(
+                f"the model's weights give no finite features for any of {len(not_finite)} clips: "
+                f"{shown(self.index.model)}; download or train it again"
+            )
+        paths = dict.fromkeys(clip.path for clip in not_finite)
+        self.index.bad_files += [{"path": path, "reason": NOT_FINITE} for path in paths]
+        self._save()
+
+    def _take(
+        self, batches: Iterator[dict[IndexedClip, Tensor]], advance: Callable[[int], None]
+    ) -> list[IndexedClip]:
+        """Add the rows of each batch, and save when it is due. Return clips without finite rows."""
+        not_finite: list[IndexedClip] = []
+        due = time.monotonic() + SAVE_SECONDS
         for rows in batches:
             finite = {clip: row for clip, row in rows.items() if is_unit(row)}
             not_finite += [clip for clip in rows if clip not in finite]
-            done.update(finite)
+            self.rows.update(finite)
             advance(len(rows))
-            if len(not_finite) >= COUNTED_FROM and not done:
-                break  # the others would fail alike
+            if len(not_finite) >= COUNTED_FROM and not self.rows:
+                break  # the others would fail too
             if time.monotonic() > due:
                 started = time.monotonic()
-                save()
+                self._save()
                 # However large the index grows, saving takes at most a twentieth of the time.
                 due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - started))
-    if not_finite and not done:
-        raise ValueError(
-            f"the model's weights give no finite features for any of {len(not_finite)} clips: "
-            f"{shown(index.model)}; fetch or train it again"
-        )
-    paths = dict.fromkeys(clip.path for clip in not_finite)
-    index.bad_files += [{"path": path, "reason": NOT_FINITE} for path in paths]
-    save()
+        return not_finite
+
+    def _save(self) -> None:
+        index, rows = self.index, self.rows
+        index.clips = [clip for clip in self.wanted if clip in rows]
+        if not index.clips:
+            return
+        index.embeddings = torch.stack([rows[clip] for clip in index.clips])
+        if self.old and replace(self.old, embeddings=index.embeddings) == index:
+            return  # nothing is new
+        try:
+            write_index(index, self.out)
+        except OSError as error:
+            state = "it stays as last saved" if self.saved else "no clip is saved yet"
+            raise OSError(
+                f"{shown(self.out)} cannot be saved ({error.strerror or error}); {state}: correct "
+                "that and run the same command again"
+            ) from error
+        self.saved = True
 
 
 def _old_index(out: Path, index: Index, wanted: list[IndexedClip]) -> Index | None:
-    """Read the index in `out`, to take rows from it and replace it; None where there is none, or
-    its data files are damaged.
+    """Read the index in `out` that this build replaces; None if there is none or it is damaged.
 
-    Raises ValueError where it is of another model, or of videos that still exist and are not
-    wanted, whose clips would be lost.
+    Raises ValueError if it is of another model, or if clips of it would be lost: `wanted` does not
+    name them, and their videos still exist.
     """
     head = delete_spare(out)
     if head is None or head.data is None:
         return None
+    model, here = shown(index.model), shown(out)
     if head.fingerprint != index.fingerprint:
-        changed = f"the model {shown(index.model)} has changed since {shown(out)} was made with it"
-        other = (
-            f"{shown(out)} is an index made with the model {shown(head.model)}, "
-            f"not {shown(index.model)}"
-        )
+        changed = f"the model {model} has changed since {here} was made with it"
+        other = f"{here} is an index made with the model {shown(head.model)}, not {model}"
         raise ValueError(
             f"{changed if head.model == index.model else other}; give another --out, or delete it"
         )
+    of = f"{here} is an index of {shown(listed(head.sources))}"
+    advice = "name everything that it should hold, or give another --out"
     all_named = set(head.sources) <= set(index.sources)
-    sources, name_all = shown(listed(head.sources)), "name everything that it should hold"
-    damage = ""
     try:
-        old = load_index(out)
+        old, damage = load_index(out), ""
         if old.embeddings.shape[1] != index.embeddings.shape[1]:
             rows = f"have {old.embeddings.shape[1]} values each, not {index.embeddings.shape[1]}"
-            damage = f"embeddings in {shown(out)} {rows}"
+            damage = f"embeddings in {here} {rows}"
     except DamagedIndexError as error:
         damage = error.damage
     if damage and not all_named:
-        raise ValueError(
-            f"{damage}, and {shown(out)} is an index of {sources}: {name_all}, or give another "
-            "--out"
-        )
+        raise ValueError(f"{damage}, and {of}: {advice}")
     if damage:
-        logger.warning("%s; what it held is embedded again", damage)
+        logger.warning("%s; all its clips are embedded again", damage)
         return None
-    if not all_named:
-        named = {(clip.path, clip.start, clip.end) for clip in wanted}
-        others = [c for c in old.clips if (c.path, c.start, c.end) not in named and _remains(c)]
-        if others:
-            raise ValueError(
-                f"{shown(out)} is an index of {sources}; {len(others)} of its clips would be "
-                f"lost, as they are not named now (the first: {shown(others[0].path)}): "
-                f"{name_all}, or give another --out, or delete it"
-            )
+    named = {(clip.path, clip.start, clip.end) for clip in wanted}
+    others = [c for c in old.clips if (c.path, c.start, c.end) not in named and _may_exist(c)]
+    if others and not all_named:
+        raise ValueError(
+            f"{of}; {len(others)} of its clips would be lost, as they are not named now "
+            f"(the first: {shown(others[0].path)}): {advice}, or delete it"
+        )
     return old
 
 
-def _remains(clip: IndexedClip) -> bool:
-    """Whether the clip's file is not known to be deleted; its disk may just not be mounted."""
+def _may_exist(clip: IndexedClip) -> bool:
+    """Whether the clip's file exists, or may exist on a disk that is not mounted."""
     return os.path.lexists(clip.path) or not os.path.isdir(os.path.dirname(clip.path))
 
 
@@ -304,26 +304,22 @@ def _embed(
     model: Any,
     processor: Any,
     clips: list[IndexedClip],
-    batch_size: int,
-    workers: int,
-    decoder: str,
     bad_files: list[dict[str, str]],
+    options: dict[str, Any],
 ) -> Iterator[dict[IndexedClip, Tensor]]:
-    """Yield the unit vectors, float32 [P], of a batch of clips at a time; at the end, append to
-    bad_files."""
+    """Yield the unit vectors, float32 [P], of one batch of clips after another.
+
+    After the last batch, append the files that could not be decoded to `bad_files`.
+    options: of clipvip.embedding.embed_clips.
+    """
     from clipvip.embedding import embed_clips
 
     if not clips:
         return
+    options = options | {"num_workers": min(options["num_workers"], len(clips))}
     given = [Clip(Path(clip.path), clip.start, clip.end) for clip in clips]
     unread: list[BadFile] = []
-    batches = embed_clips(
-        *(model, processor, given, unread),
-        batch_size=batch_size,
-        num_workers=min(workers, len(clips)),
-        decoder=decoder,
-    )
-    for features in batches:
+    for features in embed_clips(model, processor, given, unread, **options):
         yield {clips[place]: row for place, row in features.items()}
     bad_files += [{"path": bad.path, "reason": bad.reason} for bad in unread]
 
@@ -335,15 +331,17 @@ def _load(
 
     from clipvip.embedding import load_for_embedding
 
-    logging.disable_progress_bar()  # of loading weights; it would break our own
+    logging.disable_progress_bar()  # the bar for loading weights would break our own
     network: Any
     network, processor = load_for_embedding(model, local_files_only=local_files_only)
     return network.to(device), processor
 
 
 def _fingerprint(model: Any, processor: Any) -> str:
-    """Hash all weights and how videos are read and frames pooled: the same for the same model
-    wherever it lies."""
+    """Hash all weights, how videos are read and how frames are pooled.
+
+    The same model has the same fingerprint in any folder.
+    """
     reading = {name: value for name, value in processor.loading().items() if name != "text_length"}
     colours = processor.image_mean, processor.image_std
     whole = sorted(reading.items()), colours, model.config.vision_config.frame_pooling
@@ -355,20 +353,23 @@ def _fingerprint(model: Any, processor: Any) -> str:
 
 
 def _model_here(model: str, sources: Sequence[str]) -> str:
-    """Find an index's model on this machine: the folder of that absolute path, or of a hub name in
-    the cache. Raises ValueError where it is not here."""
+    """Return the folder of an index's model: its absolute path, or its place in the hub's cache.
+
+    Raises ValueError if it is not on this machine.
+    """
     if os.path.isabs(model):
         if not os.path.exists(model):
             raise ValueError(
                 f"the model {shown(model)} that this index was made with is no longer there; put "
-                "it back, or give its new place as MODEL, which embeds nothing again: "
+                "it back, or give its new place as MODEL, which embeds no video again: "
                 f"{embed_command('MODEL', sources, 'INDEX')}"
             )
         return model
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        # hf_hub_download may call the hub even with local_files_only. A path stops transformers.
+        # hf_hub_download may contact the hub even with local_files_only. With the path of a folder
+        # transformers does not.
         config = try_to_load_from_cache(model, "config.json")
     except ValueError:
         raise ValueError(
@@ -381,6 +382,6 @@ def _model_here(model: str, sources: Sequence[str]) -> str:
         return os.path.dirname(os.path.abspath(config))
     raise ValueError(
         f"the model {shown(model)} that this index was made with is not on this machine, and "
-        "search fetches none; if you trust it, fetch it: "
+        "search downloads none; if you trust it, download it: "
         f"hf download {shown(shlex.quote(model))}"
     )

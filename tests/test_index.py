@@ -270,8 +270,9 @@ def test_a_build_that_dies_goes_on_where_it_saved(build, videos, embedded, monke
     spied = index_module._embed
 
     def dying(*arguments):
-        model, processor, clips, _, *rest = arguments
-        for number, rows in enumerate(spied(model, processor, clips, 1, *rest)):
+        model, processor, clips, bad_files, options = arguments
+        single = options | {"batch_size": 1}
+        for number, rows in enumerate(spied(model, processor, clips, bad_files, single)):
             if number == 2:
                 raise KeyboardInterrupt
             yield rows
@@ -415,7 +416,7 @@ def test_the_same_build_again_repairs_an_index(
     assert build(videos).clips == before.clips
     assert embedded == ["a.mp4", "b.mp4", "c.mp4"]
     assert any(
-        f"{file.name} is damaged" in message and "is embedded again" in message
+        f"{file.name} is damaged" in message and "are embedded again" in message
         for message in caplog.messages
     )
     after = load_index(tmp_path / "index")

@@ -1,7 +1,7 @@
 """Ranks of test_distributed, forked so that torch is imported once.
 
-python sharded_worker.py FOLDER   for each world of WORLDS, ranks that share the batch out and
-write what they found to FOLDER.
+`python sharded_worker.py FOLDER` runs, for each world of WORLDS, ranks that share a batch and write
+their results to FOLDER.
 """
 
 import os
@@ -15,15 +15,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipvip import distributed
+from clipvip import sharded
 from clipvip.distributed import all_gather_objects
 from clipvip.losses import VARIANTS, contrastive_loss, omnisource_loss
 from clipvip.sharded import all_reduce
 
 CLIPS = 13
-WORLDS = {2: [6, 7], 3: [5, 0, 8], 4: [1, 4, 2, 6]}  # clips of each rank: uneven, and none
-WAYS = ("gathered", "ring")
-EVEN = 6, 24  # features of each rank where bytes are counted
+WORLDS = {2: [6, 7], 3: [5, 0, 8], 4: [1, 4, 2, 6]}  # clips of each rank: unequal, or none
+EVEN = 6, 24  # shape of each rank's features for the count of bytes
 NAMES = "video", "subtitle", "frame", "caption"
 CASES = ["contrastive", *VARIANTS, *(f"{variant} masked" for variant in VARIANTS)]
 BACKENDS = {"reference": torch.float64, "native": torch.float32}
@@ -46,17 +45,17 @@ class Towers(nn.Module):
 
 
 def batch(dtype):
-    """Inputs [CLIPS, 5]; which clips have a subtitle, a frame, a caption."""
+    """Inputs [CLIPS, 5], and which clips have a subtitle, a frame and a caption."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(CLIPS, 5, generator=generator, dtype=torch.float64).to(dtype)
     return inputs, torch.rand(3, CLIPS, generator=generator) < 0.6
 
 
-def run(towers, inputs, present, case, backend, sharded):
+def run(towers, inputs, present, case, backend, over_ranks):
     """The loss of a case and its gradients, in the order of parameters."""
     towers.zero_grad()
     features, scale = towers(inputs)
-    where = {"sharded": sharded, "backend": backend}
+    where = {"sharded": over_ranks, "backend": backend}
     if case == "contrastive":
         loss = contrastive_loss(*features[:2], scale, **where)
     else:
@@ -68,7 +67,7 @@ def run(towers, inputs, present, case, backend, sharded):
 
 
 def bytes_received(a, b, scale):
-    """Of a rank, forward and backward, by what its collectives are given; as rings do them."""
+    """Bytes that a rank receives in forward and backward, if its collectives run in rings."""
     world, received = dist.get_world_size(), [0, 0]
     stage = 0
 
@@ -82,14 +81,13 @@ def bytes_received(a, b, scale):
     sizes = {
         (dist, "all_gather"): lambda parts, own: (world - 1) * own.nbytes,
         (dist, "all_reduce"): lambda tensor, *_: 2 * (world - 1) / world * tensor.nbytes,
-        (distributed, "_reduce_scatter"): lambda own, whole: (world - 1) * own.nbytes,
-        (dist, "batch_isend_irecv"): lambda ops: ops[1].tensor.nbytes,
+        (sharded, "_reduce_scatter"): lambda own, whole: (world - 1) * own.nbytes,
     }
     with ExitStack() as stack:
         for (module, name), size_of in sizes.items():
             counted = counting(getattr(module, name), size_of)
             stack.enter_context(mock.patch.object(module, name, counted))
-        outputs = distributed.sharded_logsumexp(a, b, scale)
+        outputs = sharded.sharded_logsumexp(a, b, scale)
         stage = 1
         sum(output.sum() for output in outputs).backward()
     return received
@@ -105,16 +103,12 @@ def main(folder, world, rank):
     for backend, dtype in BACKENDS.items():
         towers = DistributedDataParallel(Towers(dtype))
         inputs, present = batch(dtype)
-        for way in WAYS:
-            distributed.GATHERED_BYTES = 2**29 if way == "gathered" else 0
-            for case in CASES:
-                found[case, backend, way] = run(
-                    towers, inputs[share], present[:, share], case, backend, sharded=True
-                )
-    for way in WAYS:
-        distributed.GATHERED_BYTES = 2**29 if way == "gathered" else 0
-        a, b = (torch.randn(*EVEN, requires_grad=True) for _ in range(2))
-        found["bytes", way] = bytes_received(a, b, torch.tensor(1.0))
+        for case in CASES:
+            found[case, backend] = run(
+                towers, inputs[share], present[:, share], case, backend, over_ranks=True
+            )
+    a, b = (torch.randn(*EVEN, requires_grad=True) for _ in range(2))
+    found["bytes"] = bytes_received(a, b, torch.tensor(1.0))
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Ranks that share a batch out have the loss and gradients of one process with the whole."""
+"""Ranks that share a batch get the loss and gradients of one process with the whole batch."""
 
 import runpy
 import subprocess
@@ -16,7 +16,7 @@ worker = runpy.run_path(str(WORKER))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What every rank of every world found."""
+    """Results of every rank of every world."""
     folder = tmp_path_factory.mktemp("ranks")
     subprocess.run([sys.executable, str(WORKER), str(folder)], check=True, timeout=120)
     return {
@@ -25,17 +25,16 @@ def found(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("way", worker["WAYS"])
 @pytest.mark.parametrize("backend", worker["BACKENDS"])
 @pytest.mark.parametrize("case", worker["CASES"])
-def test_shards_have_the_loss_and_gradients_of_the_whole_batch(found, case, backend, way):
+def test_shards_have_the_loss_and_gradients_of_the_whole_batch(found, case, backend):
     dtype = worker["BACKENDS"][backend]
     whole = worker["run"](
-        worker["Towers"](dtype), *worker["batch"](dtype), case, backend, sharded=False
+        worker["Towers"](dtype), *worker["batch"](dtype), case, backend, over_ranks=False
     )
     for results in found.values():
         for result in results:
-            torch.testing.assert_close(result[case, backend, way], whole)
+            torch.testing.assert_close(result[case, backend], whole)
 
 
 def test_what_else_ranks_exchange(found):
@@ -45,18 +44,16 @@ def test_what_else_ranks_exchange(found):
             assert result["sum"].tolist() == [world * (world + 1) / 2]
 
 
-@pytest.mark.parametrize("way", worker["WAYS"])
-def test_bytes_on_the_wire_are_those_that_are_documented(found, way):
-    """In clipvip.sharded.sharded_logsumexp."""
+def test_bytes_on_the_wire_are_as_documented(found):
+    """See clipvip.sharded.sharded_logsumexp."""
     for world, results in found.items():
         clips, dimension = worker["EVEN"]
         columns, share = world * clips, (world - 1) / world
         features = columns * dimension * 4
-        home = features if way == "ring" else share * features
         for result in results:
-            forward, backward = result["bytes", way]
+            forward, backward = result["bytes"]
             assert forward == pytest.approx(share * (features + 16 * columns + 8 * world))
-            assert backward == pytest.approx(share * (features + 4 * columns) + home)
+            assert backward == pytest.approx(share * (2 * features + 4 * columns))
 
 
 def test_what_is_not_finite_on_a_rank_is_so_for_all(tmp_path):

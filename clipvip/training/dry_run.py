@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run will cost, and one step of all its parts at hardly any width."""
+"""`--dry-run`: the cost of a run, and one step through all its parts with a tiny model."""
 
 import json
 import os
@@ -22,9 +22,9 @@ from clipvip.training.trainer import train
 
 
 def dry_run(config: TrainConfig, processes: int) -> None:
-    """Print the plan of a run on so many processes, and take one step of its trial here."""
+    """Print the plan of a run on so many processes, then take one step of its trial in this one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("a dry run is one process; --processes plans for more")
+        raise ConfigError("a dry run takes one process; --processes=N plans for more")
     check_batch(config, processes)
     clips = len(load_clips(config)[0])
     _, steps = run_steps(config, clips // (config.batch_size // config.accumulation))
@@ -36,16 +36,17 @@ def dry_run(config: TrainConfig, processes: int) -> None:
     print(plan(model, config, processes).describe(clips, steps), flush=True)
     with trial(config, shapes) as tried:
         loss = train(tried)["loss"]
-    print(f"a step of the same parts at hardly any width: loss {loss:.4f}; the run can start")
+    print(f"one step with a 32-channel model of the same depth: loss {loss:.4f}; the run can start")
 
 
 @contextmanager
 def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
-    """The configuration of one step through all parts of a run, with a 32-channel model; `config`
-    says how clips are read.
+    """Yield the configuration of one step through all parts of a run.
 
-    Its model has the shapes' layers, patches, frames and vocabulary, but 32 channels; its clips
-    are made up, two a process and micro-batch; its folder is temporary.
+    The model has the layers, patches, frames and vocabulary of `shapes`, but 32 channels. The clips
+    are synthetic, two per micro-batch, and the folder is temporary.
+
+    config: configuration with all settings of how clips are read.
     """
     narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1}
     given = shapes.to_dict()
@@ -79,7 +80,7 @@ def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
 
 
 def _made_up(folder: Path, clips: int, frames: int) -> Path:
-    """Annotations of a moving pattern, each clip with every kind of text."""
+    """Write annotations of a video of a moving pattern, each clip with every kind of text."""
     import av
 
     video = folder / "clip.mp4"

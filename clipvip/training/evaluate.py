@@ -1,7 +1,8 @@
-"""Text-video retrieval of a model over an annotation file."""
+"""Text-video retrieval: metrics of a model on annotated clips."""
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,31 @@ def evaluate(
     dtype: torch.dtype | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Both directions of retrieval, with and without DSL, over all ranks' shares together.
+    """Measure both directions of retrieval, with and without dual softmax (DSL), over all ranks.
 
-    Every clip and every text counts once, and is embedded in the same batch, on any number of
-    ranks, so that figures do not depend on it. A clip that cannot be decoded is in `missing`, it
-    and its texts are left out of the tables; more than max_bad_share of such clips is an error.
+    Every clip and text counts once, and batches do not depend on the number of ranks, so neither do
+    the results. A clip that cannot be decoded is listed in `missing`; it and its texts are left out
+    of the tables.
 
     Args:
-        clips: those without text are rivals in text→video only.
-        processor: says how clips and texts are read.
+        clips: clips to rank; those without a text are candidates in text→video only.
+        processor: processor of the model, which decides how clips and texts are read.
+        batch_size: clips or texts that a rank embeds at a time.
+        num_workers: worker processes per rank.
+        max_bad_share: share of clips that may be unreadable.
         decoder: see clipvip.data.loading.LoaderOptions.
-        dtype: autocast the towers to it; None for the weights' own.
-        asked_to_stop: asked before each batch.
+        dtype: autocast dtype of the towers; None to compute in the weights' dtype.
+        asked_to_stop: function called before each batch; True ends the evaluation.
 
     Returns:
         {"text_to_video", "video_to_text", "text_to_video_dsl", "video_to_text_dsl": {"R@1",
-        "R@5", "R@10" in percent, "median_rank", "mean_rank"}, "clips": number of clips
-        compared, "texts": of texts, "missing": paths}; the same on every rank.
+        "R@5", "R@10" in percent, "median_rank", "mean_rank"}, "clips", "texts": numbers of those
+        compared, "missing": paths}; the same on every rank.
 
     Raises:
-        Preempted: on all ranks, where any was asked to stop.
+        Preempted: a rank was asked to stop; on all ranks.
         LoaderError: too many clips cannot be decoded.
+        ValueError: there is no clip or no text to compare.
     """
     clips = join_texts(clips, processor.paragraph)
     texts = [(index, text) for index, clip in enumerate(clips) for text in clip.text]
@@ -62,10 +67,17 @@ def evaluate(
     model.eval()
     device = model.device.type
     with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
-        videos = _embed_videos(
-            *(model, clips, processor, batch_size, num_workers, max_bad_share, decoder),
-            asked_to_stop,
+        unread: list[BadFile] = []
+        batches = embed_clips(
+            *(model, processor, clips, unread),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            decoder=decoder,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
         )
+        videos = _of_all_ranks(batches, asked_to_stop)
+        _check_missing(len(clips) - len(videos), len(clips), max_bad_share, unread)
         sentences = embed_texts(model, processor, [text for _, text in texts], batch_size)
     model.train(training)
 
@@ -75,7 +87,7 @@ def evaluate(
     row_of_clip = {clip: row for row, clip in enumerate(seen)}
     asked = [i for i, (clip, _) in enumerate(texts) if clip in row_of_clip]
     video_of_text = torch.tensor([row_of_clip[texts[i][0]] for i in asked])
-    # One computes them for all, as what is done next, such as saving the best, hangs on them.
+    # The first rank computes them for all: whether all save a best checkpoint depends on them.
     tables = distributed.first_does(
         lambda: both_directions(
             torch.stack([videos[clip] for clip in seen]), sentences[asked], video_of_text
@@ -92,24 +104,20 @@ def evaluate_checkpoint(
     out: str | Path | None = None,
     num_frames: int | None = None,
     text_length: int | None = None,
-    batch_size: int = 32,
-    num_workers: int = 2,
-    max_bad_share: float = 0.05,
-    decoder: str = "auto",
     backend: str = "native",
     print_table: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
-    """What `clipvip eval` does: load, evaluate, print a table, write JSON.
+    """Load a model, evaluate it, print a table and write JSON, as `clipvip eval` does.
+
+    Under torchrun the clips are shared out over the ranks.
 
     Args:
-        checkpoint: anything load_for_embedding takes.
-        annotations: JSON Lines; texts are the queries.
-        out: JSON file for the result; written whole or not at all.
-        num_frames, text_length: by default as the checkpoint's processor says.
-        max_bad_share: of clips that may be unreadable; they are left out and listed.
-        decoder: see clipvip.data.loading.LoaderOptions.
-
-    Under torchrun the clips are shared out over the processes.
+        checkpoint: model that load_for_embedding accepts.
+        annotations: JSON Lines, whose texts are the queries.
+        out: JSON file for the result, written whole or not at all.
+        num_frames, text_length: by default those of the checkpoint's processor.
+        options: options of `evaluate`: batch_size, num_workers, max_bad_share, decoder.
     """
     state = distributed.start(TrainConfig.timeout)
     with watch.Watch(TrainConfig.lost_after):
@@ -117,28 +125,20 @@ def evaluate_checkpoint(
         model, processor = load_for_embedding(checkpoint, attention_backend=backend)
         processor.num_frames = num_frames or processor.num_frames
         processor.text_length = text_length or processor.text_length
-        result = evaluate(
-            model.to(state.device),
-            clips,
-            processor,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            max_bad_share=max_bad_share,
-            decoder=decoder,
-        )
+        result = evaluate(model.to(state.device), clips, processor, **options)
     result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
     if state.is_main_process:
         try:
             if out is not None:
                 write_whole(Path(out), json.dumps(result, indent=2) + "\n")
-        finally:  # the file may be refused
+        finally:  # also if the file cannot be written
             if print_table:
                 print_result(result)
     return result
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """The four tables as one, a row each."""
+    """Print a table with a row per direction, with and without DSL."""
     from rich.console import Console
     from rich.table import Table
 
@@ -157,45 +157,31 @@ def print_result(result: dict[str, Any]) -> None:
             console.print(f"  {shown(path)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _embed_videos(
-    model: CLIPViPModel,
-    clips: Sequence[Clip],
-    processor: CLIPViPProcessor,
-    batch_size: int,
-    num_workers: int,
-    max_bad_share: float,
-    decoder: str,
-    asked_to_stop: Callable[[], bool],
+def _of_all_ranks(
+    batches: Iterator[dict[int, Tensor]], asked_to_stop: Callable[[], bool]
 ) -> dict[int, Tensor]:
-    """Index of each clip that could be read → its unit feature [P], fp32 on the CPU."""
-    unread: list[BadFile] = []
-    batches = embed_clips(
-        *(model, processor, clips, unread),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        decoder=decoder,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
+    """Collect the features of all ranks' clips: index → [P], fp32 on the CPU."""
     own: dict[int, Tensor] = {}
     stopped = asked_to_stop()
-    for part in () if stopped else batches:
-        own.update(part)
-        if stopped := asked_to_stop():
-            break
+    while not stopped and (batch := next(batches, None)) is not None:
+        own.update(batch)
+        stopped = asked_to_stop()
     if any(distributed.all_gather_objects(stopped)):
         raise Preempted("SIGTERM: the evaluation ends before its last clip")
+    features = torch.stack(list(own.values())) if own else torch.empty(0)  # sent as one tensor
     videos: dict[int, Tensor] = {}
-    bad: list[BadFile] = []
-    features = torch.stack(list(own.values())) if own else torch.empty(0)  # else sent one by one
-    for places, part, files in distributed.all_gather_objects((list(own), features, unread)):
-        videos.update(zip(places, part, strict=True))
-        bad += files
-    missing = len(clips) - len(videos)
-    if missing > max_bad_share * len(clips):
-        last = f"; the last: {bad[-1].path}: {bad[-1].reason}" if bad else ""
-        raise LoaderError(
-            f"{missing} of {len(clips)} clips could not be read "
-            f"({missing / len(clips):.1%}, allowed {max_bad_share:.1%}){last}"
-        )
+    for indices, theirs in distributed.all_gather_objects((list(own), features)):
+        videos.update(zip(indices, theirs, strict=True))
     return videos
+
+
+def _check_missing(missing: int, clips: int, max_bad_share: float, unread: list[BadFile]) -> None:
+    """Raise LoaderError, on all ranks, if too many clips are missing. unread: this rank's."""
+    if missing <= max_bad_share * clips:
+        return
+    bad = list(itertools.chain(*distributed.all_gather_objects(unread)))
+    last = f"; the last: {bad[-1].path}: {bad[-1].reason}" if bad else ""
+    raise LoaderError(
+        f"{missing} of {clips} clips could not be read "
+        f"({missing / clips:.1%}, allowed {max_bad_share:.1%}){last}"
+    )

@@ -1,4 +1,4 @@
-"""What is trained, at which rate: frozen parameters, groups of the optimiser, the schedule."""
+"""Which parameters are trained and at which rate: freezing, parameter groups, the schedule."""
 
 import math
 import re
@@ -17,8 +17,8 @@ _BELOW_LAYERS = ("text_model.embeddings.", "vision_model.embeddings.", "vision_m
 
 
 def freeze(model: nn.Module, frozen: Sequence[str], unfrozen: Sequence[str] = ()) -> None:
-    """Trains no parameter whose name one of the `frozen` globs matches, unless one of the
-    `unfrozen` does. Raises ConfigError for a glob that matches nothing."""
+    """Freeze all parameters whose names match one of the `frozen` globs, except for those that
+    match one of the `unfrozen` globs. Raises ConfigError for a glob that matches nothing."""
     names = [name for name, _ in model.named_parameters()]
     for key, globs in (("freeze", frozen), ("unfreeze", unfrozen)):
         for glob in globs:
@@ -34,16 +34,16 @@ def freeze(model: nn.Module, frozen: Sequence[str], unfrozen: Sequence[str] = ()
 
 
 def adamw(model: CLIPViPModel, optim: OptimizerConfig) -> torch.optim.AdamW:
-    """In one pass over memory, which is several times quicker than PyTorch's default on CPUs."""
+    """Build AdamW in its fused form, which on CPUs is several times faster than the default."""
     return torch.optim.AdamW(parameter_groups(model, optim), optim.lr, optim.betas, fused=True)
 
 
 def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW, each with the "share" of the run's learning rate that it gets.
+    """Make groups for AdamW; "share" is a group's learning rate relative to the run's.
 
-    Biases, LayerNorms (told by their class, whatever their name) and logit_scale are not
-    decayed. With layer_decay d, of N layers of a tower the last has share d, the first d^N,
-    and what lies below d^(N+1); projections and all else have 1.
+    Biases, LayerNorms (recognized by class) and logit_scale have no weight decay. With layer_decay
+    d, the last of a tower's N layers has share d, the first d^N, and its embeddings d^(N+1); all
+    other parameters, such as projections, have share 1.
     """
     exempt = {
         id(parameter)
@@ -61,7 +61,7 @@ def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[s
             continue
         decay = 0.0 if id(parameter) in exempt else optim.weight_decay
         share = optim.layer_decay ** height(name, depths)
-        # logit_scale apart: it is never a shard, and a group holds one kind.
+        # logit_scale has a group of its own: it is never sharded, and a group holds one kind.
         key = (name == "logit_scale", decay, share)
         group = groups.setdefault(key, {"params": [], "weight_decay": decay, "share": share})
         group["params"].append(parameter)
@@ -69,7 +69,10 @@ def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[s
 
 
 def height(name: str, depths: dict[str, int]) -> int:
-    """How many layers a parameter lies below the projections."""
+    """Count the layers from the projections (0) down to a parameter.
+
+    depths: number of layers by tower, "text" and "vision".
+    """
     if layer := _LAYER.match(name):
         return depths[layer["tower"]] - int(layer["number"])
     if name.startswith(_BELOW_LAYERS):
@@ -78,8 +81,12 @@ def height(name: str, depths: dict[str, int]) -> int:
 
 
 def schedule(done: int, total: int, warmup: float) -> float:
-    """Factor of the learning rate after `done` of `total` steps: linear over the first
-    `warmup` share of steps to 1, then a cosine that would reach 0 after the last."""
+    """Return the factor of the learning rate after `done` of `total` steps.
+
+    It rises linearly to 1 over the first `warmup` share of the steps, then follows a cosine that
+    would reach 0 after the last one. transformers' get_cosine_schedule_with_warmup is not used: its
+    first factor is 0, which wastes a step.
+    """
     rising = math.ceil(warmup * total)
     if done < rising:
         return (done + 1) / rising
@@ -87,7 +94,8 @@ def schedule(done: int, total: int, warmup: float) -> float:
 
 
 def run_steps(config: TrainConfig, batches: int) -> tuple[int, int]:
-    """Optimiser steps of an epoch of so many batches, rounded down, and of the whole run."""
+    """Return the optimizer steps per epoch of `batches` micro-batches, rounded down but at least 1,
+    and of the whole run, rounded up."""
     epoch = max(1, batches // config.accumulation)
     passes = config.epochs or 0
     return epoch, config.max_steps or math.ceil(passes * batches / config.accumulation)

@@ -1,8 +1,8 @@
-"""How a model's weights lie on the ranks: copied to each (DDP) or cut up among them (FSDP2).
+"""How a model's weights lie on the ranks: copied to each (DDP) or sharded among them (FSDP2).
 
-What a checkpoint keeps is whole, by parameters' names, and so the same for both and for any
-number of ranks. accelerate's own FSDP2 runs on GPUs only and cannot leave out a scalar, which
-logit_scale is; PyTorch's, which it wraps, can.
+A checkpoint holds whole tensors by parameter name, so it is the same for both and for any number
+of ranks. FSDP2 is used through PyTorch, not accelerate: accelerate's runs on GPUs only and cannot
+exclude a scalar parameter such as logit_scale.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,15 +31,15 @@ COMPILED_GRAPHS = 32
 
 
 def layers(model: CLIPViPModel) -> list[nn.Module]:
-    """The blocks of both towers."""
+    """Return the layers of both towers."""
     return [*model.text_model.encoder.layers, *model.vision_model.encoder.layers]
 
 
 def compile_layers(model: CLIPViPModel) -> None:
-    """Compiles each block for any number of tokens. All blocks of a tower share their graphs."""
-    # Dynamo counts graphs by code, which both towers share, and runs what is beyond its limit of 8
-    # uncompiled. A tower has one each for training, for caching's first pass and for evaluation,
-    # texts with and without padding, and batches of one clip are other ones still.
+    """Compile each layer for any number of tokens. All layers of a tower share their graphs."""
+    # Dynamo counts graphs per code object, which both towers share, and beyond its limit of 8 runs
+    # code uncompiled. Training, the first pass of gradient caching, evaluation, texts with and
+    # without padding, and batches of one clip each need a graph of their own.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_GRAPHS)
     for layer in layers(model):
@@ -49,8 +49,10 @@ def compile_layers(model: CLIPViPModel) -> None:
 def distribute(
     towers: nn.Module, model: CLIPViPModel, kind: str, accelerator: Accelerator
 ) -> nn.Module:
-    """Moves towers (around model) to the device and spreads them over ranks; kind: "ddp" or
-    "fsdp"."""
+    """Move towers, which wrap model, to the device and distribute them over the ranks.
+
+    kind: "ddp" or "fsdp".
+    """
     if kind == "ddp" or world_size() == 1:
         return accelerator.prepare(towers)
     towers.to(accelerator.device)
@@ -66,15 +68,15 @@ def distribute(
 def without_sync(
     towers: nn.Module, model: CLIPViPModel, accelerator: Accelerator
 ) -> AbstractContextManager:
-    """No exchange of gradients within. Shards are exchanged all the same: what is kept of a
-    gradient is then a shard, not the whole."""
+    """Return a context in which DDP ranks do not exchange gradients. FSDP ranks do even there, as
+    each of them keeps only its shard of a gradient."""
     return nullcontext() if is_sharded(model) else accelerator.no_sync(towers)
 
 
 def clip_gradients(model: CLIPViPModel, limit: float) -> Tensor:
-    """Scales all gradients together to a norm of at most `limit`; their norm before, 0-d."""
+    """Scale all gradients together to a norm of at most `limit`; return the norm before, 0-d."""
     scale = model.logit_scale.grad
-    if is_sharded(model) and scale is not None:  # the one gradient that FSDP leaves to us
+    if is_sharded(model) and scale is not None:  # the one gradient that FSDP does not average
         dist.all_reduce(scale)
         scale /= world_size()
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -94,7 +96,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole_on_each_rank(model: CLIPViPModel) -> Iterator[None]:
-    """Within, ranks may call the model as often as each likes: no call waits for the others."""
+    """Gather whole weights on each rank, so that inside no call of the model waits for other ranks
+    and ranks may call it different numbers of times."""
     if not is_sharded(model):
         yield
         return
@@ -114,38 +117,42 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """A copy of every weight, on the CPU; empty on all ranks but the first where they are shards.
-    All ranks must call."""
+    """Copy all weights to the CPU, by name; for shards the result is empty on all ranks except for
+    the first. All ranks must call."""
     if is_sharded(model):
         return get_model_state_dict(model, options=_WHOLE)
     return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
 
 
 def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state by parameters' names, as whole_weights."""
+    """Copy the optimizer's state like whole_weights, by parameter name. All ranks must call."""
     return get_optimizer_state_dict(model, optimizer, options=_WHOLE)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
-    """Of whole_weights, on every rank."""
+    """Load the result of whole_weights, given on every rank, into the model."""
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 
 def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Any]
 ) -> None:
-    """Of whole_moments, on every rank. Groups and their settings stay the optimiser's own; a
-    parameter that was frozen when the moments were taken starts from none."""
+    """Load the result of whole_moments, given on every rank, into the optimizer.
+
+    Parameter groups and their settings stay those of the optimizer. Parameters that were frozen
+    when the moments were saved start without moments.
+    """
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     options = StateDictOptions(full_state_dict=True, strict=False)
     set_optimizer_state_dict(model, optimizer, {**moments, "param_groups": groups}, options=options)
 
 
 class Average:
-    """An exponential moving average of a model's weights, in fp32 shards where those are.
+    """Exponential moving average of a model's trained weights, sharded like them.
 
-    It follows with min(decay, (1 + step) / (10 + step)), so that the first steps' weights are
-    soon forgotten.
+    The decay at a step is min(decay, (1 + step) / (10 + step)), so the weights of the first steps
+    are soon forgotten. torch's AveragedModel cannot be used: it deep-copies the model, which FSDP2
+    refuses ("FSDP does not support deepcopy").
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -154,14 +161,15 @@ class Average:
         self.mean = [p.detach().clone() for p in self.live]
 
     @torch.no_grad()
-    def follow(self, step: int) -> None:
+    def update(self, step: int) -> None:
+        """Move the average towards the model's weights after a step, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for mean, live in zip(_kinds(self.mean), _kinds(self.live), strict=True):
             torch._foreach_lerp_(mean, live, 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model's weights are the average."""
+        """Exchange the model's weights for the average inside."""
         self._swap()
         try:
             yield
@@ -177,7 +185,7 @@ class Average:
 
 
 def _kinds(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Shards and others apart: functions of many tensors take only one kind."""
+    """Separate shards from other tensors, as functions of many tensors accept only one kind."""
     kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
     for tensor in tensors:
         kinds[isinstance(tensor, DTensor)].append(tensor)

@@ -1,8 +1,8 @@
-"""What a configuration costs, before it runs: tokens, operations, bytes.
+"""Cost of a configuration before it runs: tokens, operations, bytes.
 
-Operations are those of the model's products, two for each multiplication, as the field counts
-them; what is computed again is not counted. Backward is twice forward, but for what is frozen: of
-a weight no gradient is made, and below a tower's lowest trained layer nothing at all.
+As usual, operations are those of matrix products, two per multiplication, and recomputation is not
+counted. The backward pass has twice the operations of the forward pass, except for frozen weights,
+which get no gradient, and for all that lies below the lowest trained layer of a tower.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from clipvip.training.optimization import height
 from clipvip.training.task import task_of
 
 TERA, GIB = 1e12, 2.0**30
-# Dense 16-bit products of one GPU, 10¹² operations a second, as their maker states them (half of
-# those with sparsity). The first whose name is in the device's counts.
+# Peak rate of dense 16-bit products of a GPU, in 10¹² operations per second, as stated by its maker
+# (half of the rate with sparsity). The first name that the device's name contains counts.
 PEAKS = {
     "GB200": 2500.0,
     "B200": 2250.0,
@@ -31,56 +31,64 @@ PEAKS = {
     "L40S": 362.0,
 }
 
-# Bytes that a layer keeps of a token for backward, for each of its channels: in fp32, and under
-# bf16 autocast, which keeps the residual stream and LayerNorms in fp32.
+# Bytes per token and channel that a layer keeps for the backward pass: in fp32, and under bf16
+# autocast, which keeps the residual stream and LayerNorms in fp32.
 _KEPT = {"vision": {"no": 40.2, "bf16": 24.2}, "text": {"no": 80.5, "bf16": 47.0}}
 _FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step of a run. clips: of a step, over all processes; processes: how many."""
+    """Cost of a training step.
+
+    parameters, trained: number of weights, and of those that are trained.
+    video_tokens: proxies and patches of the frames of a clip.
+    image_tokens: the same of its image; 0 if the task uses none.
+    text_tokens: highest number of tokens of its texts.
+    tower_flops, backward_flops: operations per clip in the towers, forward and backward.
+    loss_flops: operations per step in the loss, forward.
+    state_bytes: weights, gradients, moments and average, per process.
+    activation_bytes: tensors kept for the backward pass at the same time, per process.
+    clips: clips per step, over all processes.
+    processes: number of processes.
+    """
 
     parameters: int
     trained: int
     video_tokens: int
-    """Of a clip: proxies and patches of its frames."""
     image_tokens: int
-    """Of its image, 0 where the loss takes none."""
     text_tokens: int
-    """Of its texts, at most."""
     tower_flops: float
-    """Of a clip through the towers, forward."""
     backward_flops: float
-    """Of a clip through the towers, backward."""
     loss_flops: float
-    """Of a step, forward."""
     state_bytes: float
-    """Of a process: weights, gradients, the optimiser's moments, the average."""
     activation_bytes: float
-    """Of a process, kept for backward at once."""
     clips: int
     processes: int
 
     @property
     def step_flops(self) -> float:
-        """Of a step, forward and backward, over all processes."""
+        """Operations per step, forward and backward, over all processes."""
         return self.clips * (self.tower_flops + self.backward_flops) + 3 * self.loss_flops
 
     def describe(self, clips: int, steps: int) -> str:
-        """A line for each figure. clips: in the training data; steps: of the run."""
+        """Return a line per figure.
+
+        clips: number of clips in the training data.
+        steps: number of steps of the run.
+        """
         each = self.clips // self.processes
         tera = self.step_flops / TERA
         lines = {
             "parameters": f"{self.parameters / 1e6:.1f} M, {self.trained / 1e6:.1f} M trained",
-            "tokens of a clip": f"{self.video_tokens} of video, {self.image_tokens} of image, "
-            f"{self.text_tokens} of text at most",
-            "operations of a step": f"{tera:.2f} T forward and backward, of which the loss "
-            f"{300 * self.loss_flops / self.step_flops:.1f} %",
-            "memory of a process": f"{self.state_bytes / GIB:.2f} GiB of weights, gradients and "
-            f"moments, about {self.activation_bytes / GIB:.2f} GiB kept for backward",
-            "a step": f"{self.clips} clips, {each} on each of {self.processes} processes",
-            "the run": f"{steps} steps, {steps * self.clips} samples drawn of {clips} clips, "
+            "tokens per clip": f"{self.video_tokens} of video, {self.image_tokens} of image, "
+            f"at most {self.text_tokens} of text",
+            "operations per step": f"{tera:.2f} T forward and backward, "
+            f"{300 * self.loss_flops / self.step_flops:.1f} % of them in the loss",
+            "memory per process": f"{self.state_bytes / GIB:.2f} GiB of weights, gradients and "
+            f"moments, about {self.activation_bytes / GIB:.2f} GiB kept for the backward pass",
+            "step": f"{self.clips} clips, {each} on each of {self.processes} processes",
+            "run": f"{steps} steps, {steps * self.clips} samples drawn from {clips} clips, "
             f"{steps * tera / 1e6:.3g} · 10¹⁸ operations",
         }
         width = max(map(len, lines))
@@ -88,8 +96,10 @@ class Plan:
 
 
 def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
-    """Plan the training of a model, which may be on the meta device, by a configuration that says
-    how clips are read."""
+    """Plan the training of a model, which may be on the meta device.
+
+    config: configuration with all settings of how clips are read.
+    """
     task, vision = task_of(config), model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     frames, length, proxies = config.data.num_frames, config.data.text_length, vision.num_proxies
@@ -107,7 +117,7 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
     dimension = model.config.projection_dim
     text = _Input(towers["text"], length, length * length, 0)
     inputs = [video(frames), *len(task.texts) * [text], *task.with_image * [video(1)]]
-    negatives = config.batch_size // config.accumulation  # of a clip
+    negatives = config.batch_size // config.accumulation  # per clip, and itself
     loss_flops = 2.0 * task.pairs * config.accumulation * negatives**2 * dimension
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -120,40 +130,44 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
     at_once = min(config.micro_batch or at_once, at_once)
     tokens = {"vision": video_tokens + image_tokens, "text": text_tokens}
     kept = [tower.kept(kind, tokens[kind], config) for kind, tower in towers.items()]
-    of_clip = sum(all_along for all_along, _ in kept) + max(for_a_layer for _, for_a_layer in kept)
+    per_clip = sum(throughout for throughout, _ in kept) + max(in_a_layer for _, in_a_layer in kept)
     return Plan(
-        parameters,
-        trained,
-        video_tokens,
-        image_tokens,
-        text_tokens,
-        sum(each.forward() for each in inputs),
-        sum(each.backward() for each in inputs),
-        loss_flops,
-        state,
-        at_once * of_clip,
-        config.batch_size,
-        processes,
+        parameters=parameters,
+        trained=trained,
+        video_tokens=video_tokens,
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        tower_flops=sum(each.forward() for each in inputs),
+        backward_flops=sum(each.backward() for each in inputs),
+        loss_flops=loss_flops,
+        state_bytes=state,
+        activation_bytes=at_once * per_clip,
+        clips=config.batch_size,
+        processes=processes,
     )
 
 
 @dataclass(frozen=True)
 class _Tower:
-    """Sizes of a tower, and what of it is trained."""
+    """Sizes of a tower, and which part of it is trained.
+
+    width, inner: channels of a layer, and inside its MLP.
+    layers: number of layers.
+    pixels: pixels of a patch times 3 colours; 0 for texts.
+    reached: number of layers that the backward pass reaches.
+    trained: number of trained weights in the layers' matrix products.
+    norm_reached: whether the backward pass reaches the norm between embeddings and layers.
+    embedding_trained: whether embeddings are trained.
+    """
 
     width: int
     inner: int
     layers: int
     pixels: int
-    """Of a patch; 0 for texts."""
     reached: int
-    """Layers that backward reaches."""
     trained: int
-    """Weights of the layers' products that are trained."""
     norm_reached: bool
-    """Whether backward reaches what lies between embeddings and layers, and"""
     embedding_trained: bool
-    """the embeddings."""
 
     @classmethod
     def of(cls, model: CLIPViPModel, kind: str) -> "_Tower":
@@ -178,21 +192,25 @@ class _Tower:
         )
 
     def kept(self, kind: str, tokens: int, config: TrainConfig) -> tuple[float, float]:
-        """Bytes kept for backward from the forward pass on, and those of one layer at a time."""
-        of_layer, for_a_layer = _KEPT[kind][config.mixed_precision], 0.0
-        if config.model.gradient_checkpointing:  # inputs of layers, and the insides of one
-            of_layer, for_a_layer = _FLOAT, of_layer * (self.reached > 0)
-        channel = self.reached * of_layer + _FLOAT * (kind == "text" and self.reached > 0)
+        """Return the bytes kept until the backward pass, and those in one layer at a time."""
+        per_layer, in_a_layer = _KEPT[kind][config.mixed_precision], 0.0
+        if config.model.gradient_checkpointing:  # inputs of layers, and the inside of one of them
+            per_layer, in_a_layer = _FLOAT, per_layer * (self.reached > 0)
+        channel = self.reached * per_layer + _FLOAT * (kind == "text" and self.reached > 0)
         if kind == "vision":
             product = _FLOAT if config.mixed_precision == "no" else _FLOAT / 2
             channel += _FLOAT * self.norm_reached
             channel += (_FLOAT + product * self.pixels / self.width) * self.embedding_trained
-        return tokens * self.width * channel, tokens * self.width * for_a_layer
+        return tokens * self.width * channel, tokens * self.width * in_a_layer
 
 
 @dataclass(frozen=True)
 class _Input:
-    """Of a clip to a tower, and the pairs of queries and values that attend."""
+    """Input of a tower from one clip.
+
+    tokens, patches: number of all tokens, and of those that come from patches of pixels.
+    pairs: number of pairs of tokens of which one attends to the other.
+    """
 
     tower: _Tower
     tokens: int
@@ -200,22 +218,23 @@ class _Input:
     patches: int
 
     def forward(self) -> float:
+        """Count the operations of the forward pass."""
         tower = self.tower
         weights = 4 * tower.width**2 + 2 * tower.width * tower.inner
-        of_layer = self.tokens * weights + 2 * tower.width * self.pairs
-        return 2.0 * (tower.layers * of_layer + self.patches * tower.pixels * tower.width)
+        per_layer = self.tokens * weights + 2 * tower.width * self.pairs
+        return 2.0 * (tower.layers * per_layer + self.patches * tower.pixels * tower.width)
 
     def backward(self) -> float:
-        """Gradients of inputs, of both factors of attention's products, and of weights."""
+        """Count gradients of inputs, of both factors in attention's products, and of weights."""
         tower = self.tower
         weights = 4 * tower.width**2 + 2 * tower.width * tower.inner
-        of_layer = self.tokens * weights + 4 * tower.width * self.pairs
+        per_layer = self.tokens * weights + 4 * tower.width * self.pairs
         embedding = self.patches * tower.pixels * tower.width * tower.embedding_trained
-        return 2.0 * (tower.reached * of_layer + self.tokens * tower.trained + embedding)
+        return 2.0 * (tower.reached * per_layer + self.tokens * tower.trained + embedding)
 
 
 def peak_tera(device: torch.device) -> float | None:
-    """PEAKS of a device; None where it is not known, as of a part of one."""
+    """Return the rate of a device in PEAKS; None if not known, as for a part of a GPU (MIG)."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""SIGTERM, with which schedulers announce that a machine is taken away."""
+"""Reaction to SIGTERM, by which schedulers announce that they take a machine away."""
 
 import os
 import signal
@@ -14,8 +14,10 @@ SAME_SIGNAL_SECONDS = 5.0
 
 
 def leave_on_sigterm() -> None:
-    """Let SIGTERM end the process with EXIT_STATUS at once. Call it first: libraries take seconds
-    to import, and there is nothing to save yet. In threads other than the main one it does nothing.
+    """Let SIGTERM end the process with EXIT_STATUS at once, as long as there is nothing to save.
+
+    Call this before importing libraries, which takes seconds. Outside the main thread it does
+    nothing.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _leave)
@@ -24,15 +26,15 @@ def leave_on_sigterm() -> None:
 def _leave(number: int, frame: FrameType | None) -> None:
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):  # not print, which the signal may have interrupted
-            os.write(2, b"clipvip: SIGTERM: no step is under way; exits\n")
+            os.write(2, b"clipvip: SIGTERM: no step is running; exits\n")
     os._exit(EXIT_STATUS)
 
 
 class Preemption:
-    """Within it, SIGTERM only sets `asked`; one that comes after SAME_SIGNAL_SECONDS more ends the
-    process at once.
+    """Context in which SIGTERM only sets `asked`.
 
-    Threads other than the main one cannot take signals; there it does nothing.
+    Another SIGTERM, more than SAME_SIGNAL_SECONDS later, ends the process at once. Outside the main
+    thread, which cannot receive signals, the context does nothing.
     """
 
     def __init__(self) -> None:

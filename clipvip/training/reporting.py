@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Writes each row of metrics to OUT/metrics.jsonl and to the accelerator's trackers, and
-    shows progress: a bar with rate and remaining time on a terminal, else a line at most
-    every `seconds_between_lines`. Silent on all ranks but the first.
+    """Writer of metrics to OUT/metrics.jsonl and to the accelerator's trackers, and of progress: on
+    a terminal a bar with rate and remaining time, otherwise at most one line per
+    `seconds_between_lines`. It is silent on all ranks except for the first.
     """
 
     seconds_between_lines = 10.0
@@ -78,16 +78,16 @@ class Reporter:
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
-            except Exception as failed:  # must not hide how the run ended
+            except Exception as failed:  # must not hide an error of the run
                 logger.warning("%s: %s", tracker.name, shown(failed))
         if self.active:
             self.file.close()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """Log one row of numbers; it has reached the file when this returns (NaN as null).
+        """Log one row of numbers; it is in the file when this returns (NaN as null).
 
-        A full disk does not stop a run, nor does a tracker's service that is not reached: the
-        file's rows follow once there is room.
+        Neither a full disk nor an unreachable tracker stops a run. Rows that could not be written
+        to the file are written once there is space.
         """
         if self.active:
             numbers = {key: value if math.isfinite(value) else None for key, value in row.items()}
@@ -106,7 +106,7 @@ class Reporter:
             self.failing = False
 
     def advance(self, step: int, row: dict[str, Any]) -> None:
-        """Show where the run is."""
+        """Show the progress after a step."""
         rate, loss = row["clips_per_second"], row["loss"]
         self.bar.update(self.task, completed=step, loss=loss, rate=rate)
         now = time.monotonic()

@@ -67,7 +67,7 @@ def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepResult:
         run.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         scale = run.model.logit_scale.exp()[None]
     if run.average:
-        run.average.follow(step)
+        run.average.update(step)
 
     # The only place where the host waits for a GPU: the whole step is queued there by now.
     loss, grad_norm, logit_scale, *raised = torch.cat([figures, scale, flags]).tolist()

@@ -1,4 +1,4 @@
-"""What ranks do for one another, so that they end alike."""
+"""Detection of lost ranks, so that the other ranks end instead of waiting for them."""
 
 import os
 import socket
@@ -15,18 +15,18 @@ from clipvip import distributed
 
 
 class LostRankError(RuntimeError):
-    """Another rank is gone; one line that names it."""
+    """The loss of another rank; the message is one line and names it."""
 
 
 class Watch:
-    """Within it, a rank that is lost ends the others, and is named.
+    """Context in which the loss of a rank ends the other ranks with an error that names it.
 
-    A killed process or a machine that is off can leave the others waiting for it in a collective
-    for as long as the process group's timeout, which has to be long: a rank may also be slow.
-    So each rank gives signs of life, from a thread, in the store in which the ranks met, and
-    listens to the next rank's. After `patience` seconds of silence it names that rank to all,
-    and they end. One process that is stopped is lost too; one that computes, reads, or writes,
-    however long, is not.
+    If a process is killed or its machine is switched off, the others may wait for it in a
+    collective until the process group's timeout, which must be long because a rank may be slow.
+    Therefore a thread of each rank writes signs of life to the store in which the ranks met, and
+    reads those of the next rank. After `patience` seconds of silence it announces that this rank is
+    lost, and all ranks end. A process that is stopped counts as lost; one that is busy for any
+    length of time does not.
     """
 
     def __init__(self, patience: float) -> None:
@@ -64,13 +64,13 @@ class Watch:
         if isinstance(error, dist.DistError) or (kind is RuntimeError and "gloo" in str(error)):
             self._name_the_lost(error)
         self._left.set()
-        if error is None:  # the store goes with the first rank that leaves
+        if error is None:  # the store disappears with the first rank that leaves
             for thread in self._threads:
                 thread.join(self.patience)
             distributed.all_gather_objects(None)
 
     def _live(self) -> None:
-        """Give signs, hear those of the next; may block where the store's machine is off."""
+        """Write own signs and read the next rank's; may block if the store's machine is off."""
         count, last = 0, b""
         while not self._left.wait(self.interval):
             self._reached = False
@@ -79,7 +79,7 @@ class Watch:
                 self._store.set(f"sign-{self._rank}", str(count))
                 sign, lost = self._store.multi_get([f"sign-{self._next}", "lost"])
             except dist.DistNetworkError:
-                return  # the connection is broken; torch prints a page at each use of it
+                return  # the connection is broken; torch would print a page on each use of it
             except RuntimeError:
                 continue
             self._reached = True
@@ -90,12 +90,13 @@ class Watch:
                 self._heard.set()
 
     def _judge(self) -> None:
+        """End this process if the next rank is silent for too long."""
         silence = 0.0
-        while not self._left.wait(self.interval):  # not by the clock: this process may be stopped
+        while not self._left.wait(self.interval):  # not by a clock: this process may be stopped
             silence = 0.0 if self._heard.is_set() else silence + self.interval
             self._heard.clear()
             if silence > self.patience:
-                if not self._reached:  # what keeps the store
+                if not self._reached:  # the process that holds the store
                     self._end(f"{self._name(0)} or its launcher")
                 name = self._name(self._next)
                 threading.Thread(target=self._tell, args=[name], daemon=True).start()
@@ -103,8 +104,10 @@ class Watch:
                 self._end(name)
 
     def _name_the_lost(self, error: BaseException | None) -> None:
-        """A collective failed: on this machine a process that is gone is seen at once, elsewhere
-        by its silence, which ends this one."""
+        """After a failed collective, raise LostRankError if a rank of this machine is gone.
+
+        A rank of another machine is detected by its silence, which ends this process.
+        """
         until = time.monotonic() + self.patience + 3 * self.interval
         while time.monotonic() < until:
             for rank, (host, process) in enumerate(self._ranks):
@@ -115,7 +118,7 @@ class Watch:
             time.sleep(0.05)
 
     def _tell(self, name: str) -> None:
-        with suppress(RuntimeError, OSError):  # the store may be lost with it
+        with suppress(RuntimeError, OSError):  # the store may be lost too
             self._store.set("lost", name)
 
     def _name(self, rank: int) -> str:
@@ -123,7 +126,7 @@ class Watch:
         return f"rank {rank} ({host}, process {process})"
 
     def _end(self, name: str, silent: bool = False) -> None:
-        """From a thread: the main one waits in a collective that cannot be left."""
+        """End the process from a thread, as the main thread waits in a collective."""
         if not silent:
             who = "clipvip" if self._rank == 0 else f"clipvip, rank {self._rank}"
             print(f"{who}: error: {_said_of(name)}", file=sys.stderr, flush=True)
@@ -131,7 +134,7 @@ class Watch:
 
 
 def _said_of(name: str) -> str:
-    return f"{name} is lost; the run ends, and resume=latest goes on from the last checkpoint"
+    return f"{name} is lost; the run ends; resume=latest resumes from the last checkpoint"
 
 
 def _is_gone(process: int) -> bool:

@@ -1,6 +1,8 @@
 """What is trained and at which rate is METHOD's, or what the configuration asks for."""
 
 import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from clipvip.training.build import build_model
 from clipvip.training.config import ConfigError, OptimizerConfig
@@ -18,6 +20,17 @@ def test_rate_rises_then_follows_a_cosine_to_zero():
     assert factors[10] == 1 and factors[505] == pytest.approx(0.5)
     assert factors[10:] == sorted(factors[10:], reverse=True) and 0 < factors[-1] < 1e-5
     assert schedule(0, 1, 0.01) == 1 and schedule(0, 10, 0) == 1
+
+
+@pytest.mark.parametrize(("total", "rising"), [(1000, 10), (40, 8), (7, 0)])
+def test_schedule_is_that_of_transformers_without_its_first_step_of_rate_0(total, rising):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    shift = int(rising > 0)
+    theirs = get_cosine_schedule_with_warmup(optimizer, rising, total).lr_lambdas[0]
+    for step in range(rising):
+        assert schedule(step, total, rising / total) == pytest.approx(theirs(step + shift))
+    for step in range(rising, total):
+        assert schedule(step, total, rising / total) == pytest.approx(theirs(step))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_the_average_follows_and_gives_its_place_back(make_config):
     with torch.no_grad():
         model.visual_projection.weight += 1
         after = model.visual_projection.weight.clone()
-    average.follow(1000)
+    average.update(1000)
     with average.in_place():
         torch.testing.assert_close(model.visual_projection.weight.data, start + 0.1)
     assert model.visual_projection.weight.equal(after)

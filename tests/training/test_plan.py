@@ -55,12 +55,12 @@ def test_every_packaged_config_runs_dry(name, checkpoints, annotations, tmp_path
     said = capsys.readouterr().out
     config = load_config(name, given)
     tokens = 4 + config.data.num_frames * (224 // PATCHES[kind]) ** 2
-    assert f"tokens of a clip      {tokens} of video" in said
+    assert f"tokens per clip      {tokens} of video" in said
     parameters = {"b32": 151.3, "b16": 149.6, "l14": 427.6}[kind]
     assert f"{parameters} M, {parameters} M trained" in said
     assert f"{config.batch_size // 8} on each of 8 processes" in said
     steps = int(config.epochs * (2048 // config.batch_size))
-    assert f"{steps} steps, {steps * config.batch_size} samples drawn of 2048 clips" in said
+    assert f"{steps} steps, {steps * config.batch_size} samples drawn from 2048 clips" in said
     assert said.rstrip().endswith("the run can start")
     assert not (tmp_path / "run").exists()
 

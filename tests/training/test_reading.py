@@ -6,6 +6,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from clipvip import embedding
 from clipvip.model import CLIPViPProcessor
 from clipvip.model.authors import authors_state_dict
 from clipvip.model.processing import READING
@@ -37,8 +38,8 @@ def loaded(monkeypatch):
         asked.append(vars(options))
         return build(clips, options, **settings)
 
-    build = evaluation.build_loader
-    monkeypatch.setattr(evaluation, "build_loader", spy)
+    build = embedding.build_loader
+    monkeypatch.setattr(embedding, "build_loader", spy)
     return asked
 
 

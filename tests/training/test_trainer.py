@@ -820,7 +820,7 @@ def test_sigterm_before_the_first_step_ends_with_75_too(make_config, tmp_path):
     for run, (*_, rank) in zip(runs, starts, strict=True):
         said = run.communicate(timeout=60)[1]
         assert run.returncode == 75, said
-        assert said == "clipvip: SIGTERM: no step is under way; exits\n" * (rank == "0")
+        assert said == "clipvip: SIGTERM: no step is running; exits\n" * (rank == "0")
     assert not (tmp_path / "absent").exists()
 
 

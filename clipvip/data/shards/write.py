@@ -52,7 +52,6 @@ from clipvip.data.video import (
     as_decode_errors,
     check_decodes,
     cut,
-    file_of,
     is_image,
     reencode,
     whole,
@@ -259,7 +258,7 @@ class _Writer:
                         if place in condemned:
                             raise DecodeError(clip.video, workers.CONDEMNED)
                         # An error of reading is the clip's fault; one of writing is the disk's.
-                        with as_decode_errors(file_of(clip.video)):
+                        with as_decode_errors(clip.video):
                             stored = self._stored(clip)
                             sample = _sample(clip, stored)
                     except DecodeError as error:

@@ -10,7 +10,6 @@ from clipvip.data.video.container import (
     DecodeError,
     Media,
     as_decode_errors,
-    file_of,
     is_image,
 )
 from clipvip.data.video.dali import (
@@ -25,11 +24,9 @@ from clipvip.data.video.dali import (
 from clipvip.data.video.decode import (
     Frames,
     OpenClip,
-    VideoInfo,
     check_decodes,
     decode_clip,
     open_clip,
-    probe,
     read_frames,
 )
 from clipvip.data.video.pixels import rgb_of
@@ -50,7 +47,6 @@ __all__ = [
     "Media",
     "OpenClip",
     "Refused",
-    "VideoInfo",
     "as_decode_errors",
     "check_decodes",
     "check_sampling",
@@ -58,10 +54,8 @@ __all__ = [
     "cut",
     "decode_clip",
     "encode",
-    "file_of",
     "is_image",
     "open_clip",
-    "probe",
     "read_frames",
     "reencode",
     "rgb_of",

@@ -1,4 +1,4 @@
-"""Opening files: sources, their errors, containers, packets."""
+"""Media to open videos: a file or its bytes, its container and stream, its packets, its errors."""
 
 import io
 import itertools
@@ -66,10 +66,10 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 
-# libav's formats that hold video, all of it in the one file. It knows others by a file's content,
-# whatever its name: playlists (hls, dash, concat, imf), numbered images and films in parts (mlv),
-# which read other files, session descriptions (sdp), which listen to the network, and devices. Its
-# readers of images are left out too: Pillow's bound what a text in an image may grow to.
+# libav's formats that hold video in one file. libav also recognises others, by a file's content and
+# whatever its name. Left out are those that read other files (playlists: hls, dash, concat, imf;
+# numbered images; films in parts: mlv) or listen to the network (session descriptions: sdp), and
+# devices. Images are left to Pillow, which limits how much a text in an image may expand.
 FORMATS = ",".join(
     (
         *("3dostr", "4xm", "apv", "asf", "asf_o", "av1", "avi", "avs", "avs2", "avs3"),
@@ -95,7 +95,7 @@ SEEKABLE = frozenset({MP4, MATROSKA})
 PYAV = int(av.__version__.split(".")[0])
 
 
-# Titles need not be UTF-8. PyAV 19 and newer accepts any and has no such option.
+# Titles need not be UTF-8. PyAV 19 and newer accepts any title and has no such option.
 _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}
 
 
@@ -112,7 +112,7 @@ BOUNDS = {"max_pixels": str(MAX_PIXELS)}
 
 
 class File(NamedTuple):
-    """Where bytes come from: a path, or memory that has a path for a name."""
+    """An encoded video or image: a file, or bytes in memory whose name is given as a path."""
 
     path: Path
     data: bytes | None = None
@@ -124,16 +124,56 @@ class File(NamedTuple):
         return self.path if self.data is None else io.BytesIO(self.data)
 
 
-def file_of(source: Media) -> File:
-    if isinstance(source, Blob):
-        return File(Path(source.name), source.data)
-    return File(Path(source))
+def file_of(media: Media) -> File:
+    if isinstance(media, Blob):
+        return File(Path(media.name), media.data)
+    return File(Path(media))
 
 
-def open_container(file: File) -> InputContainer:
-    """Open a video so that libav reads nothing else, and allocates no more than it may hold."""
-    with file.binary() as source:
-        check_claims(source)
+@dataclass(frozen=True, slots=True)
+class Video:
+    """An opened video: its file, container and video stream. `open_file` opens the file again."""
+
+    file: File
+    container: InputContainer
+    stream: VideoStream
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def format(self) -> str:
+        """PyAV's name of the container's format."""
+        return self.container.format.name
+
+    @property
+    def tick(self) -> float:
+        """Seconds per tick of the stream's stamps. Raises DecodeError."""
+        if self.stream.time_base is None:
+            raise DecodeError(self.path, "no time base in it")
+        return float(self.stream.time_base)
+
+
+@contextmanager
+def open_file(file: File) -> Iterator[Video]:
+    """Open a file and find its video, by one decoding thread. libav's errors pass unchanged."""
+    with _container(file) as container:
+        yield Video(file, container, _video_stream(container, file.path))
+
+
+@contextmanager
+def open_video(media: Media) -> Iterator[Video]:
+    """Open a file and find its video; any error within is raised as a DecodeError."""
+    with as_decode_errors(media), open_file(file_of(media)) as video:
+        yield video
+
+
+def _container(file: File) -> InputContainer:
+    """Open a container such that libav reads no other file, and allocates no more than the file's
+    bytes can hold."""
+    with file.binary() as opened:
+        check_claims(opened)
     # "file:" keeps a colon in a name from being read as a protocol.
     given = f"file:{file.path}" if file.data is None else file.readable()
     protocols = "file" if file.data is None else "none"
@@ -146,11 +186,11 @@ def open_container(file: File) -> InputContainer:
 
 
 @contextmanager
-def as_decode_errors(file: File) -> Iterator[None]:
-    """Turn what goes wrong while the file is read into a DecodeError."""
-    path = file.path
+def as_decode_errors(media: Media) -> Iterator[None]:
+    """Raise any error within, while the file is read, as a DecodeError."""
+    path, data = file_of(media)
     try:
-        if (_size_of(path) if file.data is None else len(file.data)) == 0:
+        if (_size_of(path) if data is None else len(data)) == 0:
             raise DecodeError(path, "empty file (0 bytes)")
         yield
     except DecodeError:
@@ -161,13 +201,13 @@ def as_decode_errors(file: File) -> Iterator[None]:
         raise DecodeError(path, f"not a video, cut off or damaged ({error.strerror})") from error
     except (OSError, av.FFmpegError) as error:
         raise DecodeError(path, error.strerror or str(error)) from error
-    except Exception as error:  # damaged files break libraries in ways those do not name
+    except Exception as error:  # on damaged files libraries also fail in undocumented ways
         raise DecodeError(path, f"{type(error).__name__}: {error}") from error
 
 
 def _size_of(path: Path) -> int:
-    """Return the size of a file in bytes. Raises DecodeError where it cannot be read, or is a pipe
-    or device, which could block or never end."""
+    """Return the size of a file in bytes. Raises DecodeError where there is none, or where it is a
+    pipe or device, which could block or never end."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -181,7 +221,7 @@ def _size_of(path: Path) -> int:
     return status.st_size
 
 
-def video_stream(container: InputContainer, path: Path) -> VideoStream:
+def _video_stream(container: InputContainer, path: Path) -> VideoStream:
     for stream in container.streams.video:
         # Cover art of a sound file counts as video in a container; text is drawn as "ansi".
         if stream.disposition & Disposition.attached_pic:
@@ -189,7 +229,7 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
         if stream.codec_context is None:
             raise DecodeError(path, "no decoder for its video")
         if stream.codec_context.name != "ansi":
-            # PyAV's default is a thread per core: what comes of a damaged file then varies.
+            # PyAV's default is a thread per core; the frames of a damaged file would then vary.
             stream.codec_context.thread_count = 1
             stream.codec_context.thread_type = "NONE"
             stream.codec_context.options = BOUNDS
@@ -201,73 +241,64 @@ def video_stream(container: InputContainer, path: Path) -> VideoStream:
     raise DecodeError(path, f"no video in it (only {', '.join(kinds)})" if kinds else "not a video")
 
 
-@contextmanager
-def open_video(source: Media) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and find its video; what goes wrong within is a DecodeError."""
-    file = file_of(source)
-    with as_decode_errors(file), open_container(file) as container:
-        yield container, video_stream(container, file.path)
+def is_image(media: Media) -> bool:
+    """Return whether the name has an image's suffix."""
+    return file_of(media).path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def is_image(source: Media) -> bool:
-    """Return whether the name is that of an image."""
-    return file_of(source).path.suffix.lower() in IMAGE_SUFFIXES
+_LATEST = 1 << 62  # the most ticks that libav counts to
 
 
-_LATEST = 1 << 62  # ticks that libav still counts
-
-
-def packets_from(
-    container: InputContainer, stream: VideoStream, start: float | None
-) -> Iterator[Packet]:
-    """Packets from the keyframe at or before `start` seconds where the format is good at
-    seeking, else from the first. Raises Unseekable where seeking fails: to read them all, open the
-    file anew."""
-    source = demux(container, stream)
+def packets_from(video: Video, start: float | None) -> Iterator[Packet]:
+    """Yield packets from the keyframe at or before `start` seconds, or from the first packet where
+    the format is not in SEEKABLE. Raises Unseekable where seeking fails; to read all packets then,
+    open the file again."""
+    stream = video.stream
     known = stream.start_time is not None and stream.time_base
-    if not (start and known and container.format.name in SEEKABLE):
-        return source
+    if not (start and known and video.format in SEEKABLE):
+        return demux(video)
     assert stream.start_time is not None and stream.time_base is not None
     first = min(stream.start_time + int(start / float(stream.time_base)), _LATEST)
     for offset in (first, stream.start_time):
         try:
-            container.seek(offset, stream=stream)
+            video.container.seek(offset, stream=stream)
         except av.FFmpegError:
-            raise Unseekable(container.name, "it cannot be sought in") from None
-        source = demux(container, stream)
-        head = next(source, None)
+            raise Unseekable(video.path, "it cannot be sought in") from None
+        packets = demux(video)
+        head = next(packets, None)
         if head is None:
-            raise Unseekable(container.name, "seeking in it leads to its end")
+            raise Unseekable(video.path, "seeking in it leads to its end")
         if head.is_keyframe and head.pts is not None and head.pts <= first:
-            return itertools.chain([head], source)
-    raise Unseekable(container.name, "seeking in it leads to no keyframe before")
+            return itertools.chain([head], packets)
+    raise Unseekable(video.path, "seeking in it leads to no keyframe before")
 
 
-def demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
-    # PyAV's own generator leaks a packet where it is left early and not closed. This one closes it
-    # when nobody holds it any more.
+def demux(video: Video) -> Iterator[Packet]:
+    """Yield the stream's packets from where the container stands."""
+    # PyAV's own generator leaks a packet if it is left early and never closed. This one closes it
+    # when the last reference to it is gone.
     while True:
         try:
-            yield from container.demux(stream)
+            yield from video.container.demux(video.stream)
             return
-        except IndexError:  # by PyAV, once for a stream that begins in the middle of a file
+        except IndexError:  # raised by PyAV, once for a stream that begins in the middle of a file
             continue
 
 
-# NAL units (H.264, 7.3.1; HEVC, 7.3.1.2): shift and mask of the type in their first byte, and where
-# the codec's extradata has the size of their lengths.
+# NAL units (H.264, 7.3.1; HEVC, 7.3.1.2): shift and mask of the type in their first byte, and the
+# byte of the codec's extradata that holds the size of their length fields.
 NAL = {"h264": (0, 31, 4), "hevc": (1, 63, 21)}
-# Types that are no part of a picture: settings, messages, ends, filler. Others may hold one.
+# Types that are no part of a picture: settings, messages, ends, filler.
 SILENT = {"h264": range(6, 14), "hevc": range(32, 41)}
 
 
 def nal_units(packet: Packet, stream: VideoStream) -> Iterator[tuple[int, memoryview]]:
-    """Types and bytes of the NAL units in a packet of H.264 or HEVC; none where they cannot be
+    """Yield type and bytes of each NAL unit in a packet of H.264 or HEVC; none where they cannot be
     told apart."""
     context = stream.codec_context
     shift, mask, at = NAL[context.codec.canonical_name]
     head, data = context.extradata or b"", memoryview(bytes(packet))
-    # In files (ISO/IEC 14496-15) each follows its length, in streams the bytes 0 0 1.
+    # In files (ISO/IEC 14496-15) each unit follows its length, in streams the bytes 0 0 1.
     size = (head[at] & 3) + 1 if len(head) > at and head[0] == 1 else 0
     if size:
         spans, start = [], 0
@@ -283,8 +314,8 @@ def nal_units(packet: Packet, stream: VideoStream) -> Iterator[tuple[int, memory
 
 
 def holds_picture(packet: Packet, stream: VideoStream) -> bool:
-    """Return False for a packet of H.264 or HEVC that has settings, messages or filler alone, for
-    which decoders report an error."""
+    """Return False for a packet of H.264 or HEVC that holds only settings, messages or filler.
+    Decoders report an error for such packets."""
     codec = stream.codec_context.codec.canonical_name
     if codec not in NAL:
         return True

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data import DECODERS
-from clipvip.data.video.container import Blob, DecodeError, add_copy, open_video, packets_from
+from clipvip.data.video.container import Blob, DecodeError, add_copy, open_file, packets_from
 from clipvip.data.video.decode import Frames, OpenClip, open_clip
 from clipvip.data.video.headers import CHANGED, difference, resets
 from clipvip.data.video.pixels import MATRIX_NAMES, orientation
@@ -180,7 +180,7 @@ class Refused(DecodeError):
 
 def encode(clip: OpenClip, engine: Engine) -> Encoded:
     """Prepare all that DALI needs for the clip's frames. Raises Refused, or what PyAV raises."""
-    path, head = clip.path, clip.stream.codec_context
+    path, head = clip.path, clip.video.stream.codec_context
     codec = head.codec.canonical_name
     if codec not in engine.codecs:
         raise Refused(path, f"{codec} on the {engine.device.upper()}")
@@ -190,10 +190,11 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
     positions = clip.chosen.positions
     wanted = clip.index.shown[positions]
     # Half a tick on, or rounding could lead to the keyframe before.
-    first = clip.index.times[positions.min()] + float(clip.stream.time_base or 0) / 2
-    with open_video(clip.source) as (container, stream):
+    first = clip.index.times[positions.min()] + float(clip.video.stream.time_base or 0) / 2
+    with open_file(clip.video.file) as video:
+        stream = video.stream
         given = stream.codec_context.width, stream.codec_context.height
-        source = packets_from(container, stream, first)
+        source = packets_from(video, first)
         packets = _needed(source, set(wanted.tolist()), resets(stream))
         if packets and (problem := difference(stream, packets)):
             raise Refused(path, problem)

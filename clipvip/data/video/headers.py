@@ -15,7 +15,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from clipvip.data.video.container import NAL, holds_picture, nal_units
-from clipvip.data.video.in_order import SMALL
+from clipvip.data.video.stamps import SMALL
 
 CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # nothing refers to beyond a keyframe
 # Types of NAL units that are IDR pictures, and of parameter sets that hold the size.

@@ -28,7 +28,6 @@ from clipvip.data.video.container import (
     Media,
     add_copy,
     as_decode_errors,
-    file_of,
     open_video,
     packets_from,
 )
@@ -70,7 +69,7 @@ class _Impossible(DecodeError):
 
 def whole(path: Path, start: float | None = None, end: float | None = None) -> Cut:
     """The file as it is. Raises DecodeError."""
-    with as_decode_errors(file_of(path)):
+    with as_decode_errors(path):
         return Cut(Blob(path.name, path.read_bytes()), start, end)
 
 
@@ -104,15 +103,15 @@ def cut(path: Path, start: float | None, end: float | None) -> Cut:
 
 def _copied(path: Path, start: float | None, end: float | None) -> Cut:
     """Copy the packets, without comparing them with the file. Raises DecodeError."""
-    with open_video(path) as (container, stream):
-        kinds = CONTAINERS.get(container.format.name, ())
+    with open_video(path) as video:
+        stream, kinds = video.stream, CONTAINERS.get(video.format, ())
         tick, zero = stream.time_base, stream.start_time
         if not kinds:
-            raise _Impossible(path, f"their container ({container.format.name}) cannot be cut")
+            raise _Impossible(path, f"their container ({video.format}) cannot be cut")
         if tick is None or zero is None:
             raise _Impossible(path, "their times are not known")
         last = None if end is None else zero + end / float(tick)
-        packets = _needed(packets_from(container, stream, start), last)
+        packets = _needed(packets_from(video, start), last)
         if not packets:
             raise DecodeError(path, "no frames in it")
         if any(map(has_new_head, packets)):
@@ -192,10 +191,10 @@ class _Shown(NamedTuple):
 def _shown(source: Media, start: float | None, end: float | None) -> _Shown:
     """Raises DecodeError."""
     with open_clip(source, 3, start=start, end=end) as clip:
-        context = clip.stream.codec_context
+        context = clip.video.stream.codec_context
         pictures = clip.decode(max(min(context.width, context.height), 1)).frames
         times = clip.index.times[window_of(clip.index.times, start, end, clip.path)]
-        return _Shown(times - times[0], pictures, float(clip.stream.time_base or 0))
+        return _Shown(times - times[0], pictures, float(clip.video.stream.time_base or 0))
 
 
 def _alike(one: _Shown, other: _Shown) -> bool:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clipvip.data.video import container, decode, frame_index, pixels
-from clipvip.data.video.decode import DecodeError, open_clip, probe, read_frames
+from clipvip.data.video import index_by_packets, known_index, pixels, strategies
+from clipvip.data.video.container import Blob, open_video
+from clipvip.data.video.decode import DecodeError, open_clip, read_frames
 from clipvip.data.video.sampling import choose_frames
 from clipvip.ops import _native
 
@@ -114,8 +115,8 @@ def test_seeks_only_where_a_keyframe_lies_between(
     name: str, count: int, jumps: int, make_video, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_video(name, **CODINGS[name])
-    seek, calls = decode._seek, []
-    monkeypatch.setattr(decode, "_seek", lambda *given: calls.append(0) or seek(*given))
+    seek, calls = strategies._seek, []
+    monkeypatch.setattr(strategies, "_seek", lambda *given: calls.append(0) or seek(*given))
     read_frames(path, count, size=16)
     assert len(calls) == jumps
 
@@ -123,14 +124,14 @@ def test_seeks_only_where_a_keyframe_lies_between(
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The pts of packets fed after the last seek."""
-    seek, fed = decode._seek, []
+    seek, fed = strategies._seek, []
 
     def counting(*given):
         source = seek(*given)
         fed.clear()
         return (fed.append(packet.pts) or packet for packet in source)
 
-    monkeypatch.setattr(decode, "_seek", counting)
+    monkeypatch.setattr(strategies, "_seek", counting)
     return fed
 
 
@@ -186,14 +187,10 @@ def test_tables_of_an_mp4_say_what_its_packets_say(
     name: str, options: dict[str, str], make_video, tmp_path: Path
 ) -> None:
     path = packed(make_video(name, **CODINGS[name]), tmp_path / name, **options)
-    for file in (
-        container.file_of(path),
-        container.file_of(container.Blob(name, path.read_bytes())),
-    ):
-        with container.open_container(file) as opened:
-            stream = container.video_stream(opened, path)
-            by_tables = frame_index._index_of_tables(opened, stream, file)
-            by_packets = frame_index.read_index(opened, stream, file)
+    for media in (path, Blob(name, path.read_bytes())):
+        with open_video(media) as video:
+            by_tables = index_by_packets.index_by_tables(video)
+            by_packets = index_by_packets.index_by_packets(video)
         assert by_tables is not None
         for field in ("pts", "dts", "keyframe", "shown", "times", "duration", "by_count"):
             assert np.array_equal(getattr(by_tables, field), getattr(by_packets, field)), field
@@ -203,9 +200,8 @@ def test_tables_that_leave_a_doubt_are_not_used(make_video, numbers, tmp_path: P
     whole = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
     fragments = packed(whole, tmp_path / "x.mp4", movflags="frag_keyframe+empty_moov")
     for path in (fragments, make_video("gop10.mkv", **CODINGS["gop10.mkv"])):
-        file = container.file_of(path)
-        with container.open_container(file) as opened:
-            assert frame_index._index_of_tables(opened, opened.streams.video[0], file) is None
+        with open_video(path) as video:
+            assert index_by_packets.index_by_tables(video) is None
         assert numbers(read_frames(path, 2, size=16)) == [0, 59]
 
 
@@ -219,11 +215,13 @@ def test_wrong_tables_are_found_out(
 
     right = drawn()
     assert indexed == []
-    offsets, found_out = frame_index.composition_offsets, 0
+    offsets, found_out = index_by_packets.composition_offsets, 0
     for wrong in (np.flip, lambda table: table * 2, lambda table: table[:0]):
-        monkeypatch.setattr(frame_index, "_known", frame_index._Known())
+        monkeypatch.setattr(known_index, "_known", known_index._Known())
         monkeypatch.setattr(
-            frame_index, "composition_offsets", lambda *given, wrong=wrong: wrong(offsets(*given))
+            index_by_packets,
+            "composition_offsets",
+            lambda *given, wrong=wrong: wrong(offsets(*given)),
         )
         indexed.clear()
         # Once found out, they are not tried again.
@@ -236,10 +234,12 @@ def test_wrong_tables_are_found_out(
 def indexed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Of which files the packets were read, from now on."""
     found: list[Path] = []
-    index = frame_index.read_index
-    monkeypatch.setattr(frame_index, "_known", frame_index._Known())
+    index = known_index.index_by_packets
+    monkeypatch.setattr(known_index, "_known", known_index._Known())
     monkeypatch.setattr(
-        frame_index, "read_index", lambda *given: found.append(given[2].path) or index(*given)
+        known_index,
+        "index_by_packets",
+        lambda video, *part: found.append(video.path) or index(video, *part),
     )
     return found
 
@@ -247,14 +247,14 @@ def indexed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch, indexed) -> list[Path]:
     """Of which files the packets or the tables were read, from now on."""
-    of_tables = frame_index._index_of_tables
+    by_tables = known_index.index_by_tables
 
-    def watched(container, stream, file):
-        if (index := of_tables(container, stream, file)) is not None:
-            indexed.append(file.path)
+    def watched(video):
+        if (index := by_tables(video)) is not None:
+            indexed.append(video.path)
         return index
 
-    monkeypatch.setattr(frame_index, "_index_of_tables", watched)
+    monkeypatch.setattr(known_index, "index_by_tables", watched)
     return indexed
 
 
@@ -294,13 +294,13 @@ def test_what_is_known_is_bounded_and_the_last_used_stays(
     for path in paths:
         path.write_bytes(data)
     read_frames(paths[0], 2, size=16)
-    (index,) = frame_index._known.kept.values()
-    monkeypatch.setattr(frame_index, "MOST_KNOWN", 3 * index.bytes)
+    (index,) = known_index._known.kept.values()
+    monkeypatch.setattr(known_index, "MOST_KNOWN", 3 * index.bytes)
     for path in paths[1:]:
         read_frames(path, 2, size=16)
         read_frames(paths[0], 2, size=16)
-        held = sum(kept.bytes for kept in frame_index._known.kept.values())
-        assert frame_index._known.bytes == held <= frame_index.MOST_KNOWN
+        held = sum(kept.bytes for kept in known_index._known.kept.values())
+        assert known_index._known.bytes == held <= known_index.MOST_KNOWN
     assert read == paths
 
 
@@ -333,7 +333,8 @@ def test_frames_before_the_edit_list_are_not_shown(tmp_path: Path, make_video, n
     with av.open(str(cut)) as container:
         shown = [frame.pts for frame in container.decode(video=0)]
     found = numbers(read_frames(cut, 5, size=16))
-    assert len(shown) == probe(cut).num_frames
+    with open_clip(cut, 1) as clip:
+        assert len(shown) == len(clip.index.times)
     assert (found[0], found[-1]) == (60 - len(shown), 59)
 
 
@@ -403,8 +404,6 @@ def test_rotation_flag_turns_frames(orientation: str, turned_video) -> None:
         row, column = place.split()
         assert frame[channel, corner[row], side[column]].float().mean() > 200
         assert frame[channel].float().mean() < 100
-    info = probe(path)
-    assert (info.width, info.height) == ((32, 64) if matrix[0] == 0 else (64, 32))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -418,13 +417,6 @@ def test_an_image_is_one_frame_upright(suffix: str, tmp_path: Path) -> None:
     frames = read_frames(path, 12, size=20)
     assert frames.shape == (1, 3, 20, 20)
     assert frames[0, :, 12:].float().mean() > 250 and frames[0, :, :8].float().mean() < 5
-    assert probe(path)[:3] == (40, 80, 1)
-
-
-def test_probe_tells_what_is_in_a_file(real_clips: dict[str, Path]) -> None:
-    info = probe(real_clips["bikes"])
-    assert (info.width, info.height, info.num_frames, info.codec) == (640, 272, 250, "h264")
-    assert info.duration == pytest.approx(10.0) and info.fps == pytest.approx(25.0)
 
 
 def make_bad(kind: str, folder: Path, good: Path) -> Path:
@@ -527,7 +519,6 @@ def test_no_file_stays_open(make_video, tmp_path: Path) -> None:
         read_frames(good, 4, size=16)
         with pytest.raises(DecodeError):
             read_frames(bad, 4, size=16)
-        probe(good)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -550,7 +541,6 @@ def test_memory_is_given_back(name: str, make_video) -> None:
         for _ in range(60):
             read_frames(path, 4, size=16)
             read_frames(path, 2, size=16, start=0.5, end=1.5)
-            probe(path)
         gc.collect()
         found = mallinfo()
         return int(found.uordblks + found.hblkhd)

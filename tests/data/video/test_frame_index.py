@@ -19,9 +19,10 @@ from av.packet import Packet
 from av.video.frame import PictureType
 from torch import Tensor
 
-from clipvip.data.video.container import DecodeError, file_of, open_video
+from clipvip.data.video.container import DecodeError, open_video
 from clipvip.data.video.decode import decode_clip, open_clip, read_frames
-from clipvip.data.video.frame_index import Trust, known_index
+from clipvip.data.video.frame_index import Trust
+from clipvip.data.video.known_index import known_index
 
 Numbers = Callable[[Tensor], list[int]]
 CODED = {"options": {"g": "10", "bf": "3", "sc_threshold": "0"}}
@@ -142,8 +143,8 @@ def test_avi_has_the_same_times_by_packets_and_by_decoding(reordered: str, make_
     path = make_video(f"gap-{reordered}.avi", times=times, fps=50, options=options)
     found = []
     for trust in (Trust.PACKETS, Trust.DECODER):
-        with open_video(path) as (container, stream):
-            found.append(known_index(container, stream, file_of(path), trust=trust).times)
+        with open_video(path) as video:
+            found.append(known_index(video, trust=trust).times)
     assert np.allclose(*found)
 
 
@@ -307,7 +308,7 @@ def test_a_part_without_reordering_is_not_read_from_the_first_frame(
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
     with open_clip(path, 5, start=1.601, end=1.799) as clip:
-        assert clip.index.pts.min() >= 1.0 / clip.stream.time_base
+        assert clip.index.pts.min() >= 1.0 / clip.video.stream.time_base
         assert numbers(clip.decode(16).frames) == [40, 41, 42, 43, 44]
     check(path, numbers, np.arange(60) / 25)
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from clipvip.data.video import limits
 from clipvip.data.video.container import FORMATS, Blob
-from clipvip.data.video.decode import DecodeError, probe, read_frames
+from clipvip.data.video.decode import DecodeError, read_frames
 from clipvip.data.video.mp4 import Impossible, check_claims
 
 # --- scripts -------------------------------------------------------------------------------------
@@ -79,8 +79,6 @@ def test_a_script_opens_no_other_file_and_no_port(
                 for source in (path, Blob(path.name, text.encode())):
                     with pytest.raises(DecodeError):
                         read_frames(source, 1, size=16)
-                    with pytest.raises(DecodeError):
-                        probe(source)
                     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as still_free:
                         still_free.bind(("", multicast[1]))
 
@@ -92,7 +90,7 @@ def test_parts_of_a_film_are_not_looked_for(tmp_path: Path) -> None:
     frame = b"VIDF" + struct.pack("<IQ", 32 + 64 * 48 * 2, 0) + bytes(16 + 64 * 48 * 2)
     (tmp_path / "a.mp4").write_bytes(head + size + frame)
     with pytest.raises(DecodeError, match="not a video: "):
-        probe(tmp_path / "a.mp4")
+        read_frames(tmp_path / "a.mp4", 1, size=16)
 
 
 def test_numbered_images_are_not_looked_for(tmp_path: Path) -> None:
@@ -162,8 +160,6 @@ def test_no_program_is_started_for_an_image(
         for source in (tmp_path / name, Blob(name, POSTSCRIPT)):
             with pytest.raises(DecodeError, match="not an image of a known format"):
                 read_frames(source, 1, size=16)
-            with pytest.raises(DecodeError):
-                probe(source)
     assert not called.exists()
 
 
@@ -172,7 +168,6 @@ def test_images_under_another_images_name_are_read(tmp_path: Path) -> None:
         path = tmp_path / f"{kind}.jpg"
         Image.new("RGB", (40, 32), (0, 200, 0)).save(path, kind)
         assert read_frames(path, 1, size=16)[0, 1].float().mean() > 190
-        assert probe(path)[:2] == (40, 32)
 
 
 # --- what is no file -----------------------------------------------------------------------------
@@ -193,8 +188,6 @@ def test_pipes_sockets_and_devices_are_refused_unopened(tmp_path: Path) -> None:
         for name in ("pipe.mp4", "pipe.jpg", "zero.mp4", "zero.png", "socket.mp4"):
             with pytest.raises(DecodeError, match="a pipe, socket or device"):
                 read_frames(tmp_path / name, 1, size=16)
-            with pytest.raises(DecodeError, match="a pipe, socket or device"):
-                probe(tmp_path / name)
 
 
 # --- claims --------------------------------------------------------------------------------------

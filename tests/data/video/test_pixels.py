@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from clipvip.data.video.container import Blob, DecodeError
-from clipvip.data.video.decode import probe, read_frames
+from clipvip.data.video.decode import read_frames
 from clipvip.data.video.pixels import Converter, rgb_of
 from clipvip.ops.resize_crop import RESIZES, resize_frames
 
@@ -42,8 +42,6 @@ def test_jpeg_frames_turn_by_their_exif(orientation: int, tmp_path: Path) -> Non
             out.mux(packet)
     with Image.open(jpeg) as image:
         shown = ImageOps.exif_transpose(image)
-    info = probe(path)
-    assert (info.width, info.height) == shown.size
     top = (shown.height - 32) // 2
     left = (shown.width - 32) // 2
     expected = np.asarray(shown.crop((left, top, left + 32, top + 32)), int)

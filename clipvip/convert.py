@@ -1,17 +1,27 @@
-"""TODO."""
+"""Convert checkpoints: from any kind that `CLIPViPModel.from_pretrained` reads to ours or the
+authors' kind. This is `clipvip convert`.
+"""
 
-import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.authors import authors_state_dict
-from clipvip.model.pretrained import failed_writes
+from clipvip.model.pretrained import check_name, failed_writes
+from clipvip.model.processing import (
+    AUTHORS_READING,
+    CLIP_READING,
+    NoTokenizer,
+    read_settings,
+    save_settings,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -22,19 +32,14 @@ def convert(
     to: str = "clipvip",
     tokenizer: str | os.PathLike | None = None,
 ) -> None:
-    """Read a checkpoint of any kind `CLIPViPModel.from_pretrained` takes, and write another.
+    """Read a checkpoint of any kind that `CLIPViPModel.from_pretrained` takes, and write another.
 
-    to="clipvip": a folder with our model and its processor, which reads videos as the source's
-        does. Where there is no tokenizer, that is logged and how videos are read is saved alone.
-    to="authors": one file that the authors' code loads.
-    tokenizer: a folder or hub name whose tokenizer is taken; by default the source's.
-    Nothing is at `destination` before all of it is there. Raises FileExistsError where something
-    already is.
+    to: "clipvip" for a folder with our model and a processor that reads videos as the source's
+        does; without a tokenizer, only how videos are read is saved, and a warning says so.
+        "authors" for one file that the authors' code loads.
+    tokenizer: folder or hub name of the tokenizer; by default that of the source.
+    `destination` appears only when it is complete. Raises FileExistsError if it exists.
     """
-    from clipvip.model.modeling import CLIPViPModel
-    from clipvip.model.pretrained import check_name
-    from clipvip.model.processing import CLIPViPProcessor, NoTokenizer, read_settings, save_settings
-
     if to not in ("clipvip", "authors"):
         raise ValueError(f"to is {to!r}; expected 'clipvip' or 'authors'")
     destination = Path(destination)
@@ -42,44 +47,65 @@ def convert(
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
     model = CLIPViPModel.from_pretrained(source)
-    size = model.config.vision_config.image_size
-    processor = None
-    if to == "clipvip":
-        try:
-            processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
-            processor.check_tokens(model.config)
-        except (NoTokenizer, FileNotFoundError):
-            if tokenizer is not None:
-                raise
+    processor = _processor(source, tokenizer, model) if to == "clipvip" else None
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _written_then_renamed(destination) as unfinished, failed_writes():
         if to == "authors":
-            reading = {"resize": "crop", "sampling": "uniform"} | read_settings(source)
-            if (reading["resize"], reading["sampling"]) != ("squash", "authors"):
-                logger.warning(
-                    f"{source} reads videos by resize={reading['resize']!r} and "
-                    f"sampling={reading['sampling']!r}, which the authors' code does not"
-                )
-            with unfinished.open("wb") as file:  # its errors say why; torch's do not
-                torch.save(authors_state_dict(model), file)
-            return
-        model.save_pretrained(unfinished)
-        if processor is None:
-            save_settings(unfinished, **(read_settings(source) | {"image_size": size}))
-            logger.warning(
-                f"{source} holds no tokenizer, so none is saved; convert it again with one (such "
-                "as --tokenizer openai/clip-vit-base-patch32), or add it: CLIPViPProcessor."
-                f"from_pretrained({str(destination)!r}, tokenizer='openai/clip-vit-base-patch32')"
-                f".save_pretrained({str(destination)!r})"
-            )
+            _write_for_authors(model, source, unfinished)
         else:
-            processor.image_size = size
-            processor.save_pretrained(unfinished)
+            _write_ours(model, processor, source, destination, unfinished)
 
 
-@contextlib.contextmanager
+def _processor(
+    source: str | os.PathLike, tokenizer: str | os.PathLike | None, model: CLIPViPModel
+) -> CLIPViPProcessor | None:
+    """Load the processor; None if the source has no tokenizer and none was given."""
+    try:
+        processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
+    except (NoTokenizer, FileNotFoundError):
+        if tokenizer is not None:
+            raise
+        return None
+    processor.check_tokens(model.config)
+    processor.image_size = model.config.vision_config.image_size
+    return processor
+
+
+def _write_ours(
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor | None,
+    source: str | os.PathLike,
+    destination: Path,
+    unfinished: Path,
+) -> None:
+    model.save_pretrained(unfinished)
+    if processor is not None:
+        processor.save_pretrained(unfinished)
+        return
+    size = model.config.vision_config.image_size
+    save_settings(unfinished, **(read_settings(source) | {"image_size": size}))
+    logger.warning(
+        f"{source} has no tokenizer, so none is saved; convert again with one (such as "
+        "--tokenizer openai/clip-vit-base-patch32), or add it: CLIPViPProcessor."
+        f"from_pretrained({str(destination)!r}, tokenizer='openai/clip-vit-base-patch32')"
+        f".save_pretrained({str(destination)!r})"
+    )
+
+
+def _write_for_authors(model: CLIPViPModel, source: str | os.PathLike, unfinished: Path) -> None:
+    reading = CLIP_READING | read_settings(source)
+    if any(reading[name] != value for name, value in AUTHORS_READING.items()):
+        logger.warning(
+            f"{source} reads videos by resize={reading['resize']!r} and "
+            f"sampling={reading['sampling']!r}; the authors' code reads them otherwise"
+        )
+    with unfinished.open("wb") as file:  # its errors give the reason, torch's do not
+        torch.save(authors_state_dict(model), file)
+
+
+@contextmanager
 def _written_then_renamed(destination: Path) -> Iterator[Path]:
-    """A path beside `destination` that takes its name when the block ends well."""
+    """Yield a path beside `destination`, which is renamed to it if the block succeeds."""
     folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:
         yield folder / destination.name

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Texts to tokens, in one way for training, evaluation and search."""
 
 import html
 from collections.abc import Sequence
@@ -6,17 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-LONGEST = 20_000  # characters: a text of megabytes would take seconds for each, and much memory
+# A text of megabytes would take seconds and much memory, and no model reads that far.
+MOST_CHARACTERS = 20_000
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, int64 [len(texts), longest], at most text_length with both specials.
+    """Return token ids and mask, int64 [len(texts), longest], padded to the longest text.
 
-    HTML entities are undone first, as CLIP's own tokenizer did. No more than a text's first
-    20,000 characters are looked at.
+    HTML entities are resolved first, as in CLIP's own tokenizer. Only the first MOST_CHARACTERS of
+    a text are read.
+
+    text_length: number of tokens at which texts are cut off, start and end token included.
     """
     tokens = tokenizer(
-        [html.unescape(html.unescape(text[:LONGEST])) for text in texts],
+        [html.unescape(html.unescape(text[:MOST_CHARACTERS])) for text in texts],
         padding=True,
         truncation=True,
         max_length=text_length,

@@ -1,7 +1,7 @@
-"""From videos and texts to what CLIPViPModel takes.
+"""Turn videos and texts into the inputs of CLIPViPModel.
 
-How a model reads videos and texts is its processor's to say, whoever asks: training, evaluation,
-search. It is saved with the model.
+The processor alone decides how videos and texts are read; training, evaluation and search ask it.
+It is saved with the model.
 """
 
 import json
@@ -19,55 +19,42 @@ from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file, logging
 
-from clipvip.data.video import check_sampling
+from clipvip.data.video import check_sampling, read_frames, rgb_of
 from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.configuration import CLIPViPConfig
 from clipvip.model.pretrained import found
 from clipvip.ops.resize_crop import check_resize, resize_frames
+from clipvip.text import tokenize
 from clipvip.transfer import send
 
 logger = logging.get_logger(__name__)
 
-LONGEST = 77  # tokens that CLIP reads
-MOST = 10_000  # frames, tokens or pixels; no model's files ask for more
+MOST_TOKENS = 77  # that CLIP reads
+MOST = 10_000  # frames, tokens or pixels that a processor may ask for
 READING = ("num_frames", "text_length", "paragraph", "sampling", "resize")
 """Attributes of a processor that a training run may choose."""
+CLIP_READING = {"sampling": "uniform", "resize": "crop"}
+AUTHORS_READING = {"sampling": "authors", "resize": "squash"}  # as in the authors' code
 PROCESSOR_CONFIG = "processor_config.json"
 _SAVED = ("image_size", "image_mean", "image_std", *READING)
 
-# A video: a path, frames as one uint8 array [N, H, W, 3] or [N, 3, H, W], or a list of frames,
-# each a PIL image or an array [H, W, 3] or [3, H, W]. A lone frame is a video of one.
+# A video is a path, frames as one uint8 array [N, H, W, 3] or [N, 3, H, W], or a list of frames,
+# each a PIL image or an array [H, W, 3] or [3, H, W]. A single frame is a video of one frame.
 Video = Any
 
 
-def normalize_frames(
-    frames: Tensor,
-    mean: Sequence[float] = OPENAI_CLIP_MEAN,
-    std: Sequence[float] = OPENAI_CLIP_STD,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """uint8 [..., 3, H, W] → (frames/255 - mean)/std in `dtype`, on the frames' own device."""
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"frames are {frames.dtype}; expected uint8")
-    scale = 1 / (255 * torch.tensor(std))
-    shift = 255 * torch.tensor(mean) * scale
-    scale, shift = (send(x[:, None, None], frames.device) for x in (scale, shift))
-    return (frames * scale - shift).to(dtype)
-
-
-class NoTokenizer(OSError):
-    """A processor was asked for where there is no tokenizer; one line that says what to give."""
-
-
 class CLIPViPProcessor(ProcessorMixin):
-    """CLIP's tokenizer, and how videos are read.
+    """CLIP's tokenizer, and the settings by which videos and texts are read.
 
     tokenizer: a CLIPTokenizer.
-    image_size: pixels, the side of a frame. image_mean, image_std: per channel, of [0, 1].
-    num_frames: frames that are read of a video. sampling: which, see clipvip.data.video.sampling.
-    resize: how they become squares, see clipvip.ops.resize_crop.
-    text_length: tokens at which texts are cut off, the end-of-text token kept; None for as many as
-        the tokenizer allows. paragraph: whether all texts of a clip are one.
+    image_size: side of a frame in pixels.
+    image_mean, image_std: mean and standard deviation per channel, for pixels of 0 to 1.
+    num_frames: number of frames that are read from a video.
+    text_length: number of tokens at which texts are cut off, the end token kept; None for the
+        tokenizer's own limit.
+    paragraph: whether all texts of a clip are joined into one.
+    sampling: which frames are read, see clipvip.data.video.sampling.
+    resize: how frames become squares, see clipvip.ops.resize_crop.
     """
 
     def __init__(
@@ -79,13 +66,15 @@ class CLIPViPProcessor(ProcessorMixin):
         num_frames: int = 12,
         text_length: int | None = None,
         paragraph: bool = False,
-        sampling: str = "uniform",
-        resize: str = "crop",
+        sampling: str = CLIP_READING["sampling"],
+        resize: str = CLIP_READING["resize"],
     ) -> None:
         super().__init__(tokenizer)
         for name, value in (("image_mean", image_mean), ("image_std", image_std)):
             if not _are_channels(value) or (name == "image_std" and not min(value) > 0):
-                raise ValueError(f"{name} is {value!r}; expected a number for each of 3 channels")
+                raise ValueError(
+                    f"{name} is {value!r}; expected three finite numbers, one per channel"
+                )
         counts = {"image_size": image_size, "num_frames": num_frames, "text_length": text_length}
         for name, count in counts.items():
             fits = type(count) is int and 0 < count <= MOST
@@ -110,7 +99,7 @@ class CLIPViPProcessor(ProcessorMixin):
         self.resize = resize
 
     def check_tokens(self, config: CLIPViPConfig) -> None:
-        """Raises ValueError where the tokenizer has more tokens or another end than the model."""
+        """Raise ValueError if the tokenizer has more tokens or another end token than the model."""
         known, vocabulary = config.text_config.vocab_size, self.tokenizer.get_vocab()
         tokens = max(len(self.tokenizer), 1 + max(vocabulary.values(), default=0))
         if tokens > known:
@@ -118,7 +107,7 @@ class CLIPViPProcessor(ProcessorMixin):
                 f"the tokenizer has {tokens} tokens, the model {known}; expected the tokenizer "
                 "that the model was trained with"
             )
-        # A text's feature is that of its end token. OpenAI's models say 2 and mean the highest id.
+        # A text's feature is read at its end token. OpenAI's models say 2 and mean the highest id.
         end, own = config.text_config.eos_token_id, self.tokenizer.eos_token_id
         if end not in (2, own):
             raise ValueError(
@@ -127,18 +116,18 @@ class CLIPViPProcessor(ProcessorMixin):
             )
 
     def fit(self, config: CLIPViPConfig) -> None:
-        """Read frames of a model's size and texts no longer than it takes; see check_tokens."""
+        """Adapt frame size and text length to a model. Raises ValueError as check_tokens does."""
         self.check_tokens(config)
         self.image_size = config.vision_config.image_size
         self.text_length = min(self.longest_text, config.text_config.max_position_embeddings)
 
     @property
     def longest_text(self) -> int:
-        """Tokens at which texts are cut off."""
-        return self.text_length or min(self.tokenizer.model_max_length, LONGEST)
+        """Number of tokens at which texts are cut off."""
+        return self.text_length or min(self.tokenizer.model_max_length, MOST_TOKENS)
 
     def loading(self) -> dict[str, Any]:
-        """The fields of clipvip.data.loading.LoaderOptions that say how clips are read."""
+        """Return the fields of clipvip.data.loading.LoaderOptions that say how clips are read."""
         return {
             "image_size": self.image_size,
             "num_frames": self.num_frames,
@@ -156,8 +145,9 @@ class CLIPViPProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Make a batch of texts, of videos, or of both.
 
-        text: one or more; HTML entities are resolved. text_length: instead of the processor's own.
+        text: one or more; HTML entities are resolved.
         videos: one or more, of any lengths; see `Video`.
+        text_length: overrides that of the processor.
         Returns input_ids and attention_mask int64 [n, longest], and pixel_values fp32
         [F, 3, image_size, image_size] with frame_offsets int32 [B+1].
         """
@@ -165,8 +155,6 @@ class CLIPViPProcessor(ProcessorMixin):
             raise ValueError("neither text nor videos was given; pass at least one of them")
         batch: dict[str, Tensor] = {}
         if text is not None:
-            from clipvip.text import tokenize
-
             texts = [text] if isinstance(text, str) else text
             length = text_length or self.longest_text
             batch["input_ids"], batch["attention_mask"] = tokenize(self.tokenizer, texts, length)
@@ -179,10 +167,8 @@ class CLIPViPProcessor(ProcessorMixin):
         return BatchFeature(batch)
 
     def _frames(self, video: Video) -> Tensor:
-        """One video in any of its forms → uint8 [N, 3, image_size, image_size]."""
+        """Read a video in any form: uint8 [N, 3, image_size, image_size]."""
         if isinstance(video, str | os.PathLike):
-            from clipvip.data.video import read_frames
-
             return read_frames(
                 Path(video),
                 self.num_frames,
@@ -195,8 +181,6 @@ class CLIPViPProcessor(ProcessorMixin):
                 return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
             return torch.cat([self._frames(frame) for frame in video])
         if isinstance(video, Image.Image):
-            from clipvip.data.video import rgb_of
-
             video = rgb_of(video)
         frames = torch.as_tensor(video)
         if frames.dtype != torch.uint8:
@@ -218,21 +202,20 @@ class CLIPViPProcessor(ProcessorMixin):
         tokenizer: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> "CLIPViPProcessor":
-        """Load what was saved with a model: our own, a plain CLIP, or one of the authors' files.
+        """Load the processor of one of our models, of a plain CLIP or of an authors' file.
 
-        Of the authors' files (.pt) frames are read as in their code: resize="squash" and
-        sampling="authors".
+        For an authors' file (.pt), videos are read as in the authors' code (AUTHORS_READING).
 
-        tokenizer: a folder or hub name whose tokenizer is taken, where the model has none.
+        tokenizer: folder or hub name of the tokenizer; by default that of the model.
         kwargs: transformers' hub options (revision, cache_dir, local_files_only, …).
-        Raises NoTokenizer where there is none.
+        Raises NoTokenizer if there is no tokenizer.
         """
         for name in ("trust_remote_code", "_from_auto"):
             kwargs.pop(name, None)
         source = pretrained_model_name_or_path
         if tokenizer is None:
             loaded = load_tokenizer(source, **kwargs)
-        else:  # which lies elsewhere
+        else:  # from elsewhere, so the model's revision and subfolder do not apply
             hub = {name: kwargs[name] for name in kwargs if name not in ("revision", "subfolder")}
             loaded = load_tokenizer(tokenizer, **hub)
         settings = read_settings(source, **kwargs)
@@ -241,23 +224,43 @@ class CLIPViPProcessor(ProcessorMixin):
         return cls(loaded, **settings)
 
 
+def normalize_frames(
+    frames: Tensor,
+    mean: Sequence[float] = OPENAI_CLIP_MEAN,
+    std: Sequence[float] = OPENAI_CLIP_STD,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Normalise uint8 frames [..., 3, H, W] on their device: (frames/255 - mean)/std in `dtype`."""
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"frames are {frames.dtype}; expected uint8")
+    scale = 1 / (255 * torch.tensor(std))
+    shift = 255 * torch.tensor(mean) * scale
+    scale, shift = (send(x[:, None, None], frames.device) for x in (scale, shift))
+    return (frames * scale - shift).to(dtype)
+
+
+class NoTokenizer(OSError):
+    """A processor cannot be loaded without a tokenizer; one line that says what to give."""
+
+
 def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
-    """Arguments of CLIPViPProcessor, without the tokenizer, as far as what is saved at `source`
-    says them: a folder or hub name, or one of the authors' files. hub: where on the hub."""
+    """Return the arguments of CLIPViPProcessor that are saved with a model, except the tokenizer.
+
+    source: folder, hub name or authors' file. hub: transformers' hub options.
+    """
     if _is_file(source):
         shapes = infer_config(read_authors_checkpoint(source), source).vision_config
         return {
             "image_size": shapes.image_size,
             "num_frames": shapes.num_frames,
-            "sampling": "authors",
-            "resize": "squash",
+            **AUTHORS_READING,
         }
     own = _read_json(source, PROCESSOR_CONFIG, hub)
     if "image_size" not in own:
         clip = own.get("image_processor") or _read_json(source, "preprocessor_config.json", hub)
         return _settings_of_clip(clip, source)
     settings = {name: own[name] for name in _SAVED if name in own}
-    # Written beside the model before the processor knew how clips are read.
+    # Older models keep how clips are read in a file of its own.
     earlier = Path(source, hub.get("subfolder") or "", "reading.json")
     if "sampling" not in own and earlier.is_file():
         settings |= json.loads(earlier.read_text(encoding="utf-8"))
@@ -265,14 +268,40 @@ def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
 
 
 def save_settings(folder: str | os.PathLike, **settings: Any) -> None:
-    """Save arguments of CLIPViPProcessor where there is no tokenizer for one to be saved. Once a
-    tokenizer is there, `from_pretrained` finds them."""
+    """Save arguments of CLIPViPProcessor in a folder without a tokenizer.
+
+    `from_pretrained` finds them once a tokenizer is there.
+    """
     whole = {"processor_class": CLIPViPProcessor.__name__, **settings}
     Path(folder, PROCESSOR_CONFIG).write_text(json.dumps(whole, indent=2) + "\n")
 
 
+def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
+    """Load the tokenizer of a folder or hub name.
+
+    Raises FileNotFoundError if there is no such folder or name, and NoTokenizer if it has none.
+    """
+    with found("the tokenizer", where, kind="tokenizer"):
+        loaded = None if _is_file(where) else CLIPTokenizer.from_pretrained(where, **hub)
+        # Without files, transformers makes a tokenizer of the special tokens alone.
+        if loaded is None or len(loaded) <= len(loaded.all_special_ids):
+            raise NoTokenizer(
+                f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, or "
+                f"convert it with one: clipvip convert {where} FOLDER "
+                "--tokenizer openai/clip-vit-base-patch32"
+            )
+        # Whatever its files say: CLIP counts positions from a text's start.
+        loaded.padding_side = loaded.truncation_side = "right"
+        longest = loaded.model_max_length
+        if not isinstance(longest, int | float) or longest < 2:
+            raise ValueError(f"model_max_length is {longest!r}; expected 2 or more")
+        if None in (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id):
+            raise ValueError("it lacks a token for a text's start or end or for padding")
+        return loaded
+
+
 def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[str, Any]:
-    """Settings of a CLIPImageProcessor; where we lack the same, the nearest, and a warning."""
+    """Convert settings of a CLIPImageProcessor; use the nearest and warn if there is no equal."""
     settings: dict[str, Any] = {
         name: clip[name] for name in ("image_mean", "image_std") if name in clip
     }
@@ -280,7 +309,7 @@ def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[s
     crop = crop if clip.get("do_center_crop", True) else None
     for given in (crop, size):
         if not isinstance(given, int | dict | None):
-            raise ValueError(f"{source} resizes frames to {given!r}; expected pixels by side")
+            raise ValueError(f"{source} resizes frames to {given!r}; expected a size in pixels")
     sides = [
         given if isinstance(given, int) else given.get("height") or given.get("shortest_edge")
         for given in (crop, size)
@@ -291,38 +320,15 @@ def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[s
     if isinstance(size, dict) and "height" in size:
         settings["resize"] = "squash"
         logger.warning(
-            f"{source} squashes whole frames with antialiasing; the nearest is done, which is "
-            "resize='squash', without"
+            f"{source} squashes whole frames with antialiasing; using the nearest way, "
+            "resize='squash', which has none"
         )
     elif size is not None and len(set(sides)) + (crop is None) > 1:
         logger.warning(
-            f"{source} resizes frames to {size} and crops to {crop}; the nearest is done, which is "
-            f"resize='crop', both to {sides[0]}"
+            f"{source} resizes frames to {size} and crops to {crop}; using the nearest way, "
+            f"resize='crop', with {sides[0]} for both"
         )
     return settings
-
-
-def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
-    """The tokenizer of a folder or hub name. Raises NoTokenizer where there is none in it, and
-    FileNotFoundError where there is no such thing."""
-    with found("the tokenizer", where, kind="tokenizer"):
-        if not _is_file(where):
-            loaded = CLIPTokenizer.from_pretrained(where, **hub)
-            # Where there are no files, transformers makes one of the special tokens alone.
-            if len(loaded) > len(loaded.all_special_ids):
-                # Whatever its files say: CLIP's positions count from a text's start.
-                loaded.padding_side = loaded.truncation_side = "right"
-                longest = loaded.model_max_length
-                if not isinstance(longest, int | float) or longest < 2:
-                    raise ValueError(f"model_max_length is {longest!r}; expected 2 or more")
-                if None in (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id):
-                    raise ValueError("it lacks a token for a text's start or end or for padding")
-                return loaded
-        raise NoTokenizer(
-            f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, or "
-            f"convert it with one: clipvip convert {where} FOLDER "
-            "--tokenizer openai/clip-vit-base-patch32"
-        )
 
 
 def _are_channels(values: Any) -> bool:
@@ -338,16 +344,16 @@ def _is_file(source: str | os.PathLike) -> bool:
 
 
 def _read_json(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """Content of a file of a folder or hub name; empty where there is no such file."""
+    """Return the content of a JSON file of a folder or hub name; empty if there is no such file."""
     file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
     content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no object; expected a processor's settings")
+        raise ValueError(f"{file} holds no object; expected the settings of a processor")
     return content
 
 
 def _as_list_of_videos(videos: Any) -> Sequence[Video]:
-    lone = isinstance(videos, str | os.PathLike | Image.Image)
-    if lone or (isinstance(videos, np.ndarray | Tensor) and videos.ndim < 5):
+    single = isinstance(videos, str | os.PathLike | Image.Image)
+    if single or (isinstance(videos, np.ndarray | Tensor) and videos.ndim < 5):
         return [videos]
     return videos

@@ -72,7 +72,7 @@ def test_paths_are_decoded_as_the_processor_says(processor, monkeypatch, tmp_pat
         asked.append((path, num_frames, how))
         return noise(num_frames, 3, how["size"], how["size"])
 
-    monkeypatch.setattr("clipvip.data.video.read_frames", read_frames)
+    monkeypatch.setattr("clipvip.model.processing.read_frames", read_frames)
     processor.resize, processor.sampling = "pad", "fps:2"
     batch = processor(videos=[tmp_path / "a.mp4", "b.mp4"])
     how = {"size": 32, "resize": "pad", "sampling": "fps:2"}

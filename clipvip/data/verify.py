@@ -1,4 +1,4 @@
-"""Verification of annotations: the first, middle and last frame of every clip."""
+"""Verify annotations: decode the first, middle and last frame of every clip."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,13 +6,25 @@ from typing import NamedTuple
 import numpy as np
 
 from clipvip.data.annotations import Annotations, write_annotations
-from clipvip.data.loading import BadFile, Failure, Workers, cores, workers
+from clipvip.data.loading import (
+    BadFile,
+    Failure,
+    Workers,
+    check_not_excluded,
+    names_of,
+    report_progress,
+    set_place,
+    worker_count,
+)
 from clipvip.data.video import DecodeError, check_decodes
-from clipvip.files import shown
 from clipvip.progress import progress
+
+CLIPS_PER_TASK = 16
 
 
 class Verified(NamedTuple):
+    """The number of clips verified, and the files that cannot be read."""
+
     clips: int
     bad: list[BadFile]
 
@@ -20,20 +32,20 @@ class Verified(NamedTuple):
 def verify_files(
     annotations: Path, clean: Path | None = None, *, num_workers: int | None = None
 ) -> Verified:
-    """Decode the first, middle and last frame of every clip, and its image; write the
-    annotations of those that can be to `clean`."""
+    """Decode the first, middle and last frame of every clip, and its image.
+
+    clean: file to write the annotations of the readable clips to.
+    """
     clips = Annotations(annotations)
     kept = np.ones(len(clips), np.bool_)
     bad: list[BadFile] = []
     with progress(f"verifying {len(clips)} clips", len(clips)) as done:
-        crew: Workers[range, list[Failure]] = Workers(
-            _FileVerifier(clips),
-            min(cores(num_workers), len(clips)),
-            lambda place: f"{shown(clips[place].video)} (line {clips[place].line})",
-            done,
+        workers: Workers[range, list[Failure]] = Workers(
+            _FileVerifier(clips), worker_count(num_workers, len(clips)), names_of(clips), done
         )
-        tasks = (range(i, min(i + 16, len(clips))) for i in range(0, len(clips), 16))
-        for _, failures in crew.run(tasks):
+        places = range(len(clips))
+        tasks = (places[i : i + CLIPS_PER_TASK] for i in places[::CLIPS_PER_TASK])
+        for _, failures in workers.run(tasks):
             bad += [failure.file for failure in failures]
             kept[[failure.place for failure in failures]] = False
     if clean is not None:
@@ -42,21 +54,20 @@ def verify_files(
 
 
 class _FileVerifier:
-    """Find the places whose clips cannot be read."""
+    """Find the clips that cannot be read, given their places."""
 
     def __init__(self, clips: Annotations) -> None:
         self.clips = clips
 
-    def __call__(self, places: range, condemned: frozenset[int]) -> list[Failure]:
+    def __call__(self, places: range, excluded: frozenset[int]) -> list[Failure]:
         failures = []
         for place in places:
-            workers.at(place)
+            set_place(place)
             clip = self.clips[place]
             try:
-                if place in condemned:
-                    raise DecodeError(clip.video, workers.CONDEMNED)
+                check_not_excluded(place, excluded, clip.video)
                 check_decodes(clip.video, clip.image, clip.start, clip.end)
             except DecodeError as error:
                 failures.append(Failure(place, BadFile(str(error.path), error.reason, clip.line)))
-            workers.tell(1)
+            report_progress(1)
         return failures

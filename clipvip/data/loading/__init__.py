@@ -1,15 +1,17 @@
-"""Clips to batches: read in worker processes, replaced where they cannot be, packed and tokenised.
+"""Turn clips into batches: read in worker processes, replaced if unreadable, packed, tokenised.
 
-These names are for the rest of the package; all others are private to this folder.
+The names below are for the rest of the package; all others are private to this folder.
+loader.py gives the steps and where they are.
 """
 
-from clipvip.data.loading import workers
 from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Failure, LoaderError
 from clipvip.data.loading.collate import Batch
-from clipvip.data.loading.loader import ClipLoader, build_loader, counted, reading_of
+from clipvip.data.loading.in_worker import check_not_excluded, report_progress, set_place
+from clipvip.data.loading.loader import ClipLoader, build_loader, counted
 from clipvip.data.loading.options import LoaderOptions
-from clipvip.data.loading.samples import Reading, Sample
-from clipvip.data.loading.workers import Workers, cores
+from clipvip.data.loading.reader import ClipReader, names_of
+from clipvip.data.loading.samples import Sample
+from clipvip.data.loading.workers import Workers, worker_count
 
 __all__ = [
     "COUNTED_FROM",
@@ -17,15 +19,17 @@ __all__ = [
     "BadFiles",
     "Batch",
     "ClipLoader",
+    "ClipReader",
     "Failure",
     "LoaderError",
     "LoaderOptions",
-    "Reading",
     "Sample",
     "Workers",
     "build_loader",
-    "cores",
+    "check_not_excluded",
     "counted",
-    "reading_of",
-    "workers",
+    "names_of",
+    "report_progress",
+    "set_place",
+    "worker_count",
 ]

@@ -1,73 +1,96 @@
-"""TODO."""
+"""Decode batches by DALI in the main process, and what DALI cannot decode by PyAV in workers.
+
+Worker processes cannot use the main process's GPU, so they pass on encoded frames. A clip takes
+one of three paths to its batch:
+
+    worker process            main process                    second worker process
+    (one of num_workers)                                      (started when first needed)
+
+    ClipReader.read
+      encode_or_decode
+        DALI can decode it:
+          Encoded  ─────────► DecodeByDali
+                                DaliDecoder.decode
+                                  decoded: frames on its device
+                                  failed: key, attempt ─────► read_again (without_dali)
+                                                                ClipReader.read
+                                  frames  ◄───────────────────    frames by PyAV
+        DALI cannot:
+          frames by PyAV ───►   copied to the device
+                                Collate → batch, report
+
+Both decoders give the same clips in the same order: the second worker repeats the failed attempt
+with the same random numbers.
+"""
 
 import logging
 from collections.abc import Callable
-from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipvip.data.loading.collate import Batch, Collate
-from clipvip.data.loading.samples import Report, Sample, Work
+from clipvip.data.loading.options import LoaderOptions
+from clipvip.data.loading.samples import Report, Sample
 from clipvip.data.loading.workers import Workers
-from clipvip.data.video import DaliDecoder, Encoded
+from clipvip.data.video import DaliDecoder, Encoded, Engine, Frames, OpenClip, Refused, encode
 from clipvip.files import shown
 
 logger = logging.getLogger(__name__)
 
 
-class Encoding:
-    """In a worker: a task to samples whose frames DALI is to decode."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-
-    def __call__(self, task: Any, condemned: frozenset[int]) -> list[Sample]:
-        return self.work.samples(task, condemned)
-
-
-class _Again:
-    """In a worker: a sample that DALI could not decode, read by PyAV."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = copy(work)
-        self.work.reading = replace(work.reading, engine=None)
-
-    def __call__(self, sample: tuple[Any, int], condemned: frozenset[int]) -> Sample:
-        return self.work.sample(*sample, condemned)
+def encode_or_decode(
+    clip: OpenClip, engine: Engine | None, options: LoaderOptions
+) -> tuple[Frames | Encoded, str]:
+    """Encode a clip's frames for DALI, or decode them by PyAV if there is no engine or it cannot
+    decode them. Return them with Sample.decoder."""
+    decoder = "PyAV"
+    if engine is not None:
+        try:
+            return encode(clip, engine), "DALI"
+        except Exception as error:
+            reason = error.reason if isinstance(error, Refused) else "packets cannot be cut out"
+            decoder = f"PyAV ({reason})"
+    return clip.decode(options.image_size, resize=options.resize), decoder
 
 
-class ByDali:
-    """In the main process: encoded samples to a whole batch."""
+class DecodeByDali:
+    """Turn the samples of a batch from a worker into the batch, in the main process.
+
+    read_again: work of the second worker process, BatchReader.read_sample without DALI.
+    name: description of a place for the log.
+    """
 
     def __init__(
-        self, work: Work, collate: "Collate", num_workers: int, name: Callable[[int], str]
+        self,
+        engine: Engine,
+        options: LoaderOptions,
+        collate: Collate,
+        read_again: Callable[[tuple[Any, int], frozenset[int]], Sample],
+        name: Callable[[int], str],
     ) -> None:
-        reading = work.reading
-        assert reading.engine is not None
         self.collate = collate
-        self.decoder = DaliDecoder(reading.size, reading.engine, num_workers, reading.resize)
-        self._again = _Again(work)
-        self._processes = min(num_workers, 1)
+        self.decoder = DaliDecoder(options.image_size, engine, options.num_workers, options.resize)
+        self._read_again = read_again
+        self._processes = min(options.num_workers, 1)
         self._name = name
-        self._workers: Workers[Any, Sample] | None = None
+        self._workers: Workers[tuple[Any, int], Sample] | None = None
 
     def __call__(self, samples: list[Sample]) -> tuple[Batch | None, Report]:
         with self.decoder.apart():
-            batch, report = self.collate(self._decoded(samples))
+            batch, report = self.collate(self._decode(samples))
         for value in (batch or {}).values():
-            if value.is_cuda:  # made on another stream than it is used on
+            if value.is_cuda:  # made on another stream than the one it is used on
                 value.record_stream(torch.cuda.default_stream(value.device))
         return batch, report
 
-    def _decoded(self, samples: list[Sample]) -> list[Sample]:
+    def _decode(self, samples: list[Sample]) -> list[Sample]:
         places = [i for i, sample in enumerate(samples) if isinstance(sample.frames, Encoded)]
         decoded = self.decoder.decode([samples[i].frames for i in places])  # type: ignore[misc]
         for i, frames in zip(places, decoded, strict=True):
             if isinstance(frames, str):
-                samples[i] = self._read_again(samples[i], frames)
+                samples[i] = self._decode_by_pyav(samples[i], frames)
             else:
                 samples[i].hold(frames)
         if places:
@@ -78,14 +101,16 @@ class ByDali:
                     sample.image = sample.image.to(self.decoder.device)
         return samples
 
-    def _read_again(self, sample: Sample, reason: str) -> Sample:
-        """By PyAV, in a process of its own: what DALI stumbles over may break more than DALI."""
-        level = logging.INFO if self._workers else logging.WARNING
+    def _decode_by_pyav(self, sample: Sample, reason: str) -> Sample:
+        """Read a sample again, in another process: a file that DALI fails on may crash PyAV too."""
         logger.log(
-            level, "DALI could not decode %s: %s", shown(self._name(sample.place)), shown(reason)
+            logging.INFO if self._workers else logging.WARNING,
+            "DALI could not decode %s: %s; PyAV decodes it",
+            shown(self._name(sample.place)),
+            shown(reason),
         )
         if self._workers is None:
-            self._workers = Workers(self._again, self._processes, self._name)
+            self._workers = Workers(self._read_again, self._processes, self._name)
         ((_, again),) = self._workers.run([(sample.key, sample.attempt)])
         again.tried = sample.tried[:-1] + again.tried
         again.failures = sample.failures + again.failures

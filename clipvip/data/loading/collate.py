@@ -1,4 +1,4 @@
-"""TODO."""
+"""Pack samples into a batch of tensors, and tokenise their texts."""
 
 from typing import Any
 
@@ -12,7 +12,10 @@ Batch = dict[str, Tensor]
 
 
 class Collate:
-    """Samples to (batch, report); the batch is None where none of them could be read."""
+    """Turn samples into (batch, report); the batch is None if none of them could be read.
+
+    text_length: tokens at which texts are cut off. task: see build_loader, which lists the tensors.
+    """
 
     def __init__(self, tokenizer: Any, text_length: int, task: str) -> None:
         self.tokenizer = tokenizer
@@ -37,7 +40,7 @@ class Collate:
             frames.append(sample.frames)
         batch = {
             "pixel_values": torch.cat(frames),
-            "frame_offsets": _offsets([len(part) for part in frames]),
+            "frame_offsets": torch.tensor([0, *map(len, frames)]).cumsum(0).to(torch.int32),
             "clip_index": torch.tensor([sample.place for sample in samples]),
         }
         if self.task == "retrieval":
@@ -57,7 +60,3 @@ class Collate:
 
     def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         return tokenize(self.tokenizer, texts, self.text_length)
-
-
-def _offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

@@ -1,42 +1,51 @@
-"""Batches of clips: decoded in worker processes, packed, tokenised, exactly repeatable.
+"""Batches of clips from files: decoded in worker processes, packed, tokenised, repeatable exactly.
 
-Order, frames and texts drawn are functions of (seed, epoch, place of the clip) alone, so
-they are the same for any number of workers and after a resume. All ranks share one order:
-a global batch is batch_size · world_size clips, of which rank r takes the r-th part.
+Which clips, frames and texts are in a batch depends on (seed, epoch, rank, world size) alone, so
+batches are the same for any number of workers and after resuming. All ranks share one order: a
+global batch is batch_size · world_size clips, of which rank r takes the r-th part.
 
-A file that cannot be read is logged once, listed in `bad_files` and appended to
-bad_files.jsonl, where one that is damaged but could be used is listed too. In training another
-clip, drawn by the seed, takes its place. In evaluation nothing takes its place: the clip is left
-out of its batch (clip_index says which are there; a batch of which nothing is left is not given).
-Either way, more than max_bad_share of the distinct clips tried stops the run. A process that dies
-is replaced and its batches are made again; a clip that two processes died of counts as unreadable.
+A file that cannot be read is logged once, listed in `ClipLoader.bad_files` and appended to
+LoaderOptions.bad_files, as are files that are damaged but usable. In training, another clip, drawn
+by the seed, takes its place. In evaluation the clip is missing from its batch (clip_index tells
+which are present), and a batch without clips is skipped. Either way, the run stops if more than
+max_bad_share of the distinct clips tried are unreadable. If a worker process dies, a new one makes
+its batches again; a clip at which two processes died counts as unreadable.
 
-With DALI the processes pass on encoded frames, and the main process has a
-batch decoded while the last is in use. What DALI turns out not to decode is read again by PyAV, as
-if DALI had never been, so both decoders give the same clips in the same order.
+A batch is made in these steps:
+
+    _FileOrder or the order of shards   which clips           options.py     settings
+    BatchReader, ClipReader             clips → samples       reader.py      in workers
+    Collate                             samples → batch       collate.py     in workers
+    DecodeByDali                        both, with DALI       by_dali.py     in the main process
+    ClipLoader                          joins them            loader.py      in the main process
 """
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import workers
-from clipvip.data.loading.bad_files import BadFile, BadFiles, LoaderError
-from clipvip.data.loading.by_dali import ByDali, Encoding
+from clipvip.data.loading.bad_files import BadFile, BadFiles
+from clipvip.data.loading.by_dali import DecodeByDali
 from clipvip.data.loading.collate import Batch, Collate
+from clipvip.data.loading.in_worker import set_place
 from clipvip.data.loading.options import LoaderOptions
-from clipvip.data.loading.samples import TRIES, FileBatches, Order, Reading, Report, Work
+from clipvip.data.loading.reader import (
+    BatchReader,
+    ClipReader,
+    FileBatchReader,
+    names_of,
+    without_dali,
+)
+from clipvip.data.loading.samples import TRIES, Report
 from clipvip.data.loading.workers import Workers
 from clipvip.data.video import start_engine
 from clipvip.files import shown
-
-__all__ = ["Batch", "ClipLoader", "LoaderError", "build_loader"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,81 +79,87 @@ def build_loader(
         if without is not None:
             named = f"line {without.line} ({shown(without.video)})"
             raise ValueError(f"{named} has no 'text' to retrieve by")
+    reader = ClipReader(options, training, start_engine(options.decoder))
     return ClipLoader(
-        FileBatches(clips, reading_of(options, training)),
-        _Batches(len(clips), options, training, drop_last),
+        FileBatchReader(clips, reader),
+        _FileOrder(len(clips), options, training, drop_last),
         options,
         BadFiles(len(clips), options.max_bad_share, options.bad_files),
-        lambda place: f"{clips[place].video} (line {clips[place].line})",
+        names_of(clips),
     )
 
 
-def reading_of(options: LoaderOptions, training: bool) -> Reading:
-    return Reading(
-        size=options.image_size,
-        num_frames=options.num_frames,
-        sampling=options.sampling,
-        resize=options.resize,
-        task=options.task,
-        training=training,
-        seed=options.seed,
-        engine=start_engine(options.decoder),
-    )
+class Order(Protocol):
+    """Tasks for the workers, one per batch.
+
+    epoch: the epoch of the next iteration. skipped: batches to leave out at its start; iterating
+    sets it back to 0. lane: the worker that must do a task, see worker_of of Workers.run.
+    """
+
+    epoch: int
+    skipped: int
+    lane: Callable[[Any], int] | None
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class ClipLoader:
-    """Iterates over one epoch's batches of one rank.
+    """Iterates over one epoch's batches of one rank. Made by build_loader or build_shard_loader.
 
-    decoded: how many clips were decoded by "DALI" and by "PyAV"; where DALI was to do it, "PyAV
-    (why not DALI)".
+    decoded: how many clips "DALI" decoded, and how many "PyAV"; if DALI was asked for, the latter
+        as "PyAV (reason why not DALI)".
+    name: describes a place, a value of clip_index, for logs.
     """
 
     def __init__(
         self,
-        work: Work,
+        batch_reader: BatchReader,
         order: Order,
         options: LoaderOptions,
         bad: BadFiles,
         name: Callable[[int], str],
     ) -> None:
-        collate = Collate(options.tokenizer, options.text_length, options.task)
         self.name = name
         self.decoded: Counter[str] = Counter()
         self._order = order
         self._bad = bad
-        self._finish: ByDali | None = None
-        in_workers: Callable[[Any, frozenset[int]], Any] = _ByPyAV(work, collate)
-        if work.reading.engine is not None:
-            in_workers = Encoding(work)
-            self._finish = ByDali(work, collate, options.num_workers, name)
-        self._workers: Workers[Any, Any] = Workers(in_workers, options.num_workers, name)
+        self._finish: DecodeByDali | None = None
+        collate = Collate(options.tokenizer, options.text_length, options.task)
+        work: Callable[[Any, frozenset[int]], Any] = _ReadAndCollate(batch_reader, collate)
+        engine = batch_reader.reader.engine
+        if engine is not None:
+            work = batch_reader.read_batch
+            read_again = without_dali(batch_reader).read_sample
+            self._finish = DecodeByDali(engine, options, collate, read_again, name)
+        self._workers: Workers[Any, Any] = Workers(work, options.num_workers, name)
 
     @property
     def bad_files(self) -> list[BadFile]:
-        """What could not be read so far."""
+        """Files that could not be read so far."""
         return self._bad.found
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Number of batches in a whole epoch."""
         return len(self._order)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration gives."""
+        """Choose the epoch of the next iteration."""
         self._order.epoch = epoch
 
     def skip(self, batches: int) -> None:
-        """Leaves out the first batches of the next iteration, without decoding them."""
+        """Leave out the first batches of the next iteration, without decoding them."""
         self._order.skipped = batches
 
     def __iter__(self) -> Iterator[Batch]:
         if torch.cuda.is_available() or self._finish is not None:
-            return _ahead(self._batches())
+            return _prefetched(self._batches())
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
         before = self.decoded.copy()
-        for _, made in self._workers.run(self._order, worker_of=self._order.lane):
-            batch, report = made if self._finish is None else self._finish(made)
+        for _, result in self._workers.run(self._order, worker_of=self._order.lane):
+            batch, report = result if self._finish is None else self._finish(result)
             self._count(report.decoders)
             self._bad.note(report.tried, report.failures, report.damaged)
             if report.gave_up:
@@ -155,21 +170,21 @@ class ClipLoader:
         if set(counts) - {"DALI", "PyAV"}:
             logger.warning("clips decoded by: %s", counted(counts))
 
-    def _count(self, decoders: "list[str]") -> None:
+    def _count(self, decoders: list[str]) -> None:
         for decoder in decoders:
             if not self.decoded[decoder] and decoder not in ("DALI", "PyAV"):
-                logger.warning("a clip is decoded by %s; more like it are counted", decoder)
+                logger.warning("decoding a clip by %s; further ones are counted", decoder)
             self.decoded[decoder] += 1
 
 
 def counted(decoded: Counter[str]) -> str:
-    """ClipLoader.decoded in words."""
+    """ClipLoader.decoded as text, such as "DALI 24, PyAV (an image) 1"."""
     return ", ".join(f"{decoder} {count}" for decoder, count in decoded.most_common())
 
 
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, made in a thread while the last one is in use; in page-locked memory where
-    that speeds copies to a GPU."""
+def _prefetched(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Make the next batch in a thread while the last one is in use; in page-locked memory if there
+    is a GPU, which speeds up copies to it."""
     pin = torch.cuda.is_available()
 
     def following() -> Batch | None:
@@ -185,10 +200,7 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-# --- order ----------------------------------------------------------------------------------
-
-
-class _Batches:
+class _FileOrder:
     """One rank's batches of (epoch, place of the clip)."""
 
     lane: Callable[[Any], int] | None = None
@@ -226,17 +238,14 @@ class _Batches:
             yield [(epoch, int(place)) for place in order[start : start + self.batch_size]]
 
 
-# --- in the workers -------------------------------------------------------------------------
+class _ReadAndCollate:
+    """Make a whole batch in a worker."""
 
-
-class _ByPyAV:
-    """In a worker: a task to a whole batch."""
-
-    def __init__(self, work: Work, collate: "Collate") -> None:
-        self.work = work
+    def __init__(self, batch_reader: BatchReader, collate: Collate) -> None:
+        self.batch_reader = batch_reader
         self.collate = collate
 
-    def __call__(self, task: Any, condemned: frozenset[int]) -> tuple[Batch | None, Report]:
-        samples = self.work.samples(task, condemned)
-        workers.at(-1)  # what goes wrong from here on says nothing of the last clip
+    def __call__(self, task: Any, excluded: frozenset[int]) -> tuple[Batch | None, Report]:
+        samples = self.batch_reader.read_batch(task, excluded)
+        set_place(-1)  # an error from here on is not the fault of the last clip
         return self.collate(samples)

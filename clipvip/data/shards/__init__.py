@@ -1,10 +1,11 @@
-"""Clips to WebDataset tars, and tars to batches.
+"""Write clips into WebDataset tars, verify tars, and make training batches from them.
 
-These names are for the rest of the package; all others are private to this folder.
+The names below are for the rest of the package; all others are private to this folder.
 """
 
 from clipvip.data.shards.manifest import Shard, ShardError, is_shards, load_manifest
-from clipvip.data.shards.stream import Shards, Source, build_shard_loader
+from clipvip.data.shards.plan import Shards, Source
+from clipvip.data.shards.stream import build_shard_loader
 from clipvip.data.shards.verify import verify_shards
 from clipvip.data.shards.write import write_shards
 

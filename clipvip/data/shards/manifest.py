@@ -1,37 +1,38 @@
-"""TODO."""
+"""The manifest of shards: manifest.jsonl, which has one line per tar, see Shard.
+
+A tar is named by its file name if it lies beside the manifest, else by its path or URL.
+"""
 
 import json
-import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from clipvip.data.annotations import REPAIRED, Clip, kind_of, parse_record
-from clipvip.data.shards.tars import MEDIA, Packed, open_url
-from clipvip.data.video import Blob, DecodeError
-from clipvip.files import decode_text, json_line, shown, write_whole
-
-logger = logging.getLogger(__name__)
-
+from clipvip.data.annotations import Clip
+from clipvip.data.shards.tars import open_url, reason_of
+from clipvip.files import Hashed, json_line, write_whole
 
 MANIFEST = "manifest.jsonl"
 MANIFEST_BYTES = 1 << 28  # a million shards
 MOST_CLIPS = 10**10  # in all shards of a manifest
-LEAST_BYTES = 512  # that a clip takes in a tar
+LEAST_BYTES = 512  # of a clip in a tar
 
 
 class ShardError(ValueError):
-    """Shards that cannot be used, or made; one line that says why and what to do."""
+    """Shards cannot be read or written; one line that says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A line of a manifest. texts, subtitles, captions: clips that have one."""
+    """A line of a manifest.
+
+    shard: the tar's name. bytes, sha256: of its file. clips: readable clips. texts, subtitles,
+    captions: number of clips that have one. bad: clips that could not be read.
+    """
 
     shard: str
     clips: int
@@ -43,13 +44,32 @@ class Shard:
     bad: int = 0
 
 
+@dataclass
+class Tally:
+    """Counts of the clips of a tar, as Shard has them."""
+
+    clips: int = 0
+    texts: int = 0
+    subtitles: int = 0
+    captions: int = 0
+
+    def add_texts(self, clip: Clip) -> None:
+        self.texts += bool(clip.text)
+        self.subtitles += clip.subtitle is not None
+        self.captions += clip.caption is not None
+
+    def shard(self, name: str, file: Hashed, bad: int) -> Shard:
+        digest = file.digest.hexdigest()
+        return Shard(shard=name, bytes=file.bytes, sha256=digest, bad=bad, **asdict(self))
+
+
 @contextmanager
 def on_disk(path: Path) -> Iterator[None]:
-    """Name the file in errors of the disk, and say that the run can be resumed."""
+    """Name the file in errors of writing it, and say that the run can be resumed."""
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror or error}; what is finished stays: correct that and run again"
+        reason = f"{error.strerror or error}; finished shards are kept: fix this and run again"
         raise OSError(error.errno, reason, os.fspath(path)) from error
 
 
@@ -58,91 +78,59 @@ def write_manifest(path: Path, shards: Iterable[Shard]) -> None:
         write_whole(path, (json_line(asdict(shard)) for shard in shards))
 
 
-class Stored(NamedTuple):
-    """A clip of a shard: what to read, and the annotation it was made from, if that is known."""
-
-    clip: Clip
-    video: Blob
-    image: Blob | None
-    source: Clip | None
+def append_to_manifest(path: Path, shard: Shard) -> None:
+    with on_disk(path), path.open("ab") as file:
+        file.write(json_line(asdict(shard)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def unpack(sample: Packed, url: str) -> Stored:
-    """Return a sample's clip. Raises DecodeError where it holds none."""
-    name, members = f"{url}/{sample.key}", sample.members
-    if sample.fault is not None:
-        raise DecodeError(name, sample.fault)
-    try:
-        record = json.loads(members.get("json", b"{}"))
-        if not isinstance(record, dict):
-            raise ValueError(f"expected an object in braces, got {kind_of(record)}")
-        keys = ("text", "subtitle", "caption", "start", "end")
-        known = {key: record[key] for key in keys if record.get(key) not in (None, "", [])}
-        text, guessed = decode_text(members.get("txt", b""))
-        text = text.strip()
-        if text:
-            known = {"text": text, "caption": text} | known
-        said = {key: known[key] for key in keys[:3] if key in known}
-        origin = _origin(record.get("source"), said)
-        line = 0 if origin is None else origin.line
-        # A tar may give its members names that no file can have.
-        clip = replace(parse_record({**known, "video": "in a tar"}, Path(), line), video=Path(name))
-    except Exception as error:  # a stranger may have written anything
-        reason = str(error) or type(error).__name__
-        raise DecodeError(name, f"its text or JSON: {reason}") from error
-    if clip.repaired:
-        _warn_first(name, REPAIRED)
-    if guessed:
-        _warn_first(name, "its text is not UTF-8; read as Windows-1252")
-    media = [key for key in members if f".{key.rpartition('.')[2]}" in MEDIA]
-    videos = [key for key in media if "." not in key]
-    images = [key for key in media if "." in key]
-    if len(videos) != 1:
-        raise DecodeError(name, f"expected one video or image, got {', '.join(videos) or 'none'}")
-    blobs = [Blob(f"{name}.{key}", members[key]) for key in videos + images[:1]]
-    return Stored(clip, blobs[0], blobs[1] if images else None, origin)
+def finished_shards(path: Path, names: Collection[str]) -> dict[str, Shard]:
+    """Return those of the named shards that are in a manifest and whole, and remove others from it.
 
-
-def _origin(source: Any, said: dict[str, Any]) -> Clip | None:
-    """Return the annotation that a clip was made from; None where 'source' is another program's.
-
-    said: the clip's texts.
+    The last line is dropped if it is incomplete, as a killed run leaves it.
     """
-    if not isinstance(source, dict):
-        return None
-    line = source.get("line", 0)
-    if type(line) is not int or not 0 <= line < 1 << 63:
-        return None
+    if not path.exists():
+        return {}
+    text, _, _ = path.read_bytes().rpartition(b"\n")
     try:
-        given = {key: value for key, value in source.items() if key != "line"}
-        return parse_record(given | said, Path(), line)
-    except ValueError:
-        return None
+        shards = _parse_manifest(text, str(path))
+    except ShardError as error:
+        raise ShardError(f"{error}; delete that line, and its shard is written again") from None
+    finished = {
+        shard.shard: shard
+        for shard in shards
+        if shard.shard in names and _size(path.parent / shard.shard) == shard.bytes
+    }
+    write_manifest(path, finished.values())
+    return finished
 
 
-_warned: set[str] = set()
-
-
-def _warn_first(name: str, fault: str) -> None:
-    """Warn of the first clip with this fault in this process; there may be millions."""
-    if fault not in _warned:
-        _warned.add(fault)
-        logger.warning("%s: %s; further clips like it are not named", shown(name), fault)
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def load_manifest(source: str) -> list[tuple[str, Shard]]:
-    """(URL, shard) of what `source` names: tars with braces ("clips/{00000..00099}.tar", several
-    joined by "::"), a folder of shards, or a manifest. Raises ShardError."""
+    """Return (URL, shard) of each tar that `source` names.
+
+    source: tars with braces ("clips/{00000..00099}.tar", several joined by "::"), a folder of
+        shards, or a manifest; each a path or any fsspec URL.
+
+    Raises ShardError.
+    """
     from webdataset.shardlists import expand_urls
 
     if source.endswith(".jsonl"):
-        return [(join(parent(source), s.shard), s) for s in _read_manifest(source).values()]
+        return [(_join(_parent(source), s.shard), s) for s in _read_manifest(source).values()]
     if not source.endswith(".tar"):
-        return load_manifest(join(source, MANIFEST))
+        return load_manifest(_join(source, MANIFEST))
     found: list[tuple[str, Shard]] = []
     manifests: dict[str, dict[str, Shard]] = {}
     for url in expand_urls(source):
-        path = join(parent(url), MANIFEST)
+        path = _join(_parent(url), MANIFEST)
         if path not in manifests:
             manifests[path] = _read_manifest(path)
         names = (url.rpartition("/")[2], _absolute(url))
@@ -150,7 +138,7 @@ def load_manifest(source: str) -> list[tuple[str, Shard]]:
         if shard is None:
             raise ShardError(
                 f"{url} is not in {path}, which names {len(manifests[path])} shards; "
-                "is `clipvip shard` still at work, or the range too long?"
+                "is `clipvip shard` still running, or the range too long?"
             )
         found.append((url, shard))
     return found
@@ -170,25 +158,25 @@ def _read_manifest(path: str) -> dict[str, Shard]:
             f"no manifest {path}; `clipvip shard` writes one, `clipvip verify --manifest` one of "
             "tars made elsewhere"
         ) from None
-    except Exception as error:  # fsspec and what lies below it
+    except Exception as error:  # of fsspec and its file systems
         raise ShardError(f"{path}: {reason_of(error)}; expected a manifest of shards") from error
     if len(text) > MANIFEST_BYTES:
         raise ShardError(f"{path}: more than {MANIFEST_BYTES >> 20} MiB; expected a manifest")
-    shards = parse_manifest(text, path)
+    shards = _parse_manifest(text, path)
     clips = sum(shard.clips for shard in shards)
     if not 0 < clips <= MOST_CLIPS:
         raise ShardError(f"{path}: names {clips or 'no'} clips; expected 1 to {MOST_CLIPS}")
     return {shard.shard: shard for shard in shards}
 
 
-def parse_manifest(text: bytes, path: str) -> list[Shard]:
+def _parse_manifest(text: bytes, path: str) -> list[Shard]:
     shards = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             shards += [_parse_shard(line)] if line.strip() else []
         except (ValueError, TypeError, RecursionError) as error:
             raise ShardError(
-                f"{path}:{number}: expected a shard, as `clipvip shard` notes it; {error}"
+                f"{path}:{number}: expected a shard, as `clipvip shard` writes it; {error}"
             ) from error
     return shards
 
@@ -210,12 +198,12 @@ def _parse_shard(line: bytes) -> Shard:
     return shard
 
 
-def parent(url: str) -> str:
+def _parent(url: str) -> str:
     return url.rpartition("/")[0] if "/" in url else "."
 
 
-def join(folder: str, name: str) -> str:
-    """A manifest's shard may be a whole URL or path."""
+def _join(folder: str, name: str) -> str:
+    """Return the URL of a shard, whose name in a manifest may be a full URL or path."""
     if urlsplit(name).scheme or name.startswith("/"):
         return name
     return f"{folder.rstrip('/')}/{name}"
@@ -230,14 +218,3 @@ def name_in(manifest: Path, url: str) -> str:
     folder can be moved."""
     folder, name = os.path.split(_absolute(url))
     return name if folder == os.path.abspath(manifest.parent) else _absolute(url)
-
-
-def reason_of(error: Exception) -> str:
-    """Return the reason why a tar cannot be read."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, DecodeError):
-        return error.reason
-    if isinstance(error, OSError) and (error.strerror or str(error)):
-        return error.strerror or str(error)
-    return f"{type(error).__name__}: {error}"

@@ -67,6 +67,17 @@ def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
     return cast(AbstractContextManager[IO[bytes]], system.open(path, "rb"))
 
 
+def reason_of(error: Exception) -> str:
+    """Return the reason why a tar cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, DecodeError):
+        return error.reason
+    if isinstance(error, OSError) and (error.strerror or str(error)):
+        return error.strerror or str(error)
+    return f"{type(error).__name__}: {error}"
+
+
 def read_samples(file: Readable, url: str) -> Iterator[Packed]:
     """Yield the samples of one open tar, in order. Raises DecodeError where the tar cannot be read
     on. Errors of the file itself pass through."""

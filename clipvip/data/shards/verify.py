@@ -1,4 +1,4 @@
-"""Verification of shards: checksums, and frames of every clip."""
+"""Verify shards: the checksum of every tar, and frames of every clip."""
 
 import logging
 from array import array
@@ -12,18 +12,18 @@ from typing import NamedTuple
 import numpy as np
 
 from clipvip.data.annotations import Annotations, Clip, write_annotations
-from clipvip.data.loading import BadFile, Workers, cores, workers
+from clipvip.data.loading import BadFile, Workers, check_not_excluded, set_place, worker_count
 from clipvip.data.shards.manifest import (
     MOST_CLIPS,
     Shard,
     ShardError,
+    Tally,
     load_manifest,
     name_in,
-    reason_of,
-    unpack,
     write_manifest,
 )
-from clipvip.data.shards.tars import open_url, read_samples
+from clipvip.data.shards.members import unpack
+from clipvip.data.shards.tars import Packed, open_url, read_samples, reason_of
 from clipvip.data.verify import Verified
 from clipvip.data.video import DecodeError, check_decodes
 from clipvip.files import Hashed, shown
@@ -39,11 +39,11 @@ def verify_shards(
     *,
     num_workers: int | None = None,
 ) -> Verified:
-    """Compare tars with their manifest, and decode the frames of every clip that verify_files
-    decodes.
+    """Compare tars with their manifest, and decode the first, middle and last frame of every clip.
 
-    clean: where to write the annotations from which the clips that can be read were made.
-    manifest: where to write a manifest of the tars as they are; they need have none before.
+    source: see load_manifest.
+    clean: file to write the annotations to from which the readable clips were made.
+    manifest: file to write a manifest of the tars to, which then need not have one.
     """
     shards: list[tuple[str, Shard | None]]
     if manifest is None:
@@ -52,41 +52,31 @@ def verify_shards(
         from webdataset.shardlists import expand_urls
 
         shards = [(url, None) for url in expand_urls(source)]
-    firsts = np.cumsum([0, *(shard.clips if shard else MOST_CLIPS for _, shard in shards)]).tolist()
+    found: list[_Checked] = []
+    lines = array("q")
 
-    def name(place: int) -> str:
-        number = int(np.searchsorted(firsts, place, side="right")) - 1
-        return f"clip {place - firsts[number]} of {shards[number][0]}"
-
-    clips, bad, records, lines = 0, [], [], array("q")
-
-    def sources() -> Iterator[Clip]:
+    def readable() -> Iterator[Clip]:
         """Verify tar by tar; yield the annotations of the clips that can be read."""
-        nonlocal clips, bad, records
-        with progress(f"verifying {len(shards)} shards", len(shards)) as done:
-            crew: Workers[int, _Checked] = Workers(
-                _ShardVerifier(shards, firsts), min(cores(num_workers), len(shards)), name
-            )
-            for _, checked in crew.run(range(len(shards)), ahead=1):
-                clips += checked.clips
-                bad += checked.bad
-                records += [checked.shard] if checked.shard else []
-                lines.extend(clip.line for clip in checked.sources)
-                yield from checked.sources
-                done(1)
+        for checked in _check(shards, num_workers):
+            lines.extend(clip.line for clip in checked.sources)
+            yield from checked.sources
+            found.append(checked._replace(sources=[]))
 
     if clean is None:
-        deque(sources(), maxlen=0)
+        deque(readable(), maxlen=0)
     else:
-        _write_in_order(clean, sources(), lines, source)
+        _write_in_order(clean, readable(), lines, source)
     if manifest is not None:
+        records = [checked.shard for checked in found if checked.shard is not None]
         named = [replace(record, shard=name_in(manifest, record.shard)) for record in records]
         write_manifest(manifest, named)
-    return Verified(clips, bad)
+    bad = [file for checked in found for file in checked.bad]
+    return Verified(sum(checked.clips for checked in found), bad)
 
 
 def _write_in_order(clean: Path, clips: Iterator[Clip], lines: Sequence[int], source: str) -> None:
-    """Write annotations sorted by their line numbers, which `lines` holds once `clips` is read."""
+    """Write annotations in the order of their line numbers, which are in `lines` once `clips` has
+    been read."""
     clean.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unsorted-", dir=clean.parent) as folder:
         unsorted = Path(folder, "clips.jsonl")
@@ -99,64 +89,92 @@ def _write_in_order(clean: Path, clips: Iterator[Clip], lines: Sequence[int], so
 
 
 class _Checked(NamedTuple):
+    """What was found in a tar.
+
+    sources: annotations of the clips that can be read; none if the tar is not as its manifest says.
+    shard: its line for a manifest; None if it could not be read to its end.
+    """
+
     clips: int
     bad: list[BadFile]
     sources: list[Clip]
     shard: Shard | None
 
 
+def _check(
+    shards: Sequence[tuple[str, Shard | None]], num_workers: int | None
+) -> Iterator["_Checked"]:
+    """Verify the tars in order, several at a time."""
+    counts = (MOST_CLIPS if shard is None else shard.clips for _, shard in shards)
+    firsts = np.cumsum([0, *counts]).tolist()
+
+    def name(place: int) -> str:
+        number = int(np.searchsorted(firsts, place, side="right")) - 1
+        return f"clip {place - firsts[number]} of {shards[number][0]}"
+
+    with progress(f"verifying {len(shards)} shards", len(shards)) as done:
+        workers: Workers[int, _Checked] = Workers(
+            _ShardVerifier(shards, firsts), worker_count(num_workers, len(shards)), name
+        )
+        for _, checked in workers.run(range(len(shards)), ahead=1):
+            yield checked
+            done(1)
+
+
 class _ShardVerifier:
-    """Verify a shard, given its number."""
+    """Verify a shard, given its number. firsts: place of the first clip of each shard."""
 
     def __init__(self, shards: Sequence[tuple[str, Shard | None]], firsts: list[int]) -> None:
         self.shards = shards
         self.firsts = firsts
 
-    def __call__(self, number: int, condemned: frozenset[int]) -> _Checked:
+    def __call__(self, number: int, excluded: frozenset[int]) -> _Checked:
         url, expected = self.shards[number]
         bad: list[BadFile] = []
         sources: list[Clip] = []
-        counts = {"clips": 0, "texts": 0, "subtitles": 0, "captions": 0}
+        tally = Tally()
         try:
             with open_url(url) as file:
                 hashed = Hashed(file)
                 for sample in read_samples(hashed, url):
-                    place = self.firsts[number] + counts["clips"]
-                    workers.at(place)
-                    counts["clips"] += 1
+                    place = self.firsts[number] + tally.clips
                     try:
-                        stored = unpack(sample, url)
-                        counts["texts"] += bool(stored.clip.text)
-                        counts["subtitles"] += stored.clip.subtitle is not None
-                        counts["captions"] += stored.clip.caption is not None
-                        if place in condemned:
-                            raise DecodeError(stored.video.name, workers.CONDEMNED)
-                        check_decodes(
-                            stored.video, stored.image, stored.clip.start, stored.clip.end
-                        )
+                        source = _check_sample(sample, url, place, excluded, tally)
                     except DecodeError as error:
                         bad.append(BadFile(str(error.path), error.reason, 0))
                         continue
-                    sources += [stored.source] if stored.source else []
-                unread = False
-                while rest := hashed.read(1 << 20):
-                    unread = unread or bool(rest.rstrip(b"\0"))
-            if unread:
-                logger.warning(
-                    "%s: the tar ends before its file; if tars were joined by cat, only the first "
-                    "is read: give each as a file of its own",
-                    shown(url),
-                )
-        except Exception as error:  # fsspec and what lies below it
-            return _Checked(counts["clips"], [*bad, BadFile(url, reason_of(error), 0)], [], None)
-        shard = Shard(
-            shard=url if expected is None else expected.shard,
-            bytes=hashed.bytes,
-            sha256=hashed.digest.hexdigest(),
-            bad=len(bad),
-            **counts,
-        )
+                    sources += [source] if source else []
+                _read_rest(hashed, url)
+        except Exception as error:  # of fsspec and its file systems
+            return _Checked(tally.clips, [*bad, BadFile(url, reason_of(error), 0)], [], None)
+        shard = tally.shard(url if expected is None else expected.shard, hashed, bad=len(bad))
         if expected is not None and shard.sha256 != expected.sha256:
             reason = f"sha256 is {shard.sha256[:12]}…, its manifest says {expected.sha256[:12]}…"
-            return _Checked(counts["clips"], [*bad, BadFile(url, reason, 0)], [], shard)
-        return _Checked(counts["clips"], bad, sources, shard)
+            return _Checked(tally.clips, [*bad, BadFile(url, reason, 0)], [], shard)
+        return _Checked(tally.clips, bad, sources, shard)
+
+
+def _check_sample(
+    sample: Packed, url: str, place: int, excluded: frozenset[int], tally: Tally
+) -> Clip | None:
+    """Decode and count a clip; return its annotation, if known. Raises DecodeError."""
+    set_place(place)
+    tally.clips += 1
+    stored = unpack(sample, url)
+    tally.add_texts(stored.clip)
+    check_not_excluded(place, excluded, stored.video.name)
+    check_decodes(stored.video, stored.image, stored.clip.start, stored.clip.end)
+    return stored.source
+
+
+def _read_rest(file: Hashed, url: str) -> None:
+    """Hash what follows the end of the tar, and warn if that is more than padding."""
+    unread = False
+    while rest := file.read(1 << 20):
+        unread = unread or bool(rest.rstrip(b"\0"))
+    if unread:
+        logger.warning(
+            "%s: the tar ends before its file; if tars were joined by cat, only the first is "
+            "read: give each as a file of its own",
+            shown(url),
+        )

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import collate, samples, workers
+from clipvip.data.loading import collate, in_worker, reader, workers
+from clipvip.data.loading.bad_files import LoaderError
 from clipvip.data.loading.collate import Batch
-from clipvip.data.loading.loader import ClipLoader, LoaderError, build_loader
+from clipvip.data.loading.loader import ClipLoader, build_loader
 from clipvip.data.loading.options import LoaderOptions
 from clipvip.data.loading.workers import WorkerError
 from clipvip.data.video import open_clip, read_frames
@@ -116,7 +117,7 @@ def test_skipping_gives_what_would_have_followed(workers: int, load: Load, monke
     if not workers:
         decoded: list[Path] = []
         monkeypatch.setattr(
-            samples, "open_clip", lambda *a, **k: decoded.append(a[0]) or open_clip(*a, **k)
+            reader, "open_clip", lambda *a, **k: decoded.append(a[0]) or open_clip(*a, **k)
         )
     loader.skip(3)
     assert equal(list(loader), whole[3:])
@@ -396,7 +397,7 @@ def test_a_dead_worker_is_named_and_replaced(
 ) -> None:
     whole = list(load())
     (tmp_path / "times").touch()
-    monkeypatch.setattr(samples, "open_clip", dying(clips[6], tmp_path / "times", deaths))
+    monkeypatch.setattr(reader, "open_clip", dying(clips[6], tmp_path / "times", deaths))
     loader = load(num_workers=2)
     with caplog.at_level(logging.WARNING):
         batches = list(loader)
@@ -416,7 +417,7 @@ def test_sigterm_to_workers_says_nothing_of_the_clips_they_read(
     whole = list(load())
     (tmp_path / "times").touch()
     read = dying(clips[6], tmp_path / "times", workers.DEATHS_IN_A_ROW + 1, signal.SIGTERM)
-    monkeypatch.setattr(samples, "open_clip", read)
+    monkeypatch.setattr(reader, "open_clip", read)
     loader = load(num_workers=1)
     assert equal(list(loader), whole) and not loader.bad_files
 
@@ -425,7 +426,7 @@ def test_workers_that_always_die_stop_the_run(load: Load, monkeypatch) -> None:
     def die(path: Path, *given: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(samples, "open_clip", die)
+    monkeypatch.setattr(reader, "open_clip", die)
     with pytest.raises(WorkerError, match=r"11th to die .* memory ran out"):
         list(load(num_workers=1))
 
@@ -440,10 +441,10 @@ def test_a_stuck_worker_is_replaced(load: Load, clips, tmp_path, monkeypatch, ca
             time.sleep(60)
         return open_clip(path, *given, **options)
 
-    monkeypatch.setattr(samples, "open_clip", stick)
+    monkeypatch.setattr(reader, "open_clip", stick)
     monkeypatch.setattr(workers, "TIMEOUT", 3.0)
     assert equal(list(load(num_workers=2)), whole)
-    assert any("said nothing for 3 s" in text for text in caplog.messages)
+    assert any("did not respond within 3 s" in text for text in caplog.messages)
 
 
 def test_an_error_in_a_worker_is_raised_with_its_traceback(load: Load, monkeypatch) -> None:
@@ -475,7 +476,7 @@ def test_whatever_reading_a_clip_raises_is_that_clips_fault(
             raise error
         return open_clip(path, *given, **options)
 
-    monkeypatch.setattr(samples, "open_clip", fail)
+    monkeypatch.setattr(reader, "open_clip", fail)
     loader = load(training=False, num_workers=count)
     assert places(loader) == [place for place in range(20) if place != 6]
     (bad,) = loader.bad_files
@@ -492,8 +493,8 @@ def test_a_clip_that_asks_for_absurd_memory_costs_no_more_than_itself(
             np.ones(20 << 30, np.uint8)
         return open_clip(path, *given, **options)
 
-    monkeypatch.setattr(samples, "open_clip", greedy)
-    monkeypatch.setattr(workers, "_memory", lambda: 4 << 30)
+    monkeypatch.setattr(reader, "open_clip", greedy)
+    monkeypatch.setattr(in_worker, "_memory", lambda: 4 << 30)
     loader = load(training=False, num_workers=1)
     assert places(loader) == [place for place in range(20) if place != 6]
     (bad,) = loader.bad_files
@@ -501,8 +502,8 @@ def test_a_clip_that_asks_for_absurd_memory_costs_no_more_than_itself(
 
 
 def test_an_error_of_every_clip_stops_the_run_and_is_shown(load: Load, monkeypatch) -> None:
-    monkeypatch.setattr(samples, "open_clip", lambda path: None)  # called with arguments it has not
-    with pytest.raises(LoaderError, match=r"20 of 20 .* TypeError: .* \(samples\.py:\d+\)"):
+    monkeypatch.setattr(reader, "open_clip", lambda path: None)  # called with arguments it has not
+    with pytest.raises(LoaderError, match=r"20 of 20 .* TypeError: .* \(reader\.py:\d+\)"):
         list(load())
 
 
@@ -527,7 +528,7 @@ def test_batches_in_page_locked_memory_are_the_same(
     assert equal(list(load(num_workers=2)), whole)
     assert len(pinned) == sum(map(len, whole))
     (tmp_path / "times").touch()  # a worker is replaced from within the thread, too
-    monkeypatch.setattr(samples, "open_clip", dying(clips[6], tmp_path / "times", 1))
+    monkeypatch.setattr(reader, "open_clip", dying(clips[6], tmp_path / "times", 1))
     loader = load(num_workers=2)
     for batch in loader:
         assert batch

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipvip.data.loading import workers
+from clipvip.data.loading import messages, workers
+from clipvip.data.loading.in_worker import report_progress, set_place
 from clipvip.data.loading.workers import WorkerError, Workers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory without a name is Linux's")
-BIG = workers.SMALL * 4
+BIG = messages.SMALL * 4
 
 
 def results(work: Callable[..., Any], tasks: Any, count: int = 1, **options: Any) -> list[Any]:
@@ -31,7 +32,7 @@ import os, signal
 from clipvip.data.loading.workers import Workers
 os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
 try:
-    Workers(lambda task, condemned: task, 1)
+    Workers(lambda task, excluded: task, 1)
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -48,7 +49,7 @@ KILLED = """
 import os, signal, sys, threading, torch
 from clipvip.data.loading.workers import Workers
 threading.Timer(float(sys.argv[1]), os.kill, (os.getpid(), signal.SIGKILL)).start()
-for _ in Workers(lambda task, condemned: [torch.zeros(99_999)] * 20, 3).run(range(10**9)):
+for _ in Workers(lambda task, excluded: [torch.zeros(99_999)] * 20, 3).run(range(10**9)):
     pass
 """
 
@@ -77,7 +78,7 @@ class Pool:
 owner = os.getpid()
 gc.set_threshold(20, 1, 1)
 os.register_at_fork(before=Pool)
-print([result for _, result in Workers(lambda task, condemned: task, 1).run(range(2))])
+print([result for _, result in Workers(lambda task, excluded: task, 1).run(range(2))])
 """
 
 
@@ -89,25 +90,25 @@ def test_what_the_parent_left_over_does_not_end_in_a_new_process() -> None:
 
 
 def test_collecting_goes_on_in_both_processes() -> None:
-    assert results(lambda task, condemned: gc.isenabled(), [0]) == [True]
+    assert results(lambda task, excluded: gc.isenabled(), [0]) == [True]
     assert gc.isenabled()
 
 
 def test_a_process_that_does_not_begin_is_replaced(monkeypatch, caplog) -> None:
     with monkeypatch.context() as patched:  # hangs after the fork, as for a lock
         patched.setattr(torch, "set_num_threads", lambda count: time.sleep(1000))
-        crew = Workers(lambda task, condemned: task, 1)
+        crew = Workers(lambda task, excluded: task, 1)
     monkeypatch.setattr(workers, "START", 0.5)
     with caplog.at_level(logging.WARNING):
         assert [result for _, result in crew.run(range(3))] == [0, 1, 2]
-    (told,) = caplog.messages
-    assert "did not begin within 0 s of its start" in told
+    (message,) = caplog.messages
+    assert "did not start within 0 s" in message
 
 
 @linux
 def test_a_process_is_ended_for_memory_before_its_parent() -> None:
     score = Path("/proc/self/oom_score_adj")
-    (own,) = results(lambda task, condemned: int(score.read_text()), [0])
+    (own,) = results(lambda task, excluded: int(score.read_text()), [0])
     assert own > int(score.read_text()) or own == 1000
 
 
@@ -128,9 +129,9 @@ TENSORS = [
 @pytest.mark.parametrize("named", [False, True])
 def test_tensors_arrive_as_they_were_and_can_be_written_to(named: bool, monkeypatch) -> None:
     if named:  # as on other systems than Linux
-        monkeypatch.setattr(workers, "_memory_file", None)
-    alone = results(lambda task, condemned: TENSORS[task], range(len(TENSORS)))
-    ((first, rest),) = results(lambda task, condemned: (TENSORS[0], {"rest": TENSORS[1:]}), [0])
+        monkeypatch.setattr(messages, "_memory_file", None)
+    alone = results(lambda task, excluded: TENSORS[task], range(len(TENSORS)))
+    ((first, rest),) = results(lambda task, excluded: (TENSORS[0], {"rest": TENSORS[1:]}), [0])
     for got, sent in zip([first, *rest["rest"], *alone], TENSORS * 2, strict=True):
         assert got.dtype == sent.dtype and torch.equal(got, sent)
         got.zero_()
@@ -146,7 +147,7 @@ def held() -> tuple[int, int]:
 @linux
 def test_a_result_takes_no_open_file_and_its_memory_goes_with_it() -> None:
     size = 1 << 20
-    crew = Workers(lambda task, condemned: [torch.ones(size, dtype=torch.uint8)] * 3, 2)
+    crew = Workers(lambda task, excluded: [torch.ones(size, dtype=torch.uint8)] * 3, 2)
     kept: list[Tensor] = []
     for number, (_, result) in enumerate(crew.run(range(200))):
         assert all(part[::4096].all() for part in result)
@@ -161,7 +162,7 @@ def test_a_result_takes_no_open_file_and_its_memory_goes_with_it() -> None:
 @linux
 def test_a_small_tensor_that_is_kept_does_not_keep_its_batch() -> None:
     size = 1 << 22
-    crew = Workers(lambda task, condemned: (torch.ones(size), torch.tensor([task])), 1)
+    crew = Workers(lambda task, excluded: (torch.ones(size), torch.tensor([task])), 1)
     before = held()[1]
     kept = [result[1] for _, result in crew.run(range(20))]
     assert torch.cat(kept).tolist() == list(range(20))
@@ -173,7 +174,7 @@ mount -t tmpfs -o size=64m,$1 tmpfs /dev/shm && cat /dev/zero 2> /dev/null > /de
 exec "$0" -c '
 import torch
 from clipvip.data.loading.workers import Workers
-work = lambda task, condemned: torch.full((40 << 20,), task, dtype=torch.uint8)
+work = lambda task, excluded: torch.full((40 << 20,), task, dtype=torch.uint8)
 print(sum(int(result[-1]) for _, result in Workers(work, 3).run(range(12))))
 '
 """
@@ -233,13 +234,13 @@ def test_no_room_for_a_result_is_an_error_that_says_what_to_do(monkeypatch) -> N
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(WorkerError, match=r"of 2 MB \(No space left on device\).*fewer workers"):
-        results(lambda task, condemned: [torch.zeros(BIG)] * 2, [0])
+        results(lambda task, excluded: [torch.zeros(BIG)] * 2, [0])
 
 
 def test_a_process_that_dies_while_it_passes_a_result_on_is_replaced(
     tmp_path: Path, monkeypatch
 ) -> None:
-    whole = workers._send
+    whole = messages.send
 
     def part(connection: Any, message: Any) -> None:
         if message.size and not (tmp_path / "died").exists():
@@ -247,21 +248,21 @@ def test_a_process_that_dies_while_it_passes_a_result_on_is_replaced(
             connection.send_bytes = lambda data: os.kill(os.getpid(), signal.SIGKILL)
         whole(connection, message)
 
-    monkeypatch.setattr(workers, "_send", part)
-    crew = Workers(lambda task, condemned: torch.full((BIG,), task), 1)
+    monkeypatch.setattr(messages, "send", part)
+    crew = Workers(lambda task, excluded: torch.full((BIG,), task), 1)
     assert [int(result[-1]) for _, result in crew.run(range(5))] == list(range(5))
     assert (tmp_path / "died").exists()
 
 
 def test_a_message_that_was_interrupted_is_not_gone_on_with(monkeypatch) -> None:
-    whole = workers._mapped
+    whole = messages._mapped
 
     def interrupted(files: list[int], size: int) -> Tensor:
-        monkeypatch.setattr(workers, "_mapped", whole)
+        monkeypatch.setattr(messages, "_mapped", whole)
         raise KeyboardInterrupt
 
-    crew = Workers(lambda task, condemned: torch.full((BIG,), task), 1)
-    monkeypatch.setattr(workers, "_mapped", interrupted)
+    crew = Workers(lambda task, excluded: torch.full((BIG,), task), 1)
+    monkeypatch.setattr(messages, "_mapped", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(crew.run(range(5)))
     assert [int(result[-1]) for _, result in crew.run(range(5))] == list(range(5))
@@ -283,8 +284,8 @@ class Untold(Exception):
 
 
 def raising(error: Any) -> Callable[..., Any]:
-    def work(task: int, condemned: frozenset[int]) -> int:
-        workers.at(task)
+    def work(task: int, excluded: frozenset[int]) -> int:
+        set_place(task)
         if task == 1:
             raise error
         return task
@@ -321,7 +322,7 @@ def test_an_error_in_this_process_is_told_with_its_place_too(caplog) -> None:
 
 @pytest.mark.parametrize("result", [lambda: 0, iter([]), threading.Lock()])
 def test_a_result_that_cannot_be_passed_on_is_an_error_of_its_task(result: Any) -> None:
-    def work(task: int, condemned: frozenset[int]) -> Any:
+    def work(task: int, excluded: frozenset[int]) -> Any:
         return [torch.zeros(BIG), (number for number in [result]) if task else 0]
 
     crew = Workers(work, 1)
@@ -338,11 +339,11 @@ class Panic(BaseException):
 def test_what_wants_to_end_the_process_counts_as_its_death(
     error: BaseException, caplog, capfd
 ) -> None:
-    def work(task: int, condemned: frozenset[int]) -> str:
-        workers.at(task)
-        if task == 1 and task not in condemned:
+    def work(task: int, excluded: frozenset[int]) -> str:
+        set_place(task)
+        if task == 1 and task not in excluded:
             raise error
-        return "left out" if task in condemned else "done"
+        return "left out" if task in excluded else "done"
 
     assert results(work, range(3)) == ["done", "left out", "done"]
     assert sum("ended with exit status 1 at 1" in text for text in caplog.messages) == 2
@@ -355,26 +356,26 @@ def test_what_wants_to_end_the_process_counts_as_its_death(
 def test_a_place_that_never_ends_is_named_and_left_out(count: int, monkeypatch, caplog) -> None:
     monkeypatch.setattr(workers, "TIMEOUT", 0.5)
 
-    def work(task: int, condemned: frozenset[int]) -> str:
+    def work(task: int, excluded: frozenset[int]) -> str:
         for place in (2 * task, 2 * task + 1):
-            workers.at(place)
-            workers.tell(1)
-            if place == 3 and place not in condemned:
+            set_place(place)
+            report_progress(1)
+            if place == 3 and place not in excluded:
                 while True:
                     time.sleep(0.01)
-        return "left out" if place in condemned else "done"
+        return "left out" if place in excluded else "done"
 
     done = results(work, range(4), count, name=lambda place: f"clip {place}")
     assert done == ["done", "left out", "done", "done"]
-    assert sum("said nothing for 0 s at clip 3" in text for text in caplog.messages) == 2
+    assert sum("did not respond within 0 s at clip 3" in text for text in caplog.messages) == 2
 
 
 def test_a_long_task_that_goes_from_place_to_place_is_not_stuck(monkeypatch, caplog) -> None:
     monkeypatch.setattr(workers, "TIMEOUT", 0.6)
 
-    def work(task: int, condemned: frozenset[int]) -> int:
+    def work(task: int, excluded: frozenset[int]) -> int:
         for place in range(6):
-            workers.at(place)
+            set_place(place)
             time.sleep(0.2)
         return task
 
@@ -393,12 +394,12 @@ def test_two_crews_that_start_at_once_do_not_hold_each_others_ends(monkeypatch) 
             other.join(0.3)
         whole(process)
 
-    def forever(task: int, condemned: frozenset[int]) -> int:
+    def forever(task: int, excluded: frozenset[int]) -> int:
         return task
 
-    def dying(task: int, condemned: frozenset[int]) -> int:
-        if task not in condemned:
-            workers.at(task)
+    def dying(task: int, excluded: frozenset[int]) -> int:
+        if task not in excluded:
+            set_place(task)
             os.kill(os.getpid(), signal.SIGKILL)
         return task
 

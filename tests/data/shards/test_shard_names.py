@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from clipvip.data.annotations import Clip, load_annotations, write_annotations
-from clipvip.data.shards import manifest, verify_shards
-from clipvip.data.shards.manifest import unpack
+from clipvip.data.shards import members, verify_shards
+from clipvip.data.shards.members import unpack
 from clipvip.data.shards.tars import read_samples
 from clipvip.data.shards.write import write_shards
 
@@ -78,7 +78,7 @@ def sample(**files: bytes) -> dict:
 def test_texts_of_tars_from_elsewhere_are_decoded_or_repaired_and_told_once(
     files: dict[str, bytes], text: str, fault: str | None, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr(manifest, "_warned", set())
+    monkeypatch.setattr(members, "_warned", set())
     for _ in range(2):
         assert unpack(sample(jpg=b"", **files), "x.tar").clip.text == (text,)
     assert len(caplog.messages) == (fault is not None)

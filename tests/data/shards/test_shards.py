@@ -22,8 +22,9 @@ from PIL import Image
 from clipvip import cli, files
 from clipvip.data.annotations import load_annotations
 from clipvip.data.loading import LoaderError
-from clipvip.data.shards import verify_shards, write
-from clipvip.data.shards.manifest import ShardError, load_manifest, unpack
+from clipvip.data.shards import members, verify_shards, write
+from clipvip.data.shards.manifest import ShardError, load_manifest
+from clipvip.data.shards.members import unpack
 from clipvip.data.shards.tars import read_samples
 from clipvip.data.shards.write import write_shards
 from clipvip.data.verify import verify_files
@@ -208,7 +209,7 @@ def moving(write_video, tmp_path: Path) -> Path:
     return write_lines(tmp_path / "clips.jsonl", records)
 
 
-@pytest.mark.parametrize("moment", ["_append_line", "_sample"])
+@pytest.mark.parametrize("moment", ["append_to_manifest", "members_of"])
 def test_a_resumed_run_equals_an_unbroken_one(
     moment: str, moving: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -245,7 +246,7 @@ def test_bad_files_are_listed_before_their_shard_counts_as_finished(
     def killed(path: Path, record: dict[str, Any]) -> None:
         raise Killed
 
-    monkeypatch.setattr(write, "_append_line", killed)
+    monkeypatch.setattr(write, "append_to_manifest", killed)
     with pytest.raises(Killed):
         write_shards(spoiled, out, **options)
     monkeypatch.undo()
@@ -289,11 +290,19 @@ def test_no_clip_ends_the_command(
 @pytest.mark.parametrize(
     "error", [OverflowError, MemoryError, IndexError, RecursionError, UnicodeError, AssertionError]
 )
-@pytest.mark.parametrize("place", ["whole", "_sample", "check_decodes"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(write, "whole"), (write, "members_of"), (members, "check_decodes")],
+)
 def test_what_nobody_foresaw_of_a_clip_is_its_fault(
-    place: str, error: type[Exception], annotations: Path, tmp_path: Path, monkeypatch
+    module: Any,
+    name: str,
+    error: type[Exception],
+    annotations: Path,
+    tmp_path: Path,
+    monkeypatch,
 ) -> None:
-    work, calls = getattr(write, place), 0
+    work, calls = getattr(module, name), 0
 
     def fail(*arguments: Any) -> Any:
         nonlocal calls
@@ -302,7 +311,7 @@ def test_what_nobody_foresaw_of_a_clip_is_its_fault(
             raise error("of no importance")
         return work(*arguments)
 
-    monkeypatch.setattr(write, place, fail)
+    monkeypatch.setattr(module, name, fail)
     (shard,) = write_shards(annotations, tmp_path, max_bad_share=0.1, num_workers=0)
     assert (shard.clips, shard.bad) == (COUNT - 1, 1)
 

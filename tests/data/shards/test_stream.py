@@ -16,10 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-from clipvip.data.loading import Batch, ClipLoader, LoaderError, samples
+from clipvip.data.loading import (
+    Batch,
+    ClipLoader,
+    LoaderError,
+    LoaderOptions,
+    reader,
+    set_place,
+)
 from clipvip.data.shards import stream
 from clipvip.data.shards.manifest import ShardError
-from clipvip.data.shards.stream import Shards, Source, build_shard_loader
+from clipvip.data.shards.plan import Plan, Shards, Source
+from clipvip.data.shards.stream import build_shard_loader
 from clipvip.data.shards.write import write_shards
 from clipvip.data.video import Frames, read_frames
 
@@ -54,7 +62,9 @@ def folder(make_video, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(folder: Path, tokenizer: Any) -> Load:
-    def make(*sources: Source, **options: Any) -> ClipLoader:
+    def make(
+        *sources: Source, paragraph: bool = False, shuffle: int = 64, **options: Any
+    ) -> ClipLoader:
         settings: dict[str, Any] = {
             "tokenizer": tokenizer,
             "image_size": 16,
@@ -63,10 +73,12 @@ def load(folder: Path, tokenizer: Any) -> Load:
             "task": "retrieval",
             "batch_size": 4,
             "seed": 7,
-            "shuffle": 64,
         }
         given = sources or (Source(str(folder / "videos")),)
-        return build_shard_loader(Shards(given), **(settings | options))
+        settings |= options
+        return build_shard_loader(
+            Shards(given), LoaderOptions(**settings), paragraph=paragraph, shuffle=shuffle
+        )
 
     return make
 
@@ -103,7 +115,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Iterator[Nothing]:
         yield Nothing(count, with_middle)
 
-    monkeypatch.setattr(samples, "open_clip", opened)
+    monkeypatch.setattr(reader, "open_clip", opened)
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(load: Load) -> None:
@@ -203,6 +215,21 @@ def test_sources_are_mixed_by_ratio_and_gone_through_evenly(
     assert {seen[place] for place in range(COUNT, COUNT + 12)} <= set(range(16, 33))
 
 
+def plan_of(shards: Shards, batch_size: int, rank: int, world_size: int) -> Plan:
+    options = LoaderOptions(
+        task="video",
+        tokenizer=None,
+        batch_size=batch_size,
+        image_size=16,
+        num_frames=1,
+        text_length=8,
+        seed=0,
+        rank=rank,
+        world_size=world_size,
+    )
+    return Plan(shards, options, 64)
+
+
 @pytest.mark.parametrize("ratios", [[8, 2, 2], [1, 1, 1], [100, 1], [1, 7, 0.013, 3], [5]], ids=str)
 @pytest.mark.parametrize("world", [1, 3, 7])
 @pytest.mark.parametrize("batch_size", [1, 6])
@@ -212,7 +239,7 @@ def test_ratios_hold_over_all_ranks_whatever_they_are(
     shards = Shards([Source(str(folder / "videos"), ratio) for ratio in ratios])
     given, lanes = np.zeros(len(ratios), int), 0
     for rank in range(world):
-        plan = stream._Plan(shards, batch_size, 0, rank, world, 64)
+        plan = plan_of(shards, batch_size, rank, world)
         for lane in range(plan.lanes):
             quotas = plan.quotas(lane)
             assert (quotas >= 0).all() and quotas.sum() == plan.lane_batches(lane) * batch_size
@@ -229,7 +256,7 @@ def test_no_part_of_a_source_is_left_to_lanes_that_never_draw_it(ratio, folder: 
     shards = Shards([Source(str(folder / "videos"), each) for each in (1.0, ratio)])
     drawn = np.zeros(COUNT, bool)
     for rank in range(2):
-        plan = stream._Plan(shards, 1, 0, rank, 2, 64)
+        plan = plan_of(shards, 1, rank, 2)
         for lane in range(plan.lanes):
             low, high = plan.span(1, lane)
             drawn[low:high] |= plan.quotas(lane)[1] > 0
@@ -321,16 +348,16 @@ def test_a_worker_killed_by_a_clip_is_replaced(
     fatal = whole[8]["clip_index"][1].item()
     name = load().name(fatal)
     (tmp_path / "times").touch()
-    read_sample = stream._ShardBatches._sample
+    read_sample = stream._ShardBatchReader._sample
 
     def die(self: Any, drawn: Any, *rest: Any) -> Any:
         if drawn.place == fatal and not (tmp_path / "times").stat().st_size:
             (tmp_path / "times").write_text("x")
-            stream.workers.at(fatal)
+            set_place(fatal)
             os.kill(os.getpid(), signal.SIGKILL)
         return read_sample(self, drawn, *rest)
 
-    monkeypatch.setattr(stream._ShardBatches, "_sample", die)
+    monkeypatch.setattr(stream._ShardBatchReader, "_sample", die)
     assert equal(list(load(num_workers=2)), whole)
     assert any(f"was killed by SIGKILL at {name}" in text for text in caplog.messages)
 
@@ -348,12 +375,16 @@ RANK = """
 import json, os, sys
 import torch
 import torch.distributed as dist
+from clipvip.data.loading import LoaderOptions
 from clipvip.data.shards import Shards, Source, build_shard_loader
 dist.init_process_group("gloo")
 loader = build_shard_loader(
-    Shards([Source(sys.argv[1])]), tokenizer=None, image_size=16, num_frames=1, text_length=8,
-    task="video", batch_size=4, seed=7, num_workers=2, shuffle=64,
-    rank=dist.get_rank(), world_size=dist.get_world_size(),
+    Shards([Source(sys.argv[1])]),
+    LoaderOptions(
+        tokenizer=None, image_size=16, num_frames=1, text_length=8, task="video", batch_size=4,
+        seed=7, num_workers=2, rank=dist.get_rank(), world_size=dist.get_world_size(),
+    ),
+    shuffle=64,
 )
 own = [batch["clip_index"] for batch in loader]
 for batch in own:  # all ranks have a batch at each step, of the same size

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import Batch, ClipLoader, build_loader
+from clipvip.data.loading import Batch, ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, write_shards
 from clipvip.data.video import dali
 from clipvip.data.video.container import Blob, Media
@@ -373,7 +373,9 @@ def clips(make_video) -> list[Clip]:
 
 @pytest.fixture
 def load(clips: list[Clip], tokenizer: Any) -> Load:
-    def make(given: list[Clip] | None = None, **options: Any) -> ClipLoader:
+    def make(
+        given: list[Clip] | None = None, *, training: bool = True, **options: Any
+    ) -> ClipLoader:
         settings: dict[str, Any] = {
             "tokenizer": tokenizer,
             "image_size": SIZE,
@@ -381,12 +383,13 @@ def load(clips: list[Clip], tokenizer: Any) -> Load:
             "text_length": 16,
             "task": "retrieval",
             "batch_size": 6,
-            "training": True,
             "seed": 3,
             "max_bad_share": 0.2,
             "decoder": "dali",
         }
-        return build_loader(given or clips, **(settings | options))
+        return build_loader(
+            given or clips, LoaderOptions(**(settings | options)), training=training
+        )
 
     return make
 
@@ -445,12 +448,12 @@ def test_either_decoder_gives_the_same_batches_of_shards(
             "task": "omnisource",
             "batch_size": 5,
             "seed": 3,
-            "shuffle": 4,
         }
         shards = Shards([Source(str(tmp_path / name))])
-        theirs = list(build_shard_loader(shards, **settings))
+        theirs = list(build_shard_loader(shards, LoaderOptions(**settings), shuffle=4))
         for workers in (0, 2):
-            ours = build_shard_loader(shards, decoder="dali", num_workers=workers, **settings)
+            options = LoaderOptions(decoder="dali", num_workers=workers, **settings)
+            ours = build_shard_loader(shards, options, shuffle=4)
             assert alike(list(ours), theirs, numbers)
             assert ours.decoded["DALI"] > 8 and ours.decoded["PyAV (h264 on the CPU)"] > 4
 
@@ -461,8 +464,8 @@ def test_who_decoded_what_is_told(load: Load, clips: list[Clip], tmp_path: Path,
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(picture)
     list(load([*clips, Clip(picture, text=("a",))], training=False))
     assert caplog.messages == [
-        "a clip is decoded by PyAV (h264 on the CPU); more like it are counted",
-        "a clip is decoded by PyAV (an image); more like it are counted",
+        "decoding a clip by PyAV (h264 on the CPU); further ones are counted",
+        "decoding a clip by PyAV (an image); further ones are counted",
         "clips decoded by: DALI 12, PyAV (h264 on the CPU) 6, PyAV (an image) 1",
     ]
 
@@ -514,7 +517,7 @@ def test_shards_too_lose_only_the_bad_clip(
     clips: list[Clip], ruined: Path, tokenizer: Any, tmp_path: Path, numbers
 ) -> None:
     # Written by another tool: ours would have found it out.
-    from clipvip.data.shards import write as sharding
+    from clipvip.data.shards import members as sharding
 
     lines = [{"video": str(c.video), "text": list(c.text)} for c in clips[:12]]
     lines[5]["video"] = str(ruined)
@@ -533,8 +536,8 @@ def test_shards_too_lose_only_the_bad_clip(
         "seed": 3,
         "max_bad_share": 0.5,
     }
-    ours = build_shard_loader(shards, decoder="dali", **settings)
-    theirs = build_shard_loader(shards, **settings)
+    ours = build_shard_loader(shards, LoaderOptions(decoder="dali", **settings))
+    theirs = build_shard_loader(shards, LoaderOptions(**settings))
     assert alike(list(ours), list(theirs), numbers)
     assert ours.bad_files == theirs.bad_files and len(ours.bad_files) == 1
 

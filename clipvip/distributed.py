@@ -1,6 +1,6 @@
-"""How processes that train together find one another, agree, and exchange Python objects.
+"""Ranks of one run: how they meet, agree, and exchange Python objects.
 
-In a single process each function does the same without any exchange.
+Everything also works in a single process, without any exchange.
 """
 
 import os
@@ -25,7 +25,7 @@ def world_size() -> int:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Any picklable value of every rank, in the order of ranks."""
+    """Gather a picklable value from every rank, in the order of ranks."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -40,10 +40,13 @@ _store: dist.Store | None = None  # in which the ranks met
 
 
 def start(timeout: float) -> Any:
-    """Join the processes that a launcher started with this one; be alone where none did."""
+    """Join the other ranks if a launcher started any; return accelerate's PartialState.
+
+    timeout: seconds to wait for the other ranks, now and in each collective.
+    """
     from accelerate import PartialState
 
-    cpu = not torch.accelerator.is_available()  # without it, torchrun's ranks are strangers
+    cpu = not torch.accelerator.is_available()  # without this, torchrun's ranks do not join
     met = {}
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         met = {"timeout": timedelta(seconds=timeout), **meet(timeout)}
@@ -51,11 +54,13 @@ def start(timeout: float) -> Any:
 
 
 def meet(timeout: float) -> dict[str, Any]:
-    """What init_process_group takes of ranks that a launcher started: store, rank, world_size.
+    """Meet the ranks that a launcher started; return init_process_group's arguments for them.
 
-    The launcher's store outlives the processes that it starts again, and with it the addresses
-    that those before them left there. So they agree on a part of the store that is theirs: each
-    rank shows a sign of its own, and the first answers each sign until it has been heard.
+    The launcher's store outlives processes that it restarts, and so do the addresses that earlier
+    processes left there. So the ranks agree on a part of the store for themselves: each rank
+    writes a token of its own, and the first rank answers each token until its rank has read it.
+
+    timeout: seconds to wait for all ranks. Raises RuntimeError if some do not come.
     """
     global _store
     patience = timedelta(seconds=timeout)
@@ -69,16 +74,16 @@ def meet(timeout: float) -> dict[str, Any]:
         while awaited:
             for other in sorted(awaited):
                 if store.check([f"clipvip-here-{other}"]):
-                    sign = store.get(f"clipvip-here-{other}").decode()
-                    store.set(f"clipvip-answer-{sign}", own)
+                    theirs = store.get(f"clipvip-here-{other}").decode()
+                    store.set(f"clipvip-answer-{theirs}", own)
             awaited -= {other for other in awaited if store.check([f"{own}-{other}"])}
             if time.monotonic() > until:
-                raise RuntimeError(f"ranks {sorted(awaited)} did not come within {timeout:.0f} s")
+                raise RuntimeError(f"ranks {sorted(awaited)} did not start within {timeout:.0f} s")
             time.sleep(0.02)
     else:
         answer = f"clipvip-answer-{own}"
         while not store.check([answer]) and time.monotonic() < until:
-            time.sleep(0.02)  # waiting in the store would hold back signals
+            time.sleep(0.02)  # waiting in the store would delay signals
         token = store.get(answer).decode()
         store.set(f"{token}-{rank}", "")
     _store = dist.PrefixStore(token, store)
@@ -86,12 +91,12 @@ def meet(timeout: float) -> dict[str, Any]:
 
 
 def meeting_store() -> dist.Store | None:
-    """The store in which the ranks met; None for a process that is alone."""
+    """Return the store in which the ranks met; None in a single process."""
     return _store
 
 
 def first_does(work: Callable[[], Result]) -> Result:
-    """What `work` returns on the first rank, or the error it raises there, on every rank."""
+    """Run `work` on the first rank; return its result, or raise its error, on every rank."""
     result: Result | None = None
     error: Exception | None = None
     if rank() == 0:
@@ -107,14 +112,14 @@ def first_does(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def first_enters(manager: AbstractContextManager[None]) -> Iterator[None]:
-    """A context that the first rank alone is in; an error on its way in is raised on every rank."""
+    """Enter a context on the first rank alone; an error on entry is raised on every rank."""
     with ExitStack() as entered:
         first_does(lambda: entered.enter_context(manager))
         yield
 
 
 def on_any(flags: Tensor) -> Tensor:
-    """Bools [n], each True where it is so on any rank. Nothing waits for a GPU that they are on."""
+    """Combine bools [n] by "or" over ranks, without waiting for a GPU that holds them."""
     if world_size() > 1:
         given = flags.int()
         dist.all_reduce(given, dist.ReduceOp.MAX)

@@ -1,11 +1,11 @@
-"""Contrastive losses of CLIP-ViP (section 3.3), over logits that are never stored.
+"""Contrastive losses of CLIP-ViP (section 3.3), without storing the logits.
 
-Features are unit vectors [n, D] of n clips; logits are `logit_scale` times their cosines;
-a clip's own pair is the positive and every other clip of the batch a negative.
+Features are unit vectors [n, D] of n clips, and logits are `logit_scale` times their cosines. A
+clip's own pair is the positive, and every other clip of the batch is a negative.
 
-`sharded`: the n clips are this rank's share of a batch over all ranks (of any sizes). Every
-rank gets the loss of the whole batch, and gradients such that data parallelism's mean over
-ranks is that loss's gradient; see clipvip.distributed.
+`sharded`: the n clips are this rank's share, of any size, of a batch over all ranks. Every rank
+gets the loss of the whole batch, and gradients whose mean over ranks, which data parallelism
+takes, is the gradient of that loss; see clipvip.sharded.
 """
 
 from typing import NamedTuple
@@ -21,14 +21,16 @@ VARIANTS = ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc")
 _NAMES = {"v": "video", "s": "subtitle", "f": "frame", "c": "caption"}
 
 
-class _Source(NamedTuple):
+class _Features(NamedTuple):
+    """One source's features, and which clips have them."""
+
     name: str
     features: Tensor  # [n, D]
     present: Tensor | None  # bool [n]; None: all
 
 
 class _Logits(NamedTuple):
-    """How statistics of two sources' logits are had."""
+    """How to compute the statistics of two sources' logits."""
 
     scale: Tensor
     sharded: bool
@@ -40,7 +42,7 @@ class _Logits(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Statistics of two sources in the clips' order, and the clips that have both."""
+    """Statistics of two sources in the order of clips, and the clips that have both sources."""
 
     row_lse: Tensor
     col_lse: Tensor
@@ -53,17 +55,19 @@ def contrastive_loss(
 ) -> Tensor:
     """Symmetric InfoNCE: mean cross entropy of rows plus mean cross entropy of columns.
 
-    a, b: unit vectors [n, D]. logit_scale: 0-d, the multiplier itself (the exponential of
-    the model's parameter). Returns a 0-d tensor in at least fp32. backend: as in
-    `clipvip.ops.pairwise_logsumexp`. Equivalent to, without the n × n matrix:
+    a, b: unit vectors [n, D].
+    logit_scale: 0-d, the multiplier itself (the exponential of the model's parameter).
+    sharded: see the top of this module.
+    backend: see `clipvip.ops.pairwise_logsumexp`.
+    Returns a 0-d tensor in at least fp32. Equivalent to this, without the n × n matrix:
 
         logits = logit_scale * a @ b.T
         own = torch.arange(len(a))
         return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
 
-    Raises ValueError where the shapes differ.
+    Raises ValueError if the shapes differ.
     """
-    rows, columns = _Source("a", a, None), _Source("b", b, None)
+    rows, columns = _Features("a", a, None), _Features("b", b, None)
     _check(rows, columns)
     logits = _Logits(logit_scale, sharded, backend)
     return _total(_symmetric(_pair(rows, columns, logits)), sharded)
@@ -85,21 +89,20 @@ def omnisource_loss(
 ) -> Tensor:
     """Omnisource cross-modal loss (section 3.3); the variant names its terms.
 
-    video, subtitle, frame, caption: unit vectors [n, D]; those that the variant does not use
-    may be None. logit_scale: 0-d, the multiplier itself. Returns a 0-d tensor in at least fp32.
+    video, subtitle, frame, caption: unit vectors [n, D]; those that the variant does not use may
+        be None.
+    logit_scale, sharded, backend: see `contrastive_loss`.
+    variant: terms joined by "_". "vs", "vc" and "fc" are `contrastive_loss` of two sources. "vsc"
+        has the column halves of "vs" and "vc"; in its row halves, the negatives of a video are the
+        subtitles and captions of all other clips together.
+    *_present: bool [n], False if a clip lacks the source (its features are ignored). The source is
+        then neither a positive nor a negative; the clip's other sources remain negatives for other
+        clips. Each mean is over the clips that have both sources of a term; a term that no clip
+        has is 0. All masks are on one device; if that is the CPU, nothing waits for a GPU.
+    Returns a 0-d tensor in at least fp32. For meta tensors, only its shape is computed.
 
-    variant: terms joined by "_". "vs", "vc" and "fc" are `contrastive_loss` of two sources.
-    "vsc" has the column halves of "vs" and "vc"; in its row halves a video's negatives are
-    all other clips' subtitles and captions together.
-
-    *_present: bool [n], False where a clip has no such source (its features are ignored).
-    It is then neither positive nor negative; each mean is over the clips that have both
-    sources of a term, and a term that no clip has is 0. The other source of such a clip
-    still is a negative for the others. Masks lie on one device; where that is the CPU, nothing
-    waits for features on a GPU. For meta tensors, nothing is computed but the shape.
-
-    Raises ValueError for an unknown variant, a source the variant needs that is None, or
-    shapes that differ; TypeError for masks that are not bool.
+    Raises ValueError for an unknown variant, for shapes that differ, or if a source that the
+    variant needs is None; TypeError for masks that are not bool.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
@@ -111,7 +114,7 @@ def omnisource_loss(
             value = features[letter]
             if value is None:
                 raise ValueError(f"{name} is None, but {variant} needs it as [n, D] features")
-            sources[letter] = _Source(name, value, present.get(letter))
+            sources[letter] = _Features(name, value, present.get(letter))
     _check(*sources.values())
 
     logits = _Logits(logit_scale, sharded, backend)
@@ -122,14 +125,14 @@ def omnisource_loss(
     return _total(means, sharded)
 
 
-def _pair(rows: _Source, columns: _Source, logits: _Logits) -> _Pair:
+def _pair(rows: _Features, columns: _Features, logits: _Logits) -> _Pair:
     a, b = rows.features, columns.features
     masks = [mask for mask in (rows.present, columns.present) if mask is not None]
     if all(mask.is_meta for mask in masks):  # no mask, or none with values
         return _Pair(*logits.statistics(a, b, 0), slice(None))
 
-    # Clips with both sources come first among the rows and last among the columns, so that
-    # their positives are the whole of the one diagonal that ends in the last column.
+    # Clips with both sources come first among the rows and last among the columns, so that their
+    # positives are exactly the diagonal that ends in the last column.
     everyone = torch.ones_like(masks[0])
     has_row = everyone if rows.present is None else rows.present
     has_column = everyone if columns.present is None else columns.present
@@ -150,14 +153,14 @@ def _pair(rows: _Source, columns: _Source, logits: _Logits) -> _Pair:
 
 
 class _Mean(NamedTuple):
-    """Over clips, 0 over none."""
+    """A mean over clips, kept as sum and count; 0 for no clips."""
 
     total: Tensor
     clips: int
 
 
 def _total(means: list[_Mean], sharded: bool) -> Tensor:
-    """The sum of means, each over the clips of all ranks where these are shards."""
+    """Add means up, each over the clips of all ranks if sharded."""
     totals = torch.stack([mean.total for mean in means])
     counts = send(torch.tensor([mean.clips for mean in means], dtype=totals.dtype), totals.device)
     if sharded:
@@ -166,7 +169,7 @@ def _total(means: list[_Mean], sharded: bool) -> Tensor:
 
 
 def _cross_entropy(clips: Tensor | slice, positive: Tensor, *others: Tensor) -> _Mean:
-    """Of log(1 + Σ exp(others - positive))."""
+    """Mean of log(1 + Σ exp(others - positive)) over clips."""
     positive = positive[clips]
     loss = positive.new_zeros(())
     for other in others:
@@ -190,7 +193,7 @@ def _joint(subtitles: _Pair, captions: _Pair) -> list[_Mean]:
     ]
 
 
-def _check(first: _Source, *others: _Source) -> None:
+def _check(first: _Features, *others: _Features) -> None:
     if first.features.ndim != 2:
         raise ValueError(f"{first.name} is {list(first.features.shape)}, expected [n, D]")
     for name, features, present in (first, *others):

@@ -1,9 +1,8 @@
-"""Ranks and recalls from a similarity matrix, counted so that no tie flatters the model.
+"""Ranks and recalls from a similarity matrix, in which ties never favour the model.
 
-The rank of a query is 1 plus the number of gallery items that do *not* belong to it and
-score at least as high as its best-scoring own item. A tie therefore counts once, against
-the model; every query has exactly one rank; further captions of the same video are neither
-rivals nor extra queries.
+The rank of a query is 1 plus the number of gallery items that do *not* belong to it and score at
+least as high as its best-scoring own item. So a tie counts against the model, every query has
+exactly one rank, and further captions of the same video are neither competitors nor extra queries.
 """
 
 import torch
@@ -12,17 +11,20 @@ from torch import Tensor
 RECALLS = (1, 5, 10)
 METRICS = (*(f"R@{k}" for k in RECALLS), "median_rank", "mean_rank")
 TABLES = ("text_to_video", "video_to_text", "text_to_video_dsl", "video_to_text_dsl")
-_ENTRIES_AT_ONCE = 1 << 24  # bounds the memory of comparing ids: about 150 MB
+_ENTRIES_AT_ONCE = 1 << 24  # limits the memory for comparing ids to about 150 MB
 
 
 def dual_softmax(similarity: Tensor, temperature: float = 100.0) -> Tensor:
-    """S·softmax(temperature·S over the queries), float64: DSL, a re-scoring at test time.
+    """Re-score at test time by the dual softmax (DSL): S·softmax(temperature·S over queries).
 
-    It sees all queries at once, so figures with it answer another question than figures
-    without: keep the two apart.
+    It uses all queries at once, so its results are not comparable with results without it. Report
+    the two separately.
 
     Args:
-        similarity: [Q, G] cosines.
+        similarity: cosines [Q, G].
+
+    Returns:
+        float64 [Q, G].
     """
     similarity = similarity.double()  # e^-200, the smallest factor of cosines, needs float64
     return similarity * (temperature * similarity).softmax(0)
@@ -35,21 +37,21 @@ def retrieval_ranks(
     *,
     dsl: bool = False,
 ) -> Tensor:
-    """The rank, from 1, of each query's best-ranked own item; ties count against it.
+    """Rank, from 1, of each query's best own item; ties count against it.
 
     Args:
         similarity: [Q, G], any float dtype; higher is nearer.
-        query_ids, gallery_ids: [Q] and [G] integers; an item belongs to a query when their
-            ids are equal. For text→video give each text its video's index as query_ids; for
-            video→text swap the two. Left out, row i belongs to column i.
+        query_ids, gallery_ids: integers [Q] and [G]; an item belongs to a query if their ids are
+            equal. For text→video, the query id of a text is the index of its video; for
+            video→text, swap the two. By default, row i belongs to column i.
         dsl: re-score with dual_softmax first.
 
     Returns:
         int64 [Q].
 
     Raises:
-        ValueError: similarity is no matrix or holds NaN, ids do not fit it, or a query has
-            no item of its own in the gallery.
+        ValueError: similarity is no matrix or holds NaN, ids do not fit it, or a query has no own
+            item in the gallery.
     """
     if similarity.ndim != 2 or 0 in similarity.shape:
         raise ValueError(
@@ -58,20 +60,21 @@ def retrieval_ranks(
     queries, gallery = similarity.shape
     if query_ids is None and gallery_ids is None and queries != gallery:
         raise ValueError(
-            f"similarity is {queries} × {gallery}: without query_ids and gallery_ids it must be "
-            "square, row i belonging to column i"
+            f"similarity is {queries} × {gallery}; without query_ids and gallery_ids it must be "
+            "square, with row i belonging to column i"
         )
     query_ids = _ids(query_ids, queries, "query_ids", similarity.device)
     gallery_ids = _ids(gallery_ids, gallery, "gallery_ids", similarity.device)
     if similarity.isnan().any():
         raise ValueError(
-            f"similarity {queries} × {gallery} holds {int(similarity.isnan().sum())} NaN"
+            f"similarity {queries} × {gallery} holds {int(similarity.isnan().sum())} NaN; expected "
+            "finite features on both sides"
         )
     orphans = (~torch.isin(query_ids, gallery_ids)).nonzero().flatten()
     if len(orphans):
         raise ValueError(
-            f"{len(orphans)} of {queries} queries have no item in the gallery; the first is row "
-            f"{int(orphans[0])} with id {int(query_ids[orphans[0]])}"
+            f"{len(orphans)} of {queries} queries have no own item in the gallery; the first is "
+            f"row {int(orphans[0])} with id {int(query_ids[orphans[0]])}"
         )
     scores = dual_softmax(similarity) if dsl else similarity
     rows = max(1, _ENTRIES_AT_ONCE // gallery)
@@ -90,7 +93,7 @@ def retrieval_metrics(
     *,
     dsl: bool = False,
 ) -> dict[str, float]:
-    """R@1, R@5, R@10 in percent, and median_rank and mean_rank, of retrieval_ranks."""
+    """Summarise retrieval_ranks: R@1, R@5 and R@10 in percent, median_rank and mean_rank."""
     ranks = retrieval_ranks(similarity, query_ids, gallery_ids, dsl=dsl).double()
     metrics = {f"R@{k}": 100 * (ranks <= k).double().mean().item() for k in RECALLS}
     ordered = ranks.sort().values
@@ -103,14 +106,14 @@ def retrieval_metrics(
 def both_directions(
     video_embeds: Tensor, text_embeds: Tensor, video_of_text: Tensor
 ) -> dict[str, dict[str, float]]:
-    """All four tables of a test set: each direction, plain and with DSL, under its own key.
+    """Compute the four TABLES of a test set: each direction, without and with DSL.
 
     Args:
-        video_embeds: [V, D] unit vectors.
-        text_embeds: [T, D] unit vectors, any number of texts a video.
-        video_of_text: [T] integers, the row in video_embeds of each text's video.
+        video_embeds: unit vectors [V, D].
+        text_embeds: unit vectors [T, D], any number of texts per video.
+        video_of_text: integers [T], row in video_embeds of each text's video.
 
-    Videos without a text are rivals in text→video and no queries in video→text.
+    Videos without a text are competitors in text→video, but not queries in video→text.
     """
     similarity = text_embeds @ video_embeds.T
     videos = torch.arange(len(video_embeds), device=similarity.device)

@@ -1,14 +1,14 @@
-"""Copies from the host to a GPU that neither side waits for."""
+"""Asynchronous copies from the host to a GPU."""
 
 import torch
 from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`, itself where it is there already.
+    """Copy a tensor to `device` without waiting; return the tensor itself if it is there already.
 
-    A copy to a GPU goes through page-locked memory: from any other memory the host would wait
-    until the GPU has done all that was asked of it before.
+    The copy goes through page-locked memory: from any other memory, the host would wait until the
+    GPU has finished all earlier work.
     """
     device = torch.device(device)
     if tensor.device.type == "cpu" and device.type == "cuda":

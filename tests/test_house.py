@@ -97,6 +97,17 @@ def test_a_folder_of_data_is_entered_by_its_face_alone(name):
             assert WINGS.index(theirs) < WINGS.index(mine), f"{name} imports {other}"
 
 
+def test_search_needs_no_training():
+    needed, queue = set(), ["index"]
+    while queue:
+        name = queue.pop()
+        if name in MODULES and name not in needed:
+            needed.add(name)
+            queue += imported(name)
+    assert "embedding" in needed
+    assert not {name for name in needed if part(name) == "training"}
+
+
 def test_no_modules_import_each_other():
     faces = {name for name, path in MODULES.items() if path.name == "__init__.py"}
     graph = {name: set(imported(name)) - {name} for name in MODULES}

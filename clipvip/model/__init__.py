@@ -1,4 +1,4 @@
-"""CLIP-ViP as a transformers model; importing this registers it with the Auto classes."""
+"""CLIP-ViP as a transformers model; importing this package registers it with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 

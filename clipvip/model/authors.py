@@ -1,7 +1,7 @@
-"""Checkpoints of the authors' code and of CLIP to ours, and ours to the authors'.
+"""Names and shapes in the checkpoint files of the authors' code, read and written.
 
-The authors save one state dict by torch.save: transformers' CLIPModel of 2022 under the prefix
-`clipmodel.`, with two `position_ids` buffers that newer transformers has dropped.
+The authors save one state dict with torch.save: that of transformers' CLIPModel of 2022 under the
+prefix `clipmodel.`, with two `position_ids` buffers that newer versions of transformers dropped.
 """
 
 import os
@@ -19,30 +19,31 @@ logger = logging.get_logger(__name__)
 AUTHORS_SUFFIXES = (".pt", ".pth")
 _PREFIX = "clipmodel."
 _NESTED = ("model", "state_dict", "model_state_dict")
-# The paper's models and every CLIP ViT-B and ViT-L; the files do not say.
+# Width of a head in the paper's models and in every CLIP ViT-B and ViT-L; the files do not say it.
 _HEAD_DIM = 64
 
 
 def read_authors_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read the authors' file (.pt) into a state dict with our names.
+    """Read an authors' file (.pt) into a state dict with our names.
 
-    A state dict nested under "model" or "state_dict" and the prefix "module." of wrapped models
-    are unwrapped; `position_ids` are dropped. Nothing in the file is executed. Raises ValueError
-    for a file of something else.
+    A state dict nested under "model" or "state_dict" is unwrapped, the prefix "module." of wrapped
+    models is removed, and `position_ids` are dropped. Nothing in the file is executed.
+
+    Raises ValueError if the file holds something else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        # Not what PyTorch then says: to run the code that a file may hold.
+        # Leave out PyTorch's advice, which is to run the code that a file may hold.
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(
             f"{path} cannot be read as a PyTorch file of weights: {reason}; fetch it again, or "
-            "save its state dict alone"
+            "save only its state dict"
         ) from error
     while isinstance(content, dict) and (inner := [k for k in _NESTED if k in content]):
         content = content[inner[0]]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dict; expected names and tensors")
+        raise ValueError(f"{path} holds no state dict; expected tensors by name")
     names = {name: name.removeprefix("module.").removeprefix(_PREFIX) for name in content}
     return {
         ours: content[name] for name, ours in names.items() if not ours.endswith("position_ids")
@@ -52,9 +53,11 @@ def read_authors_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 def infer_config(
     state_dict: dict[str, Tensor], source: str | os.PathLike, **options: Any
 ) -> CLIPViPConfig:
-    """The configuration that a state dict's shapes speak of; heads are 64 wide.
+    """Infer the configuration from a state dict's shapes, with heads of 64.
 
-    options: VIDEO_OPTIONS, over what the shapes say. Raises ValueError where a shape is missing.
+    source: name of the checkpoint in errors.
+    options: any of VIDEO_OPTIONS; overrides what the shapes say.
+    Raises ValueError if a weight that gives a shape is missing.
     """
 
     def shape(name: str) -> torch.Size:
@@ -89,7 +92,7 @@ def infer_config(
             "projection_dim": projection,
             "vocab_size": vocabulary,
             "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
-            # The authors read the text's feature at its highest token: the vocabulary's last.
+            # The authors read a text's feature at its highest token, the last of the vocabulary.
             "bos_token_id": vocabulary - 2,
             "eos_token_id": vocabulary - 1,
             "pad_token_id": vocabulary - 1,
@@ -106,7 +109,7 @@ def infer_config(
 
 
 def authors_state_dict(model: torch.nn.Module) -> dict[str, Tensor]:
-    """A CLIPViPModel's weights under the authors' names, position_ids included."""
+    """Return the weights of a CLIPViPModel under the authors' names, with position_ids."""
     weights = dict(model.state_dict())
     for embeddings in ("text_model.embeddings", "vision_model.embeddings"):
         positions = len(weights[f"{embeddings}.position_embedding.weight"])

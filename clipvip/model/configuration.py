@@ -1,8 +1,8 @@
-"""Configuration of CLIP-ViP: CLIP's own, and what makes an image tower a video tower.
+"""Configuration of CLIP-ViP: that of CLIP, and settings that make an image tower a video tower.
 
-Only the settings that are named here are read from a config.json. transformers takes any, and some
-of them make it import packages, fetch code or weights, or patch itself. A model's folder, whoever
-made it, must cause none of that.
+Only settings that are named here are read from a config.json. transformers accepts any, and some
+of them make it import packages, fetch code or weights, or patch itself. No model folder, whoever
+made it, may cause that.
 """
 
 import math
@@ -26,15 +26,15 @@ ATTENTION_BACKENDS = ("native", "reference")
 class CLIPViPVisionConfig(CLIPVisionConfig):
     """CLIP's vision tower with video proxy tokens (CLIP-ViP, section 3.2).
 
-    num_proxies: M, CLIP's class token and M - 1 added tokens.
-    num_frames: T, the length of the temporal embedding. Videos of another number of frames
-        get it linearly interpolated.
-    proxy_init: how added proxies start where a checkpoint has none: "class_token" (CLIP's
-        class token plus small noise) or "normal" (unit normal, as the authors do).
+    num_proxies: number M of proxies: CLIP's class token and M - 1 added tokens.
+    num_frames: length T of the temporal embedding. For a video of another number of frames it is
+        linearly interpolated.
+    proxy_init: initial values of added proxies that a checkpoint lacks: "class_token" (CLIP's
+        class token plus small noise) or "normal" (unit normal, as in the authors' code).
     frame_pooling: "proxy" (the method) or "mean" (the mean-pooling baseline: every frame is a
         one-frame video, and a video's feature is the mean of its frames' unit features).
-    attention_backend: "native" (the compiled op) or "reference" (plain PyTorch); the loss of
-        the model's forward follows it.
+    attention_backend: "native" (the compiled op) or "reference" (plain PyTorch), also for the loss
+        in the model's forward.
     """
 
     model_type = "clipvip_vision_model"
@@ -61,8 +61,8 @@ class CLIPViPVisionConfig(CLIPVisionConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
         if self.attention_dropout:
             raise ValueError(
-                f"attention_dropout is {self.attention_dropout}; proxy-guided attention has "
-                "none, set it to 0"
+                f"attention_dropout is {self.attention_dropout}; proxy-guided attention has no "
+                "dropout: set it to 0"
             )
 
 
@@ -84,7 +84,7 @@ _SIZES = (
     "num_frames",
 )
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-# Those in "_dict" are from before transformers 4.24, and override those without.
+# Those with "_dict" are from before transformers 4.24 and override those without it.
 _TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")
 _NOT_OURS = ("auto_map", "quantization_config", "fusion_config", "transformers_weights")
 
@@ -93,9 +93,8 @@ _NOT_OURS = ("auto_map", "quantization_config", "fusion_config", "transformers_w
 class CLIPViPConfig(CLIPConfig):
     """Configuration of `CLIPViPModel`.
 
-    The options of `CLIPViPVisionConfig` named in VIDEO_OPTIONS may be given here too, and in
-    `from_pretrained`; they are kept in `vision_config`. `from_pretrained` reads a plain CLIP
-    checkpoint's config as well.
+    VIDEO_OPTIONS of `CLIPViPVisionConfig` may also be given here and in `from_pretrained`; they
+    are kept in `vision_config`. `from_pretrained` also reads the config of a plain CLIP.
     """
 
     model_type = "clipvip"
@@ -103,13 +102,13 @@ class CLIPViPConfig(CLIPConfig):
         "text_config": CLIPTextConfig,
         "vision_config": CLIPViPVisionConfig,
     }
-    # Its name since transformers 5.20, which wants the classes wrapped.
+    # transformers 5.20 uses this name and wants the classes wrapped.
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         name: getattr(transformers.configuration_utils, "SubConfigSpec", lambda x: x)(config)
         for name, config in sub_configs.items()
     }
 
-    # Given as dicts, or not at all, they become configs in transformers' __post_init__.
+    # Dicts or None become configs in transformers' __post_init__.
     text_config: Any = None
     vision_config: Any = None
     projection_dim: int = 512
@@ -127,7 +126,7 @@ class CLIPViPConfig(CLIPConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read config.json of our own or of a CLIP checkpoint."""
+        """Read config.json of one of our models or of a CLIP checkpoint."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") != cls.model_type:
             if "text_config" not in config or "vision_config" not in config:
@@ -140,17 +139,17 @@ class CLIPViPConfig(CLIPConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', and VIDEO_OPTIONS among the overrides."""
+        """Build a config as transformers does; kwargs may also override VIDEO_OPTIONS."""
         given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
 
-_LEAST_LAYER = 1 << 14  # numbers that take as much memory as the Python objects of a layer
+_LEAST_LAYER = 1 << 14  # weights that take as much memory as the Python objects of a layer
 
 
 def count_weights(config: CLIPViPConfig) -> int:
-    """About how many numbers a model of these shapes has: no fewer than its large matrices do.
-    However narrow it is, a layer counts as _LEAST_LAYER."""
+    """Estimate how many weights a model has: at least those of its large matrices, and at least
+    _LEAST_LAYER per layer, however narrow it is."""
     text, vision = config.text_config, config.vision_config
 
     def tower(shapes: Any, inputs: int) -> int:
@@ -165,15 +164,17 @@ def count_weights(config: CLIPViPConfig) -> int:
 
 
 def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The settings of the model in a config.json. A warning names those that asked for code.
-    Raises ValueError for values that no model has."""
+    """Return the model's settings in a config.json, and warn about those that ask for code.
+
+    Raises ValueError for values that no model can have.
+    """
     own = _fields(CLIPConfig) | set(VIDEO_OPTIONS) | {"model_type", "architectures"}
     kept = {key: value for key, value in config.items() if key in own}
     left_out = [key for key in _NOT_OURS if config.get(key) is not None]
     for key in ("attn_implementation", "_attn_implementation"):
         value = config.get(key)
         if value in ("eager", "sdpa") or (
-            # Without its package, transformers fetches a kernel of that name.
+            # Without its package, transformers would fetch a kernel of that name.
             value == "flash_attention_2" and is_flash_attn_2_available()
         ):
             kept["attn_implementation"] = value
@@ -181,7 +182,7 @@ def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
             left_out.append(f"{key}={value!r}")
     if left_out:
         logger.warning_once(  # loading a model reads its configuration twice
-            f"config.json of {source} names {shown(', '.join(left_out))}, which is left out: a "
+            f"config.json of {source} names {shown(', '.join(left_out))}, which is ignored: a "
             "model's files choose no code"
         )
     for key in ("dtype", "torch_dtype"):
@@ -204,7 +205,7 @@ def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _fields(config: type[PretrainedConfig]) -> set[str]:
-    """The settings that a class of configurations has of its own."""
+    """Return the settings that a configuration class adds to PretrainedConfig."""
     return set(config.__dataclass_fields__) - set(PretrainedConfig.__dataclass_fields__)
 
 

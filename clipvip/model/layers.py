@@ -1,13 +1,13 @@
-"""The parts of a CLIP layer around attention, keeping only what backward cannot cheaply make again.
+"""The parts of a CLIP layer around attention, which keep little for backward.
 
-Backward of LayerNorm → linear → QuickGELU → linear, as PyTorch composes it, keeps the input and the
-output of each. Outputs of LayerNorm and QuickGELU, and weights cast by autocast, are elementwise
-work next to the matrix products that read them, so here backward makes them again: a layer of
-width C keeps 10·C values a token, not 16·C. The result is that of the plain composition up to
-rounding. Products are our own where those are quicker (clipvip.ops.linear), else PyTorch's.
+PyTorch's LayerNorm → linear → QuickGELU → linear keeps the input and the output of each step for
+backward. Outputs of LayerNorm and QuickGELU, and weights that autocast casts, are cheap to compute
+beside the matrix products that read them. So backward recomputes them here: a layer of width C
+keeps 10·C values per token instead of 16·C. Results match the plain composition up to rounding.
+Matrix products are our own (clipvip.ops.linear) if those are faster, else PyTorch's.
 
-The plain composition is taken under torch.compile, which chooses by itself what to keep, and for
-modules that are not plain nn.Linear or carry hooks, such as adapters.
+The plain composition runs under torch.compile, which chooses itself what to keep, and for modules
+that have hooks or are not plain nn.Linear, such as adapters.
 """
 
 from typing import Any
@@ -20,15 +20,15 @@ from torch.autograd.function import once_differentiable
 from clipvip.ops import linear
 from clipvip.ops.linear import Norm, Statistics
 
-# QuickGELU(x) = x·σ(1.702·x) = silu(1.702·x) / 1.702: both factors ride on the products around it.
+# QuickGELU(x) = x·σ(1.702·x) = silu(1.702·x) / 1.702; the products around it apply both factors.
 SLOPE = 1.702
 
 
 def norm_linear(hidden_states: Tensor, norm: nn.LayerNorm, *layers: nn.Linear) -> Tensor:
-    """All layers' outputs of norm(hidden_states), side by side, by one product.
+    """Apply all layers to norm(hidden_states) in one product; concatenate their outputs.
 
-    hidden_states: [T, C], fp32, bf16 or fp16; norm over C; layers: of weights [Kᵢ, C].
-    Returns [T, ΣKᵢ] in autocast's dtype where autocast is on, else in that of hidden_states.
+    hidden_states: [T, C], fp32, bf16 or fp16. norm: LayerNorm over C. layers: weights [Kᵢ, C].
+    Returns [T, ΣKᵢ] in autocast's dtype if autocast is on, else in that of hidden_states.
     """
     if not _weights_say_all(*layers):
         normed = norm(hidden_states)
@@ -41,7 +41,7 @@ def norm_linear(hidden_states: Tensor, norm: nn.LayerNorm, *layers: nn.Linear) -
 
 
 def residual_linear(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
-    """residual + layer(x).
+    """Compute residual + layer(x).
 
     residual: [T, K], x: [T, C], fp32, bf16 or fp16. Returns [T, K] in the wider of the residual's
     dtype and the layer's.
@@ -54,7 +54,7 @@ def residual_linear(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
 def residual_mlp(
     hidden_states: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear
 ) -> Tensor:
-    """hidden_states + fc2(QuickGELU(fc1(norm(hidden_states)))).
+    """Compute hidden_states + fc2(QuickGELU(fc1(norm(hidden_states)))).
 
     hidden_states: [T, C], fp32, bf16 or fp16. Returns [T, C] in its dtype.
     """
@@ -67,12 +67,12 @@ def residual_mlp(
 
 
 def _composed(x: Tensor) -> bool:
-    """Whether to leave it to PyTorch what to keep: under its compiler, or without data."""
+    """Whether to run the plain composition: under torch.compile, or for meta tensors."""
     return torch.compiler.is_compiling() or x.device.type == "meta"
 
 
 def bare(module: nn.Module) -> bool:
-    """Whether nothing listens to a module, and its class says what it does."""
+    """Whether a module has neither hooks nor a forward of its own."""
     return "forward" not in vars(module) and not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -83,7 +83,7 @@ def bare(module: nn.Module) -> bool:
 
 
 def _weights_say_all(*modules: nn.Module) -> bool:
-    """Whether modules do what their weights and biases say, and no more."""
+    """Whether modules compute exactly what their weights and biases define."""
     return all(
         type(module) in (nn.Linear, nn.LayerNorm)
         and module.weight is not None
@@ -94,7 +94,7 @@ def _weights_say_all(*modules: nn.Module) -> bool:
 
 
 class _Products:
-    """Forward, gradient of the input and of the weight, by our kernels or by PyTorch."""
+    """Products of forward and of both gradients, by our kernels or by PyTorch."""
 
     def __init__(self, x: Tensor, *parameters: Tensor, residual: Tensor | None = None) -> None:
         kind = x.device.type
@@ -114,7 +114,7 @@ class _Products:
     def grad_weights(
         self, need: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, **options: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias, in their dtypes, as far as they are needed."""
+        """Return gradients of weight and bias in their dtypes; None for those not needed."""
         if not any(need):
             return None, None
         if not need[0]:
@@ -207,7 +207,7 @@ class _ResidualMLP(torch.autograd.Function):
                 need[6:8], grad, before, weight2, bias2, silu=True, alpha=1 / SLOPE
             )
             if any(need[:6]):
-                # Of what fc1 gives: the factors 1/SLOPE and SLOPE cancel.
+                # The gradient of fc1's output: the factors 1/SLOPE and SLOPE cancel.
                 inner = products.grad_input(grad, weight2, products.dtype, before=before)
                 first = products.grad_weights(
                     need[4:6], inner, x, weight1, bias1, norm=norm, statistics=(mean, rstd)
@@ -221,9 +221,9 @@ class _ResidualMLP(torch.autograd.Function):
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, norm: Norm, statistics: Statistics, need):
-    """Gradients of LayerNorm's input, weight and bias, as far as they are needed."""
+    """Return gradients of LayerNorm's input, weight and bias; None for those not needed."""
     weight, bias = norm.weight, norm.bias
-    if x.device.type == "cpu":  # where PyTorch wants them in the statistics' dtype
+    if x.device.type == "cpu":  # there PyTorch needs them in the statistics' dtype
         weight, bias = weight.to(statistics[0].dtype), bias.to(statistics[0].dtype)
     of_x, *others = torch.ops.aten.native_layer_norm_backward(
         grad, x, [x.shape[-1]], *statistics, weight, bias, list(need)

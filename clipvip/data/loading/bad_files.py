@@ -1,5 +1,5 @@
-"""Files that could not be read: told once each, listed, and tolerated up to a share; and files
-that are damaged but could be used, told and listed."""
+"""Unreadable files: each is logged and listed once, and a share of them is tolerated. Damaged
+files, which are used, are logged and listed too."""
 
 import fcntl
 import json
@@ -17,16 +17,18 @@ from clipvip.files import json_line, shown
 logger = logging.getLogger(__name__)
 
 _START = b'{"path": "'  # of each line
-COUNTED_FROM = 100  # distinct clips tried before their share of bad ones means anything
+COUNTED_FROM = 100  # distinct clips to try before the share of bad ones counts
 
 
 class LoaderError(RuntimeError):
-    """Data cannot be had: too many bad files."""
+    """Too many files cannot be read."""
 
 
 class BadFile(NamedTuple):
-    """A file that could not be read, why, and the annotation line that names it. Of a file that
-    is only damaged, the reason says what was lost."""
+    """A file that could not be read, or one that is damaged but used.
+
+    reason: why it could not be read, or what was lost. line: annotation line that names it.
+    """
 
     path: str
     reason: str
@@ -34,17 +36,19 @@ class BadFile(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A bad file, as found at one place of the data."""
+    """A bad file, with the place of its clip among the data."""
 
     place: int
     file: BadFile
 
 
 class BadFiles:
-    """Bad files among `count` places of the data.
+    """Count bad files among `count` places of the data, and stop if their share is too large.
 
-    `found` lists each file that could not be read once. So does the file at `path`, which lists
-    damaged files too, with `"damaged": true`.
+    max_share: share of the places tried at which a file may be unreadable.
+    path: file to append unreadable files to, and damaged ones with `"damaged": true`.
+
+    found: each file that could not be read, once. tried, bad: numbers of distinct places.
     """
 
     def __init__(self, count: int, max_share: float, path: Path | None = None) -> None:
@@ -54,8 +58,8 @@ class BadFiles:
         self._count = count
         self._max_share = max_share
         self._list = None if path is None else _List(path)
-        self._told: set[tuple[str, bool]] = set()  # (path, damaged)
-        self._state = np.zeros(count, np.uint8)  # 1 tried, 2 bad; a byte a place, whatever comes
+        self._logged: set[tuple[str, bool]] = set()  # (path, damaged)
+        self._state = np.zeros(count, np.uint8)  # 0: not tried, 1: tried, 2: bad
 
     def note(
         self,
@@ -64,10 +68,10 @@ class BadFiles:
         damaged: Iterable[BadFile] = (),
         final: bool = False,
     ) -> None:
-        """Count distinct places; LoaderError where too many are bad.
+        """Count distinct places. Raises LoaderError if too many of them are bad.
 
-        damaged: files that lost something but were used; they are told and listed, not counted.
-        final: no more will be tried, however few these were.
+        damaged: files that were used without some of their frames; logged and listed, not counted.
+        final: check the share even if few places were tried, since no more will be.
         """
         for place in tried:
             if not self._state[place]:
@@ -91,17 +95,17 @@ class BadFiles:
             self.check()
 
     def _is_new(self, file: BadFile, damaged: bool) -> bool:
-        """Whether the file was not told before; then it is listed."""
+        """List a file that was not logged before. Return whether it is such a file."""
         key = (file.path, damaged)
-        if key in self._told:
+        if key in self._logged:
             return False
-        self._told.add(key)
+        self._logged.add(key)
         if self._list is not None:
             self._list.append(file, damaged)
         return True
 
     def resume(self, tried: Iterable[int], bad: int) -> None:
-        """Counts what an earlier run found."""
+        """Count the places that an earlier run tried, `bad` of which were bad."""
         for place in tried:
             self._state[place] = 1
             self.tried += 1
@@ -112,8 +116,7 @@ class BadFiles:
             self.stop(f"{self.bad / self.tried:.1%}, allowed {self._max_share:.1%}")
 
     def stop(self, why: str) -> NoReturn:
-        """Raise LoaderError, which says how many files are bad, why that is too many, and names the
-        last."""
+        """Raise LoaderError with the number of bad files, why it is too many, and the last one."""
         last = ""
         if self.found:
             last = f"; the last: {shown(self.found[-1].path)}: {shown(self.found[-1].reason)}"
@@ -121,19 +124,19 @@ class BadFiles:
 
 
 class _List:
-    """The file of bad files, to which other ranks may append too and earlier runs did.
+    """The file that lists bad files. Other ranks append to it too, and earlier runs did.
 
-    A list that cannot be written (disk full, no permission) is told once and costs nothing else.
+    If it cannot be written (disk full, no permission), that is logged once, and the run continues.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.listed: set[tuple[str, bool]] = set()  # (path, damaged)
-        self.read_to = 0  # or the whole file would be read for each line that is added
+        self.read_to = 0  # offset of the first byte not read yet
         self.failed = False
 
     def append(self, bad: BadFile, damaged: bool) -> None:
-        """Add one line, unless there is one of that path already."""
+        """Add a line, unless the file has one with that path already."""
         record = bad._asdict() | ({"damaged": True} if damaged else {})
         try:
             self._append(record, (bad.path, damaged))
@@ -149,20 +152,20 @@ class _List:
     def _append(self, record: dict[str, Any], key: tuple[str, bool]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
-            with suppress(OSError):  # no such locks here
+            with suppress(OSError):  # this file system has no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, os.SEEK_END) < self.read_to:  # another file by now
+            if file.seek(0, os.SEEK_END) < self.read_to:  # the file was replaced
                 self.read_to, self.listed = 0, set()
             file.seek(self.read_to)
             whole, end, rest = file.read().rpartition(b"\n")
             self.read_to += len(whole + end)
             if rest.startswith(_START) or _START.startswith(rest):
-                file.truncate(self.read_to)  # a run killed while writing leaves part of a line
-            else:  # another program's last line, without its line feed
+                file.truncate(self.read_to)  # part of a line, from a run killed while writing
+            else:  # the last line of another program, without a line feed
                 file.write(b"\n")
             for line in whole.splitlines():
                 with suppress(ValueError, TypeError, KeyError, RecursionError):
-                    known = json.loads(line)  # damaged: at worst named twice
+                    known = json.loads(line)  # if it is damaged, its file may be listed twice
                     self.listed.add((known["path"], bool(known.get("damaged"))))
             if key not in self.listed:
                 file.write(json_line(record))

@@ -13,11 +13,12 @@ its batches again; a clip at which two processes died counts as unreadable.
 
 A batch is made in these steps:
 
-    _FileOrder or the order of shards   which clips           options.py     settings
-    BatchReader, ClipReader             clips → samples       reader.py      in workers
-    Collate                             samples → batch       collate.py     in workers
-    DecodeByDali                        both, with DALI       by_dali.py     in the main process
-    ClipLoader                          joins them            loader.py      in the main process
+    Order                     which clips are in a batch             loader.py, shards' plan.py
+    BatchReader, ClipReader   clips → samples, in workers            reader.py, shards' stream.py
+    Collate                   samples → batch, in workers            collate.py
+    DecodeByDali              with DALI: the end of both, in the     by_dali.py
+                              main process
+    ClipLoader                runs these, counts unreadable clips    loader.py
 """
 
 import logging
@@ -90,18 +91,18 @@ def build_loader(
 
 
 class Order(Protocol):
-    """Tasks for the workers, one per batch.
-
-    epoch: the epoch of the next iteration. skipped: batches to leave out at its start; iterating
-    sets it back to 0. lane: the worker that must do a task, see worker_of of Workers.run.
-    """
-
-    epoch: int
-    skipped: int
-    lane: Callable[[Any], int] | None
+    """Which clips are in the batches of an epoch; its length is their number."""
 
     def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Any]: ...
+
+    def tasks(self, epoch: int, skipped: int) -> Iterator[Any]:
+        """Yield a task for BatchReader.read_batch per batch, without the first `skipped`."""
+        ...
+
+    @property
+    def worker_of(self) -> Callable[[Any], int] | None:
+        """Number of the worker that must do a task, see Workers.run."""
+        ...
 
 
 class ClipLoader:
@@ -123,6 +124,8 @@ class ClipLoader:
         self.name = name
         self.decoded: Counter[str] = Counter()
         self._order = order
+        self._epoch = 0
+        self._skipped = 0
         self._bad = bad
         self._finish: DecodeByDali | None = None
         collate = Collate(options.tokenizer, options.text_length, options.task)
@@ -145,11 +148,11 @@ class ClipLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
-        self._order.epoch = epoch
+        self._epoch = epoch
 
     def skip(self, batches: int) -> None:
         """Leave out the first batches of the next iteration, without decoding them."""
-        self._order.skipped = batches
+        self._skipped = batches
 
     def __iter__(self) -> Iterator[Batch]:
         if torch.cuda.is_available() or self._finish is not None:
@@ -158,7 +161,9 @@ class ClipLoader:
 
     def _batches(self) -> Iterator[Batch]:
         before = self.decoded.copy()
-        for _, result in self._workers.run(self._order, worker_of=self._order.lane):
+        skipped, self._skipped = self._skipped, 0
+        tasks = self._order.tasks(self._epoch, skipped)
+        for _, result in self._workers.run(tasks, worker_of=self._order.worker_of):
             batch, report = result if self._finish is None else self._finish(result)
             self._count(report.decoders)
             self._bad.note(report.tried, report.failures, report.damaged)
@@ -203,7 +208,7 @@ def _prefetched(batches: Iterator[Batch]) -> Iterator[Batch]:
 class _FileOrder:
     """One rank's batches of (epoch, place of the clip)."""
 
-    lane: Callable[[Any], int] | None = None
+    worker_of = None
 
     def __init__(
         self, count: int, options: LoaderOptions, training: bool, drop_last: bool | None
@@ -215,8 +220,6 @@ class _FileOrder:
         self.training = training
         self.seed = options.seed
         self.drop_last = training if drop_last is None else drop_last
-        self.epoch = 0
-        self.skipped = 0
         if count == 0 or (self.drop_last and count < self.stride):
             raise ValueError(
                 f"{count} clips make no batch of {self.batch_size} on {options.world_size} ranks; "
@@ -227,9 +230,7 @@ class _FileOrder:
         tail = 0 if self.drop_last else self.count % self.stride > self.rank * self.batch_size
         return self.count // self.stride + tail
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        skipped, self.skipped = self.skipped, 0
-        epoch = self.epoch
+    def tasks(self, epoch: int, skipped: int) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.count)
         if self.training:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.count)

@@ -17,7 +17,7 @@ All of this depends on (seed, epoch, rank, world size) alone. So a resumed run c
 batch, with exactly the batches that would have followed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +54,6 @@ class Source:
     def __len__(self) -> int:
         return int(self.counts.sum())
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """Shard of a clip of this source, and the clip's index in that shard."""
-        shard = int(np.searchsorted(self.firsts, index, side="right")) - 1
-        return shard, index - int(self.firsts[shard])
-
 
 class Shards:
     """Sources to train from together. A place numbers the clips of all of them, in order."""
@@ -70,12 +65,17 @@ class Shards:
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
+    def locate(self, place: int) -> tuple[int, int, int]:
+        """Return the indices of a place's source, of its shard there, and of its clip in that."""
+        number = int(np.searchsorted(self.firsts, place, side="right")) - 1
+        source, index = self.sources[number], place - self.firsts[number]
+        shard = int(np.searchsorted(source.firsts, index, side="right")) - 1
+        return number, shard, index - int(source.firsts[shard])
+
     def name(self, place: int) -> str:
         """Describe a place by its clip and tar."""
-        number = int(np.searchsorted(self.firsts, place, side="right")) - 1
-        source = self.sources[number]
-        shard, index = source.locate(place - self.firsts[number])
-        return f"clip {index} of {source.urls[shard]}"
+        number, shard, index = self.locate(place)
+        return f"clip {index} of {self.sources[number].urls[shard]}"
 
     def check(self, task: str) -> None:
         """Raise ShardError if a source lacks the texts that the task trains on."""
@@ -112,6 +112,17 @@ class Plan:
         ratios = np.array([source.ratio for source in shards.sources])
         self.shares = ratios / ratios.sum()
         self.windows = np.maximum(1, window * self.shares / self.lanes)  # clips, per source
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def tasks(self, epoch: int, skipped: int) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, number of the batch) for the batches of an epoch, see Order."""
+        return ((epoch, batch) for batch in range(skipped, self.batches))
+
+    def worker_of(self, task: tuple[int, int]) -> int:
+        """Return the lane of a batch: one worker reads all batches of a lane."""
+        return task[1] % self.lanes
 
     def lane_batches(self, lane: int) -> int:
         """Number of batches of a lane in an epoch."""

@@ -6,9 +6,9 @@ encoded clips per lane to shuffle them.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,30 +51,11 @@ def build_shard_loader(
     reader = ClipReader(options, training=True, engine=start_engine(options.decoder))
     return ClipLoader(
         _ShardBatchReader(plan, reader, paragraph),
-        _ShardOrder(plan),
+        plan,
         replace(options, num_workers=min(options.num_workers, plan.lanes)),
         BadFiles(len(shards), options.max_bad_share, options.bad_files),
         shards.name,
     )
-
-
-class _ShardOrder:
-    """One rank's batches of (epoch, number of the batch)."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.epoch = 0
-        self.skipped = 0
-        self.lane: Callable[[Any], int] | None = lambda task: task[1] % plan.lanes
-
-    def __len__(self) -> int:
-        return self.plan.batches
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        skipped, self.skipped = self.skipped, 0
-        epoch = self.epoch
-        for batch in range(skipped, len(self)):
-            yield epoch, batch
 
 
 class _Drawn(NamedTuple):
@@ -112,18 +93,15 @@ class _ShardBatchReader:
         self.lanes[number] = lane
         return samples
 
-    def read_sample(
-        self, task: tuple[tuple[int, int, int], int], excluded: frozenset[int]
-    ) -> Sample:
-        """task: ((number, pass_number, place) of a _Drawn, attempt to start with)."""
-        (number, pass_number, place), first = task
-        index = place - self.plan.shards.firsts[number]
-        shard, index = self.plan.shards.sources[number].locate(index)
-        return self._sample(self._drawn(number, pass_number, shard, index), first, excluded)
+    def read_sample(self, task: tuple[tuple[int, int], int], excluded: frozenset[int]) -> Sample:
+        """task: ((pass_number, place) of a _Drawn, attempt to start with)."""
+        (pass_number, place), first = task
+        drawn = self._drawn(pass_number, *self.plan.shards.locate(place))
+        return self._sample(drawn, first, excluded)
 
     def _sample(self, drawn: _Drawn, first: int, excluded: frozenset[int]) -> Sample:
         place, pass_number = drawn.place, drawn.pass_number
-        sample = Sample((drawn.number, pass_number, place), place)
+        sample = Sample((pass_number, place), place)
         for attempt in range(first, self.reader.tries):
             generator = np.random.default_rng((self.plan.seed, 3, pass_number, place, attempt))
             sample.attempt = attempt
@@ -155,9 +133,9 @@ class _ShardBatchReader:
         source = self.plan.shards.sources[number]
         shard = int(generator.integers(len(source.urls)))
         index = int(generator.integers(min(near, int(source.counts[shard]))))
-        return self._drawn(number, 0, shard, index)
+        return self._drawn(0, number, shard, index)
 
-    def _drawn(self, number: int, pass_number: int, shard: int, index: int) -> _Drawn:
+    def _drawn(self, pass_number: int, number: int, shard: int, index: int) -> _Drawn:
         source = self.plan.shards.sources[number]
         place = self.plan.shards.firsts[number] + int(source.firsts[shard]) + index
         ((_, sample),) = _read(source.urls[shard], index, index + 1)

@@ -1,12 +1,12 @@
-"""Read WebDataset tars, in which adjacent members of one name make a sample.
+"""Read WebDataset tars, in which adjacent members with the same name before the dot make a sample.
 
-A tar is read once, from its first byte to its last, and nothing in it is expanded. So memory never
-holds more than the file does: compressed tars are refused, and a member with holes costs its
-sample. Names in a tar are only names; nothing is written to them.
+A tar is read in sequence, and nothing in it is expanded: compressed tars are refused, and sparse
+members make their sample unusable. So memory never holds more than the file does. Names in a tar
+are never used as paths.
 
 Python's tarfile parses single headers here but does not walk through the tar: it takes a damaged
-header for the end of the tar, and in releases still in use some headers make it loop forever or for
-hours (CVE-2025-8194, CVE-2024-6232).
+header for the end of the tar, and some headers make releases still in use loop for hours or forever
+(CVE-2025-8194, CVE-2024-6232).
 """
 
 import re
@@ -23,7 +23,7 @@ MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 TEXTS = ("json", "txt")
 HEADER_BYTES = 1 << 20  # limit for a long name, or for pax records
 BLOCK, PIECE = 512, 1 << 24
-DIGITS = 20  # limit for a number of bytes in pax records
+DIGITS = 20  # limit for the digits of a size in pax records
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -33,17 +33,18 @@ COMPRESSED = {
 }
 PAX = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
 ABOUT_NEXT = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
-# Pax records that are used. A stranger may add any number of others.
+# Pax records that are used. A tar may hold any number of others.
 SPARSE = frozenset({b"GNU.sparse.name", b"GNU.sparse.realsize", b"GNU.sparse.size"})
 USED = SPARSE | {b"path", b"size"}
-META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset keeps for itself
+META = re.compile(r"__[^/]*__($|/)")  # names that WebDataset reserves
 
 
 @dataclass(slots=True)
 class Packed:
-    """A sample of a tar: its members that are media or texts, by their suffixes in lower case.
+    """A sample of a tar.
 
-    fault: why it cannot be used; None if it can, as far as the tar tells.
+    members: media and texts by their suffixes in lower case. fault: why the tar makes the sample
+    unusable; None if it does not.
     """
 
     key: str
@@ -56,8 +57,8 @@ class Readable(Protocol):
 
 
 def open_url(url: str) -> AbstractContextManager[IO[bytes]]:
-    """Open a path or any fsspec URL to read bytes. Raises whatever fsspec does, and OSError for
-    a path that is no file."""
+    """Open a path or any fsspec URL to read bytes. Raises OSError for a path that is no file, and
+    any error of fsspec."""
     from fsspec.core import url_to_fs
     from fsspec.implementations.local import LocalFileSystem
 
@@ -79,8 +80,8 @@ def reason_of(error: Exception) -> str:
 
 
 def read_samples(file: Readable, url: str) -> Iterator[Packed]:
-    """Yield the samples of one open tar, in order. Raises DecodeError where the tar cannot be read
-    on. Errors of the file itself pass through."""
+    """Yield the samples of an open tar, in order. Raises DecodeError if the rest of the tar cannot
+    be parsed, and errors of the file itself."""
     sample: Packed | None = None
     for member in _members(_Bytes(file, url)):
         key, suffix = _split(member.name)
@@ -101,8 +102,8 @@ def read_samples(file: Readable, url: str) -> Iterator[Packed]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Split a name into key and suffix, at the first dot of its last part. An empty key means that
-    it is part of no sample."""
+    """Split a name into key and suffix, at the first dot after the folders. The key is empty for a
+    member that belongs to no sample."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     if not stem or stem == base or META.match(name):
@@ -111,7 +112,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _most_bytes(name: str) -> int:
-    """Return how many bytes of a member are held at most; 0 for one that no sample needs."""
+    """Return the limit for the bytes of a member; 0 for one that is not held."""
     _, suffix = _split(name)
     if suffix in TEXTS:
         return TEXT_BYTES
@@ -123,7 +124,7 @@ def _most_bytes(name: str) -> int:
 
 
 class _Bytes:
-    """Bytes of a tar, in order. at: how many were read."""
+    """Bytes of a tar, in order. at: number of bytes read so far."""
 
     def __init__(self, file: Readable, url: str) -> None:
         self.file = file
@@ -152,7 +153,7 @@ class _Bytes:
 
 
 class _Member(NamedTuple):
-    """A regular file. data: empty where it is not held."""
+    """A regular file in a tar. data: empty if it is not held. fault: see Packed."""
 
     name: str
     data: bytes
@@ -162,7 +163,7 @@ class _Member(NamedTuple):
 def _members(tar: _Bytes) -> Iterator[_Member]:
     """Yield the regular files of a tar (POSIX.1-2001 and GNU formats), in order; skip others."""
     while True:
-        records: dict[bytes, bytes] | None = {}  # of headers about the member; None if damaged
+        records: dict[bytes, bytes] | None = {}  # pax records of the member; None if damaged
         info = _header(tar)
         while info is not None and info.type in ABOUT_NEXT:
             found = _about_next(tar, info)
@@ -177,14 +178,14 @@ def _members(tar: _Bytes) -> Iterator[_Member]:
         if size < 0:
             raise DecodeError(tar.url, f"damaged at byte {tar.at}: a member of {size} bytes")
         if not info.isreg():
-            # No data follows a known type such as a link; data of an unknown type is skipped.
+            # A known type, such as a link, has no data; data of an unknown type is skipped.
             tar.skip(0 if info.type in tarfile.SUPPORTED_TYPES else size + -size % BLOCK)
             continue
         fault, most = None, _most_bytes(named)
         if records is None:
-            fault = "its pax header makes no sense"
+            fault = "its pax header is damaged"
         elif info.type == tarfile.GNUTYPE_SPARSE or known.keys() & SPARSE:
-            fault = "a sparse file, whose holes are not expanded; pack it without --sparse"
+            fault = "a sparse file, which is not expanded; pack it without --sparse"
         elif size > most > 0:
             fault = f"{size} bytes of .{_split(named)[1]}; expected at most {most}"
         data = tar.take(size) if fault is None and most else b""
@@ -194,7 +195,7 @@ def _members(tar: _Bytes) -> Iterator[_Member]:
 
 
 def _header(tar: _Bytes) -> tarfile.TarInfo | None:
-    """Read the next member's header; None at the end, where the block of zeros may be missing."""
+    """Read the next member's header; None at the end, with or without its block of zeros."""
     head = tar.up_to(BLOCK)
     if not head and not tar.at:
         raise DecodeError(tar.url, "empty file (0 bytes)")
@@ -212,13 +213,13 @@ def _header(tar: _Bytes) -> tarfile.TarInfo | None:
             reason = "not a tar"
         raise DecodeError(tar.url, reason) from None
     more = info.type == tarfile.GNUTYPE_SPARSE and head[482]
-    while more:  # the map of its holes continues
+    while more:  # blocks that map the holes of a sparse file
         more = tar.take(BLOCK)[504]
     return info
 
 
 def _about_next(tar: _Bytes, info: tarfile.TarInfo) -> dict[bytes, bytes] | None:
-    """Read a header about the member after it; None where it makes no sense."""
+    """Read a header that describes the next member; None if it is damaged."""
     if not 0 <= info.size <= HEADER_BYTES:
         raise DecodeError(tar.url, f"damaged at byte {tar.at}: a header of {info.size} bytes")
     text = tar.take(info.size + -info.size % BLOCK)[: info.size]
@@ -228,8 +229,8 @@ def _about_next(tar: _Bytes, info: tarfile.TarInfo) -> dict[bytes, bytes] | None
 
 
 def _records(text: bytes) -> dict[bytes, bytes] | None:
-    """Parse pax records, "LENGTH KEY=VALUE\\n" each, and return those in USED; None where one makes
-    no sense."""
+    """Parse pax records, "LENGTH KEY=VALUE\\n" each, and return those in USED; None if one of them
+    is damaged."""
     found, at = {}, 0
     while at < len(text) and text[at]:
         digits = text[at : at + DIGITS].partition(b" ")[0]

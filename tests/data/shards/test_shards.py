@@ -335,7 +335,7 @@ def test_a_full_disk_is_no_fault_of_a_clip(
         cli.main()
     error = capsys.readouterr().err.splitlines()[-1]
     assert caught.value.code == 1 and error.startswith("clipvip: error: [Errno 28] No space left")
-    assert "what is finished stays" in error and "00002.tar.partial" in error
+    assert "finished shards are kept" in error and "00002.tar.partial" in error
     assert not list(out.glob("00002*")) and not (out / "bad_files.jsonl").exists()
     finished = (out / "manifest.jsonl").read_text().count("\n")
     assert finished >= (1 if workers else 2)
@@ -631,7 +631,7 @@ def test_commands_say_what_they_did(spoiled: Path, tmp_path: Path, monkeypatch, 
     with pytest.raises(SystemExit):
         cli.main()
     assert f"{tar}: sha256 is" in (said := capsys.readouterr().out)
-    assert "delete a bad tar and run `clipvip shard` again" in said
+    assert "to replace a bad tar: delete it and run `clipvip shard` again" in said
     tar.unlink()
     monkeypatch.setattr(sys, "argv", ["clipvip", "shard", str(clean), str(out), "--cut"])
     cli.main()

@@ -155,15 +155,24 @@ def turned_video(tmp_path: Path) -> Callable[..., Path]:
         pixels = np.zeros((32, 64, 3), np.uint8)
         pixels[:16, :32, 0] = pixels[:16, 32:, 1] = pixels[16:, :32, 2] = 255
         frames, path = [pixels] * 3, tmp_path / f"turned-{codec}.mp4"
-        _write_video(path, frames, codec=codec, pixel_format="yuv444p")
-        data = bytearray(path.read_bytes())
-        at = data.index(b"tkhd") + 4 + 40
-        a, b, c, d = (value << 16 for value in matrix)
-        data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-        path.write_bytes(data)
-        return path
+        return _turn(_write_video(path, frames, codec=codec, pixel_format="yuv444p"), matrix)
 
     return make
+
+
+def _turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Give an MP4 the display matrix (a, b, c, d)."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture(scope="session")
+def turn() -> Callable[[Path, tuple[int, int, int, int]], Path]:
+    return _turn
 
 
 @pytest.fixture(scope="session")

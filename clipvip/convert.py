@@ -47,13 +47,32 @@ def convert(
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
     model = CLIPViPModel.from_pretrained(source)
+    size = model.config.vision_config.image_size
     processor = _processor(source, tokenizer, model) if to == "clipvip" else None
     destination.parent.mkdir(parents=True, exist_ok=True)
     with _written_then_renamed(destination) as unfinished, failed_writes():
         if to == "authors":
-            _write_for_authors(model, source, unfinished)
-        else:
-            _write_ours(model, processor, source, destination, unfinished)
+            reading = CLIP_READING | read_settings(source)
+            if any(reading[name] != value for name, value in AUTHORS_READING.items()):
+                logger.warning(
+                    f"{source} reads videos by resize={reading['resize']!r} and "
+                    f"sampling={reading['sampling']!r}; the authors' code reads them otherwise"
+                )
+            with unfinished.open("wb") as file:  # its errors give the reason, torch's do not
+                torch.save(authors_state_dict(model), file)
+            return
+        model.save_pretrained(unfinished)
+        if processor is not None:
+            processor.image_size = size
+            processor.save_pretrained(unfinished)
+            return
+        save_settings(unfinished, **(read_settings(source) | {"image_size": size}))
+        logger.warning(
+            f"{source} has no tokenizer, so none is saved; convert again with one (such as "
+            "--tokenizer openai/clip-vit-base-patch32), or add it: CLIPViPProcessor."
+            f"from_pretrained({str(destination)!r}, tokenizer='openai/clip-vit-base-patch32')"
+            f".save_pretrained({str(destination)!r})"
+        )
 
 
 def _processor(
@@ -62,45 +81,12 @@ def _processor(
     """Load the processor; None if the source has no tokenizer and none was given."""
     try:
         processor = CLIPViPProcessor.from_pretrained(source, tokenizer=tokenizer)
+        processor.check_tokens(model.config)
+        return processor
     except (NoTokenizer, FileNotFoundError):
         if tokenizer is not None:
             raise
         return None
-    processor.check_tokens(model.config)
-    processor.image_size = model.config.vision_config.image_size
-    return processor
-
-
-def _write_ours(
-    model: CLIPViPModel,
-    processor: CLIPViPProcessor | None,
-    source: str | os.PathLike,
-    destination: Path,
-    unfinished: Path,
-) -> None:
-    model.save_pretrained(unfinished)
-    if processor is not None:
-        processor.save_pretrained(unfinished)
-        return
-    size = model.config.vision_config.image_size
-    save_settings(unfinished, **(read_settings(source) | {"image_size": size}))
-    logger.warning(
-        f"{source} has no tokenizer, so none is saved; convert again with one (such as "
-        "--tokenizer openai/clip-vit-base-patch32), or add it: CLIPViPProcessor."
-        f"from_pretrained({str(destination)!r}, tokenizer='openai/clip-vit-base-patch32')"
-        f".save_pretrained({str(destination)!r})"
-    )
-
-
-def _write_for_authors(model: CLIPViPModel, source: str | os.PathLike, unfinished: Path) -> None:
-    reading = CLIP_READING | read_settings(source)
-    if any(reading[name] != value for name, value in AUTHORS_READING.items()):
-        logger.warning(
-            f"{source} reads videos by resize={reading['resize']!r} and "
-            f"sampling={reading['sampling']!r}; the authors' code reads them otherwise"
-        )
-    with unfinished.open("wb") as file:  # its errors give the reason, torch's do not
-        torch.save(authors_state_dict(model), file)
 
 
 @contextmanager

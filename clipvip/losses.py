@@ -8,6 +8,8 @@ gets the loss of the whole batch, and gradients whose mean over ranks, which dat
 takes, is the gradient of that loss; see clipvip.sharded.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,18 +29,6 @@ class _Features(NamedTuple):
     name: str
     features: Tensor  # [n, D]
     present: Tensor | None  # bool [n]; None: all
-
-
-class _Logits(NamedTuple):
-    """How to compute the statistics of two sources' logits."""
-
-    scale: Tensor
-    sharded: bool
-    backend: str
-
-    def statistics(self, a: Tensor, b: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
-        function = sharded_logsumexp if self.sharded else pairwise_logsumexp
-        return function(a, b, self.scale, diagonal, backend=self.backend)
 
 
 class _Pair(NamedTuple):
@@ -69,8 +59,8 @@ def contrastive_loss(
     """
     rows, columns = _Features("a", a, None), _Features("b", b, None)
     _check(rows, columns)
-    logits = _Logits(logit_scale, sharded, backend)
-    return _total(_symmetric(_pair(rows, columns, logits)), sharded)
+    logsumexp = _logsumexp(logit_scale, sharded, backend)
+    return _total(_symmetric(_pair(rows, columns, logsumexp)), sharded)
 
 
 def omnisource_loss(
@@ -117,19 +107,28 @@ def omnisource_loss(
             sources[letter] = _Features(name, value, present.get(letter))
     _check(*sources.values())
 
-    logits = _Logits(logit_scale, sharded, backend)
+    logsumexp = _logsumexp(logit_scale, sharded, backend)
     means: list[_Mean] = []
     for term in variant.split("_"):
-        pairs = [_pair(sources[term[0]], sources[x], logits) for x in term[1:]]
+        pairs = [_pair(sources[term[0]], sources[x], logsumexp) for x in term[1:]]
         means += _joint(*pairs) if term == "vsc" else _symmetric(*pairs)
     return _total(means, sharded)
 
 
-def _pair(rows: _Features, columns: _Features, logits: _Logits) -> _Pair:
+_Statistics = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _logsumexp(scale: Tensor, sharded: bool, backend: str) -> _Statistics:
+    """Return the function of features a, b and diagonal that gives statistics of their logits."""
+    function = sharded_logsumexp if sharded else pairwise_logsumexp
+    return partial(function, scale=scale, backend=backend)
+
+
+def _pair(rows: _Features, columns: _Features, logsumexp: _Statistics) -> _Pair:
     a, b = rows.features, columns.features
     masks = [mask for mask in (rows.present, columns.present) if mask is not None]
     if all(mask.is_meta for mask in masks):  # no mask, or none with values
-        return _Pair(*logits.statistics(a, b, 0), slice(None))
+        return _Pair(*logsumexp(a, b), slice(None))
 
     # Clips with both sources come first among the rows and last among the columns, so that their
     # positives are exactly the diagonal that ends in the last column.
@@ -140,8 +139,8 @@ def _pair(rows: _Features, columns: _Features, logits: _Logits) -> _Pair:
     row_order = torch.cat([clips, (has_row & ~has_column).nonzero().squeeze(1)])
     column_order = torch.cat([(has_column & ~has_row).nonzero().squeeze(1), clips])
     clips, row_order, column_order = (send(x, a.device) for x in (clips, row_order, column_order))
-    row_lse, col_lse, positive = logits.statistics(
-        a[row_order], b[column_order], len(column_order) - len(clips)
+    row_lse, col_lse, positive = logsumexp(
+        a[row_order], b[column_order], diagonal=len(column_order) - len(clips)
     )
     absent = row_lse.new_full((len(a),), float("-inf"))
     return _Pair(

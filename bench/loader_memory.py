@@ -1,11 +1,11 @@
-"""What training's loaders hold in memory and open files as clips go by.
+"""Measure whether the memory and the open files of training's loaders grow with the clips read.
 
     python bench/loader_memory.py [CLIPS] [WORKERS] [DECODER]
 
 Reads CLIPS (10000) small clips, from files and then from shards, in WORKERS (2) processes, by
-DECODER (pyav; or dali, for which they are VP9 instead of H.264), and prints at every tenth: the
-memory of all processes together (PSS: what several share counts once) and the open files of each.
-Flat is what counts; the first tenth warms up.
+DECODER (pyav; or dali, for which they are VP9 instead of H.264). After every tenth of them it
+prints the memory of all processes together (PSS, which counts shared pages once) and the number of
+open files of each process. Both should stay flat after the first tenth, which warms up.
 """
 
 import os
@@ -51,7 +51,7 @@ def main(clips: int = 10_000, workers: int = 2, decoder: str = "pyav") -> None:
 
 
 def render(folder: Path, suffix: str, codec: str, options: dict[str, str]) -> Path:
-    """Annotations of FILES clips of 24 frames of 128×96."""
+    """Render FILES clips of 24 frames of 128×96; return their annotations."""
     noise = np.random.default_rng(0)
     lines = []
     for number in range(FILES):
@@ -93,7 +93,7 @@ def children() -> list[int]:
 
 
 def held(process: int) -> int:
-    """Bytes; a page that k processes share counts 1/k."""
+    """Bytes of memory of a process; a page that k processes share counts 1/k."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
 

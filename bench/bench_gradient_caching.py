@@ -8,10 +8,10 @@ import time
 from contextlib import nullcontext
 
 import cases
-import harness
 import pytest
 import records
 import torch
+from device import MIB, peak_memory
 from machine import machine
 from transformers import CLIPTextConfig
 
@@ -95,8 +95,8 @@ def rows(clips: int) -> dict[str, dict[str, float]]:
             step(model, embed, batch, micro_batch)
             times.append(time.perf_counter() - started)
 
-        peak = harness.peak_memory(timed)
-        found[name] = {"seconds": times[0], "peak_mib": peak / 2**20}
+        peak = peak_memory(timed)
+        found[name] = {"seconds": times[0], "peak_mib": peak / MIB}
     return found
 
 

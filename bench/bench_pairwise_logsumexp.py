@@ -12,6 +12,7 @@ import harness
 import peers
 import psutil
 import pytest
+import records
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -165,9 +166,9 @@ def left_out(loss: str, n: int, device: str, compiled: bool) -> dict[str, str]:
     if not compiled:
         found["compiled naive"] = "not compiled here, to save time"
     # On a GPU what needs too much memory says so itself; a CPU's system would kill the process.
-    free = psutil.virtual_memory().available / harness.GIB
+    free = psutil.virtual_memory().available / records.GIB
     for name, matrices in ALIVE[loss].items() if device == "cpu" else ():
-        gib = matrices * n * n * 4 / harness.GIB
+        gib = matrices * n * n * 4 / records.GIB
         if gib > 0.9 * free:
             found[name] = f"would need {gib:.0f} of the {free:.0f} GiB that are free"
     return found

@@ -1,10 +1,10 @@
-"""A case in a process of its own: nothing that it dies of costs more than that case.
+"""One case in a process of its own, so that a crash or hang affects no other case.
 
-The process notes what it has measured so far and which contestant it is running (harness.Diary). If
-it dies, is killed for taking too long, or loses the GPU, the results so far are kept and that
-contestant is listed with the reason. If it was a peer, the case is measured again without it.
+The process notes its results so far and the contestant that is running (harness.Diary). If it dies,
+exceeds its time limit or loses the GPU, the results so far are kept and that contestant is listed
+with the reason. If it was a peer, the case is measured again without it.
 
-    python bench/cases.py MODULE FUNCTION   is that process; it finds its arguments in the folder
+    python bench/cases.py MODULE FUNCTION   runs in that process; its arguments lie in the folder
                                             that the variable CLIPVIP_BENCH_DIARY names
 """
 
@@ -25,25 +25,32 @@ from typing import Any, NamedTuple
 import harness
 import records
 
-LIMITS = {"cuda": 90.0, "cpu": None}  # seconds that a case may take; one on a CPU takes its time
-LATE = 1 / 3  # of the limit; who has run for less when it is reached is not what took the time
+LIMITS = {"cuda": 90.0, "cpu": None}  # seconds per case; unlimited on a CPU
+# A contestant that had run for less than this share of the limit is not what exceeded it.
+LATE = 1 / 3
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 PR_SET_PDEATHSIG = 1
-SETUP = "ours"  # who is listed as failed where a case ends before any contestant runs
+SETUP = "ours"  # listed as failed if a case ends before any contestant runs
 
 
 class OutOfTime(Exception):
-    """The whole run's time was up before the case was done."""
+    """The time of the whole run was up before the case was done."""
 
 
 class Ended(NamedTuple):
-    """How a process ended: why, if too soon; the contestant being run; the results so far."""
+    """How a process ended.
+
+    reason: why it ended too soon, or None.
+    running: contestant that was running, or "".
+    found: results so far.
+    for_seconds: how long the contestant had been running.
+    """
 
     reason: str | None
     running: str
     found: dict[str, Any]
     in_time: bool = True
-    for_seconds: float = 0.0  # that the contestant had been running
+    for_seconds: float = 0.0
 
 
 def run(
@@ -57,28 +64,28 @@ def run(
     profile: str | None = None,
     trace: Path | None = None,
 ) -> dict[str, Any]:
-    """Returns `module.function(**arguments)`, or what was found of it before its process died.
+    """Return `module.function(**arguments)`, or its results before its process died.
 
-    Arguments and result are JSON. Where the process died, "left_out" in what was found names the
-    contestant that was being run, or ours where none was yet, with the reason. If that was a peer,
-    the rest is measured without it. If the limit was reached soon after ours had begun, ours is
-    measured in a process of its own, beside the baseline and the best peer.
+    Arguments and result are JSON. If the process died, "left_out" of the results names the
+    contestant that was running, or ours if none was yet, with the reason. If that was a peer, the
+    rest is measured without it. If the limit was reached soon after ours had started, ours is
+    measured again in another process, beside the baseline and the best peer.
 
     Args:
-        malloc: "tuned" keeps what is freed, which spares a program of many large tensors its page
-            faults. It is read when a process starts.
-        limit: seconds that a process may take.
-        deadline: of the whole run, by time.monotonic(). If it is reached once ours is measured,
-            what was found is returned with "cut".
-        profile: a contestant whose trace is wanted, or "all"; see harness.Diary.
-        trace: how the names of files with traces start.
+        malloc: "tuned" keeps freed memory, which avoids page faults in programs with many large
+            tensors. A process reads this setting when it starts.
+        limit: time limit of a process in seconds.
+        deadline: end of the whole run, in time.monotonic(). If it is reached after ours was
+            measured, the results so far are returned with "cut".
+        profile: a contestant to trace, or "all"; see harness.Diary.
+        trace: first part of the names of trace files.
 
     Raises:
         OutOfTime: the deadline was reached before ours was measured.
     """
     given: dict[str, Any] = {"arguments": arguments, "profile": profile, "without": {}}
     given |= {"settled": [], "trace": str(trace.absolute()) if trace else None}
-    before: dict[str, Any] = {}  # results of contestants that are not run again
+    before: dict[str, Any] = {}  # results of contestants that do not run again
     while True:
         left = None if deadline is None else deadline - time.monotonic()
         least = min((x for x in (limit, left) if x is not None), default=None)
@@ -91,10 +98,7 @@ def run(
         found = {"results": {}, "left_out": {}} | found
         who, apart = ended.running, [name for name in found["results"] if not records.is_ours(name)]
         if not ended.in_time and left is not None and least == left:
-            if not any(map(records.is_ours, found["results"])) and not found.get("points"):
-                raise OutOfTime
-            found["left_out"] |= {who: "the run's time was up"} if who else {}
-            return found | {"cut": True}
+            return _cut(found, who)
         known = {*found["results"], *given["without"]}
         if who and not records.is_ours(who) and who not in known:
             print(f"{who} {ended.reason}; once more without it", file=sys.stderr, flush=True)
@@ -112,11 +116,20 @@ def run(
         return found
 
 
+def _cut(found: dict[str, Any], running: str) -> dict[str, Any]:
+    """Return the results at the run's deadline. Raises OutOfTime if ours is not among them."""
+    if not any(map(records.is_ours, found["results"])) and not found.get("points"):
+        raise OutOfTime
+    found["left_out"] |= {running: "the run's time was up"} if running else {}
+    return found | {"cut": True}
+
+
 def _once(
     module: str, function: str, given: dict[str, Any], malloc: str, limit: float | None
 ) -> Ended:
+    """Run the function once, in a process that is killed when the limit is reached."""
     environment = os.environ | (TUNED_MALLOC if malloc == "tuned" else {})
-    search = [str(harness.BENCH.parent), str(harness.BENCH), environment.get("PYTHONPATH", "")]
+    search = [str(records.BENCH.parent), str(records.BENCH), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, search))
     with tempfile.TemporaryDirectory(prefix="clipvip-bench-") as folder:
         (Path(folder) / "given.json").write_text(json.dumps(given))
@@ -124,7 +137,7 @@ def _once(
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), module, function],
             env=environment,
-            start_new_session=True,  # so that it and its compilers can be killed together
+            start_new_session=True,  # to kill it together with the compilers it starts
         )
         started, reason, in_time = time.time(), None, True
         try:
@@ -135,7 +148,7 @@ def _once(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep it alive
                 process.wait(10)
         found = _read(Path(folder) / "found.json") or {}
         error = _read(Path(folder) / "error.json")
@@ -161,8 +174,8 @@ def _read(path: Path) -> Any:
 
 
 def _main() -> None:
-    """The process itself."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlives the run
+    """Run the function in this process."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with the run
     module, function = sys.argv[1:]
     folder = Path(os.environ[harness.Diary.FOLDER])
     given = json.loads((folder / "given.json").read_text())
@@ -172,11 +185,11 @@ def _main() -> None:
         traceback.print_exc()
         records.write(folder / "error.json", harness.why(error))
         sys.stderr.flush()
-        os._exit(1)  # what is loaded may not end on a GPU that is lost
+        os._exit(1)  # loaded libraries may hang if the GPU is lost
     records.write(folder / "found.json", result)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # nor shall a library that fails as the process ends make this a failure
+    os._exit(0)  # a library that fails at exit must not fail the case
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the suites share: options, which cases run in which order, and a case that is measured in a
-process of its own and saved.
+"""Runs the suites: options, order of cases, and how one case is measured and saved.
 
-`clipvip bench` drives them; `pytest bench/` runs the same. A module of a suite has
+`clipvip bench` calls pytest on this folder; `pytest bench/` does the same. A module of a suite has
 
-    CASES     case → the arguments of `measure`; device "cuda" is for a GPU
-    QUICK     case → what --bench-quick changes of them; it leaves out all others
-    measure   measures one case, in this process; also given `budget`, the seconds to time for
+    CASES     case → arguments of `measure`; device "cuda" marks a case for a GPU
+    QUICK     case → arguments that --bench-quick changes; it leaves out all other cases
+    measure   measures one case in this process; `budget` is the number of seconds to time for
 
-A case's name in CASES, after that of the op in the suite of the ops, is that of its record.
+A case has the same name in CASES and in its record, where in the suite "ops" the name of the
+operation stands before it.
 """
 
 import ctypes
@@ -25,19 +25,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import cases
-import harness
 import records
 import tables
+from records import Record
 
-SUITE_OF = {module: suite for suite, modules in harness.SUITES.items() for module in modules}
-LEAST_SECONDS = 15.0  # a case is not begun with less left; the report takes a few of them
+SUITE_OF = {name: suite for suite, each in records.SUITES.items() for name in each.modules}
+LEAST_SECONDS = 15.0  # with less time left no case starts; the report takes a few seconds
 BUDGETS = {"cpu": 8.0, "cuda": 1.5}  # seconds to time for
-
-Record = dict[str, Any]
 
 
 class Run:
-    """One call of the suites: what was asked for, and what has become of it so far."""
+    """One run of the suites: its options and its results so far."""
 
     def __init__(self, config: pytest.Config) -> None:
         option = config.option
@@ -47,10 +45,10 @@ class Run:
         self.profile: str | None = option.bench_profile
         self.deadline: float | None = option.bench_deadline
         self.facts: dict[str, Any] = {}  # of the machine
-        self.records: list[Record] = []  # of this run's cases
+        self.records: list[Record] = []  # of the cases of this run
         self.not_reached: list[str] = []
         self.earlier: dict[str, Record] = {}
-        self.elsewhere: set[str] = set()  # those of them that `out` does not hold
+        self.elsewhere: set[str] = set()  # titles of earlier records that `out` does not hold
         for store in option.bench_resume:
             for _, record in records.stored(store):
                 if not records.is_record(record):
@@ -61,25 +59,26 @@ class Run:
                     (self.elsewhere.discard if store == self.out else self.elsewhere.add)(title)
 
     def begin(self) -> None:
-        """Measures what the machine can do at best, in a process of its own; keeps from earlier
-        runs what need not be measured again."""
+        """Measure the rates that the machine reaches, in a process of its own, and copy earlier
+        records that still hold."""
         limit = None if self.deadline is None else max(self.deadline - time.monotonic(), 1.0)
         limit = min(limit or 120.0, 120.0)
-        self.facts = cases.run("harness", "facts", {"device": self.device}, limit=limit)
+        self.facts = cases.run("machine", "facts", {"device": self.device}, limit=limit)
         if "ceilings" not in self.facts:
-            print(f"what this machine reaches is unknown: {self.facts['left_out'][cases.SETUP]}")
+            reason = self.facts["left_out"][cases.SETUP]
+            print(f"rates of this machine are unknown, since measuring them failed: {reason}")
             self.facts = {}
         if self.earlier and self.facts.get("commit", "") == "":
             print(
-                "nothing is resumed: the commit is unknown; where git is absent, the variable "
-                "CLIPVIP_COMMIT gives it"
+                "no earlier record is used, since the commit is unknown; set CLIPVIP_COMMIT where "
+                "git is absent"
             )
         for title in sorted(self.elsewhere):
             if records.is_measured(self.earlier[title], self.facts):
                 records.save(self.out, self.earlier[title])
 
     def measured(self, title: str, params: dict[str, Any]) -> Record | None:
-        """An earlier record that spares the case."""
+        """Return an earlier record that still holds for a case, or None."""
         record = self.earlier.get(title)
         if record and record["params"] == params and records.is_measured(record, self.facts):
             return record
@@ -97,37 +96,44 @@ RUN = pytest.StashKey[Run]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("clipvip")
-    group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu", help="of the cases")
-    group.addoption("--bench-quick", action="store_true", help="few small cases, few rounds")
-    group.addoption("--bench-only", default="", help="cases whose 'SUITE CASE' this regex finds")
-    group.addoption("--bench-deadline", type=float, help="when to end, by time.monotonic()")
     group.addoption(
-        "--bench-resume", type=Path, action="append", default=[], help="where earlier records lie"
+        "--bench-device", choices=("cpu", "cuda"), default="cpu", help="device of the cases to run"
+    )
+    group.addoption(
+        "--bench-quick", action="store_true", help="run few small cases with few rounds"
+    )
+    group.addoption(
+        "--bench-only", default="", help="run cases whose 'SUITE CASE' matches this regex"
+    )
+    group.addoption("--bench-deadline", type=float, help="when to end, in time.monotonic()")
+    group.addoption(
+        "--bench-resume", type=Path, action="append", default=[], help="a store of earlier records"
     )
     group.addoption(
         "--bench-out",
         type=Path,
-        default=harness.BENCH / "results",
-        help="where records go: a folder, or a file .jsonl (%(default)s)",
+        default=records.RESULTS,
+        help="a folder or a file .jsonl for the records (%(default)s)",
     )
     group.addoption(
         "--bench-profile",
         metavar="CONTESTANT",
-        help="also write torch.profiler's traces of a contestant, or of all, to traces/ beside the "
+        help="also write torch.profiler traces of a contestant, or of all, to traces/ beside the "
         "records",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("CLIPVIP_BENCH_PARENT") == str(os.getppid()):  # and ends with it
+    if os.environ.get("CLIPVIP_BENCH_PARENT") == str(os.getppid()):  # end with that process
         ctypes.CDLL(None).prctl(cases.PR_SET_PDEATHSIG, signal.SIGTERM)
     config.stash[RUN] = Run(config)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the device's cases, or what is asked for of them, the most important ones first.
+    """Select and sort the cases: the most important first, those that failed before last.
 
-    What failed before comes last: it may take its whole time limit again."""
+    A case that failed may take its whole time limit again.
+    """
     run, wanted = config.stash[RUN], re.compile(config.option.bench_only)
     titles = {item: _title(item) for item in items}
 
@@ -139,7 +145,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return cuda == (run.device == "cuda") and bool(wanted.search(titles[item]))
 
     def rank(item: pytest.Item) -> tuple[bool, int]:
-        title, first = titles[item], harness.IMPORTANT
+        title, first = titles[item], records.IMPORTANT
         earlier = run.earlier.get(title)
         failed = earlier is not None and records.failure(earlier) is not None
         return failed, first.index(title) if title in first else len(first)
@@ -170,22 +176,21 @@ def _title(item: pytest.Item) -> str:
 
 
 def _name(module: str, case: str) -> tuple[str, str]:
-    """The suite and case of a record."""
+    """Return suite and case as they stand in a record."""
     module = module.rpartition(".")[2]
     suite = SUITE_OF.get(module, "")
-    several = len(harness.SUITES.get(suite, ())) > 1
+    several = suite in records.SUITES and len(records.SUITES[suite].modules) > 1
     return suite, f"{module.removeprefix('bench_')}-{case}" if several else case
 
 
 @pytest.fixture
 def run_case(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Record]:
-    """A function that measures the test's case, saves its record and prints the table so far.
+    """Return a function that measures the test's case, saves its record and prints all tables.
 
-    run_case(params, limits=1): calls `measure(**params, budget=…)` of the test's module in a
-    process of its own, with a tuned malloc where the case's name ends so. `limits` is how many
-    times as long it may take as a case usually may. The record holds what that process found, also
-    where it ended too soon. Where ours has no figures the test fails; where the run's time is up it
-    is skipped.
+    run_case(params, limits=1) calls `measure(**params, budget=…)` of the test's module in a process
+    of its own, with a tuned malloc if the case's name ends in "-tuned". `limits` multiplies the
+    usual time limit of a case. The record holds the results of that process, even if it ended too
+    soon. The test fails if ours has no figures, and is skipped if the run's time is up.
     """
     run = request.config.stash[RUN]
     module = request.module.__name__.rpartition(".")[2]

@@ -111,7 +111,7 @@ bench() {
 
 targets() {
   local failed=0
-  needs tyro psutil pytest_benchmark || return 1
+  needs tyro psutil pytest_benchmark av || return 1
   within 90 "$PYTHON" bench/kernels.py check --device $device || failed=1
   bench 380 ops --only "$targets_only" || failed=1
   return $failed

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from records import RESULTS, write
+
 REGISTERS = 65536  # of a multiprocessor
 # Bytes of shared memory of a multiprocessor; a block may have all but the 1 KiB that every block
 # costs the system.
@@ -207,12 +209,11 @@ def main() -> None:
     rows = read(module)
     if not rows:
         sys.exit(f"kernel_table: {module} holds no CUDA kernels; build it where nvcc is found")
-    from harness import BENCH, write  # beside this file
-
     blocks = occupancy(rows)
     print(f"{table(rows)}\n\n{occupancy_table(blocks)}")
-    path = BENCH / "results" / "cuda_kernels.json"
-    print(f"\n{write(path, {'nvcc': _nvcc(), 'kernels': rows, 'occupancy': blocks})}")
+    path = RESULTS / "cuda_kernels.json"
+    write(path, {"nvcc": _nvcc(), "kernels": rows, "occupancy": blocks})
+    print(f"\n{path}")
 
 
 def _nvcc() -> str:

@@ -1,17 +1,18 @@
-"""Benchmark records: how they are stored, and the figures that follow from them.
+"""Benchmark records: the suites' names, how records are stored, and the figures derived from them.
 
-A record is a dictionary:
+Measuring (harness, cases, suites) and presenting (tables, page, changes) share this module and
+nothing else. A record is a dictionary:
 
-    suite, case   the name; a case of the operations starts with the operation's name
-    params        arguments of the suite's `measure`; device is "cuda" for what ran on a GPU
-    work          the least operations ("flop") and bytes that the task needs; either may be absent
-    machine       what it ran on, with the ceilings measured in the same run
+    suite, case   its name; in the suite "ops" a case starts with the operation's name
+    params        arguments of the suite's `measure`; device is "cuda" for a record of a GPU
+    work          least number of operations ("flop") and bytes that the task needs; each optional
+    machine       facts of the machine, with the ceilings measured in the same run
     results       figures per contestant
-    left_out      contestants without figures, with the reason
-    cut           there and true where time was up before all contestants had been tried
+    left_out      reason per contestant without figures
+    cut           true if time ran out before all contestants were tried; otherwise absent
 
-A store of records is a folder with a file SUITE-CASE.json per record, or one file NAME.jsonl with a
-record per line, in which the last line of a case counts.
+A store of records is a folder with one file SUITE-CASE.json per record, or one file NAME.jsonl with
+one record per line, where a later line of the same case replaces an earlier one.
 """
 
 import collections
@@ -23,16 +24,61 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clipvip.files import write_whole
+
+
+class Suite(NamedTuple):
+    """A suite's title, and the modules that hold its cases."""
+
+    title: str
+    modules: tuple[str, ...]
+
+
 SUITES = {
-    "ops": "Operations",
-    "model": "Vision model",
-    "train": "Training step",
-    "decode": "Decoding",
-    "growth": "Growth",
+    "ops": Suite(
+        "Operations",
+        (
+            "bench_proxy_attention",
+            "bench_pairwise_logsumexp",
+            "bench_linear",
+            "bench_resize_crop",
+        ),
+    ),
+    "model": Suite("Vision model", ("bench_model",)),
+    "train": Suite("Training step", ("bench_train",)),
+    "decode": Suite("Decoding", ("bench_decode",)),
+    "growth": Suite("Growth", ("bench_growth",)),
 }
+# Cases that run first, on a GPU or on a CPU; all others follow in the order of their modules.
+IMPORTANT = (
+    "ops proxy_attention-b16-bf16-batch32-both-cuda",
+    "ops proxy_attention-b32-bf16-batch32-both-cuda",
+    "ops pairwise_logsumexp-symmetric-bf16-16384-cuda",
+    "ops pairwise_logsumexp-symmetric-bf16-65536-cuda",
+    "ops proxy_attention-b16-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b16-bf16-batch32-backward-cuda",
+    "ops proxy_attention-b32-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b32-bf16-batch32-backward-cuda",
+    "train b16-bf16-batch32-cuda",
+    "ops pairwise_logsumexp-vsc_fc-bf16-16384-cuda",
+    "ops proxy_attention-b16-bf16-ragged32-both-cuda",
+    "ops proxy_attention-l14-bf16-batch32-both-cuda",
+    "train b32-bf16-batch32-cuda",
+    "model b16-bf16-batch32-forward-cuda",
+    "ops proxy_attention-b16-bf16-batch1-both-cuda",
+    "ops proxy_attention-b16-bf16-batch128-both-cuda",
+    "growth frames-cuda",
+    "ops proxy_attention-b16-fp32-both-default",
+    "ops proxy_attention-b16-bf16-both-default",
+    "ops proxy_attention-b32-fp32-both-default",
+    "ops pairwise_logsumexp-symmetric-fp32-16384-default",
+    "ops pairwise_logsumexp-vsc_fc-fp32-8192-default",
+)
 BASELINES, OURS = ("eager", "naive"), "ours"
 GIB = 2**30
-# An H100's rates as its users measure them: a yardstick that stays the same in every run.
+BENCH = Path(__file__).resolve().parent
+RESULTS = BENCH / "results"  # records that are kept
+# Rates that users of an H100 measure: a reference that stays the same in every run.
 H100 = {"matmul_bf16_gflops": 800e3, "copy_gib_s": 3.0e12 / GIB}
 
 Record = dict[str, Any]
@@ -41,31 +87,23 @@ Record = dict[str, Any]
 # --- storing -------------------------------------------------------------------------------------
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes text whole, or leaves the file as it was."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def write(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, json.dumps(value, indent=1) + "\n")
+    """Write a value as JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def is_file(store: Path) -> bool:
-    """Whether a store is a file with a record per line, not a folder."""
+    """Return whether a store is a file with one record per line, not a folder."""
     return store.suffix == ".jsonl"
 
 
 def folder_of(store: Path) -> Path:
-    """Where what belongs to a store's records lies: the report, traces."""
+    """Return the folder for files that belong to a store's records: the report, traces."""
     return store.parent if is_file(store) else store
 
 
 def save(store: Path, record: Record) -> None:
-    """Adds a record to a store, in place of an earlier one of the same case."""
+    """Add a record to a store; it replaces an earlier one of the same case."""
     order = ("suite", "case", "params", "work", "machine", "left_out", "results")
     record = {key: record[key] for key in order if key in record} | record
     if is_file(store):
@@ -75,7 +113,7 @@ def save(store: Path, record: Record) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """One line at the end, in place of what a killed process left of another."""
+    """Append a line, after removing an incomplete one that a killed process left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(0)
@@ -86,9 +124,9 @@ def _append(path: Path, line: str) -> None:
 
 
 def stored(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every JSON value of a store, or of one of its files, with the place it was found at.
+    """Yield every JSON value of a store, or of one of its files, after the place it was found at.
 
-    ValueError: `path` is neither, or something in it is not JSON.
+    Raises ValueError if `path` is neither, or if something in it is not JSON.
     """
     if path.is_dir():
         files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
@@ -116,9 +154,9 @@ def is_record(value: Any) -> bool:
 
 
 def read(store: Path) -> tuple[list[Record], list[str]]:
-    """The records of a store in the order they are shown, and the names of its other files.
+    """Return the records of a store in display order, and the names of its other files.
 
-    ValueError: there are none, or something is not JSON.
+    Raises ValueError if there are no records, or if something is not JSON.
     """
     found: dict[tuple[str, str, str], Record] = {}
     others = []
@@ -137,8 +175,8 @@ def read(store: Path) -> tuple[list[Record], list[str]]:
 
 
 def is_measured(record: Record, machine: dict[str, Any]) -> bool:
-    """Whether there is no need to measure this case again: all of it was measured by the same code,
-    known by its commit, on such a machine."""
+    """Return whether a record still holds: the whole case was measured by the same code, identified
+    by its commit, on the same kind of machine."""
     commit, then = machine.get("commit"), record["machine"]
     facts = ("commit", "torch", *(("gpu",) if on_gpu(record) else ("cpu", "cores")))
     return (
@@ -151,23 +189,23 @@ def is_measured(record: Record, machine: dict[str, Any]) -> bool:
 
 
 def failure(record: Record) -> str | None:
-    """Why ours has no figures, in a sweep at some value; None if it has."""
+    """Return why ours has no figures (in a sweep, at any value), or None if it has them."""
     if is_sweep(record) and not record.get("points"):
         return next(iter(record.get("left_out", {}).values()), "no value was measured")
     for point in record.get("points", [record]):
         results, left_out = point["results"], point.get("left_out", {})
-        # A variant may stand for ours where ours itself does not take part, as in decoding.
+        # A variant of ours counts where ours itself does not take part, as in decoding.
         if OURS not in results and (OURS in left_out or not any(map(is_ours, results))):
             reasons = (why for each, why in left_out.items() if is_ours(each))
             return next(reasons, "ours was not tried")
     return None
 
 
-# --- what a record says ---------------------------------------------------------------------------
+# --- figures derived from a record ----------------------------------------------------------------
 
 
 def natural(text: str) -> list:
-    """A key that sorts 2 before 16."""
+    """Return a sort key that places 2 before 16."""
     return [(0, int(x), "") if x.isdigit() else (1, 0, x) for x in re.split(r"(\d+)", text)]
 
 
@@ -180,8 +218,8 @@ def on_gpu(record: Record) -> bool:
 
 
 def group(record: Record) -> str:
-    """What a record stands under: its op in the suite of the ops, otherwise its suite; those of a
-    GPU apart."""
+    """Return the heading of a record: its op in the suite "ops", otherwise its suite; records of a
+    GPU have headings of their own."""
     return _subject(record) + (", GPU" if on_gpu(record) else "")
 
 
@@ -190,7 +228,7 @@ def _subject(record: Record) -> str:
 
 
 def name(record: Record) -> str:
-    """The case within its group."""
+    """Return the name of a case within its group."""
     case = record["case"].removeprefix(f"{_subject(record)}-")
     return case.removesuffix("-default").removesuffix("-cuda")
 
@@ -200,7 +238,7 @@ def is_sweep(record: Record) -> bool:
 
 
 def is_rate(record: Record) -> bool:
-    """Whether clips a second are what is compared."""
+    """Return whether contestants are compared by clips per second."""
     return record["suite"] == "decode"
 
 
@@ -209,36 +247,36 @@ def baseline(results: dict[str, dict]) -> str | None:
 
 
 def is_ours(contestant: str) -> bool:
-    """ "ours", or a variant such as "ours by DALI"."""
+    """Return whether a contestant is "ours" or a variant such as "ours by DALI"."""
     return contestant.split(" ")[0] == OURS
 
 
 def best_peer(results: dict[str, dict]) -> str | None:
-    """Who is quickest of all but the baseline and ours."""
+    """Return the fastest contestant except for the baseline and ours."""
     peers = [each for each in results if each not in BASELINES and not is_ours(each)]
     return min(peers, key=lambda each: results[each]["median_ms"], default=None)
 
 
 def time_ratio(result: dict, eager: dict | None) -> float | None:
-    """The median over rounds of the time over eager's; the ratio of medians where rounds were not
-    kept."""
+    """Return the median over rounds of the time divided by eager's, or the ratio of medians where
+    the rounds are not known."""
     if result.get("ratio") is not None or eager is None:
         return result.get("ratio")
     return result["median_ms"] / eager["median_ms"]
 
 
 def memory_ratio(result: dict, eager: dict | None) -> float | None:
-    """None where either took too little to be seen."""
+    """Return peak memory divided by eager's, or None where either is unknown or 0."""
     figures = (result.get("peak_mib"), eager.get("peak_mib") if eager else None)
     return figures[0] / figures[1] if all(figures) else None
 
 
 def floors(record: Record, ceilings: dict[str, float] | None = None) -> dict[str, float]:
-    """The least milliseconds that the work takes: its operations at the rate of a large matrix
-    product ("product"), its bytes at that of a large copy ("copy").
+    """Return lower bounds of the time in ms: "product", the work's operations at the rate of a
+    large matrix product, and "copy", its bytes at the rate of a large copy.
 
-    ceilings: the rates; by default those that the record's machine reached. What the record or the
-    rates do not say is absent.
+    ceilings: the rates; by default those that the record's machine reached. A bound is absent if
+    the record lacks the work or the rate is unknown.
     """
     rates = record["machine"].get("ceilings", {}) if ceilings is None else ceilings
     work = record.get("work", {})
@@ -253,27 +291,27 @@ def floors(record: Record, ceilings: dict[str, float] | None = None) -> dict[str
 
 
 def shares(record: Record, result: dict[str, float]) -> dict[str, float]:
-    """The rates that a contestant reached, as shares of those that its machine can reach."""
+    """Return the rates that a contestant reached, as shares of those that its machine can reach."""
     return {what: ms / result["median_ms"] for what, ms in floors(record).items()}
 
 
 def clips_per_second(record: Record, result: dict[str, float]) -> float | None:
-    """Clips per second of a model or a training step; None for other suites."""
+    """Return clips per second of a model or a training step, or None for other suites."""
     if record["suite"] not in ("model", "train") or "videos" not in record.get("params", {}):
         return None
     return 1e3 * record["params"]["videos"] / result["median_ms"]
 
 
 class Fit(NamedTuple):
-    """figure ≈ factor · value ^ exponent, over the larger half of the values."""
+    """A fitted power: figure ≈ factor · value ^ exponent over the larger half of the values."""
 
     exponent: float
     factor: float
-    first: float  # the least value that was fitted
+    first: float  # the smallest value of the fit
 
 
 def fit(values: Sequence[float], figures: Sequence[float]) -> Fit | None:
-    """Fit logarithms by least squares; None where fewer than two figures are above zero."""
+    """Fit logarithms by least squares. Return None if fewer than two figures are positive."""
     pairs = sorted((v, f) for v, f in zip(values, figures, strict=True) if f > 0)
     pairs = pairs[min(len(pairs) // 2, len(pairs) - 2) :] if len(pairs) > 1 else []
     if not pairs:
@@ -286,7 +324,7 @@ def fit(values: Sequence[float], figures: Sequence[float]) -> Fit | None:
 
 
 def series(record: Record, figure: str) -> dict[str, tuple[list[float], list[float]]]:
-    """For each contestant of a sweep, the values it was timed at, and its figures."""
+    """Return, per contestant of a sweep, the values that it was timed at and its figures."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for point in record["points"]:
         for each, result in point["results"].items():
@@ -297,7 +335,7 @@ def series(record: Record, figure: str) -> dict[str, tuple[list[float], list[flo
 
 
 def exponents(record: Record) -> dict[str, dict[str, float | None]]:
-    """How time and memory of each contestant of a sweep grow."""
+    """Return, per contestant of a sweep, the exponents by which time and memory grow."""
     found: dict[str, dict[str, float | None]] = collections.defaultdict(dict)
     for kind, figure in (("time", "median_ms"), ("memory", "peak_mib")):
         for each, line in series(record, figure).items():

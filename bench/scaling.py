@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import harness
 import records
 import torch
 import torch.distributed as dist
@@ -276,7 +275,7 @@ def main() -> None:
                 f"{' | '.join(cells)} |"
             )
     record = {"check": check, "predicted": table, "machine": machine()}
-    records.write(harness.BENCH / "results" / "scaling.json", record)
+    records.write(records.RESULTS / "scaling.json", record)
 
 
 if __name__ == "__main__":

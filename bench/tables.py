@@ -1,14 +1,13 @@
-"""Benchmark records as tables: plain text for a terminal, Markdown for a README."""
+"""Benchmark records as tables: plain text for a terminal, Markdown for the documentation."""
 
 import collections
-import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from records import (
     H100,
     OURS,
+    SUITES,
     Record,
     baseline,
     best_peer,
@@ -23,21 +22,63 @@ from records import (
     memory_ratio,
     name,
     on_gpu,
-    read,
-    replace,
     shares,
     time_ratio,
 )
 
-MARKS = ("<!-- measured: written by bench/report.py -->", "<!-- end of measured -->")
 FACTS = ("cpu", "cores", "threads", "capability", "memory_gib", "gpu", "driver", "cuda", "torch")
+# Rows of the table in the README: what is measured, and the suite and case of its record.
+SHORT = (
+    (
+        "attention of one layer, forward and backward (B/16, 2 videos, bf16)",
+        "ops proxy_attention-b16-bf16-both-default",
+    ),
+    (
+        "contrastive loss of 16,384 pairs, forward and backward (fp32)",
+        "ops pairwise_logsumexp-symmetric-fp32-16384-default",
+    ),
+    (
+        "vision model, forward and backward (B/32, 4 videos, bf16)",
+        "model b32-bf16-both-default",
+    ),
+    ("whole post-pretraining step (B/16, 2 videos, bf16)", "train b16-bf16-default"),
+    ("12 frames from a 10 s clip, 720p H.264, one thread", "decode h264-1280x720-10s-one"),
+    (
+        "one decoded 720p frame to an RGB square of 224, one thread",
+        "ops resize_crop-1280x720-default",
+    ),
+)
+CAPTIONS = {
+    "linear": "The MLP half of one layer of width 768, forward and backward; the baseline is the "
+    "authors' form.",
+    "pairwise_logsumexp": "Contrastive losses of 512-dimensional features, forward and backward; "
+    "the number is the batch size.",
+    "proxy_attention": "Attention of one layer with 4 proxies and 12 frames unless stated; on a "
+    "CPU 2 videos of B/16 or 4 of B/32. *both* is forward and backward.",
+    "resize_crop": "A decoded 4:2:0 frame to an RGB square of 224 pixels, one thread.",
+    "model": "Videos of 12 frames to features, on a CPU 2 videos of B/16 or 4 of B/32. *both* is "
+    "forward and backward.",
+    "train": "A whole post-pretraining step: both towers, the loss, gradients, AdamW; on a CPU 2 "
+    "videos of B/16 or 4 of B/32.",
+    "decode": "Clips per second, 12 uniform frames of each. *one*: one process with one thread; "
+    "*all*: one such process per core.",
+    "growth": "Exponents with which time and memory of an operation grow with a parameter.",
+}
+
+LEGEND = (
+    "Times are medians; memory is what a call adds at its peak. *ours / eager* is the median of "
+    "the ratios of each round; *ours / peer* is the ratio of medians to the fastest other "
+    "contestant. *of ceiling* is the share of the rate that a large matrix product or a large "
+    "copy reaches on the machine. Cases whose names end in *tuned* ran with a malloc that keeps "
+    "freed memory."
+)
 
 
 # --- figures -------------------------------------------------------------------------------------
 
 
 def number(x: float | None) -> str:
-    """Three digits or so."""
+    """Return a figure with two or three digits, or "–" if it is unknown."""
     if x is None:
         return "–"
     if abs(x) >= 100:
@@ -49,66 +90,65 @@ def percent(x: float | None) -> str:
     return "–" if x is None else f"{x:.0%}" if x >= 0.1 else f"{x:.1%}"
 
 
+def duration(ms: float | None) -> str:
+    """Return a time with its unit, ms or s."""
+    if ms is None:
+        return "–"
+    return f"{number(ms)} ms" if ms < 1000 else f"{number(ms / 1000)} s"
+
+
 def rate(result: dict[str, float]) -> float:
-    """Clips per second, of a time per clip."""
+    """Return clips per second from a time per clip."""
     return 1e3 / result["median_ms"]
 
 
-class Case:
-    """A record's figures as text, "–" for those that are unknown."""
+def quartiles(result: dict[str, float]) -> str:
+    return f"{number(result['low_ms'])}–{number(result['high_ms'])}"
 
-    def __init__(self, record: Record) -> None:
-        results = record["results"]
-        self.record, self.ours = record, results.get(OURS)
-        self.peer = best_peer(results)
-        self.eager, self.best = results.get(baseline(results)), results.get(self.peer)
 
-    def _ours(self, figure: Callable[[dict[str, Any]], float | None]) -> float | None:
-        return figure(self.ours) if self.ours else None
+def columns(record: Record) -> dict[str, str]:
+    """Return a record's figures as text by the heading of their column, "–" where unknown."""
+    results = record["results"]
+    peer, ours = best_peer(results), results.get(OURS)
+    eager, best = results.get(baseline(results)), results.get(peer)
+    found: dict[str, Any] = {}
+    if ours:
+        found = {
+            "ours ms": ours["median_ms"],
+            "host ms": ours.get("host_ms"),
+            "ours / eager": time_ratio(ours, eager),
+            "ours / peer": ours["median_ms"] / best["median_ms"] if best else None,
+            "ours MiB": ours.get("peak_mib"),
+            "memory ratio": memory_ratio(ours, eager),
+            "clips/s": clips_per_second(record, ours),
+        }
+    least = (max(floors(record, rates).values(), default=None) for rates in (None, H100))
+    found |= dict(zip(("floor ms", "H100 floor ms"), least, strict=True))
+    for head, result in (("eager", eager), ("best peer", best)):
+        found |= {f"{head} {unit}": (result or {}).get(key) for unit, key in MEASURED}
+    text = collections.defaultdict(lambda: "–", {key: number(x) for key, x in found.items()})
+    text["best peer"] = peer or ""
+    text["ours ms"] = text["ours ms"] if failure(record) is None else "fails"
+    if ours:
+        text["quartiles"] = quartiles(ours)
+        text["of ceiling"] = percent(max(shares(record, ours).values(), default=None))
+    return text
 
-    def time(self, result: dict[str, Any] | None) -> str:
-        return number(result and result["median_ms"])
 
-    def memory(self, result: dict[str, Any] | None) -> str:
-        return number(result and result.get("peak_mib"))
+MEASURED = (("ms", "median_ms"), ("MiB", "peak_mib"))
 
-    @property
-    def host(self) -> str:
-        return number(self._ours(lambda ours: ours.get("host_ms")))
 
-    @property
-    def over_eager(self) -> str:
-        return number(self._ours(lambda ours: time_ratio(ours, self.eager)))
-
-    @property
-    def over_peer(self) -> str:
-        if not self.ours or not self.best:
-            return number(None)
-        return number(self.ours["median_ms"] / self.best["median_ms"])
-
-    @property
-    def memory_over_eager(self) -> str:
-        return number(self._ours(lambda ours: memory_ratio(ours, self.eager)))
-
-    @property
-    def of_ceiling(self) -> str:
-        return percent(
-            self._ours(lambda ours: max(shares(self.record, ours).values(), default=None))
-        )
-
-    def floor(self, ceilings: dict[str, float] | None = None) -> str:
-        return number(max(floors(self.record, ceilings).values(), default=None))
-
-    @property
-    def clips(self) -> str:
-        return number(self._ours(lambda ours: clips_per_second(self.record, ours)))
+def ordered(results: dict[str, dict]) -> list[str]:
+    """Return the names of contestants, the baseline first and ours last."""
+    first = baseline(results)
+    return sorted(results, key=lambda each: (each != first, is_ours(each)))
 
 
 # --- plain text ----------------------------------------------------------------------------------
 
 
 def contestants(record: Record) -> str:
-    """A line per contestant, and a line for each that was left out."""
+    """Return one line per contestant, and one for each that was left out."""
     on_host = on_gpu(record)
     of_clips = any(clips_per_second(record, r) for r in record["results"].values())
     lines = [
@@ -118,11 +158,10 @@ def contestants(record: Record) -> str:
         + f"{'ratio':>8}{'of ceiling':>12}{'peak MiB':>10}{'error':>10}"
     ]
     for each, r in record["results"].items():
-        quartiles = f"{number(r['low_ms'])}–{number(r['high_ms'])}"
         ratio = "–" if r["ratio"] is None else f"{r['ratio']:.2f}"
         part = percent(max(shares(record, r).values(), default=None))
         lines.append(
-            f"{each:30}{number(r['median_ms']):>11}{quartiles:>20}"
+            f"{each:30}{number(r['median_ms']):>11}{quartiles(r):>20}"
             + f"{number(r.get('host_ms')):>9}" * on_host
             + f"{number(clips_per_second(record, r)):>9}" * of_clips
             + f"{ratio:>8}{part:>12}{r['peak_mib']:10.1f}{r['error']:10.1e}"
@@ -131,13 +170,19 @@ def contestants(record: Record) -> str:
     return "\n".join(lines)
 
 
+ON_CPU = "eager ms|best peer ms|ours ms|quartiles|ours / eager|ours / peer|of ceiling"
+ON_GPU = "eager ms|best peer ms|ours ms|host ms|ours / eager|ours / peer|floor ms|H100 floor ms"
+ON_GPU += "|of ceiling|clips/s"
+
+
 def summary(records: Sequence[Record]) -> str:
-    """A line per case: ours against the baseline and the best peer; a GPU's with both floors."""
+    """Return one line per case, ours against the baseline and the best peer, and who was left
+    out. Cases of a CPU and of a GPU have tables of their own."""
     parts = []
-    for kind in (False, True):
+    for heads, kind in ((ON_CPU, False), (ON_GPU, True)):
         alike = [record for record in records if on_gpu(record) == kind]
         if alike:
-            parts.append(_gpu_summary(alike) if kind else _cpu_summary(alike))
+            parts.append(_aligned(alike, f"{heads}|eager MiB|ours MiB|best peer".split("|")))
     absent = collections.Counter(
         each for record in records for each in record.get("left_out", {}).items()
     )
@@ -151,41 +196,12 @@ def summary(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
-def _cpu_summary(records: Sequence[Record]) -> str:
-    heads = "eager ms|best peer ms|ours ms|quartiles|/ eager|/ peer|of ceiling|eager MiB|ours MiB"
-    rows = []
+def _aligned(records: Sequence[Record], heads: list[str]) -> str:
+    """Return a table with columns as wide as needed, the last one aligned to the left."""
+    lines = [["", *heads]]
     for record in records:
-        case = Case(record)
-        quartiles = "–"
-        if case.ours:
-            quartiles = f"{number(case.ours['low_ms'])}–{number(case.ours['high_ms'])}"
-        cells = [case.time(case.eager), case.time(case.best), _ours(case), quartiles]
-        cells += [case.over_eager, case.over_peer, case.of_ceiling]
-        rows.append([*cells, case.memory(case.eager), case.memory(case.ours), case.peer or ""])
-    return _aligned(records, [*heads.split("|"), "best peer"], rows)
-
-
-def _gpu_summary(records: Sequence[Record]) -> str:
-    heads = "eager ms|best peer ms|ours ms|host ms|/ eager|/ peer|floor ms|H100 floor|of ceiling"
-    heads += "|clips/s|eager MiB|ours MiB|best peer"
-    rows = []
-    for record in records:
-        case = Case(record)
-        cells = [case.time(case.eager), case.time(case.best), _ours(case), case.host]
-        cells += [case.over_eager, case.over_peer, case.floor(), case.floor(H100)]
-        cells += [case.of_ceiling, case.clips, case.memory(case.eager), case.memory(case.ours)]
-        rows.append([*cells, case.peer or ""])
-    return _aligned(records, heads.split("|"), rows)
-
-
-def _ours(case: Case) -> str:
-    return case.time(case.ours) if failure(case.record) is None else "fails"
-
-
-def _aligned(records: Sequence[Record], heads: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as they need, the last one to the left."""
-    titles = [f"{record['suite']} {record['case']}" for record in records]
-    lines = [["", *heads], *([title, *row] for title, row in zip(titles, rows, strict=True))]
+        text = columns(record)
+        lines.append([f"{record['suite']} {record['case']}", *(text[head] for head in heads)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -201,18 +217,54 @@ def _aligned(records: Sequence[Record], heads: list[str], rows: list[list[str]])
 
 # --- Markdown ------------------------------------------------------------------------------------
 
+LONG_CPU = "ours / eager|ours / peer|eager MiB|ours MiB|memory ratio|of ceiling"
+LONG_GPU = "host ms|ours / eager|ours / peer|floor ms|H100 floor ms|of ceiling"
+LONG_GPU += "|eager MiB|ours MiB|memory ratio"
 
-def markdown(directory: Path) -> str:
-    """Tables for a README: a line per case, eager, the best peer and ours side by side."""
-    records, _ = read(directory)
-    parts = []
+
+def short(records: Iterable[Record]) -> str:
+    """Return the README's table: one row for each of SHORT that was measured, and below it the
+    machine, the dates and the command."""
+    found = {f"{record['suite']} {record['case']}": record for record in records}
+    shown = [(title, found[case]) for title, case in SHORT if case in found]
+    if not shown:
+        raise ValueError(f"none of the {len(SHORT)} cases of the README's table was measured")
+    rows = []
+    for title, record in shown:
+        text, results = columns(record), record["results"]
+        peer = best_peer(results)
+        times = {each: duration(r["median_ms"]) for each, r in results.items()}
+        other = f"{times[peer]} ({peer})" if peer else "–"
+        ours = f"**{times[OURS]}**" if failure(record) is None else "**fails**"
+        eager = times.get(baseline(results) or "", "–")
+        rows.append([title, eager, other, ours, text["ours / eager"], text["memory ratio"]])
+    heads = "|eager|best other|ours|time, ours / eager|memory, ours / eager"
+    machines_of = [record["machine"] for _, record in shown]
+    facts = {
+        f"{m.get('gpu') or m['cpu']}, {m['cores']} cores, torch {m['torch']}": None
+        for m in machines_of
+    }
+    dates = sorted({m["date"] for m in machines_of})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return (
+        f"{_markdown(heads.split('|'), rows)}\n\n"
+        f"Measured {when} on {' and '.join(facts)}, by `clipvip bench`."
+    )
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Return all tables: one row per case with eager, the best peer and ours side by side."""
+    parts = [LEGEND]
     for title in dict.fromkeys(map(group, records)):
         inside = [r for r in records if group(r) == title]
         timed = [r for r in inside if not is_sweep(r)]
         grown = [r for r in inside if is_sweep(r)]
+        subject = title.removesuffix(", GPU")
+        parts.append(f"### {title.replace(subject, heading(subject))}")
+        if subject in CAPTIONS:
+            parts.append(CAPTIONS[subject])
         if grown:
-            heads = [title, "eager", "best peer", "ours"]
-            parts.append(_markdown(heads, map(_growth, grown)))
+            parts.append(_markdown(["case", "eager", "best peer", "ours"], map(_growth, grown)))
         elif is_rate(timed[0]):
             names = list(dict.fromkeys(c for r in timed for c in ordered(r["results"])[::-1]))
             lines = [
@@ -222,19 +274,21 @@ def markdown(directory: Path) -> str:
                 ]
                 for r in timed
             ]
-            parts.append(_markdown([f"{title}, clips/s", *names], lines))
-        elif on_gpu(timed[0]):
-            heads = "eager ms|best peer ms|ours ms|host ms|× eager|× peer|floor ms|H100 floor ms"
-            heads = [title, *heads.split("|"), "of ceiling", "eager MiB", "ours MiB", "× eager"]
-            parts.append(_markdown(heads, map(_gpu_line, timed)))
+            parts.append(_markdown(["case", *names], lines))
         else:
-            heads = "eager ms, best peer ms, ours ms, × eager, × peer, eager MiB, ours MiB, × eager"
-            heads = [title, *heads.split(", "), "of ceiling"]
-            parts.append(_markdown(heads, map(_line, timed)))
+            heads = (LONG_GPU if on_gpu(timed[0]) else LONG_CPU).split("|")
+            lines = [_line(r, heads) for r in timed]
+            parts.append(_markdown(["case", "eager ms", "best peer ms", "ours ms", *heads], lines))
+    parts.append("### Machines")
     for row in machines(records):
         facts = {k: v for k, v in row.items() if k not in ("suites", "load before")}
         parts.append("; ".join(f"{key} {value}" for key, value in facts.items()) + ".")
     return "\n\n".join(parts)
+
+
+def heading(subject: str) -> str:
+    """Return the heading of a suite, or of an operation, whose name is its heading."""
+    return SUITES[subject].title if subject in SUITES else subject
 
 
 def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -242,31 +296,20 @@ def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def _times(case: Case) -> list[str]:
-    ours = _ours(case)
+def _line(record: Record, heads: Sequence[str]) -> list[str]:
+    text = columns(record)
+    peer, ours = text["best peer"], text["ours ms"]
     return [
-        name(case.record),
-        case.time(case.eager),
-        f"{case.time(case.best)} ({case.peer})" if case.best else "–",
+        name(record),
+        text["eager ms"],
+        f"{text['best peer ms']} ({peer})" if peer else "–",
         ours if ours == "–" else f"**{ours}**",
+        *(text[head] for head in heads),
     ]
 
 
-def _line(record: Record) -> list[str]:
-    case = Case(record)
-    memory = [case.memory(case.eager), case.memory(case.ours), case.memory_over_eager]
-    return [*_times(case), case.over_eager, case.over_peer, *memory, case.of_ceiling]
-
-
-def _gpu_line(record: Record) -> list[str]:
-    case = Case(record)
-    memory = [case.memory(case.eager), case.memory(case.ours), case.memory_over_eager]
-    floor = [case.floor(), case.floor(H100), case.of_ceiling]
-    return [*_times(case), case.host, case.over_eager, case.over_peer, *floor, *memory]
-
-
 def _growth(record: Record) -> list[str]:
-    """Exponents of time and memory; the peer is the one that is quickest at the largest value."""
+    """Exponents of time and memory; the peer is the fastest one at the largest value."""
     if not record.get("points"):
         return [name(record), "–", "–", "**fails**"]
     found, last = exponents(record), record["points"][-1]["results"]
@@ -279,14 +322,8 @@ def _growth(record: Record) -> list[str]:
     return cells
 
 
-def ordered(results: dict[str, dict]) -> list[str]:
-    """The baseline first, ours last."""
-    first = baseline(results)
-    return sorted(results, key=lambda each: (each != first, is_ours(each)))
-
-
 def machines(records: Iterable[Record]) -> list[dict[str, str]]:
-    """A row per machine: its facts, what it can do at best, and when and what it measured."""
+    """Return one row per machine: its facts, the rates it reaches, what it measured and when."""
     kinds: dict[tuple, list[Record]] = collections.defaultdict(list)
     for record in records:
         kinds[tuple(str(record["machine"].get(fact, "")) for fact in FACTS)].append(record)
@@ -298,12 +335,11 @@ def machines(records: Iterable[Record]) -> list[dict[str, str]]:
             ("bf16 product, GFLOP/s", "matmul_bf16_gflops"),
             ("copy, GiB/s", "copy_gib_s"),
         ):
-            found = [r["machine"]["ceilings"][key] for r in alike if _has(r, key)]
-            if found:
-                row[head] = "–".join(dict.fromkeys(map(number, (min(found), max(found)))))
-        loads = [r["machine"]["load"] for r in alike if "load" in r["machine"]]
-        if loads:
-            row["load before"] = "–".join(dict.fromkeys(map(number, (min(loads), max(loads)))))
+            rates = [r["machine"].get("ceilings", {}).get(key) for r in alike]
+            row |= _range(head, filter(None, rates))
+        row |= _range(
+            "load before", (r["machine"]["load"] for r in alike if "load" in r["machine"])
+        )
         for key in ("date", "commit"):
             row[key] = ", ".join(sorted({r["machine"].get(key) or "unknown" for r in alike}))
         row["suites"] = ", ".join(dict.fromkeys(r["suite"] for r in alike))
@@ -311,19 +347,8 @@ def machines(records: Iterable[Record]) -> list[dict[str, str]]:
     return rows
 
 
-def _has(record: Record, ceiling: str) -> bool:
-    return bool(record["machine"].get("ceilings", {}).get(ceiling))
-
-
-def put_into(readme: Path, table: str) -> None:
-    """Replaces what stands between the two marks of a file."""
-    before, after = around(readme)
-    replace(readme, f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
-
-
-def around(readme: Path) -> tuple[str, str]:
-    """A file's text before the first mark and after the second."""
-    parts = re.split("|".join(map(re.escape, MARKS)), readme.read_text())
-    if len(parts) != 3:
-        raise ValueError(f"{readme} does not hold the lines {MARKS[0]} and {MARKS[1]} once each")
-    return parts[0], parts[2]
+def _range(head: str, figures: Iterable[float]) -> dict[str, str]:
+    """Return the smallest and the largest figure under a heading, or nothing if there are none."""
+    found = list(figures)
+    ends = dict.fromkeys((number(min(found)), number(max(found)))) if found else {}
+    return {head: "–".join(ends)} if ends else {}

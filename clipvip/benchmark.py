@@ -1,4 +1,4 @@
-"""Runs the benchmark suites, which lie beside this package: in bench/, installed clipvip_bench/."""
+"""Runs the benchmark suites beside this package: bench/ in a checkout, else clipvip_bench/."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 CHECKOUT = (ROOT / "setup.py").exists()
 BENCH = ROOT / ("bench" if CHECKOUT else "clipvip_bench")
-NO_CASES = 5  # pytest's status where nothing was selected
+NO_CASES = 5  # status of pytest if no case was selected
 
 
 def run(
@@ -31,39 +31,26 @@ def run(
     resume: Path | None = None,
     profile: str | None = None,
 ) -> bool:
-    """Measures a suite, or "all", prints tables, and writes the report beside the records.
+    """Measure a suite, or "all", print tables, and write the report beside the records.
 
     Args:
-        device: "cuda", "cpu", or "auto": the GPU if there is one and kernels for it were built.
-        quick: few small cases.
+        device: "cuda", "cpu", or "auto", which is the GPU if there is one and kernels were built.
+        quick: run few small cases.
         only: a regular expression for "SUITE CASE".
-        minutes: how long the run may take; what is not reached is named.
+        minutes: time limit of the run; cases that are not reached are named.
         out: a folder, or a file .jsonl; by default bench/results in a checkout, else
             ./clipvip-bench.
-        resume: a store of earlier records; a case in it that this code measured on this machine is
-            taken from there. On a GPU `out` is such a store, too.
-        profile: a contestant whose trace to write, or "all".
+        resume: a store of earlier records; a case that the same code measured on the same machine
+            is taken from there. On a GPU, records in `out` are used in the same way.
+        profile: a contestant to trace, or "all".
 
-    Returns whether all cases that were reached passed. ValueError: pytest or a plugin is missing,
-    there is no such device or case, or nothing can be written to `out`.
+    Returns whether all cases that were reached passed. Raises ValueError if pytest or a plugin is
+    missing, if the device or case does not exist, or if `out` is not writable.
     """
     started = time.monotonic()
-    missing = [
-        name
-        for name in ("pytest", "pytest_benchmark", "psutil")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise ValueError(f'{", ".join(missing)} missing: pip install "clipvip[bench]"')
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"--minutes is {minutes:g}, expected more than 0")
-    try:
-        re.compile(only)
-    except re.error as error:
-        raise ValueError(f"--only is {only!r}, no regular expression: {error}") from None
+    _check_options(only, minutes)
     device = chosen(device)
-    harness = load("harness")
-    suites = harness.SUITES
+    suites = load("records").SUITES
     out = out or (BENCH / "results" if CHECKOUT else Path("clipvip-bench"))
     _check_writable(out)
     if resume is not None and not _holds_records(resume):
@@ -72,9 +59,8 @@ def run(
         )
     again = device == "cuda" and out.exists() and _holds_records(out)
     stores = [*([out] if again else []), *([resume] if resume else [])]
-    modules = [name for each in (suites if suite == "all" else (suite,)) for name in suites[each]]
-    if device == "cuda":
-        modules = [name for name in modules if name not in harness.CPU_ONLY]
+    chosen_suites = suites.values() if suite == "all" else [suites[suite]]
+    modules = [name for each in chosen_suites for name in each.modules]
     files = [str(path) for path in (BENCH / f"{name}.py" for name in modules) if path.exists()]
     options = ["--bench-device", device, "--bench-out", str(out.absolute())]
     options += ["--bench-quick"] * quick
@@ -93,8 +79,25 @@ def run(
     return _report(out, passed)
 
 
+def _check_options(only: str, minutes: float | None) -> None:
+    missing = [
+        name
+        for name in ("pytest", "pytest_benchmark", "psutil")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise ValueError(f'{", ".join(missing)} missing: pip install "clipvip[bench]"')
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes is {minutes:g}, expected more than 0")
+    try:
+        re.compile(only)
+    except re.error as error:
+        raise ValueError(f"--only is {only!r}, no regular expression: {error}") from None
+
+
 def chosen(device: str) -> str:
-    """ "cpu" or "cuda". ValueError: what "cuda" needs is missing."""
+    """Return "cpu" or "cuda". Raises ValueError if "cuda" was given and something it needs is
+    missing."""
     import torch
 
     from clipvip.ops import _native
@@ -117,7 +120,7 @@ def chosen(device: str) -> str:
 
 
 def _check_writable(out: Path) -> None:
-    """Fails now rather than after minutes of measuring."""
+    """Raise ValueError now rather than after minutes of measuring."""
     records = load("records")
     if out.suffix == ".json":
         raise ValueError(f"--out is {out}; give a folder, or a file .jsonl")
@@ -135,17 +138,17 @@ def _check_writable(out: Path) -> None:
 
 
 def _holds_records(store: Path) -> bool:
-    """ValueError: there is no such store, or something in it is not JSON."""
+    """Raises ValueError if there is no such store, or if something in it is not JSON."""
     records = load("records")
     return any(records.is_record(value) for _, value in records.stored(store))
 
 
 def _pytest(options: Sequence[str], files: Sequence[str]) -> int:
-    # Settings of the folder that the command is called in are not for these suites.
+    # Ignore pytest settings of the current folder.
     settings = ["-c", os.devnull, "--rootdir", str(BENCH), "-o", "python_files=bench_*.py"]
     settings += ["--import-mode=importlib", "-p", "no:cacheprovider", "--disable-warnings"]
     output = ["-q", "-s", "--no-header", "--tb=short", "--benchmark-quiet"]
-    output += ["--continue-on-collection-errors"]  # a suite may lack what it compares with
+    output += ["--continue-on-collection-errors"]  # a suite may lack an optional dependency
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     parent = {"PYTHONPATH": search, "CLIPVIP_BENCH_PARENT": str(os.getpid())}
     return subprocess.run(
@@ -155,19 +158,20 @@ def _pytest(options: Sequence[str], files: Sequence[str]) -> int:
 
 
 def _report(out: Path, passed: bool) -> bool:
+    """Write the report and return `passed`."""
     try:
         load("report").publish(out)
     except ValueError as error:
         if passed and out.exists():
             raise
-        print(f"no report: {error}", file=sys.stderr)  # as where no case passed
+        print(f"no report: {error}", file=sys.stderr)  # for example, if no case passed
     return passed
 
 
 def compare(before: Path, after: Path, allow: float) -> bool:
-    """Prints what moved between two runs; whether nothing of ours regressed past `allow`.
+    """Print what moved between two runs; return whether nothing of ours regressed past `allow`.
 
-    ValueError: they cannot be compared.
+    Raises ValueError if they cannot be compared.
     """
     text, regressed = load("changes").compare(before, after, allow)
     print(text)
@@ -175,7 +179,7 @@ def compare(before: Path, after: Path, allow: float) -> bool:
 
 
 def load(name: str) -> ModuleType:
-    """A module of the suites; they import each other by bare names."""
+    """Import a module of the suites, which import each other by bare names."""
     if not BENCH.is_dir():
         raise ValueError(f"the suites are not installed: there is no {BENCH}")
     if str(BENCH) not in sys.path:

@@ -18,6 +18,7 @@ import bench_resize_crop
 import bench_train
 import cases
 import changes
+import device
 import harness
 import peers
 import pytest
@@ -140,11 +141,11 @@ def pretended_gpu(monkeypatch):
         "max_memory_allocated": lambda: 2**21,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(harness, "L2_BYTES", 2**20)
-    harness._buffers.cache_clear()
+    monkeypatch.setattr(device, "L2_BYTES", 2**20)
+    device._buffers.cache_clear()
     with Pretence():
         yield
-    harness._buffers.cache_clear()
+    device._buffers.cache_clear()
 
 
 def test_on_a_gpu_all_others_are_timed_before_ours_is_tried(pretended_gpu, monkeypatch, tmp_path):
@@ -252,7 +253,7 @@ def test_peak_memory_is_that_of_a_call():
 
     for mib in (0, 64, 256):
         run(mib)
-        peak = harness.peak_memory(functools.partial(run, mib)) / 2**20
+        peak = device.peak_memory(functools.partial(run, mib)) / 2**20
         assert 0.95 * mib - 1 <= peak <= 1.05 * mib + changes.MEMORY_NOISE_MIB
 
 

@@ -4,6 +4,7 @@ These are the programs that measure on a GPU, at tiny sizes on a CPU.
 """
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from pathlib import Path
 import bench_proxy_attention
 import cases
 import changes
-import harness
 import kernels
 import pytest
 import records
+import tables
 import torch
 
 from clipvip import benchmark, cli
@@ -77,7 +78,7 @@ def measure(
     names = ("eager", "peer", "other", "ours")
     # On a GPU peers are timed before ours; this is that order, by the clock of a CPU.
     elapsed, harness.elapsed = harness.elapsed, lambda run, device: elapsed(run)
-    harness.peak_memory, harness._settle = lambda run, device: 0, lambda device: None
+    harness.peak_memory, harness.settle = lambda run, device: 0, lambda device: None
     return harness.compare(
         {name: contestant(name) for name in names},
         expected=[x],
@@ -98,13 +99,15 @@ import sys
 
 sys.path.insert(0, {bench!r})
 import cases
-import harness
+import records
 
-harness.SUITES["tiny"] = ("bench_tiny",)
+records.SUITES["tiny"] = records.Suite("Tiny", ("bench_tiny",))
 cases.LIMITS["cpu"] = {limit}
 """
 FACTS = """
-Run.facts = harness.machine() | {"ceilings": {}}  # spares a run the seconds that these take
+import machine
+
+Run.facts = machine.machine() | {"ceilings": {}}  # measuring these takes seconds
 """
 
 
@@ -114,7 +117,7 @@ def tiny(tmp_path, monkeypatch):
     folder = tmp_path / "suites"
     folder.mkdir()
     (folder / "bench_tiny.py").write_text(SUITE)
-    monkeypatch.setitem(harness.SUITES, "tiny", ("bench_tiny",))
+    monkeypatch.setitem(records.SUITES, "tiny", records.Suite("Tiny", ("bench_tiny",)))
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.setenv("CLIPVIP_COMMIT", "abc1234")
     monkeypatch.setattr(benchmark, "BENCH", folder)
@@ -307,7 +310,7 @@ def settle(device):
     if calls.count("lost"):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 calls = []
-harness._settle = settle
+harness.settle = settle
 harness.elapsed = lambda run, device: harness.Took(1.0, 1.0)
 harness.peak_memory = lambda run, device: 0
 def lose():
@@ -385,15 +388,23 @@ def test_only_what_the_same_code_gave_on_the_same_machine_is_not_measured_again(
 
 def test_names_of_cases_are_names_of_cases():
     titles = set()
-    for suite, modules in harness.SUITES.items():
-        for name in modules:
+    for suite, each in records.SUITES.items():
+        for name in each.modules:
             module = importlib.import_module(name)
             assert set(module.QUICK) <= set(module.CASES)
-            op = f"{name.removeprefix('bench_')}-" if len(modules) > 1 else ""
+            op = f"{name.removeprefix('bench_')}-" if len(each.modules) > 1 else ""
             titles |= {f"{suite} {op}{case}" for case in module.CASES}
             for case, params in module.CASES.items():
                 assert (params.get("device") == "cuda") == case.endswith("-cuda")
-    assert set(harness.IMPORTANT) <= titles
+    assert set(records.IMPORTANT) <= titles
+    named = {f"{suite} {case}" for suite, case in (row[1].split(" ") for row in tables.SHORT)}
+    assert named <= titles
+
+
+def test_the_command_line_offers_every_suite():
+    suite = inspect.signature(cli.bench).parameters["suite"].annotation
+    for name in (*records.SUITES, "all"):
+        assert f'"{name}"' in suite or f"'{name}'" in str(suite)
 
 
 def test_ragged_and_equal_batches_are_the_same_attention_in_every_form():

@@ -1,5 +1,6 @@
 """The report shows every record, needs nothing from elsewhere, and fits exponents rightly."""
 
+import ast
 import json
 import re
 import sys
@@ -11,7 +12,7 @@ import records
 import report
 import tables
 
-ROOT = Path(__file__).parents[1]
+BENCH = Path(__file__).parents[1] / "bench"
 MACHINE = {
     "cpu": "A <fast> CPU & more",
     "cores": 2,
@@ -180,7 +181,7 @@ def test_the_same_records_make_the_same_page(directory: Path):
 
 
 def test_markdown_has_a_line_a_record(directory: Path):
-    lines = tables.markdown(directory).splitlines()
+    lines = tables.markdown(records.read(directory)[0]).splitlines()
     for each in RECORDS:
         assert any(line.startswith(f"| {records.name(each)}") for line in lines)
     (line,) = (line for line in lines if line.startswith("| b16-both"))
@@ -193,7 +194,7 @@ def test_markdown_has_a_line_a_record(directory: Path):
 
 
 def test_a_gpus_lines_have_both_floors_and_say_where_ours_fails(directory: Path):
-    lines = tables.markdown(directory).splitlines()
+    lines = tables.markdown(records.read(directory)[0]).splitlines()
     (line,) = (line for line in lines if line.startswith("| b16-batch32-both"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     # 1.6e8 operations at 400 GFLOP/s, 1e6 bytes at 10 GiB/s; at an H100's 800 TFLOP/s and 3 TB/s
@@ -216,7 +217,7 @@ def test_without_matplotlib_there_is_no_page_and_a_line_says_so(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     report.main([str(directory)])
-    assert "no report.html, for which matplotlib is needed" in capsys.readouterr().out
+    assert "report.html needs matplotlib and was not written" in capsys.readouterr().out
     assert (directory / "report.md").exists() and not (directory / "report.html").exists()
 
 
@@ -239,24 +240,65 @@ def test_exponents_are_of_the_larger_half_and_pass_over_nothing():
     assert records.exponents(rows)["ours"] == pytest.approx({"time": 2, "memory": 1})
 
 
-def test_readme_holds_what_the_report_says_of_the_results():
-    table = tables.markdown(report.RESULTS)
-    readme = ROOT / "README.md"
-    before, after = tables.around(readme)
-    expected = f"{before}{tables.MARKS[0]}\n\n{table}\n\n{tables.MARKS[1]}{after}"
-    assert readme.read_text() == expected, "run `python bench/report.py --readme README.md`"
+def test_the_pages_hold_the_tables_of_the_results():
+    for path, table in report.pages(records.read(report.RESULTS)[0]).items():
+        before, after = report.around(path)
+        expected = f"{before}{report.MARKS[0]}\n\n{table}\n\n{report.MARKS[1]}{after}"
+        assert path.read_text() == expected, "run `python bench/report.py --pages`"
 
 
-def test_the_table_goes_between_the_marks_and_nowhere_else(tmp_path: Path):
+def test_the_readmes_table_has_every_row_and_names_machine_dates_and_command():
+    table, footer = tables.short(records.read(report.RESULTS)[0]).split("\n\n")
+    assert len(table.splitlines()) == 2 + len(tables.SHORT)
+    assert "AMD EPYC, 2 cores, torch 2.13.0" in footer and "`clipvip bench`" in footer
+    assert re.search(r"\d{4}-\d\d-\d\d", footer)
+    with pytest.raises(ValueError, match="none of the 6 cases"):
+        tables.short(RECORDS)
+    title, case = tables.SHORT[0]
+    suite, case = case.split(" ")
+    timed = {
+        "eager": result(2000, 100, 1.0),
+        "two SDPA": result(16, 50),
+        "ours": result(8, 25, 0.4),
+    }
+    (row,) = (x for x in tables.short([record(suite, case, timed)]).splitlines() if title in x)
+    figures = "| 2.00 s | 16.0 ms (two SDPA) | **8.00 ms** | 0.40 | 0.25 |"
+    assert row == f"| {title} {figures}"
+
+
+def test_tables_go_between_the_marks_and_nowhere_else(tmp_path: Path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.MARKS[0]}\nold\n{tables.MARKS[1]}\nafter\n")
-    tables.put_into(readme, "new")
-    tables.put_into(readme, "newer")
-    marked = f"before\n{tables.MARKS[0]}\n\nnewer\n\n{tables.MARKS[1]}\nafter\n"
+    readme.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    report.put_into(readme, "new")
+    report.put_into(readme, "newer")
+    marked = f"before\n{report.MARKS[0]}\n\nnewer\n\n{report.MARKS[1]}\nafter\n"
     assert readme.read_text() == marked
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="does not hold the lines"):
-        tables.put_into(readme, "new")
+        report.put_into(readme, "new")
+
+
+MEASURING = ("harness", "device", "machine", "cases", "peers")
+PRESENTING = ("tables", "pictures", "page", "report", "changes")
+
+
+def imports_of(module: str) -> set[str]:
+    """First names of all that a module of bench/ imports, anywhere in its file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((BENCH / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
+def test_measuring_imports_records_and_nothing_that_presents():
+    suites = [name for suite in records.SUITES.values() for name in suite.modules]
+    for module in ("records", *MEASURING, *suites):
+        assert not imports_of(module) & {*PRESENTING}, module
+    for module in ("records", *PRESENTING):
+        assert not imports_of(module) & {*MEASURING, *suites, "torch"}, module
 
 
 def test_bad_directories_end_with_a_line(tmp_path: Path):

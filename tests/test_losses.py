@@ -1,4 +1,4 @@
-"""Losses against the plain formula on materialised logits, in float64."""
+"""Losses match the plain formula on stored logits, in float64."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def negative_log_share(positive: torch.Tensor, everything: list[torch.Tensor]) -
 
 
 def plain_loss(video, subtitle, frame, caption, scale, variant, present) -> torch.Tensor:
-    """One clip and one logit at a time; present: a bool mask per source."""
+    """Compute the loss from one clip and one logit at a time; present: bool mask per source."""
     features = {"v": video, "s": subtitle, "f": frame, "c": caption}
     clips = range(len(video))
 

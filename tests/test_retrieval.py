@@ -1,4 +1,4 @@
-"""Ranks against brute force, with ties and with many captions a video."""
+"""Ranks match brute force, with ties and with many captions per video."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from clipvip.retrieval import both_directions, dual_softmax, retrieval_metrics, 
 
 
 def brute_force(similarity, query_ids, gallery_ids):
-    """The definition, a query at a time: put every rival that ties in front."""
+    """Apply the definition to one query at a time: competitors that tie come first."""
     ranks = []
     for row, query in zip(similarity.tolist(), query_ids.tolist(), strict=True):
         own = [s for s, g in zip(row, gallery_ids.tolist(), strict=True) if g == query]

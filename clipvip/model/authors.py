@@ -6,6 +6,7 @@ prefix `clipmodel.`, with two `position_ids` buffers that newer versions of tran
 
 import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _PREFIX = "clipmodel."
 _NESTED = ("model", "state_dict", "model_state_dict")
 # Width of a head in the paper's models and in every CLIP ViT-B and ViT-L; the files do not say it.
 _HEAD_DIM = 64
+
+
+def is_authors_file(source: str | os.PathLike) -> bool:
+    """Whether a model's source is, or by its name should be, an authors' file."""
+    return os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES
 
 
 def read_authors_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:

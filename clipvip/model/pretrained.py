@@ -24,7 +24,12 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from clipvip.files import shown
-from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
+from clipvip.model.authors import (
+    AUTHORS_SUFFIXES,
+    infer_config,
+    is_authors_file,
+    read_authors_checkpoint,
+)
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
 
 ADDED_TO_CLIP = (
@@ -171,13 +176,11 @@ def is_plain_clip(config: dict[str, Any]) -> bool:
 def resolve(
     source: str | PathLike | None, options: dict[str, Any]
 ) -> tuple[str | PathLike | None, dict[str, Any], frozenset[str]]:
-    """Return how to call transformers' `from_pretrained` for a source.
-
-    Returns its location and its options, and the names of weights that the source may lack.
-    """
+    """Return the location and options with which to call transformers' `from_pretrained`, and the
+    names of weights that the source may lack."""
     if source is None:
         return None, options, frozenset()
-    if os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES:
+    if is_authors_file(source):
         options = {**options, "state_dict": read_authors_checkpoint(source)}
         if options.get("config") is None:
             video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}

@@ -20,7 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file, logging
 
 from clipvip.data.video import check_sampling, read_frames, rgb_of
-from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
+from clipvip.model.authors import infer_config, is_authors_file, read_authors_checkpoint
 from clipvip.model.configuration import CLIPViPConfig
 from clipvip.model.pretrained import found
 from clipvip.ops.resize_crop import check_resize, resize_frames
@@ -80,13 +80,14 @@ class CLIPViPProcessor(ProcessorMixin):
             fits = type(count) is int and 0 < count <= MOST
             if not fits and not (name == "text_length" and count is None):
                 raise ValueError(f"{name} is {count!r}; expected an integer of 1 to {MOST}")
-        for word, given, kind in (
-            ("sampling", sampling, str),
-            ("resize", resize, str),
-            ("paragraph", paragraph, bool),
-        ):
+        kinds = {
+            "sampling": (sampling, str),
+            "resize": (resize, str),
+            "paragraph": (paragraph, bool),
+        }
+        for name, (given, kind) in kinds.items():
             if not isinstance(given, kind):
-                raise ValueError(f"{word} is {given!r}; expected a {kind.__name__}")
+                raise ValueError(f"{name} is {given!r}; expected a {kind.__name__}")
         check_sampling(sampling)
         check_resize(resize)
         self.image_size = image_size
@@ -239,16 +240,12 @@ def normalize_frames(
     return (frames * scale - shift).to(dtype)
 
 
-class NoTokenizer(OSError):
-    """A processor cannot be loaded without a tokenizer; one line that says what to give."""
-
-
 def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     """Return the arguments of CLIPViPProcessor that are saved with a model, except the tokenizer.
 
     source: folder, hub name or authors' file. hub: transformers' hub options.
     """
-    if _is_file(source):
+    if is_authors_file(source):
         shapes = infer_config(read_authors_checkpoint(source), source).vision_config
         return {
             "image_size": shapes.image_size,
@@ -276,13 +273,17 @@ def save_settings(folder: str | os.PathLike, **settings: Any) -> None:
     Path(folder, PROCESSOR_CONFIG).write_text(json.dumps(whole, indent=2) + "\n")
 
 
+class NoTokenizer(OSError):
+    """A processor cannot be loaded without a tokenizer; one line that says what to give."""
+
+
 def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
     """Load the tokenizer of a folder or hub name.
 
     Raises FileNotFoundError if there is no such folder or name, and NoTokenizer if it has none.
     """
     with found("the tokenizer", where, kind="tokenizer"):
-        loaded = None if _is_file(where) else CLIPTokenizer.from_pretrained(where, **hub)
+        loaded = None if is_authors_file(where) else CLIPTokenizer.from_pretrained(where, **hub)
         # Without files, transformers makes a tokenizer of the special tokens alone.
         if loaded is None or len(loaded) <= len(loaded.all_special_ids):
             raise NoTokenizer(
@@ -337,10 +338,6 @@ def _are_channels(values: Any) -> bool:
         and len(values) == 3
         and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
     )
-
-
-def _is_file(source: str | os.PathLike) -> bool:
-    return os.path.isfile(source) or Path(source).suffix in AUTHORS_SUFFIXES
 
 
 def _read_json(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def backend(request):
 
 @pytest.fixture
 def make_model(tower_configs):
-    """Build a model in eval mode; every token weighs in its features, as after training."""
+    """Build a model in eval mode whose features depend on every token, as after training."""
 
     def build(**options):
         torch.manual_seed(0)

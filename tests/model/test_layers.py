@@ -1,4 +1,5 @@
-"""The lean parts of a layer against the plain composition, in each dtype, by either products."""
+"""The memory-saving parts of a layer match the plain composition, in each dtype, by both kinds of
+products."""
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ WIDTH, INNER, TOKENS = 64, 128, 37
 
 @pytest.fixture(params=["our products", "pytorch's products"], autouse=True)
 def products(request, monkeypatch):
-    """Which are taken where they can be; returns whether those are ours."""
+    """Choose the products; return whether they are ours on this CPU."""
     ours = request.param == "our products"
     monkeypatch.setattr(linear, "_measured_processor", lambda: ours)
     monkeypatch.setattr(linear, "MIN_ROWS", 1)
@@ -66,7 +67,7 @@ PARTS = pytest.mark.parametrize(
 
 
 def gradients(run, x, modules, autocast=None):
-    """Output and gradients of everything that asks for one, by name."""
+    """Output, and gradients of all leaves that require one, by name."""
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         out = run(x, modules)
     torch.manual_seed(1)
@@ -170,7 +171,7 @@ def test_keeps_inputs_and_what_precedes_the_activation():
 
 
 class Doubled(nn.Linear):
-    """As adapters do: more than the weights say."""
+    """A layer that computes more than its weights define, like an adapter."""
 
     def forward(self, x):
         return 2 * super().forward(x)

@@ -90,7 +90,7 @@ def test_only_the_temporal_embedding_tells_the_order_of_frames(make_model):
 
 @torch.no_grad()
 def test_patches_see_proxies_and_their_own_frame_only(make_model):
-    """In the first layer frame 1's patches ignore frame 0; through the proxies they see it."""
+    """In the first layer, patches of frame 1 ignore frame 0; later they see it through proxies."""
     model = make_model().vision_model
     first, changed = frames(2), frames(2)
     changed[0] += 1
@@ -278,7 +278,7 @@ def test_proxies_start_as_asked(clip_folder):
 
 
 def drawn(source, seed, **options):
-    """A model's weights, loaded under a seed that loading must neither heed nor disturb."""
+    """A model's weights, loaded under a global seed that must neither matter nor change."""
     torch.manual_seed(seed)
     before = torch.get_rng_state()
     model = CLIPViPModel.from_pretrained(source, **options)

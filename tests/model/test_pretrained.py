@@ -1,4 +1,4 @@
-"""How a model that is not there is told."""
+"""A model that is absent, damaged or hostile gives an error of one line, and runs no code."""
 
 import copy
 import json
@@ -118,7 +118,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
 def test_a_configuration_of_no_model_is_told_in_one_line(change, model_folder):
-    """Before memory is asked for: a size that no file of weights bears out would be made up."""
+    """The error comes before memory is allocated for weights that no file holds."""
     damage_config(model_folder, change)
     with pytest.raises(ValueError, match=model_folder.name) as error:
         load_for_embedding(model_folder)
@@ -204,7 +204,7 @@ def test_pickles_are_not_executed(name, model_folder, monkeypatch):
         Path(name).write_bytes(pickle.dumps(content))
         with pytest.raises(ValueError, match=f"{source}.*holds more than weights"):
             CLIPViPModel.from_pretrained(source)
-    with zipfile.ZipFile(name, "w") as script:  # as TorchScript is told from weights
+    with zipfile.ZipFile(name, "w") as script:  # by which TorchScript differs from weights
         script.writestr("archive/constants.pkl", pickle.dumps(()))
         script.writestr("archive/version", "3")
     with pytest.raises(ValueError, match=f"{source}.*holds more than weights"):
@@ -256,7 +256,7 @@ CODE = {
 
 
 def test_no_file_of_a_model_has_code_fetched_or_run(model_folder, monkeypatch, caplog):
-    """Whatever its configurations name: the model is the one without."""
+    """The model is the same as without the settings that name code."""
     import transformers.integrations.hub_kernels as kernels
     import transformers.modeling_utils as modeling
 

@@ -65,6 +65,7 @@ def embed_clips(
     out; after the last batch, their files are appended to bad_files.
 
     batch_size: clips per batch. num_workers, decoder: see clipvip.data.loading.LoaderOptions.
+    rank, world_size: this rank and the number of ranks that share the clips; by default one.
     """
     options = LoaderOptions(
         task="video",

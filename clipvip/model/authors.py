@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from clipvip.model.configuration import CLIPViPConfig
-
-logger = logging.get_logger(__name__)
 
 AUTHORS_SUFFIXES = (".pt", ".pth")
 _PREFIX = "clipmodel."

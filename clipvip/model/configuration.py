@@ -67,7 +67,7 @@ class CLIPViPVisionConfig(CLIPVisionConfig):
 
 
 VIDEO_OPTIONS = ("num_proxies", "num_frames", "proxy_init", "frame_pooling", "attention_backend")
-
+"""Settings of CLIPViPVisionConfig that users may override when they load a model."""
 
 _SIZES = (
     "hidden_size",
@@ -148,8 +148,8 @@ _LEAST_LAYER = 1 << 14  # weights that take as much memory as the Python objects
 
 
 def count_weights(config: CLIPViPConfig) -> int:
-    """Estimate how many weights a model has: at least those of its large matrices, and at least
-    _LEAST_LAYER per layer, however narrow it is."""
+    """Estimate a model's number of weights: those of its large matrices, and at least _LEAST_LAYER
+    per layer."""
     text, vision = config.text_config, config.vision_config
 
     def tower(shapes: Any, inputs: int) -> int:

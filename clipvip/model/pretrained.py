@@ -2,7 +2,8 @@
 
 A model may come from a folder, from an authors' file or from the Hugging Face hub. Each error is
 one line that names the source. `CLIPViPModel.from_pretrained` and the processor load within
-`found`; `resolve`, `key_report`, `SameDraws` and `check_…` are the model's steps.
+`found`; `resolve`, `key_report`, `SameDraws` and `check_…` are the model's steps. `failed_writes`
+gives errors of saving the same plain form.
 """
 
 import json

@@ -156,14 +156,21 @@ def parse_line(line: bytes, folder: Path, number: int = 0) -> Clip:
     """
     try:
         # From bytes, json.loads would also accept encoded halves of characters, as if in names.
-        record = json.loads(line.decode("utf-8-sig"))
+        text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from error
+    return parse_record(parse_json(text), folder, number)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError, which says where the error is."""
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+        line = f"line {error.lineno} " if "\n" in text else ""
+        raise ValueError(f"not JSON ({error.msg} at {line}column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("not JSON that can be read (nested too deeply)") from error
-    return parse_record(record, folder, number)
 
 
 def parse_record(record: Any, folder: Path, number: int = 0) -> Clip:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clipvip.data.annotations import parse_json
 from clipvip.data.published import (
     Item,
     Prepared,
@@ -24,7 +25,6 @@ from clipvip.data.published import (
     merge,
     needed,
     open_file,
-    parse_json,
     read_text,
     reason_of,
     texts_of,

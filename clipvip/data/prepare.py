@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from clipvip.data.annotations import Clip, parse_record, write_annotations
+from clipvip.data.annotations import Clip, parse_json, parse_record, write_annotations
 from clipvip.data.msrvtt import LISTS, msrvtt_items
 from clipvip.data.published import (
     Item,
@@ -42,7 +42,6 @@ from clipvip.data.published import (
     merge,
     needed,
     open_file,
-    parse_json,
     read_text,
     texts_of,
     value_of,

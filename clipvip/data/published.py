@@ -4,7 +4,6 @@ A line, entry or file that cannot be used is skipped and noted in `Prepared`.
 """
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from clipvip.data.annotations import kind_of
+from clipvip.data.annotations import kind_of, parse_json
 from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from clipvip.files import MARKS, TEXT_BYTES, check_is_file, decode_text, files_in, shown
 
@@ -178,16 +177,6 @@ def read_text(path: Path, done: Prepared, most: int = LIST_BYTES) -> str:
 def lines_of(text: str) -> list[str]:
     """Split a text at line ends alone; str.splitlines splits at other characters too."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def parse_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}"
-        raise ValueError(f"not JSON ({error.msg} at {where})") from error
-    except RecursionError as error:
-        raise ValueError("not JSON that can be read (nested too deeply)") from error
 
 
 KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "an object in braces"}

@@ -1,5 +1,6 @@
 """Verify annotations: decode the first, middle and last frame of every clip."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ def verify_files(
     bad: list[BadFile] = []
     with progress(f"verifying {len(clips)} clips", len(clips)) as done:
         workers: Workers[range, list[Failure]] = Workers(
-            _FileVerifier(clips), worker_count(num_workers, len(clips)), names_of(clips), done
+            partial(_verify, clips), worker_count(num_workers, len(clips)), names_of(clips), done
         )
         places = range(len(clips))
         tasks = (places[i : i + CLIPS_PER_TASK] for i in places[::CLIPS_PER_TASK])
@@ -53,21 +54,16 @@ def verify_files(
     return Verified(len(clips), bad)
 
 
-class _FileVerifier:
-    """Find the clips that cannot be read, given their places."""
-
-    def __init__(self, clips: Annotations) -> None:
-        self.clips = clips
-
-    def __call__(self, places: range, excluded: frozenset[int]) -> list[Failure]:
-        failures = []
-        for place in places:
-            set_place(place)
-            clip = self.clips[place]
-            try:
-                check_not_excluded(place, excluded, clip.video)
-                check_decodes(clip.video, clip.image, clip.start, clip.end)
-            except DecodeError as error:
-                failures.append(Failure(place, BadFile(str(error.path), error.reason, clip.line)))
-            report_progress(1)
-        return failures
+def _verify(clips: Annotations, places: range, excluded: frozenset[int]) -> list[Failure]:
+    """Return those of the clips at some places that cannot be read."""
+    failures = []
+    for place in places:
+        set_place(place)
+        clip = clips[place]
+        try:
+            check_not_excluded(place, excluded, clip.video)
+            check_decodes(clip.video, clip.image, clip.start, clip.end)
+        except DecodeError as error:
+            failures.append(Failure(place, BadFile(str(error.path), error.reason, clip.line)))
+        report_progress(1)
+    return failures

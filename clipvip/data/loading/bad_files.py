@@ -91,8 +91,9 @@ class BadFiles:
                     shown(file.path),
                     shown(file.reason),
                 )
-        if final or self.tried >= min(COUNTED_FROM, self._count):
-            self.check()
+        enough = final or self.tried >= min(COUNTED_FROM, self._count)
+        if enough and self.bad > self._max_share * self.tried:
+            self.stop(f"{self.bad / self.tried:.1%}, allowed {self._max_share:.1%}")
 
     def _is_new(self, file: BadFile, damaged: bool) -> bool:
         """List a file that was not logged before. Return whether it is such a file."""
@@ -110,10 +111,6 @@ class BadFiles:
             self._state[place] = 1
             self.tried += 1
         self.bad += bad
-
-    def check(self) -> None:
-        if self.bad > self._max_share * self.tried:
-            self.stop(f"{self.bad / self.tried:.1%}, allowed {self._max_share:.1%}")
 
     def stop(self, why: str) -> NoReturn:
         """Raise LoaderError with the number of bad files, why it is too many, and the last one."""

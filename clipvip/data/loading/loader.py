@@ -25,6 +25,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -129,9 +130,11 @@ class ClipLoader:
         self._bad = bad
         self._finish: DecodeByDali | None = None
         collate = Collate(options.tokenizer, options.text_length, options.task)
-        work: Callable[[Any, frozenset[int]], Any] = _ReadAndCollate(batch_reader, collate)
         engine = batch_reader.reader.engine
-        if engine is not None:
+        work: Callable[[Any, frozenset[int]], Any]
+        if engine is None:
+            work = partial(_read_and_collate, batch_reader, collate)
+        else:
             work = batch_reader.read_batch
             read_again = without_dali(batch_reader).read_sample
             self._finish = DecodeByDali(engine, options, collate, read_again, name)
@@ -178,7 +181,7 @@ class ClipLoader:
     def _count(self, decoders: list[str]) -> None:
         for decoder in decoders:
             if not self.decoded[decoder] and decoder not in ("DALI", "PyAV"):
-                logger.warning("decoding a clip by %s; further ones are counted", decoder)
+                logger.warning("decoding a clip by %s; later ones are only counted", decoder)
             self.decoded[decoder] += 1
 
 
@@ -239,14 +242,10 @@ class _FileOrder:
             yield [(epoch, int(place)) for place in order[start : start + self.batch_size]]
 
 
-class _ReadAndCollate:
-    """Make a whole batch in a worker."""
-
-    def __init__(self, batch_reader: BatchReader, collate: Collate) -> None:
-        self.batch_reader = batch_reader
-        self.collate = collate
-
-    def __call__(self, task: Any, excluded: frozenset[int]) -> tuple[Batch | None, Report]:
-        samples = self.batch_reader.read_batch(task, excluded)
-        set_place(-1)  # an error from here on is not the fault of the last clip
-        return self.collate(samples)
+def _read_and_collate(
+    batch_reader: BatchReader, collate: Collate, task: Any, excluded: frozenset[int]
+) -> tuple[Batch | None, Report]:
+    """Make a whole batch, in a worker."""
+    samples = batch_reader.read_batch(task, excluded)
+    set_place(-1)  # an error from here on is not the fault of the last clip
+    return collate(samples)

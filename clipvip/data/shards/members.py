@@ -71,12 +71,12 @@ def _without_none(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class Stored(NamedTuple):
-    """A clip of a shard. source: the annotation it was made from, if that is known."""
+    """A clip of a shard. annotation: the one it was made from, if that is known."""
 
     clip: Clip
     video: Blob
     image: Blob | None
-    source: Clip | None
+    annotation: Clip | None
 
 
 def unpack(sample: Packed, url: str) -> Stored:

@@ -5,6 +5,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -58,9 +59,9 @@ def verify_shards(
     def readable() -> Iterator[Clip]:
         """Verify tar by tar; yield the annotations of the clips that can be read."""
         for checked in _check(shards, num_workers):
-            lines.extend(clip.line for clip in checked.sources)
-            yield from checked.sources
-            found.append(checked._replace(sources=[]))
+            lines.extend(clip.line for clip in checked.annotations)
+            yield from checked.annotations
+            found.append(checked._replace(annotations=[]))
 
     if clean is None:
         deque(readable(), maxlen=0)
@@ -91,13 +92,13 @@ def _write_in_order(clean: Path, clips: Iterator[Clip], lines: Sequence[int], so
 class _Checked(NamedTuple):
     """What was found in a tar.
 
-    sources: annotations of the clips that can be read; none if the tar is not as its manifest says.
+    annotations: those of the clips that can be read; none if the tar is not as its manifest says.
     shard: its line for a manifest; None if it could not be read to its end.
     """
 
     clips: int
     bad: list[BadFile]
-    sources: list[Clip]
+    annotations: list[Clip]
     shard: Shard | None
 
 
@@ -114,44 +115,43 @@ def _check(
 
     with progress(f"verifying {len(shards)} shards", len(shards)) as done:
         workers: Workers[int, _Checked] = Workers(
-            _ShardVerifier(shards, firsts), worker_count(num_workers, len(shards)), name
+            partial(_verify_shard, shards, firsts), worker_count(num_workers, len(shards)), name
         )
         for _, checked in workers.run(range(len(shards)), ahead=1):
             yield checked
             done(1)
 
 
-class _ShardVerifier:
-    """Verify a shard, given its number. firsts: place of the first clip of each shard."""
-
-    def __init__(self, shards: Sequence[tuple[str, Shard | None]], firsts: list[int]) -> None:
-        self.shards = shards
-        self.firsts = firsts
-
-    def __call__(self, number: int, excluded: frozenset[int]) -> _Checked:
-        url, expected = self.shards[number]
-        bad: list[BadFile] = []
-        sources: list[Clip] = []
-        tally = Tally()
-        try:
-            with open_url(url) as file:
-                hashed = Hashed(file)
-                for sample in read_samples(hashed, url):
-                    place = self.firsts[number] + tally.clips
-                    try:
-                        source = _check_sample(sample, url, place, excluded, tally)
-                    except DecodeError as error:
-                        bad.append(BadFile(str(error.path), error.reason, 0))
-                        continue
-                    sources += [source] if source else []
-                _read_rest(hashed, url)
-        except Exception as error:  # of fsspec and its file systems
-            return _Checked(tally.clips, [*bad, BadFile(url, reason_of(error), 0)], [], None)
-        shard = tally.shard(url if expected is None else expected.shard, hashed, bad=len(bad))
-        if expected is not None and shard.sha256 != expected.sha256:
-            reason = f"sha256 is {shard.sha256[:12]}…, its manifest says {expected.sha256[:12]}…"
-            return _Checked(tally.clips, [*bad, BadFile(url, reason, 0)], [], shard)
-        return _Checked(tally.clips, bad, sources, shard)
+def _verify_shard(
+    shards: Sequence[tuple[str, Shard | None]],
+    firsts: list[int],
+    number: int,
+    excluded: frozenset[int],
+) -> _Checked:
+    """Verify the tar of shards[number]. firsts: place of the first clip of each shard."""
+    url, expected = shards[number]
+    bad: list[BadFile] = []
+    annotations: list[Clip] = []
+    tally = Tally()
+    try:
+        with open_url(url) as file:
+            hashed = Hashed(file)
+            for sample in read_samples(hashed, url):
+                place = firsts[number] + tally.clips
+                try:
+                    annotation = _check_sample(sample, url, place, excluded, tally)
+                except DecodeError as error:
+                    bad.append(BadFile(str(error.path), error.reason, 0))
+                    continue
+                annotations += [annotation] if annotation else []
+            _read_rest(hashed, url)
+    except Exception as error:  # of fsspec and its file systems
+        return _Checked(tally.clips, [*bad, BadFile(url, reason_of(error), 0)], [], None)
+    shard = tally.shard(url if expected is None else expected.shard, hashed, bad=len(bad))
+    if expected is not None and shard.sha256 != expected.sha256:
+        reason = f"sha256 is {shard.sha256[:12]}…, its manifest says {expected.sha256[:12]}…"
+        return _Checked(tally.clips, [*bad, BadFile(url, reason, 0)], [], shard)
+    return _Checked(tally.clips, bad, annotations, shard)
 
 
 def _check_sample(
@@ -164,7 +164,7 @@ def _check_sample(
     tally.add_texts(stored.clip)
     check_not_excluded(place, excluded, stored.video.name)
     check_decodes(stored.video, stored.image, stored.clip.start, stored.clip.end)
-    return stored.source
+    return stored.annotation
 
 
 def _read_rest(file: Hashed, url: str) -> None:

@@ -438,7 +438,7 @@ def main() -> None:
     overview = not COMMANDS.keys() & set(sys.argv[1:2])  # shows one line per command
     commands = []
     for name, command in COMMANDS.items():
-        summary = command.__doc__.partition("\n")[0] if overview else None
+        summary = (command.__doc__ or "").partition("\n")[0] if overview else None
         commands.append(Annotated[Any, subcommand(name, constructor=command, description=summary)])
     choice: Any = Union[tuple(commands)]  # noqa: UP007
     with safe_output(), one_line_errors():

@@ -200,7 +200,7 @@ class _Build:
         self.rows = {clip: known[clip] for clip in wanted if clip in known}
 
     def run(self, network: Any, processor: Any, options: dict[str, Any]) -> None:
-        """Embed the wanted clips that have no row, and save the index: regularly and at the end."""
+        """Embed the wanted clips that have no row; save the index regularly and at the end."""
         todo = [clip for clip in self.wanted if clip not in self.rows]
         reused = f", {len(self.rows)} are in the index already" if self.rows else ""
         with progress(f"embedding {len(todo)} clips{reused}", len(todo)) as advance:

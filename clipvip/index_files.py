@@ -134,7 +134,7 @@ def read_head(folder: Path) -> Head | None:
         raise ValueError(f"{shown(file)}: {error.strerror}; {another}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{shown(file)} is damaged or not an index's ({error}); {another}"
+            f"{shown(file)} is damaged or not from clipvip embed ({error}); {another}"
         ) from None
     number = head.get("format") if isinstance(head, dict) else None
     if type(number) is int and number != FORMAT:
@@ -143,7 +143,7 @@ def read_head(folder: Path) -> Head | None:
             "the index again with clipvip embed and another --out, or delete it"
         )
     if number != FORMAT or not _is_sound(head):
-        raise ValueError(f"{shown(file)} is damaged or not an index's; {another}")
+        raise ValueError(f"{shown(file)} is damaged or not from clipvip embed; {another}")
     return Head(**{part.name: head[part.name] for part in fields(Head) if part.name in head})
 
 
@@ -240,7 +240,7 @@ def _read_bad_files(folder: Path) -> list[dict[str, str]]:
         and all(isinstance(text, str) for text in file.values())
         for file in files
     ):
-        raise ValueError("not an index's")
+        raise ValueError("not from clipvip embed")
     return files
 
 
@@ -279,7 +279,7 @@ def check_out(out: Path) -> None:
         _read_bad_files(out)
     except (OSError, ValueError):
         raise ValueError(
-            f"{shown(out / _BAD_FILES)} is not an index's; {own}, or move that file away"
+            f"{shown(out / _BAD_FILES)} is not from clipvip embed; {own}, or move that file away"
         ) from None
 
 

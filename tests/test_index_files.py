@@ -121,7 +121,9 @@ def test_the_current_folder_is_named_as_that(tmp_path, monkeypatch):
 )
 def test_bad_files_beside_an_index_that_are_not_its_own_are_kept(saved, there):
     (saved / "bad_files.jsonl").write_bytes(there)
-    with pytest.raises(ValueError, match=r"bad_files\.jsonl is not an index's; give .*move"):
+    with pytest.raises(
+        ValueError, match=r"bad_files\.jsonl is not from clipvip embed; give .*move"
+    ):
         check_out(saved)
     assert (saved / "bad_files.jsonl").read_bytes() == there
     assert read_index(saved).bad_files == []  # search needs none
@@ -157,7 +159,7 @@ def test_strangers_files_beside_an_index_are_let_be(tmp_path):
 def test_an_index_that_names_nothing_spare_is_read_too(saved):
     head = json.loads((saved / "index.json").read_bytes())
     change(saved, spare=[head["clips"]])  # or a build would delete what holds
-    with pytest.raises(ValueError, match="damaged or not an index's"):
+    with pytest.raises(ValueError, match="damaged or not from clipvip embed"):
         read_index(saved)
     del head["spare"]
     (saved / "index.json").write_text(json.dumps(head))

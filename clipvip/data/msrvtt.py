@@ -226,7 +226,7 @@ def _pick(said: list[str], number: int | None) -> str:
 
 
 def _rows(path: Path, done: Prepared) -> Iterator[tuple[str, str | None]]:
-    """Yield video_id and sentence of each row of a CSV; None for a sentence if it has none."""
+    """Yield video_id and sentence of each row of a CSV; None if it has no column of sentences."""
     text = read_text(path, done)
     rows: list[Any]
     try:

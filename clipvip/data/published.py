@@ -222,7 +222,7 @@ def merge(pairs: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
 def entries(
     records: Iterable[Any], where: str, done: Prepared, parse: Callable[[Any], Any]
 ) -> Iterator[Any]:
-    """Yield each record, parsed, unless that is None; note those that fail by their numbers."""
+    """Yield each record as `parse` returns it, except for None; note by number those that fail."""
     for number, record in enumerate(records, 1):
         with done.tolerate(f"{where}{number}"):
             parsed = parse(record)

@@ -1,6 +1,12 @@
-"""One video or image file to frames: which frames it has and when, the wanted ones as pixels.
+"""From one video or image file to frames as pixels.
 
-These names are for the rest of the package; all others are private to this folder.
+    file ─ container ─ known_index ─ sampling ─ strategies ─ pixels ─ frames
+           opens it    its frames'   which      decode       to RGB
+                       times         frames     them         squares
+
+decode.py goes this way by PyAV. encode.py and dali.py part it between a worker, which chooses
+frames and copies their packets, and DALI, which decodes them. transcode.py stores clips in shards.
+The names below are for the rest of the package; all others are private to this folder.
 """
 
 from clipvip.data.video.container import (
@@ -12,15 +18,7 @@ from clipvip.data.video.container import (
     as_decode_errors,
     is_image,
 )
-from clipvip.data.video.dali import (
-    DaliDecoder,
-    Encoded,
-    Engine,
-    Refused,
-    choose_engine,
-    encode,
-    start_engine,
-)
+from clipvip.data.video.dali import DaliDecoder, choose_engine, start_engine
 from clipvip.data.video.decode import (
     Frames,
     OpenClip,
@@ -29,6 +27,7 @@ from clipvip.data.video.decode import (
     open_clip,
     read_frames,
 )
+from clipvip.data.video.encode import Encoded, Engine, Refused, encode
 from clipvip.data.video.pixels import rgb_of
 from clipvip.data.video.sampling import check_sampling
 from clipvip.data.video.transcode import CODING, Cut, cut, reencode, whole

@@ -8,11 +8,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import av
-from av.container import InputContainer, OutputContainer
+from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
@@ -101,11 +102,7 @@ _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}
 
 # Otherwise PyAV looks for an encoder with the decoder's name, and libdav1d is only a decoder.
 _AS_IT_IS: dict[str, Any] = {"opaque": True} if PYAV >= 15 else {}
-
-
-def add_copy(out: OutputContainer, stream: VideoStream) -> VideoStream:
-    """Add a stream for the packets of another, unchanged."""
-    return out.add_stream_from_template(stream, **_AS_IT_IS)
+PLAIN = {"fflags": "+bitexact"}  # for writing: no random identifiers
 
 
 BOUNDS = {"max_pixels": str(MAX_PIXELS)}
@@ -283,6 +280,30 @@ def demux(video: Video) -> Iterator[Packet]:
             return
         except IndexError:  # raised by PyAV, once for a stream that begins in the middle of a file
             continue
+
+
+class Stamps(NamedTuple):
+    """When a packet is shown and decoded, and how long it lasts, in ticks."""
+
+    pts: int
+    dts: int
+    duration: int | None
+
+
+def remux(
+    stream: VideoStream, packets: list[Packet], stamps: list[Stamps], tick: Fraction, kind: str
+) -> memoryview:
+    """Return a file of format `kind` that holds packets of a stream, with new stamps in units of
+    `tick` seconds. The muxer may refuse stamps, sizes or codecs in any way."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=kind, options=PLAIN) as out:
+        copy = out.add_stream_from_template(stream, **_AS_IT_IS)
+        copy.time_base = tick
+        for packet, stamp in zip(packets, stamps, strict=True):
+            packet.pts, packet.dts, packet.duration = stamp
+            packet.time_base, packet.stream = tick, copy
+            out.mux(packet)
+    return buffer.getbuffer()
 
 
 # NAL units (H.264, 7.3.1; HEVC, 7.3.1.2): shift and mask of the type in their first byte, and the

@@ -1,71 +1,39 @@
-"""Decoding by NVIDIA DALI: on a GPU's video engine, or on the CPU what DALI decodes there.
+"""Decoding by NVIDIA DALI in the main process: on a GPU's video engine, or on the CPU.
 
-Worker processes cannot share the main process's GPU, so the work is split. `encode`, in a
-worker, does all but decoding: it opens the file, chooses the frames as any reader does, and
-copies the packets that they need into a small Matroska file in memory, in which frames are
-numbered by their order of showing. So one demuxer, PyAV's, says which frame is which, whatever
-edit lists, times or cut ends the file has. `DaliDecoder`, in the main process, decodes batches of
-those on its device. What DALI cannot decode there, or would decode wrong (frames that change size,
-colours that are not BT.601's), PyAV decodes in the worker.
+`choose_engine` and `start_engine` say where DALI decodes, if at all. `DaliDecoder` decodes batches
+of clips that worker processes prepared (encode.py). On the CPU, DALI decodes few codecs.
 """
 
 import ctypes
 import functools
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
 import torch
 from av.codec.codec import UnknownCodecError
-from av.packet import Packet
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data import DECODERS
-from clipvip.data.video.container import Blob, DecodeError, add_copy, open_file, packets_from
-from clipvip.data.video.decode import Frames, OpenClip, open_clip
-from clipvip.data.video.headers import CHANGED, difference, resets
-from clipvip.data.video.pixels import MATRIX_NAMES, orientation
-from clipvip.data.video.sampling import Choice
+from clipvip.data.video.container import Blob
+from clipvip.data.video.decode import Frames, open_clip
+from clipvip.data.video.encode import CPU, GPU, Encoded, Engine, encode
 from clipvip.ops.resize_crop import Axis, Turn, on_black, placed, resize_frames
 
 logger = logging.getLogger(__name__)
 
-
-class Engine(NamedTuple):
-    """Where DALI decodes, and what it can decode there, by FFmpeg's names."""
-
-    device: Literal["cpu", "gpu"]
-    codecs: frozenset[str]
-    pixels: frozenset[str]
-
-
-CPU = Engine(
-    "cpu",
-    frozenset({"vp8", "vp9", "mjpeg"}),
-    frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}),
-)
-GPU = Engine(
-    "gpu",
-    frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}),
-    frozenset({"yuv420p", "yuvj420p"}),
-)
 AV1_SINCE = (8, 6)  # compute capability
-
-TICKS = Fraction(1, 1000)  # of the copies
-STEP = 40  # ticks between frames
 THREADS = 8  # that feed a GPU's engines
-AT_ONCE = 1 << 30  # bytes of full-size frames
+AT_ONCE = 1 << 30  # bytes of full-size frames that are decoded at once
+PART = ("size", "begin", "end")  # inputs of the pipeline that say how frames are resized
 
 
 class DaliError(ValueError):
@@ -73,9 +41,9 @@ class DaliError(ValueError):
 
 
 def choose_engine(decoder: str) -> Engine | None:
-    """Choose the engine for `decoder`, one of DECODERS; None for PyAV.
+    """Return the engine for `decoder`, one of DECODERS; None for PyAV.
 
-    "auto" takes DALI where there is a GPU with a video engine. Raises DaliError for "dali" where
+    "auto" chooses DALI where there is a GPU with a video engine. Raises DaliError for "dali" where
     it is not installed, or cannot reach the GPU's video engine.
     """
     if decoder not in DECODERS:
@@ -100,10 +68,9 @@ def choose_engine(decoder: str) -> Engine | None:
 
 
 def start_engine(decoder: str) -> Engine | None:
-    """Return the engine that choose_engine chooses, once DALI has decoded a small clip on it.
+    """Return the engine that choose_engine chooses, after DALI has decoded a small clip on it.
 
-    Where it cannot, "auto" leaves the run to PyAV (None), and one line in the log says why; with
-    "dali" that is a DaliError.
+    If it cannot, "auto" falls back to PyAV (None) and logs why; "dali" raises DaliError.
     """
     engine = choose_engine(decoder)
     problem = None if engine is None else _problem(engine)
@@ -117,12 +84,12 @@ def start_engine(decoder: str) -> Engine | None:
 
 @functools.cache
 def _problem(engine: Engine) -> str | None:
-    """Return why DALI cannot decode there; None where it can."""
+    """Return the reason why DALI cannot decode on an engine; None where it can."""
     try:
         with open_clip(Blob("the clip that DALI starts with", _sample(engine)), 1) as clip:
             encoded = encode(clip, engine)
         (frames,) = DaliDecoder(encoded.height, engine).decode([encoded])
-    except UnknownCodecError:  # PyAV was built without the encoder: nothing to try it with
+    except UnknownCodecError:  # PyAV was built without the encoder that makes the clip
         return None
     except Exception as error:  # raised by DALI, its libraries or the driver
         return _reason(error)
@@ -135,7 +102,7 @@ def _warn_once(text: str) -> None:
 
 
 def _sample(engine: Engine) -> bytes:
-    """Make a file of one frame to try DALI with."""
+    """Make a video file of one frame, to try DALI with."""
     buffer = io.BytesIO()
     codec, pixels = ("libx264", "yuv420p") if engine.device == "gpu" else ("mjpeg", "yuvj420p")
     with av.open(buffer, "w", format="matroska") as out:
@@ -148,7 +115,7 @@ def _sample(engine: Engine) -> bytes:
 
 
 def _has_nvdec() -> bool:
-    """Containers may give the GPU but not its video driver."""
+    """Return whether the driver's video library is there; containers may lack it."""
     try:
         ctypes.CDLL("libnvcuvid.so.1")
     except OSError:
@@ -156,146 +123,11 @@ def _has_nvdec() -> bool:
     return True
 
 
-# --- in the workers -------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Encoded:
-    """Frames of a clip, not decoded yet.
-
-    data: uint8 [bytes], a Matroska file. chosen: the frames wanted, int32 [N], counted in the
-    order of showing. width, height: as stored. turn: see pixels.orientation.
-    """
-
-    data: Tensor
-    chosen: Choice
-    width: int
-    height: int
-    turn: Turn
-
-
-class Refused(DecodeError):
-    """A clip that DALI cannot decode; PyAV may."""
-
-
-def encode(clip: OpenClip, engine: Engine) -> Encoded:
-    """Prepare all that DALI needs for the clip's frames. Raises Refused, or what PyAV raises."""
-    path, head = clip.path, clip.video.stream.codec_context
-    codec = head.codec.canonical_name
-    if codec not in engine.codecs:
-        raise Refused(path, f"{codec} on the {engine.device.upper()}")
-    if clip.index.by_count:
-        raise Refused(path, "no times of showing in the file")
-    _check_colours(path, head.colorspace)
-    positions = clip.chosen.positions
-    wanted = clip.index.shown[positions]
-    # Half a tick on, or rounding could lead to the keyframe before.
-    first = clip.index.times[positions.min()] + float(clip.video.stream.time_base or 0) / 2
-    with open_file(clip.video.file) as video:
-        stream = video.stream
-        given = stream.codec_context.width, stream.codec_context.height
-        source = packets_from(video, first)
-        packets = _needed(source, set(wanted.tolist()), resets(stream))
-        if packets and (problem := difference(stream, packets)):
-            raise Refused(path, problem)
-        frame = _first_frame(packets)
-        if frame is None:
-            raise Refused(path, "frames out of order")
-        if (frame.width, frame.height) != given:  # DALI makes room for what the file says
-            raise Refused(path, CHANGED)
-        _check_picture(path, frame, engine)
-        times = np.array([packet.pts for packet in packets], np.int64)
-        shown = np.unique(times)
-        if len(shown) < len(times):
-            raise Refused(path, "two frames at one time")
-        data = _matroska(stream, packets, np.searchsorted(shown, times))
-    numbers, middle = clip.chosen.split(np.searchsorted(shown, wanted).astype(np.int32))
-    return Encoded(
-        torch.frombuffer(data, dtype=torch.uint8),
-        Choice(numbers, None if middle is None else int(middle)),
-        frame.width,
-        frame.height,
-        orientation(frame),
-    )
-
-
-def _check_picture(path: Path, frame: VideoFrame, engine: Engine) -> None:
-    """Raise Refused where DALI would make other pixels of the frame."""
-    _check_colours(path, frame.colorspace)
-    if frame.format.name not in engine.pixels:
-        raise Refused(path, f"{frame.format.name} pixels on the {engine.device.upper()}")
-    if engine.device == "gpu" and frame.interlaced_frame:
-        raise Refused(path, "interlaced")
-    if engine.device == "gpu" and (frame.width % 2 or frame.height % 2):
-        raise Refused(path, "a width or height that is odd")
-
-
-def _check_colours(path: Path, number: int) -> None:
-    """Raise Refused for colours other than BT.601's. DALI takes all for those and clips the result
-    to 0 to 255, which no later correction undoes: saturated colours would be off by up to 40."""
-    name = MATRIX_NAMES.get(int(number))
-    if name != "bt601":
-        raise Refused(path, f"{name or 'other'} colours")
-
-
-def _needed(
-    packets: Iterator[Packet], wanted: set[int], is_reset: Callable[[Packet], bool]
-) -> list[Packet]:
-    """Packets in decoding order, from the first keyframe to the last wanted packet, without the
-    stretches between resets in which none is wanted; none where a wanted one is missing."""
-    needed: list[Packet] = []
-    stretch, used = 0, False  # where the packets since the last reset begin, if any is wanted
-    for packet in packets:
-        if not packet.size or packet.pts is None:
-            continue
-        if is_reset(packet):
-            if not used:
-                del needed[stretch:]
-            stretch, used = len(needed), False
-        # What refers to frames before the keyframe cannot be decoded without them.
-        if not needed or packet.pts >= (needed[0].pts or 0):
-            needed.append(packet)
-            used |= packet.pts in wanted
-            wanted.discard(packet.pts)
-        if not wanted:
-            return needed
-    return []
-
-
-def _first_frame(packets: list[Packet]) -> VideoFrame | None:
-    """Only a decoded frame says how it is to be turned and coloured."""
-    for packet in packets:
-        for frame in packet.decode():
-            assert isinstance(frame, VideoFrame)
-            return frame
-    flushed = packets[0].stream.decode(None) if packets else []
-    return flushed[0] if flushed else None
-
-
-def _matroska(stream: Any, packets: list[Packet], order: NDArray[np.int64]) -> memoryview:
-    """The packets as a file, the packet of order[i] shown at that place."""
-    buffer = io.BytesIO()
-    # None may be shown before it is decoded.
-    delay = int((np.arange(len(packets)) - order).max())
-    with av.open(buffer, "w", format="matroska", options={"fflags": "+bitexact"}) as out:
-        copy = add_copy(out, stream)
-        copy.time_base = TICKS
-        for decoded, (packet, shown) in enumerate(zip(packets, order.tolist(), strict=True)):
-            packet.time_base = TICKS
-            packet.pts, packet.dts = (shown + delay) * STEP, decoded * STEP
-            packet.duration = STEP
-            packet.stream = copy
-            out.mux(packet)
-    return buffer.getbuffer()
-
-
-# --- in the main process --------------------------------------------------------------------
-
-
 class DaliDecoder:
-    """Decodes frames and makes squares of them, as clipvip.ops.resize_crop says.
+    """Decoder of clips to squares, resized as clipvip.ops.resize_crop says.
 
-    threads: for decoding on the CPU. Uses the GPU that is current when it is made.
+    threads: number of threads for decoding on the CPU. On a GPU it uses the device that is current
+    when it is created.
     """
 
     def __init__(self, size: int, engine: Engine, threads: int = 1, resize: str = "crop") -> None:
@@ -309,13 +141,13 @@ class DaliDecoder:
         self._most = 0
 
     def decode(self, clips: Sequence[Encoded]) -> list[Frames | str]:
-        """Decode each clip's frames, on the device; a string, the reason, where DALI could not."""
+        """Return each clip's frames, on the device; or the reason why DALI could not decode it."""
         with self.apart():
             return list(chain.from_iterable(map(self._decode, _portions(clips))))
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """The GPU's work within waits for none of its other work, and is done at the end."""
+        """Run the GPU's work within on a stream of its own, and wait for it at the end."""
         if self._stream is None:
             yield
             return
@@ -330,7 +162,8 @@ class DaliDecoder:
         try:
             packed = self._run(clips)
         except RuntimeError as error:
-            # An error leaves the pipeline invalid, and the other clips' frames are lost.
+            # The pipeline is invalid now, and the other clips' frames are lost: decode each half of
+            # the clips again, until the clip that fails is alone.
             self._pipeline = None
             if len(clips) == 1:
                 return [_reason(error)]
@@ -343,7 +176,7 @@ class DaliDecoder:
         ]
 
     def _run(self, clips: Sequence[Encoded]) -> Tensor:
-        """uint8 [F, 3, size, size]."""
+        """Decode all clips' frames, one after another: uint8 [F, 3, size, size]."""
         axes = [
             placed(clip.height, clip.width, self.size, self.resize, clip.turn) for clip in clips
         ]
@@ -362,7 +195,7 @@ class DaliDecoder:
             raise RuntimeError(f"gave {counts} frames of {wanted}")
         packed = torch.cat(list(map(self._squares, frames, axes)))
         if self._stream is not None:
-            self._stream.synchronize()  # the next run writes where these frames lie
+            self._stream.synchronize()  # the next run overwrites the pipeline's frames
         return packed
 
     def _squares(self, frames: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
@@ -371,6 +204,7 @@ class DaliDecoder:
         return on_black(frames, axes, self.size)
 
     def _build(self, most: int) -> Any:
+        """Build DALI's pipeline for up to `most` clips at once."""
         from nvidia.dali import Pipeline, fn, types
 
         gpu = self._stream is not None
@@ -383,15 +217,15 @@ class DaliDecoder:
         with pipeline:
             data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, no_copy=True)
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-            # "none": a frame past the end is an error instead of a black frame.
+            # With "none" a frame past the end is an error, not a black frame.
             decoded = fn.decoders.video(
                 data,
                 frames=frames,
                 pad_mode="none",
                 device="mixed" if gpu else "cpu",
-                affine=False,  # or the processes of one machine would share the same few cores
+                affine=False,  # or all ranks of a machine would share the same few cores
             )
-            if self.resize != "squash":  # DALI has no filter like it
+            if self.resize != "squash":  # DALI has no filter like that of "squash"
                 size, begin, end = (
                     fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in PART
                 )
@@ -409,7 +243,7 @@ class DaliDecoder:
 
 
 def _portions(clips: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
-    """Parts whose full-size frames fit into memory together."""
+    """Split clips into portions whose full-size frames fit into AT_ONCE bytes."""
     first, total = 0, 0
     for last, clip in enumerate(clips):
         size = 3 * clip.width * clip.height * len(clip.chosen.positions)
@@ -421,12 +255,9 @@ def _portions(clips: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
         yield clips[first:]
 
 
-PART = ("size", "begin", "end")
-
-
 def _part(clip: Encoded, axes: tuple[Axis, Axis]) -> dict[str, NDArray[np.float32]]:
-    """The part of a clip's frames that is shown, (top, left) to (bottom, right), and what it is
-    resized to."""
+    """Return the part of a clip's frames that is shown, from `begin` (top, left) to `end` (bottom,
+    right), and the size that it is resized to."""
     whole, first, kept, _ = np.array(tuple(zip(*axes, strict=True)), np.float32)
     unit = np.array([clip.height, clip.width], np.float32) / whole
     return {"size": kept, "begin": first * unit, "end": (first + kept) * unit}
@@ -440,7 +271,7 @@ def _turned(frames: Tensor, turn: Turn) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    """DALI's own words out of several lines around them."""
+    """Return DALI's message without the lines around it."""
     text = str(error)
     said = text.partition("encountered:")[2].strip() or text.strip()
     return f"DALI: {said.splitlines()[0] if said else 'an error without words'}"

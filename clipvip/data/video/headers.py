@@ -1,10 +1,10 @@
 """Headers of coded frames: where a decoder may begin, and whether one set-up serves all frames.
 
-DALI sets its decoder up by the first frame. Where a later one is of another size or format, its
-pictures are black or garbled and no error says so; where a packet holds no picture to show, or
-more than one, all later pictures are taken for others. Only headers are read here, as the codecs'
-specifications lay them out: RFC 6386 (VP8), the VP9 and AV1 bitstream specifications, ISO/IEC
-14496-2 (MPEG-4), 14496-15 (H.264 and HEVC in files), 10918-1 (JPEG).
+DALI sets up its decoder by the first frame. If a later frame has another size or format, pictures
+come out black or garbled without an error. If a packet holds no picture to show, or more than one,
+all later pictures are mistaken for others. Both are detected here from headers alone, which are
+parsed as the codecs' specifications say: RFC 6386 (VP8), the VP9 and AV1 bitstream specifications,
+ISO/IEC 14496-2 (MPEG-4), 14496-15 (H.264 and HEVC in files), 10918-1 (JPEG).
 """
 
 import re
@@ -17,8 +17,8 @@ from av.video.stream import VideoStream
 from clipvip.data.video.container import NAL, holds_picture, nal_units
 from clipvip.data.video.stamps import SMALL
 
-CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # nothing refers to beyond a keyframe
-# Types of NAL units that are IDR pictures, and of parameter sets that hold the size.
+CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # no frame refers to one before a keyframe
+# Types of NAL units that are IDR pictures, and of the parameter sets that state the size.
 IDR = {"h264": (5,), "hevc": (19, 20)}
 SEQUENCES = {"h264": 7, "hevc": 33}
 
@@ -28,10 +28,11 @@ UNREADABLE = "headers of its frames cannot be read"
 
 
 def resets(stream: VideoStream) -> Callable[[Packet], bool]:
-    """Return a test of whether nothing from a packet on, in decoding order, refers to earlier ones.
+    """Return a test for packets at which decoding can start: no packet from there on, in decoding
+    order, refers to an earlier one.
 
-    For most codecs that is any keyframe; for H.264 and HEVC an IDR picture, since in open groups of
-    pictures some refer to the group before. For other codecs it is unknown.
+    For the codecs in CLOSED these are keyframes. For H.264 and HEVC they are IDR pictures, since in
+    open groups of pictures some refer to the group before. For other codecs they are unknown.
     """
     codec = stream.codec_context.codec.canonical_name
     if codec not in IDR:
@@ -45,8 +46,8 @@ def resets(stream: VideoStream) -> Callable[[Packet], bool]:
 
 
 def difference(stream: VideoStream, packets: Sequence[Packet]) -> str | None:
-    """Why packets, in decoding order, do not hold a frame to show each, all of one size and
-    format; None where they do."""
+    """Return how packets, in decoding order, differ from one frame to show per packet, all of one
+    size and format; None where they do not."""
     codec = stream.codec_context.codec.canonical_name
     head = stream.codec_context.extradata or b""
     keyframes = [packet for packet in packets if packet.is_keyframe]
@@ -67,7 +68,8 @@ def _reader(codec: str, head: bytes) -> "Callable[[bytes], list[_Frame]]":
 
 
 class _Frame(NamedTuple):
-    """Facts from a frame's header. form: None where it is that of an earlier frame."""
+    """Facts from a frame's header. form: its size and format, in any encoding that can be compared;
+    None where the frame takes over an earlier frame's."""
 
     shown: bool
     form: object
@@ -112,8 +114,8 @@ def _layers(data: bytes) -> list[bytes]:
 
 
 def _of_sets(head: bytes, found: list[list[bytes]], packets: Sequence[Packet]) -> str | None:
-    """Return CHANGED unless all parameter sets are the same, in the packets and in the codec's
-    extradata if any; an MP4 file may have other extradata from some packets on."""
+    """Return CHANGED unless all parameter sets are the same: in the packets (`found`), in the
+    codec's extradata (`head`) if any, and in extradata that an MP4 file has for later packets."""
     sets = {parameters for each in found for parameters in each}
     alike = len(sets) <= 1 and (not head or all(parameters in head for parameters in sets))
     return None if alike and not any(map(has_new_head, packets)) else CHANGED
@@ -128,7 +130,7 @@ def has_new_head(packet: Packet) -> bool:
 
 
 def _jpeg(data: bytes) -> list[_Frame]:
-    """The size, and how its components are sampled, stand in the frame's segment."""
+    """Take the segment that states the size and how components are sampled."""
     at = 2
     while not (0xC0 <= data[at + 1] <= 0xCF and data[at + 1] not in (0xC4, 0xC8, 0xCC)):
         if data[at] != 0xFF or data[at + 1] == 0xDA:
@@ -147,7 +149,7 @@ def _vp9(data: bytes) -> list[_Frame]:
 
 
 def _vp9_parts(data: bytes) -> Iterator[bytes]:
-    """Frames of a superframe, whose sizes stand at its end."""
+    """Yield the frames of a superframe, whose sizes are stored at its end."""
     marker = data[-1]
     count, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
     index = data[-(2 + width * count) :]
@@ -167,7 +169,7 @@ def _vp9_frame(bits: _Bits) -> _Frame:
         raise ValueError("no VP9 frame")
     profile = bits.take(1) | bits.take(1) << 1
     bits.take(profile == 3)
-    if bits.take(1):  # one that was decoded before
+    if bits.take(1):  # a frame that was decoded before
         return _Frame(True, None)
     inter, shown, resilient = bits.take(1), bool(bits.take(1)), bits.take(1)
     if not inter:
@@ -181,7 +183,7 @@ def _vp9_frame(bits: _Bits) -> _Frame:
         bits.take(8)
         return _Frame(shown, (colours, bits.take(32)))
     bits.take(8 + 3 * 4)
-    if any(bits.take(1) for _ in range(3)):  # its size is that of a frame that it refers to
+    if any(bits.take(1) for _ in range(3)):  # the size is that of a frame that it refers to
         return _Frame(shown, None)
     return _Frame(shown, (None, bits.take(32)))
 
@@ -201,11 +203,11 @@ def _vp9_colours(bits: _Bits, profile: int) -> tuple[int, ...]:
 
 SEQUENCE, FRAME_HEADER, FRAME = 1, 3, 6  # kinds of units
 KEY, SWITCH = 0, 3  # kinds of frames
-BY_FRAME = 2  # each frame says
+BY_FRAME = 2  # stated by each frame
 
 
 class _Sequence(NamedTuple):
-    """What frames' headers depend on."""
+    """Fields of a sequence header on which the layout of frames' headers depends."""
 
     reduced: bool
     screen: int
@@ -214,7 +216,7 @@ class _Sequence(NamedTuple):
 
 
 class _Av1:
-    """Reads packets, of which some have the sequence header that the others need."""
+    """Reader of packets, some of which hold the sequence header that the others need."""
 
     def __init__(self, head: bytes) -> None:
         self.form, self.sequence = b"", _Sequence(True, BY_FRAME, BY_FRAME, 0)
@@ -283,12 +285,12 @@ def _av1_timing(bits: _Bits) -> None:
             zeros += 1
         bits.take(zeros)
     if bits.take(1):
-        raise ValueError("a model of the decoder, which moves all that follows")
+        raise ValueError("a decoder model, which moves the fields that follow")
 
 
 def _av1_frame(bits: _Bits, sequence: _Sequence) -> tuple[bool, bool]:
-    """Whether it is shown, and whether it has a size of its own."""
-    if sequence.reduced or bits.take(1):  # or one is shown that was decoded before
+    """Return whether a frame is shown, and whether it has a size of its own."""
+    if sequence.reduced or bits.take(1):  # the bit: show a frame that was decoded before
         return True, False
     kind, shown = bits.take(2), bool(bits.take(1))
     bits.take(0 if shown else 1)

@@ -1,8 +1,8 @@
 """Limits on the pixels of one file, checked before memory is allocated.
 
-A few bytes can claim a picture of a billion pixels. Larger frames and images than MAX_PIXELS are
-refused like damaged ones, and the reason names the environment variable CLIPVIP_MAX_MEGAPIXELS,
-which sets another limit (Pillow refuses images of 179 million pixels and more in any case).
+A few bytes can claim a picture of a billion pixels. Frames and images larger than MAX_PIXELS are
+refused like damaged ones. The reason names the environment variable CLIPVIP_MAX_MEGAPIXELS, which
+sets another limit. Pillow refuses images of 179 million pixels and more in any case.
 """
 
 import os

@@ -1,8 +1,8 @@
 """An MP4's tables (ISO/IEC 14496-12): what they claim, and when its samples are shown.
 
-libav gives what it reads of those tables, sample by sample, but not the offsets from times of
-decoding to times of showing ("ctts"); without them every packet would have to be read. And it
-allocates what tables claim before it reads them.
+libav's own list of samples lacks the offsets from times of decoding to times of showing ("ctts"),
+without which every packet would have to be read. And libav allocates what tables claim before it
+reads them, so a few bytes could take all memory; check_claims refuses such files first.
 """
 
 import os
@@ -20,32 +20,32 @@ MAX_TABLES = 1 << 28  # bytes; a claim of more is damage
 
 
 class Impossible(ValueError):
-    """A file whose tables claim more than it can hold."""
+    """The tables of a file claim more than it can hold."""
 
 
 def check_claims(file: BinaryIO) -> None:
     """Raise Impossible where the tables of an MP4 claim more than its bytes can hold.
 
-    Boxes are looked for where libav reads them, in damaged files too. Other formats pass.
+    Boxes are searched where libav reads them, in damaged files too. Other formats pass.
     """
     length = file.seek(0, os.SEEK_END)
     _Claims(file, length, length).check(0, length)
 
 
-# Boxes in which libav reads others, and how deep.
+# Boxes in which libav reads other boxes, and how deep.
 _HOLDERS = frozenset(
     (b"moov", b"hoov", b"trak", b"edts", b"mdia", b"minf", b"dinf", b"stbl", b"udta", b"tref")
     + (b"mvex", b"moof", b"traf", b"sinf", b"schi")
 )
 _DEEPEST = 10
-# Tables that begin with a count of entries, after a version and flags, and an entry's bytes.
+# Bytes per entry of the tables that begin with version, flags and a count of entries.
 _ENTRIES = {
     **dict.fromkeys((b"stco", b"stss", b"stps"), 4),
     **dict.fromkeys((b"stts", b"ctts", b"co64", b"keys"), 8),
     **dict.fromkeys((b"stsc", b"elst"), 12),
 }
-# A sample has at least a byte, except for a few empty ones. A byte of coded sound may hold many
-# samples, which libav takes 160 or more at a time.
+# A sample has at least one byte, except for a few empty ones (_SLACK). A byte of coded sound may
+# hold many samples, which libav takes 160 or more at a time.
 _SLACK, _SOUND = 1 << 16, 160
 _KINDS = frozenset((b"soun", b"vide", b"subp", b"clcp"))
 _MOST_INFLATED = 1 << 26  # bytes of tables that were compressed
@@ -53,7 +53,7 @@ _MOST_INFLATED = 1 << 26  # bytes of tables that were compressed
 
 @dataclass
 class _Track:
-    """Claims of a track. Where a table stands twice, libav may take either."""
+    """Claims of a track. If a table occurs twice, libav may take either."""
 
     kinds: set[bytes] = field(default_factory=set)
     samples: int = 0  # claimed where all have one size, without a table of sizes
@@ -64,9 +64,10 @@ class _Track:
 
 
 class _Claims:
-    """Walk through boxes as libav does and add up their claims.
+    """Walk through boxes as libav does, and add up their claims.
 
-    length: bytes of the file, which are those of `file` except for compressed tables.
+    end: bytes of `file`. length: bytes that the claims are compared with; more than `end` where
+    `file` holds tables that were compressed.
     """
 
     def __init__(self, file: BinaryIO, end: int, length: int) -> None:
@@ -190,15 +191,15 @@ def _words(data: bytes, count: int) -> tuple[int, ...]:
 
 
 def composition_offsets(file: BinaryIO, track: int, samples: int) -> NDArray[np.int64] | None:
-    """Time of showing minus time of decoding of each of a track's samples, in its ticks.
+    """Return time of showing minus time of decoding of each sample of a track, in its ticks.
 
-    [0] long where all are 0. None where the file has no such table that can be read, or one for
-    another number of samples.
+    The array is empty where all are 0. None where there is no readable table, or one for another
+    number of samples.
     """
     try:
         movie = _movie(file)
         if next(_inside(movie, b"mvex"), None) is not None:
-            return None  # the samples of fragments are described with them
+            return None  # fragments describe their own samples
         for trak in _inside(movie, b"trak"):
             header = next(_inside(trak, b"tkhd"))
             # version and flags, two times of 4 or 8 bytes, then the track's number
@@ -224,7 +225,7 @@ def _offsets(table: memoryview | None, samples: int) -> NDArray[np.int64]:
 
 
 def is_whole_in_fragments(file: BinaryIO) -> bool:
-    """Whether samples are in fragments, and the file ends where its last box does."""
+    """Return whether samples are in fragments, and the file ends where its last box does."""
     names = set()
     try:
         for name, _, _ in _outermost(file):
@@ -235,7 +236,7 @@ def is_whole_in_fragments(file: BinaryIO) -> bool:
 
 
 def _movie(file: BinaryIO) -> memoryview:
-    """The box of all tables, wherever it lies among the file's outermost boxes."""
+    """Return the box of all tables, wherever it lies among the outermost boxes."""
     for name, start, size in _outermost(file):
         if name == b"moov":
             if size > MAX_TABLES:
@@ -246,7 +247,7 @@ def _movie(file: BinaryIO) -> memoryview:
 
 
 def _outermost(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Name of each box that is in no other, where its content starts, and its size in bytes."""
+    """Yield name, start and size of the content of each outermost box."""
     end = file.seek(0, os.SEEK_END)
     at = 0
     while at + 8 <= end:
@@ -266,7 +267,7 @@ def _inside(box: memoryview, wanted: bytes) -> Iterator[memoryview]:
 
 
 def _box(head: bytes | memoryview, left: int) -> tuple[int, bytes, int]:
-    """(size, name, bytes of the header); a size of 0 means all that is left."""
+    """Return (size, name, bytes of the header). left: bytes to the end, which a size of 0 means."""
     size, name = struct.unpack_from(">I4s", head)
     header = 8
     if size == 1:

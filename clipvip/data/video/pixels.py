@@ -34,7 +34,7 @@ CENTRED_CHROMA = frozenset(  # codecs that put chroma between the columns that s
 
 
 class Converter:
-    """Frames of one video to RGB squares; keeps swscale's tables between frames."""
+    """Conversion of one video's frames to RGB squares; keeps swscale's tables between frames."""
 
     def __init__(self, size: int, codec: str, resize: str = "crop") -> None:
         self.size = size
@@ -43,13 +43,13 @@ class Converter:
         self.reformatter = VideoReformatter()
 
     def convert(self, frame: VideoFrame, out: NDArray[np.uint8]) -> None:
-        """Write the frame, as it is to be shown, into out [3, size, size]."""
+        """Write the frame, upright, into out, uint8 [3, size, size]."""
         planes, colours = planes_of(frame, self.chroma_left) or self._by_swscale(frame)
         turn = orientation(frame)
         resize_crop(planes, self.size, colours, out, resize=self.resize, turn=turn)
 
     def _by_swscale(self, frame: VideoFrame) -> tuple[list[NDArray[Any]], Colours]:
-        """Red, green and blue of a format that resize_crop does not take."""
+        """Return red, green and blue of a frame whose format resize_crop does not take."""
         packed = self.reformatter.reformat(
             frame, format="rgb24", interpolation=Interpolation.BICUBIC, **ONE_THREAD
         )
@@ -62,8 +62,8 @@ _PLANAR_YUV = re.compile(r"yuv([aj]?)4(?:20|22|44)p(?:(9|10|12|14|16)le)?")
 _PLANAR_RGB = re.compile(r"gbra?p(?:(9|10|12|14|16)le)?")
 
 
-# Matrices by their numbers in H.273, table 4. BT.601 where a file does not say; BT.2020 of constant
-# luminance is treated as the other form.
+# Matrices by their numbers in H.273, table 4; BT.601 where a file states none. BT.2020 with constant
+# luminance is treated like BT.2020 without.
 MATRIX_NAMES = dict.fromkeys((0, 2, 3, 5, 6), "bt601")
 MATRIX_NAMES |= {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 
@@ -80,11 +80,11 @@ def _colours(name: str, matrix: int, full_range: bool, chroma_left: bool) -> Col
 
 
 def planes_of(frame: VideoFrame, chroma_left: bool) -> tuple[list[NDArray[Any]], Colours] | None:
-    """The frame's planes and what they mean; None where resize_crop does not take its format."""
+    """Return the frame's planes and their colours; None where resize_crop does not take them."""
     full_range = frame.color_range == ColorRange.JPEG
     colours = _colours(frame.format.name, int(frame.colorspace), full_range, chroma_left)
     planes = frame.planes[:3]
-    if colours is None or any(plane.line_size < 0 for plane in planes):  # rows from the last on
+    if colours is None or any(plane.line_size < 0 for plane in planes):  # bottom up
         return None
     dtype = np.uint8 if colours.bits == 8 else np.uint16
     pixels = [_rows(plane, dtype)[:, : plane.width] for plane in planes]
@@ -94,12 +94,12 @@ def planes_of(frame: VideoFrame, chroma_left: bool) -> tuple[list[NDArray[Any]],
 
 
 def _rows(plane: VideoPlane, dtype: type) -> NDArray[Any]:
-    """Rows of a plane, with their padding."""
+    """Return the rows of a plane, with their padding."""
     return np.frombuffer(memoryview(plane), dtype).reshape(plane.height, -1)
 
 
 def orientation(frame: VideoFrame) -> Turn:
-    """Turn that shows the frame upright, by its display matrix."""
+    """Return the turn that shows the frame upright, by its display matrix."""
     data = _display_matrix(frame)
     if not isinstance(data, SideData):
         return UPRIGHT
@@ -113,8 +113,8 @@ def orientation(frame: VideoFrame) -> Turn:
 def _display_matrix(frame: VideoFrame) -> Any:
     """Return the frame's display matrix; None where it has none.
 
-    PyAV raises "31 is not a valid Type" over side data that it has no name for, such as EXIF or
-    the views of spatial video, and then lists none. That is removed, wherever it stands.
+    PyAV raises "31 is not a valid Type" for side data that it has no name for, such as EXIF or the
+    views of spatial video, and then lists no side data at all. Such data is removed first.
     """
     while True:
         try:
@@ -127,7 +127,7 @@ def _display_matrix(frame: VideoFrame) -> Any:
 
 
 def _without(frame: VideoFrame, kind: str) -> VideoFrame:
-    """The frame without side data of one kind, by its number in FFmpeg."""
+    """Return the frame without side data of one kind, by its number in FFmpeg."""
     graph = av.filter.Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
@@ -140,26 +140,25 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
     return found
 
 
-# Pillow recognises more formats, by content and whatever the name; for EPS it starts Ghostscript.
+# Pillow recognises more formats, by content and whatever the name; for EPS it runs Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP")
-MOST_SCANS = (
-    500  # of a progressive JPEG; each may be a few bytes and takes as long as a whole image
-)
+# Scans of a progressive JPEG; each may be a few bytes and takes as long as a whole image.
+MOST_SCANS = 500
 
 
 @contextmanager
 def open_image(file: File) -> "Iterator[Image]":
-    """Open an image of one of IMAGE_FORMATS, without decoding it. Raises DecodeError where that
-    would take too much memory or time."""
+    """Open an image of one of IMAGE_FORMATS, without decoding it. Raises DecodeError where decoding
+    it would take too much memory or time."""
     from PIL import Image, UnidentifiedImageError
 
-    Image.init()  # some formats are left out of some builds
+    Image.init()  # some builds lack some formats
     formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file.readable(), formats=formats)
-    except UnidentifiedImageError:  # which names an object where a file lies in memory
+    except UnidentifiedImageError:  # its message names a Python object for bytes in memory
         raise DecodeError(file.path, "not an image of a known format") from None
     with image:
         reason = too_large(*image.size)
@@ -177,7 +176,7 @@ def _scans(file: File) -> int:
 
 
 def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
-    """uint8 [1, 3, size, size]."""
+    """Read an image as a square: uint8 [1, 3, size, size]."""
     with open_image(file) as image:
         pixels = rgb_of(image)
     planes = [np.ascontiguousarray(pixels[..., colour]) for colour in range(3)]
@@ -185,25 +184,25 @@ def read_image(file: File, size: int, resize: str = "crop") -> Tensor:
 
 
 def rgb_of(image: "Image") -> NDArray[np.uint8]:
-    """Pixels [H, W, 3] of an image of any mode, upright by its EXIF.
+    """Return pixels, uint8 [H, W, 3], of an image of any mode, upright by its EXIF.
 
-    Alpha is dropped and the colours below it are seen, as in CLIP's own preprocessing. Greys of
-    16 bits, which Pillow would clip, are scaled; floating-point ones range from 0 to 255.
+    Alpha is dropped, which shows the colours below it, as in CLIP's own preprocessing. Greys of 16
+    bits, which Pillow would clip, are scaled; floating-point greys range from 0 to 255.
     """
     from PIL import ExifTags, ImageOps
 
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    upright = ImageOps.exif_transpose(image) if turned else image  # or it would be copied
-    if upright.mode.startswith("I"):  # I;16, or I where a file was read
+    upright = ImageOps.exif_transpose(image) if turned else image  # which would copy it
+    if upright.mode.startswith("I"):  # I;16, or I when read from some files
         grey = np.clip(np.asarray(upright), 0, 65535).astype(np.float32)
         grey /= 257
         return np.repeat(grey.round(out=grey).astype(np.uint8)[..., None], 3, 2)
-    if upright.mode == "La":  # Pillow turns this one into no other
+    if upright.mode == "La":  # Pillow converts it to LA only
         upright = upright.convert("LA")
-    elif upright.mode == "P":  # or it warns of alpha that it drops
+    elif upright.mode == "P":  # or Pillow warns that it drops alpha
         upright = upright.convert("RGBA")
     return np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
-# PyAV 17 and newer starts a thread per core for each converter unless told how many.
+# PyAV 17 and newer starts a thread per core for each converter by default.
 ONE_THREAD: dict[str, Any] = {"threads": 1} if PYAV >= 17 else {}

@@ -1,18 +1,18 @@
 """Choice of a clip's frames, given the times at which they are shown.
 
-A sampling is a word, so that a configuration can hold it:
+A sampling is a string, so that a configuration can hold it:
 
-- `"uniform"`: num_frames over the whole clip, first and last frame included; in training both
+- `"uniform"`: num_frames over the whole clip, first and last frame included. In training both
   ends move inwards by up to one interval (arXiv 2209.06430, section 4.1).
-- `"authors"`: the same by frame number instead of time, as in the authors' code: numbers evenly
-  apart, rounded down. In training both ends move by whole frames.
-- `"fps:R"`: R frames per second. A clip too short for num_frames gives fewer; one too long for
-  them is sampled uniformly instead.
-- `"clip:R"`: num_frames at R per second from one place of the clip: a random one in training,
-  its middle otherwise. Past the clip's end the last frame is repeated.
+- `"authors"`: uniform by frame number instead of time, as in the authors' code: numbers evenly
+  spaced, rounded down. In training both ends move by whole frames.
+- `"fps:R"`: R frames per second. A clip too short for num_frames gives fewer; one that would give
+  more than num_frames is sampled uniformly instead.
+- `"clip:R"`: num_frames at R per second from one place of the clip: a random place in training,
+  else the middle. Past the clip's end the last frame is repeated.
 
-Except for "authors", a wanted time takes the frame nearest to it, so varying frame rates and clips
-with fewer frames than wanted (frames then repeat) need no special case.
+Except with "authors", each wanted time takes the frame nearest to it. So varying frame rates need
+no special case, nor do clips with fewer frames than wanted, whose frames repeat.
 """
 
 import math
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-TIE = 1e-6  # seconds: a time half way between two frames takes the later one
+TIE = 1e-6  # seconds; a time half way between two frames takes the later one
 
 
 class Choice(NamedTuple):
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
 
 
 def check_sampling(sampling: str) -> tuple[str, float]:
-    """("uniform" | "authors" | "fps" | "clip", frames per second). ValueError on anything else."""
+    """Return ("uniform" | "authors" | "fps" | "clip", frames per second). Raises ValueError."""
     kind, _, rate = sampling.partition(":")
     try:
         value = float(rate) if rate else 0.0
@@ -68,11 +68,11 @@ def choose_frames(
     sampling: str = "uniform",
     generator: np.random.Generator | None = None,
 ) -> NDArray[np.int64]:
-    """Indices of the frames to take, not decreasing.
+    """Return the indices of the frames to take, not decreasing.
 
-    times: [n], n ≥ 1, seconds, increasing. num_frames ≥ 1. A generator means training:
-    places are jittered.
-    Returns [num_frames]; with "fps:R" it may be fewer, never none.
+    times: [n], n ≥ 1, seconds, increasing. num_frames: at least 1. generator: moves the places at
+    random, for training.
+    Returns [num_frames]; with "fps:R" there may be fewer, but at least one.
     """
     kind, rate = check_sampling(sampling)
     if kind == "authors":
@@ -92,7 +92,8 @@ def choose_frames(
 
 
 def middle_frame(times: NDArray[np.float64], sampling: str = "uniform") -> int:
-    """Index of the frame nearest to the middle of the clip; with "authors", by its number."""
+    """Return the index of the frame nearest to the middle of the clip; with "authors", the middle
+    number."""
     if sampling == "authors":
         return len(times) // 2
     return int(nearest(times, np.array([(times[0] + times[-1]) / 2]))[0])
@@ -110,7 +111,7 @@ def _uniform(
     if num_frames == 1:
         return np.array([generator.uniform(first, last) if generator else (first + last) / 2])
     if generator:
-        # With two frames half the clip each, so that the ends cannot cross.
+        # With two frames, by up to half the clip each, so that the ends cannot cross.
         interval = (last - first) / max(num_frames - 1, 2)
         first, last = first + generator.uniform(0, interval), last - generator.uniform(0, interval)
     return np.linspace(first, last, num_frames)
@@ -119,7 +120,7 @@ def _uniform(
 def _by_number(
     count: int, num_frames: int, generator: np.random.Generator | None
 ) -> NDArray[np.int64]:
-    """The authors' frames: numbers evenly apart, rounded down."""
+    """Choose frames as the authors do: numbers evenly spaced, rounded down."""
     first, last = 0, count - 1
     if generator:
         interval = count // max(num_frames - 1, 1)

@@ -1,11 +1,12 @@
-"""Clips cut out of videos, into memory: their packets copied, or coded anew at a training size.
+"""Clips cut out of videos, into memory: packets copied, or frames re-encoded at a training size.
 
-The result is compared with the file before it is returned. Where it cannot be made or shows
-anything else, the clip is stored in another way, and `Cut.instead` says so.
+A copy is compared with the file before it is returned. Where a clip cannot be stored as asked, or
+would show other frames, it is stored in another way, and `Cut.instead` says so.
 """
 
 import io
 from collections.abc import Iterable
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +17,21 @@ import torch
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data.video.container import (
     MATROSKA,
     MP4,
+    PLAIN,
     Blob,
     DecodeError,
     Media,
-    add_copy,
+    Stamps,
     as_decode_errors,
     open_video,
     packets_from,
+    remux,
 )
 from clipvip.data.video.decode import decode_clip, open_clip
 from clipvip.data.video.frame_index import window_of
@@ -37,23 +39,22 @@ from clipvip.data.video.headers import has_new_head
 from clipvip.data.video.pixels import MATRIX_NAMES, ONE_THREAD, orientation
 from clipvip.ops.resize_crop import UPRIGHT, Turn, resized, to_rgb
 
-# Containers for the packets of each format (PyAV's names), the best first: QuickTime takes codecs
-# that MP4 does not, and Matroska rounds times to milliseconds.
+# Containers for the packets of each format (PyAV's names), the best first. QuickTime takes codecs
+# that MP4 does not; Matroska rounds times to milliseconds.
 CONTAINERS = {MP4: ("mp4", "mov", "matroska"), MATROSKA: ("matroska",)}
 SUFFIXES = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv"}
 TICKS = Fraction(1, 90000)
 # Visually lossless at such sizes; a keyframe about every second, since few frames are wanted. With
-# x264's macroblock tree, the bytes of a clip would depend on what the process coded before it.
+# x264's macroblock tree, a clip's bytes would depend on the clips that the process encoded before.
 CODING = {"crf": "20", "preset": "fast", "threads": "1", "g": "25", "mbtree": "0"}
-PLAIN = {"fflags": "+bitexact"}  # no random identifiers
-BT601 = 6  # as H.273 numbers matrices
+BT601 = 6  # the matrix's number in H.273
 
 
 class Cut(NamedTuple):
     """A video in memory; the clip is what it shows in [start, end).
 
-    instead: how it was stored and why, where that is not what was asked for. compared: whether its
-    first, middle and last picture have been decoded, and are the file's.
+    instead: how it was stored and why, where that is not as asked. compared: whether its first,
+    middle and last frame have been decoded, and are those of the file.
     """
 
     blob: Blob
@@ -64,11 +65,11 @@ class Cut(NamedTuple):
 
 
 class _Impossible(DecodeError):
-    """A clip that cannot be stored in some way; `reason` is worded for the frames of many clips."""
+    """A clip cannot be stored in some way. `reason` is worded to be counted over many clips."""
 
 
 def whole(path: Path, start: float | None = None, end: float | None = None) -> Cut:
-    """The file as it is. Raises DecodeError."""
+    """Store the file unchanged. Raises DecodeError."""
     with as_decode_errors(path):
         return Cut(Blob(path.name, path.read_bytes()), start, end)
 
@@ -77,10 +78,10 @@ def whole(path: Path, start: float | None = None, end: float | None = None) -> C
 
 
 def cut(path: Path, start: float | None, end: float | None) -> Cut:
-    """The packets from the keyframe at or before `start` to `end`, unchanged, without sound.
+    """Store the packets from the keyframe at or before `start` to `end`, unchanged, without sound.
 
-    The clip within them has the same frames. A file whose packets cannot be cut so comes whole.
-    Raises DecodeError.
+    The clip within them has the same frames. If its packets cannot be cut in this way, the whole
+    file is stored. Raises DecodeError.
     """
     if start is None and end is None:
         return whole(path)
@@ -115,16 +116,16 @@ def _copied(path: Path, start: float | None, end: float | None) -> Cut:
         if not packets:
             raise DecodeError(path, "no frames in it")
         if any(map(has_new_head, packets)):
-            raise _Impossible(path, "their coding changes midway")
+            raise _Impossible(path, "their coding changes in the middle")
         codec = stream.codec_context.codec.canonical_name
         stamps = _stamps(packets)
+        offset = float(((packets[0].pts or 0) - zero) * tick)
         for kind in kinds:
-            data = _file_of(stream, packets, stamps, tick, kind)
-            if data is not None:
+            with suppress(Exception):  # the muxer may refuse times, sizes or codecs in any way
+                data = bytes(remux(stream, packets, stamps, tick, kind))
                 break
         else:
             raise _Impossible(path, f"their codec ({codec}) cannot be cut")
-        offset = float((stamps[0].pts - zero) * tick)
         return Cut(
             Blob(path.with_suffix(SUFFIXES[kind]).name, data),
             None if start is None else max(start - offset, 0.0),
@@ -132,12 +133,13 @@ def _copied(path: Path, start: float | None, end: float | None) -> Cut:
         )
 
 
-def _needed(source: Iterable[Packet], last: float | None) -> list[Packet]:
+def _needed(given: Iterable[Packet], last: float | None) -> list[Packet]:
+    """Return the packets with data that can be decoded, to the first whose dts is past `last`."""
     packets: list[Packet] = []
-    for packet in source:
+    for packet in given:
         if not packet.size or packet.pts is None:
             continue
-        # What refers to frames before the keyframe cannot be decoded without them.
+        # Packets that refer to frames before the first keyframe cannot be decoded.
         if not packets or packet.pts >= (packets[0].pts or 0):
             packets.append(packet)
         if last is not None and packet.dts is not None and packet.dts > last:
@@ -145,52 +147,30 @@ def _needed(source: Iterable[Packet], last: float | None) -> list[Packet]:
     return packets
 
 
-class _Stamps(NamedTuple):
-    pts: int
-    dts: int
-    duration: int | None
-
-
-def _stamps(packets: list[Packet]) -> list[_Stamps]:
+def _stamps(packets: list[Packet]) -> list[Stamps]:
+    """Return stamps for a copy, from 0 on."""
     pts = np.array([packet.pts for packet in packets])
-    # Matroska keeps no times of decoding, so they are given anew: rising, none past its pts.
+    # Matroska keeps no dts, so all get new ones: increasing, none later than its pts.
     dts = np.sort(pts) - (np.sort(pts) - pts).max()
     durations = [packet.duration for packet in packets]
-    return list(map(_Stamps, pts.tolist(), dts.tolist(), durations))
-
-
-def _file_of(
-    stream: VideoStream, packets: list[Packet], stamps: list[_Stamps], tick: Fraction, kind: str
-) -> bytes | None:
-    """The packets as a file of that kind, their times from 0 on; None where it does not take
-    them."""
-    buffer, zero = io.BytesIO(), stamps[0].dts
-    try:
-        with av.open(buffer, "w", format=kind, options=PLAIN) as out:
-            copy = add_copy(out, stream)
-            copy.time_base = tick
-            for packet, stamp in zip(packets, stamps, strict=True):
-                packet.pts, packet.dts = stamp.pts - zero, stamp.dts - zero
-                packet.duration, packet.time_base = stamp.duration, tick
-                packet.stream = copy
-                out.mux(packet)
-    except Exception:  # the muxer may refuse times, sizes or codecs in any way
-        return None
-    return buffer.getvalue()
+    return list(map(Stamps, (pts - dts[0]).tolist(), (dts - dts[0]).tolist(), durations))
 
 
 class _Shown(NamedTuple):
-    """What a reader sees of a clip: seconds from its first frame to each of its frames, its first,
-    middle and last picture, and how exact its times are."""
+    """A clip as a reader sees it.
+
+    times: seconds from its first frame to each. pictures: its first, middle and last frame. tick:
+    seconds to which its times are exact.
+    """
 
     times: NDArray[np.float64]
     pictures: Tensor
     tick: float
 
 
-def _shown(source: Media, start: float | None, end: float | None) -> _Shown:
-    """Raises DecodeError."""
-    with open_clip(source, 3, start=start, end=end) as clip:
+def _shown(media: Media, start: float | None, end: float | None) -> _Shown:
+    """Read a clip. Raises DecodeError."""
+    with open_clip(media, 3, start=start, end=end) as clip:
         context = clip.video.stream.codec_context
         pictures = clip.decode(max(min(context.width, context.height), 1)).frames
         times = clip.index.times[window_of(clip.index.times, start, end, clip.path)]
@@ -206,15 +186,15 @@ def _alike(one: _Shown, other: _Shown) -> bool:
     )
 
 
-# --- coding anew ----------------------------------------------------------------------------
+# --- re-encoding ----------------------------------------------------------------------------
 
 
 def reencode(path: Path, size: int, start: float | None = None, end: float | None = None) -> Cut:
-    """The clip's frames at their own times as H.264 in MP4, the shortest side `size` (or as it
-    is, where smaller), upright, in the colours of BT.601, without sound.
+    """Store the clip's frames at their own times as H.264 in MP4, without sound.
 
-    Frames that change their shape, which no stream of one size shows right, come as from `cut`.
-    Raises DecodeError.
+    The shortest side becomes `size` pixels, unless it is smaller; frames are upright and in the
+    colours of BT.601. Frames that change their shape, which no stream of one size can show, are
+    stored as by `cut`. Raises DecodeError.
     """
     short: int | None = None
     while True:
@@ -224,11 +204,11 @@ def reencode(path: Path, size: int, start: float | None = None, end: float | Non
         except _Larger as larger:
             short = larger.side
         except _Impossible as error:
-            return cut(path, start, end)._replace(instead=f"not coded anew: {error.reason}")
+            return cut(path, start, end)._replace(instead=f"not re-encoded: {error.reason}")
 
 
 class _Larger(Exception):
-    """A frame whose shortest side, `side`, is longer than that of the frames coded so far."""
+    """A frame has a longer shortest side, `side`, than the frames encoded so far."""
 
     def __init__(self, side: int) -> None:
         super().__init__(side)
@@ -238,8 +218,8 @@ class _Larger(Exception):
 def _coded(
     path: Path, size: int, short: int | None, start: float | None, end: float | None
 ) -> bytes:
-    """Code the clip as H.264. short: length of the shortest side, else that of the first frame.
-    Raises _Larger, DecodeError."""
+    """Encode the clip as H.264. short: length of the shortest side; None for the first frame's.
+    Raises _Larger or DecodeError."""
     buffer, times, shrink = io.BytesIO(), [], _Shrink()
     try:
         with av.open(buffer, "w", format="mp4", options=PLAIN) as out:
@@ -264,27 +244,28 @@ def _coded(
             out.mux(stream.encode())
     except (DecodeError, _Larger):
         raise
-    except Exception as error:  # by swscale, x264 or the muxer; decode_clip's are DecodeErrors
-        raise _Impossible(path, "their frames cannot be coded") from error
+    except Exception as error:  # of swscale, x264 or the muxer
+        raise _Impossible(path, "their frames cannot be encoded") from error
     data = buffer.getvalue()
     try:
         with open_clip(Blob(path.with_suffix(".mp4").name, data), 1) as clip:
             found = clip.index.times
     except DecodeError as error:
-        raise _Impossible(path, "their frames cannot be read once they are coded") from error
+        raise _Impossible(path, "their frames cannot be read once they are encoded") from error
     if len(found) != len(times) or not np.allclose(found, times, rtol=0, atol=2 * float(TICKS)):
         raise _Impossible(path, "their times cannot be kept")
     return data
 
 
 class _Shrink:
-    """Frames of one video to yuv420p in the colours of BT.601, upright, of even sides."""
+    """Conversion of one video's frames to yuv420p in the colours of BT.601, upright, with sides of
+    even length."""
 
     def __init__(self) -> None:
         self.reformatters: dict[tuple[Any, ...], VideoReformatter] = {}
 
     def __call__(self, frame: VideoFrame, short: int) -> VideoFrame:
-        """short: the shortest side."""
+        """Convert a frame; short: length of the shortest side."""
         sides = resized(frame.height, frame.width, short)
         height, width = (side + side % 2 for side in sides)
         turn, name = orientation(frame), frame.format.name
@@ -304,7 +285,7 @@ class _Shrink:
             planes = _turned(_in_bt601(small.to_ndarray(), matrix, full), turn)
             upright = VideoFrame.from_ndarray(planes, format="yuv444p")
             small = self._reformat(upright, upright.width, upright.height, "yuv420p")
-        small.pict_type = PictureType.NONE  # the encoder's to choose, not the old one's
+        small.pict_type = PictureType.NONE  # for the encoder to choose
         return small
 
     def _reformat(
@@ -325,10 +306,9 @@ class _Shrink:
 
 
 def _in_bt601(planes: NDArray[Any], matrix: str, full_range: bool) -> NDArray[np.uint8]:
-    """Y, U and V, [3, H, W], as if their matrix had been BT.601's, of the limited range.
+    """Convert Y, U and V, [3, H, W], from another matrix to BT.601's, of the limited range.
 
-    swscale converts by way of RGB of 8 bits, which would clip colours that only one of the matrices
-    has.
+    swscale would convert by way of 8-bit RGB, and so clip colours that only one matrix can express.
     """
     black, luma, chroma = (0, 255, 255) if full_range else (16, 219, 224)
     change = np.linalg.inv(to_rgb("bt601")) @ to_rgb(matrix) / [luma, chroma, chroma]
@@ -340,7 +320,7 @@ def _in_bt601(planes: NDArray[Any], matrix: str, full_range: bool) -> NDArray[np
 
 
 def _turned(planes: NDArray[np.uint8], turn: Turn) -> NDArray[np.uint8]:
-    """[3, H, W] as they are to be shown."""
+    """Turn planes, [3, H, W], upright."""
     swapped, mirrored_x, mirrored_y = turn
     upright = planes.transpose(0, 2, 1) if swapped else planes
     return np.ascontiguousarray(upright[:, :: -1 if mirrored_y else 1, :: -1 if mirrored_x else 1])

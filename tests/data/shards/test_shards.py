@@ -80,7 +80,7 @@ def test_shards_hold_the_clips(options: dict[str, Any], annotations: Path, tmp_p
         there = found[place]
         texts = (clip.text, clip.subtitle, clip.caption)
         assert (there.clip.text, there.clip.subtitle, there.clip.caption) == texts
-        assert there.annotation is not None and there.clip.line == place + 1
+        assert there.source is not None and there.clip.line == place + 1
         part = {"size": 16, "start": there.clip.start, "end": there.clip.end}
         frames = read_frames(there.video, 5, **part)
         expected = read_frames(clip.video, 5, size=16, start=clip.start, end=clip.end)

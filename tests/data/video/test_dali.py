@@ -465,8 +465,8 @@ def test_who_decoded_what_is_told(load: Load, clips: list[Clip], tmp_path: Path,
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(picture)
     list(load([*clips, Clip(picture, text=("a",))], training=False))
     assert caplog.messages == [
-        "decoding a clip by PyAV (h264 on the CPU); later ones are only counted",
-        "decoding a clip by PyAV (an image); later ones are only counted",
+        "decoding a clip by PyAV (h264 on the CPU); further ones are counted",
+        "decoding a clip by PyAV (an image); further ones are counted",
         "clips decoded by: DALI 12, PyAV (h264 on the CPU) 6, PyAV (an image) 1",
     ]
 

@@ -83,7 +83,7 @@ def test_what_no_container_holds_is_stored_whole(make_video, monkeypatch) -> Non
 @pytest.mark.parametrize("lost", ["a frame", "a time", "a picture", "all"])
 def test_a_copy_that_reads_worse_is_stored_whole(lost: str, make_video, monkeypatch) -> None:
     path = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
-    make = transcode._file_of
+    make = transcode.remux
 
     def spoiled(stream, packets, stamps, tick, kind):
         middle = len(packets) // 2
@@ -97,7 +97,7 @@ def test_a_copy_that_reads_worse_is_stored_whole(lost: str, make_video, monkeypa
             packets = [packets[-1], *packets[1:]]
         return b"nothing" if lost == "all" else make(stream, packets, stamps, tick, kind)
 
-    monkeypatch.setattr(transcode, "_file_of", spoiled)
+    monkeypatch.setattr(transcode, "remux", spoiled)
     part = cut(path, 0.5, 1.2)
     assert stored_whole(part, path)
     assert part.instead == "stored whole: their packets show other frames by themselves"
@@ -189,7 +189,7 @@ def test_frames_that_change_size_are_shown_alike(
 def test_frames_that_change_shape_are_not_distorted(changing_video, numbers) -> None:
     path = changing_video("tall.webm", [LARGE, SMALL, TALL], codec="libvpx")
     part = reencode(path, 90, 0.5, 1.1)
-    assert part.instead == "not coded anew: their frames change shape"
+    assert part.instead == "not re-encoded: their frames change shape"
     found = read_frames(part.blob, 15, size=16, start=part.start, end=part.end)
     assert torch.equal(found, read_frames(path, 15, size=16, start=0.5, end=1.1))
     for start, end in [(0.0, 0.7), (0.9, 1.1)]:  # of one shape
@@ -224,7 +224,7 @@ def test_what_the_encoder_cannot_take_is_stored_otherwise(make_video, monkeypatc
     path = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
     monkeypatch.setitem(transcode.CODING, "preset", "none")
     part = reencode(path, 32, 0.5, 1.2)
-    assert part.instead == "not coded anew: their frames cannot be coded"
+    assert part.instead == "not re-encoded: their frames cannot be encoded"
     found = read_frames(part.blob, 15, size=16, start=part.start, end=part.end)
     assert torch.equal(found, read_frames(path, 15, size=16, start=0.5, end=1.2))
 
@@ -265,7 +265,7 @@ def test_a_gap_of_hours_is_stored(write_video, tmp_path: Path, numbers) -> None:
 
 
 @pytest.mark.parametrize("error", [OverflowError, MemoryError, IndexError, RecursionError])
-@pytest.mark.parametrize("place", ["_stamps", "_file_of", "_Shrink", "has_new_head"])
+@pytest.mark.parametrize("place", ["_stamps", "remux", "_Shrink", "has_new_head"])
 def test_what_no_way_of_storing_foresees_leads_to_the_next(
     place: str, error: type[Exception], make_video, monkeypatch
 ) -> None:
@@ -278,7 +278,7 @@ def test_what_no_way_of_storing_foresees_leads_to_the_next(
     assert cut(path, 0.5, 1.2).instead is None or stored_whole(cut(path, 0.5, 1.2), path)
     monkeypatch.setattr(transcode, "_Shrink", lambda: fail)
     part = reencode(path, 32, 0.5, 1.2)
-    assert part.instead == "not coded anew: their frames cannot be coded"
+    assert part.instead == "not re-encoded: their frames cannot be encoded"
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

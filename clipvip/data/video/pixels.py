@@ -62,8 +62,8 @@ _PLANAR_YUV = re.compile(r"yuv([aj]?)4(?:20|22|44)p(?:(9|10|12|14|16)le)?")
 _PLANAR_RGB = re.compile(r"gbra?p(?:(9|10|12|14|16)le)?")
 
 
-# Matrices by their numbers in H.273, table 4; BT.601 where a file states none. BT.2020 with constant
-# luminance is treated like BT.2020 without.
+# Matrices by their numbers in H.273, table 4; BT.601 where a file states none. BT.2020 is treated
+# alike with constant luminance and without.
 MATRIX_NAMES = dict.fromkeys((0, 2, 3, 5, 6), "bt601")
 MATRIX_NAMES |= {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 

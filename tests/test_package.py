@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from clipvip import _C
-from clipvip.cli import main
+from clipvip.cli import COMMANDS, main
 from clipvip.ops import _native
+from clipvip.terminal import one_line_errors
 
 HEAVY = ("transformers", "accelerate", "av", "omegaconf", "tyro", "rich")
 
@@ -90,6 +91,35 @@ def test_bad_input_is_one_line_and_a_failure(clipvip, arguments, expected):
     (line,) = errors.strip().splitlines()
     assert line.startswith("clipvip: error: ")
     assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "status", "printed"),
+    [
+        ("0", ValueError("a\n b"), 1, "clipvip: error: a b\n"),
+        ("3", ValueError("the same on every rank"), 1, ""),
+        ("3", OSError("disk"), 1, "clipvip, rank 3: error: disk\n"),
+        ("0", KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_an_error_is_one_line_and_once_for_all_ranks(
+    monkeypatch, capsys, rank, error, status, printed
+):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop, one_line_errors(alike=(ValueError,)):
+        raise error
+    assert (stop.value.code, capsys.readouterr().err) == (status, printed)
+    monkeypatch.setenv("CLIPVIP_TRACEBACK", "1")
+    expected = SystemExit if status == 130 else type(error)
+    with pytest.raises(expected), one_line_errors(alike=(ValueError,)):
+        raise error
+
+
+def test_help_lists_the_commands_with_one_line_each(clipvip):
+    status, output, _ = clipvip("--help")
+    assert status == 0
+    assert all(command.__doc__.splitlines()[0][:40] in output for command in COMMANDS.values())
+    assert "Args" not in output and "JSON Lines" not in output
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "convert", "embed", "search", "doctor"])

@@ -1,6 +1,6 @@
-"""Read MSR-VTT as its authors and later projects publish it.
+"""Read MSR-VTT as its makers and later projects publish it.
 
-A split's videos are listed in one of the files that LISTS names, or in the authors' JSON.
+A split's videos are listed in one of the files that LISTS names, or in the JSON of the makers.
 """
 
 import csv
@@ -54,7 +54,7 @@ LISTS = {
 # Plain names of splits: the first of these that is present.
 PLAIN = {"train": ("train-9k", "train-7k", "train-full"), "test": ("test-1k", "test-full")}
 PICKLE_BYTES = 1 << 24
-# Splits as the JSON of the authors, with `videos` and `sentences`, names them.
+# Splits as the JSON of the makers, with `videos` and `sentences`, names them.
 MAKERS = {"train": "train-full", "validate": "val", "test": "test-full"}
 
 
@@ -96,7 +96,7 @@ def msrvtt_items(request: Request) -> Iterator[Item]:
 def _read_captions(
     request: Request,
 ) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, _Listed]]:
-    """Read all captions by video, those of frozen-in-time's JSON alone, and the authors' splits."""
+    """Read all captions by video, those of frozen-in-time's JSON alone, and the makers' splits."""
     done = request.done
     numbered: list[tuple[str, list[str]]] = []
     others: list[tuple[str, list[str]]] = []

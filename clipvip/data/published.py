@@ -19,7 +19,7 @@ from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from clipvip.files import MARKS, TEXT_BYTES, check_is_file, decode_text, files_in, shown
 
 LIST_BYTES = 1 << 32  # limit for a file that describes a data set
-PROBE = 1 << 20  # number of first bytes by which a text is told from other files
+PROBE = 1 << 20  # number of first bytes that show whether a file is a text
 LIST_SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".pkl", ".mdb")
 
 

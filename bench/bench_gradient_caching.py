@@ -1,6 +1,6 @@
-"""Memory and time of a batch at once and in parts: `pytest bench/bench_gradient_caching.py -s`.
+"""Gradient caching against a whole batch at once: `pytest bench/bench_gradient_caching.py -s`.
 
-A small model (4 frames of 64², two layers of 128 channels), so that batches are what grows.
+The model is small (4 frames of 64², two layers of 128 channels), so that the batch decides memory.
 Writes gradient_caching.json to --bench-out, by default bench/results.
 """
 
@@ -30,7 +30,7 @@ TOWER = {
 
 
 def towers():
-    """A model and what it makes of a batch."""
+    """Return a model, and a function from a batch to its features."""
     torch.manual_seed(0)
     text = {**TOWER, "vocab_size": 1000, "max_position_embeddings": TOKENS}
     text |= {"bos_token_id": 998, "eos_token_id": 999}
@@ -55,7 +55,7 @@ def towers():
 
 
 def step(model, embed, batch, micro_batch):
-    """Forward and backward of one batch: the loss and a gradient."""
+    """Run forward and backward of one batch; return the loss and a gradient."""
     model.zero_grad()
 
     def loss_of(features):
@@ -74,7 +74,7 @@ def step(model, embed, batch, micro_batch):
 
 
 def rows(clips: int) -> dict[str, dict[str, float]]:
-    """At once and in parts: seconds, and bytes beyond batch and model at most."""
+    """Return seconds, and peak memory in MiB beyond batch and model, at once and in parts."""
     model, embed = towers()
     batch = {
         "pixel_values": torch.randint(256, (FRAMES * clips, 3, 64, 64), dtype=torch.uint8),
@@ -101,7 +101,7 @@ def rows(clips: int) -> dict[str, dict[str, float]]:
 
 
 def test_gradient_caching(request: pytest.FixtureRequest) -> None:
-    """Each batch in a process of its own, so that no freed memory hides what the next takes."""
+    """Measure each batch in a process of its own, so that memory freed earlier is not reused."""
     results = {}
     for n in BATCHES:
         results[n] = row = cases.run("bench_gradient_caching", "rows", {"clips": n})

@@ -1,9 +1,9 @@
 """How time and memory grow: `clipvip bench growth`.
 
-Attention around the sizes of ViT-B/32 over frames, patches, proxies and batch; the symmetric loss
-over rows; forward and backward, on a CPU or a GPU. Records growth-*, which hold besides
-`sweep` (over what, and the values), `points` (what was measured at each value) and `exponents` (of
-time and memory, see records.fit); their `results` are those of the largest value.
+Attention near the sizes of ViT-B/32 over frames, patches, proxies and batch, and the symmetric loss
+over rows; forward and backward, on a CPU or a GPU. Records growth-* also hold `sweep` (the
+parameter and its values), `points` (the results at each value) and `exponents` (of time and memory,
+see records.fit); their `results` are those of the largest value.
 """
 
 import importlib
@@ -24,18 +24,18 @@ LOSS = dict(
     min_rounds=2,
     skipped={
         "gathered": "grows as naive does",
-        "linear_cross_entropy": "grows as naive does: without options it materialises logits",
+        "linear_cross_entropy": "grows as naive does: without options it stores all logits",
     },
 )
 GPU = dict(device="cuda", dtype="bfloat16")
 
 
 def powers(most: int, least: int = 1) -> list[int]:
-    """Of two, from the least to the most."""
+    """Return the powers of two times `least`, up to `most`."""
     return [least * 2**i for i in range((most // least).bit_length())]
 
 
-# name → op, its parameter, values, and what stays
+# name → op, the parameter, its values, fixed arguments
 SWEEPS: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
     "frames": ("proxy_attention", "frames", powers(64), ATTENTION),
     "patches": ("proxy_attention", "patches", [49, 100, 196, 289, 400, 576], ATTENTION),
@@ -67,10 +67,13 @@ QUICK = {
 def measure(
     op: str, over: str, values: list[int], fixed: dict[str, Any], device: str, budget: float = 8.0
 ) -> dict[str, Any]:
-    """Times every contestant at each value of a parameter: in this process, or on a GPU, where one
-    value must not take the others along, in a process per value."""
+    """Time every contestant at each value of a parameter.
+
+    On a CPU this process measures all values. On a GPU each value has a process of its own, so that
+    a failure at one value does not lose the others.
+    """
     module, points, diary, facts = f"bench_{op}", [], harness.Diary(), machine()
-    os.environ.pop(diary.FOLDER, None)  # it is the sweep's, not that of the value being measured
+    os.environ.pop(diary.FOLDER, None)  # the diary belongs to the sweep, not to one of its values
     for value in values:
         arguments = fixed | {over: value, "device": device, "compiled": False, "budget": budget / 4}
         if device == "cpu":

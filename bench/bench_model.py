@@ -1,7 +1,7 @@
 """The vision tower as a whole: `clipvip bench model`.
 
-Videos of 12 frames to features, without gradients ("forward") or with those of all weights
-("both"); bf16 is autocast over fp32 weights. Records: model-*.
+From videos of 12 frames to features, without gradients ("forward") or with gradients of all
+weights ("both"); bf16 is autocast over fp32 weights. Records: model-*.
 """
 
 import copy
@@ -11,6 +11,7 @@ from typing import Any
 
 import harness
 import pytest
+import records
 import torch
 import torch.nn.functional as F
 from bench_proxy_attention import join, softmax_attention, split_tokens, with_proxies
@@ -27,26 +28,20 @@ SIZES: dict[str, dict[str, Any]] = {
     "b32-fp32": dict(videos=4, patch=32, dtype="float32"),
     "b32-bf16": dict(videos=4, patch=32, dtype="bfloat16"),
     "small-fp32": dict(videos=1, patch=32, dtype="float32", layers=2),
-}
-GPU_SIZES = {
-    f"b{patch}-bf16-batch32": dict(videos=32, patch=patch, dtype="bfloat16", device="cuda")
-    for patch in (16, 32)
-} | {
+    "b16-bf16-batch32": dict(videos=32, patch=16, dtype="bfloat16", device="cuda"),
+    "b32-bf16-batch32": dict(videos=32, patch=32, dtype="bfloat16", device="cuda"),
     "small-bf16": dict(videos=1, patch=32, dtype="bfloat16", layers=2, device="cuda"),
 }
-CASES = {
-    f"{name}-{way}-{malloc}": {**size, "backward": way == "both"}
-    for name, size in SIZES.items()
-    for way in ("forward", "both")
-    for malloc in ("default", "tuned")
-} | {
-    f"{name}-{way}-cuda": {**size, "backward": way == "both"}
-    for name, size in GPU_SIZES.items()
-    for way in ("forward", "both")
-}
+CASES = records.each_way(
+    {
+        f"{name}-{way}": {**size, "backward": way == "both"}
+        for name, size in SIZES.items()
+        for way in ("forward", "both")
+    }
+)
 QUICK = {case: {"compiled": False} for case in ("small-fp32-both-default", "small-bf16-both-cuda")}
 FRAMES, SIDE, PROXIES, LAYERS = 12, 224, 4, 12
-# Of the weights whose gradients every product, norm and attention of the backward goes into.
+# Weights whose gradients together depend on every product, norm and attention of the backward.
 CHECKED = (
     "vision_model.embeddings.patch_embedding.weight",
     "vision_model.embeddings.temporal_embedding",
@@ -59,7 +54,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.15}
 
 
 def clip_vip(patch: int, layers: int, text_layers: int = 1) -> CLIPViPModel:
-    """Of the published widths, with weights that leave no part of the tower idle."""
+    """Return a model of the published widths, with weights that use every part of the tower."""
     torch.manual_seed(0)
     vision = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     vision |= dict(num_hidden_layers=layers, patch_size=patch, image_size=SIDE)
@@ -79,14 +74,14 @@ def clip_vip(patch: int, layers: int, text_layers: int = 1) -> CLIPViPModel:
 
 
 def wide_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """On a copy in fp32, as half precision needs it; the result has the dtype of x."""
+    """Apply a norm in fp32 (or wider); the result has the dtype of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
     return F.layer_norm(wide, norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
 
 
 def eager_attention(x: Tensor, attention: nn.Module, frames: int) -> Tensor:
-    """Proxies' keys and values copied for each frame; scores and weights materialised."""
+    """Attention in the authors' form: proxies' keys and values copied per frame, scores stored."""
     query, key, value = (
         projection(x).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -112,7 +107,7 @@ def eager_features(
     pixels: Tensor,
     run_layer: Callable[[Tensor, nn.Module, int], Tensor] = eager_layer,
 ) -> Tensor:
-    """pixels [B, N, 3, H, W] → [B, P], by the weights of our model."""
+    """Return features [B, P] of pixels [B, N, 3, H, W], with the weights of our model."""
     videos, frames = pixels.shape[:2]
     tower = model.vision_model
     parts = tower.embeddings
@@ -132,7 +127,7 @@ compiled_layer = torch.compile(eager_layer, dynamic=False)
 
 
 def kept_little(x: Tensor, layer: nn.Module, frames: int) -> Tensor:
-    """A layer whose backward computes it again: what float64 would keep does not fit."""
+    """Run a layer with checkpointing, because its activations in float64 would not fit."""
     return checkpoint(eager_layer, x, layer, frames, use_reentrant=False)
 
 
@@ -140,7 +135,7 @@ def kept_little(x: Tensor, layer: nn.Module, frames: int) -> Tensor:
 
 
 def clip_vision(model: CLIPViPModel) -> CLIPVisionModelWithProjection:
-    """transformers' tower of the same sizes and, as far as they go, weights."""
+    """Return transformers' tower of the same sizes, with the weights that both have."""
     of_ours = model.config.vision_config
     keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
     sizes = {key: getattr(of_ours, key) for key in (*keys, "patch_size", "image_size")}
@@ -158,7 +153,7 @@ def clip_vision(model: CLIPViPModel) -> CLIPVisionModelWithProjection:
 
 
 def pooled_features(tower: CLIPVisionModelWithProjection, pixels: Tensor) -> Tensor:
-    """pixels [B, N, 3, H, W] → [B, P]: each frame by itself, then their mean."""
+    """Return the mean of the frames' features, [B, P], of pixels [B, N, 3, H, W]."""
     return tower(pixels.flatten(0, 1)).image_embeds.unflatten(0, pixels.shape[:2]).mean(1)
 
 
@@ -166,7 +161,7 @@ Features = tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]
 
 
 def contestants(model: CLIPViPModel, compiled: bool) -> dict[str, Features]:
-    """name → a model, and a function of it and pixels [B, N, 3, H, W] that gives [B, P]."""
+    """Return, per name, a model and a function from it and pixels [B, N, 3, H, W] to [B, P]."""
     found: dict[str, Features] = {
         "eager": (model, eager_features),
         "mean pooling": (clip_vision(model), pooled_features),
@@ -187,7 +182,7 @@ def left_out(compiled: bool) -> dict[str, str]:
 
 
 def flop(videos: int, patch: int, layers: int) -> float:
-    """Operations of the forward's products: layers, attention, patch embedding."""
+    """Return the operations of the products of the forward: layers, attention, patch embedding."""
     patches = (SIDE // patch) ** 2
     tokens = videos * (PROXIES + FRAMES * patches)
     pairs = PROXIES * tokens + videos * FRAMES * patches * (PROXIES + patches)
@@ -205,7 +200,7 @@ def measure(
     compiled: bool = True,
     budget: float = 8.0,
 ) -> dict[str, Any]:
-    """Times every contestant on one size, in this process."""
+    """Time every contestant on one size, in this process."""
     model = clip_vip(patch, layers).to(device)
     pixels = torch.randn(videos, FRAMES, 3, SIDE, SIDE, device=device)
     grad = torch.randn(videos, model.config.projection_dim, device=device)
@@ -222,14 +217,14 @@ def measure(
         of = dict(zip(weights, grads, strict=True))
         return [out.detach(), *(of[name] for name in CHECKED if name in of)]
 
-    for name, parameter in model.named_parameters():  # what no contestant computes with
+    for name, parameter in model.named_parameters():  # the text tower takes no part
         tower = name.startswith(("vision_model", "visual_projection"))
         parameter.requires_grad_(tower)
     able = contestants(model, compiled)
     kept = functools.partial(eager_features, run_layer=kept_little)
     expected = step(copy.deepcopy(model).double(), kept, narrow=False)
     pooled = copy.deepcopy(able["mean pooling"][0]).double()
-    pooled.gradient_checkpointing_enable()  # or a large batch would not fit
+    pooled.gradient_checkpointing_enable()  # otherwise a large batch would not fit
     return harness.compare(
         {name: functools.partial(step, *each) for name, each in able.items()},
         expected=expected,

@@ -1,6 +1,6 @@
-"""Contrastive losses against what people would use instead: `clipvip bench ops --only logsumexp`.
+"""Contrastive losses against their alternatives: `clipvip bench ops --only logsumexp`.
 
-Forward and backward of the symmetric loss and of vsc_fc as a whole, D = 512, scale 100.
+Forward and backward of the whole symmetric loss and of the whole vsc_fc, D = 512, scale 100.
 Records: ops-pairwise_logsumexp-*.
 """
 
@@ -26,16 +26,15 @@ SIZES: dict[str, dict[str, Any]] = {
     **{f"symmetric-bf16-{n}": dict(n=n, dtype="bfloat16") for n in (1024, 4096, 16384)},
     **{f"vsc_fc-fp32-{n}": dict(n=n, dtype="float32") for n in (1024, 2048, 4096, 8192)},
 }
-CASES = {
-    f"{name}-{malloc}": {"loss": name.split("-")[0], **size}
-    for name, size in SIZES.items()
-    for malloc in ("default", "tuned")
-} | {
-    f"{loss}-bf16-{n}-cuda": dict(
-        loss=loss, n=n, dtype="bfloat16", device="cuda", compiled=n in (16384, 65536)
-    )
+ON_GPU = {
+    f"{loss}-bf16-{n}": dict(n=n, dtype="bfloat16", device="cuda", compiled=n in (16384, 65536))
     for loss in ("symmetric", "vsc_fc")
     for n in (1024 * 2**i for i in range(8))
+}
+CASES = {
+    case: {"loss": case.split("-")[0], **size}
+    for sizes in (SIZES, ON_GPU)
+    for case, size in records.each_way(sizes).items()
 }
 QUICK = {
     case: {"compiled": False}
@@ -50,9 +49,9 @@ def naive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 def gathered(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """As open_clip has it with local_loss and gather_with_grad, here with one rank's rows.
+    """Loss of open_clip with local_loss and gather_with_grad, here on a single rank.
 
-    Each direction has a product of its own: local rows with all features of the other kind.
+    Each direction computes its own product: local rows with all features of the other kind.
     """
     own, scale = torch.arange(len(a), device=a.device), scale.to(a.dtype)
     return F.cross_entropy(scale * a @ b.T, own) + F.cross_entropy(scale * b @ a.T, own)
@@ -72,7 +71,7 @@ def chunked_linear_cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 def chunked(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Chunks of rows whose logits are computed again in backward; columns by logaddexp."""
+    """Loss in chunks of rows whose logits are recomputed in backward; columns use logaddexp."""
 
     def part(first: int, rows: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = widened(scale.to(rows.dtype) * (rows @ b.T))
@@ -94,7 +93,8 @@ def widened(x: Tensor) -> Tensor:
 
 
 def naive_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) -> Tensor:
-    """As the formula is written: one softmax over own subtitle and all others of both kinds."""
+    """Loss as its formula is written: one softmax over the own subtitle and all others of both
+    kinds."""
     own = torch.arange(len(v), device=v.device)
     subtitles, captions = scale * v @ s.T, scale * v @ c.T
     diagonal = torch.eye(len(v), dtype=torch.bool, device=v.device)
@@ -106,7 +106,7 @@ def naive_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) -> T
 
 
 def chunked_vsc_fc(v: Tensor, s: Tensor, f: Tensor, c: Tensor, scale: Tensor) -> Tensor:
-    """The same, a chunk of the videos' rows at a time."""
+    """Loss of `naive_vsc_fc`, computed for one chunk of the videos' rows at a time."""
 
     def part(first: int, rows: Tensor, s: Tensor, c: Tensor, scale: Tensor) -> list[Tensor]:
         own = torch.arange(first, first + len(rows), device=rows.device)[:, None]
@@ -149,7 +149,7 @@ FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
         "ours": omnisource_loss,
     },
 }
-# fp32 matrices of n × n numbers that live at a form's peak.
+# Number of n × n fp32 matrices in memory at the peak of a form.
 ALIVE = {
     "symmetric": {"naive": 5, "gathered": 5, "linear_cross_entropy": 5, "compiled naive": 3},
     "vsc_fc": {"naive": 16, "compiled naive": 9},
@@ -157,15 +157,15 @@ ALIVE = {
 
 
 def left_out(loss: str, n: int, device: str, compiled: bool) -> dict[str, str]:
-    """Contestants that are not tried on a size, and why."""
+    """Return the reason per contestant that is not tried on a size."""
     found = {}
     if loss == "symmetric" and not hasattr(F, "linear_cross_entropy"):
-        found["linear_cross_entropy"] = f"torch {torch.__version__} has none"
+        found["linear_cross_entropy"] = f"torch {torch.__version__} lacks it"
     if loss == "symmetric" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        found["chunked linear_cross_entropy"] = f"torch {torch.__version__} has none"
+        found["chunked linear_cross_entropy"] = f"torch {torch.__version__} lacks it"
     if not compiled:
         found["compiled naive"] = "not compiled here, to save time"
-    # On a GPU what needs too much memory says so itself; a CPU's system would kill the process.
+    # On a GPU a lack of memory is an error; on a CPU the system would kill the process.
     free = psutil.virtual_memory().available / records.GIB
     for name, matrices in ALIVE[loss].items() if device == "cpu" else ():
         gib = matrices * n * n * 4 / records.GIB
@@ -184,7 +184,10 @@ def measure(
     min_rounds: int = 3,
     budget: float = 8.0,
 ) -> dict[str, Any]:
-    """Times every contestant on one size, in this process, except those `skipped` for a reason."""
+    """Time every contestant on one size, in this process.
+
+    skipped: reason per contestant that is left out.
+    """
     torch.manual_seed(0)
     torch.compiler.reset()
     sources = 4 if loss == "vsc_fc" else 2
@@ -192,7 +195,7 @@ def measure(
     features = [x.to(device, getattr(torch, dtype)) for x in features]
     scale = torch.tensor(100.0, device=device)
     without = left_out(loss, n, device, compiled) | (skipped or {})
-    # In chunks, for float64 logits of the largest sizes would not fit; few GPUs are quick in it.
+    # The largest sizes do not fit in float64, in which few GPUs are fast.
     wide = torch.float64 if device == "cpu" or n <= 16384 else torch.float32
     widely = [x.to(wide) for x in (*features, scale)]
     forms, others = FORMS[loss], {}
@@ -209,9 +212,9 @@ def measure(
         },
         expected=step(FORMS[loss]["chunked"], *widely),
         expected_of=others,
-        # bf16 logits near 100 are a quarter apart, which is what the eager forms compute with.
+        # bf16 logits near 100, with which the eager forms compute, are a quarter apart.
         tolerance=1e-4 if dtype == "float32" else 0.5,
-        # a product forward, three backward; features are read, and their gradients written
+        # one product forward, three backward; features are read and gradients written
         work={"flop": 8.0 * products * n * n * DEPTH, "bytes": 3 * sources * n * DEPTH * size},
         seconds=budget,
         min_rounds=min_rounds,
@@ -221,7 +224,7 @@ def measure(
 
 
 def step(function: Callable[..., Tensor], *given: Tensor) -> tuple[Tensor, ...]:
-    """The loss, and the gradients of all that is given."""
+    """Return the loss, and the gradients of all arguments."""
     leaves = [x.detach().requires_grad_() for x in given]
     value = function(*leaves)
     return value.detach(), *torch.autograd.grad(value, leaves)

@@ -1,7 +1,7 @@
-"""proxy_attention against what people would use instead: `clipvip bench ops --only attention`.
+"""proxy_attention against its alternatives: `clipvip bench ops --only attention`.
 
-One layer's attention as ViT-B/16, B/32 and L/14 have it, heads of 64: forward, backward alone, or
-both. Videos lie in one packed batch, as the op takes them; "ragged" ones have 4 to 20 frames, 12 on
+Attention of one layer of ViT-B/16, B/32 or L/14 with heads of 64: forward, backward alone, or both.
+Videos lie in one packed batch, as the op takes them; "ragged" ones have 4 to 20 frames, 12 on
 average. Records: ops-proxy_attention-*.
 """
 
@@ -13,12 +13,15 @@ from typing import Any
 import harness
 import peers
 import pytest
+import records
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipvip.ops.proxy_attention import proxy_attention
 
+ON_GPU = dict(frames=12, dtype="bfloat16", device="cuda")
+PLAIN = ON_GPU | {"compiled": False}  # compiling takes longer than the rest of the case
 SIZES: dict[str, dict[str, Any]] = {
     "b16-fp32": dict(videos=2, frames=12, patches=196, dtype="float32"),
     "b16-bf16": dict(videos=2, frames=12, patches=196, dtype="bfloat16"),
@@ -27,10 +30,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "b16-fp32-frames1": dict(videos=2, frames=1, patches=196, dtype="float32"),
     "b16-fp32-frames4": dict(videos=2, frames=4, patches=196, dtype="float32"),
     "b16-fp32-frames32": dict(videos=2, frames=32, patches=196, dtype="float32"),
-}
-ON_GPU = dict(frames=12, dtype="bfloat16", device="cuda")
-PLAIN = ON_GPU | {"compiled": False}  # compiling takes longer than all the rest of a case
-GPU_SIZES: dict[str, dict[str, Any]] = {
     "b32-bf16-batch1": dict(videos=1, patches=49, **PLAIN),
     "b32-bf16-batch32": dict(videos=32, patches=49, **ON_GPU),
     "b32-bf16-batch128": dict(videos=128, patches=49, **PLAIN),
@@ -42,23 +41,20 @@ GPU_SIZES: dict[str, dict[str, Any]] = {
     "l14-bf16-batch32": dict(videos=32, patches=256, heads=16, **ON_GPU),
     "l14_336-bf16-batch16": dict(videos=16, patches=576, heads=16, **PLAIN),
 }
-CASES = {
-    f"{name}-{way}-{malloc}": {**size, "way": way}
-    for name, size in SIZES.items()
-    for way in ("forward", "both")
-    for malloc in ("default", "tuned")
-} | {
-    f"{name}-{way}-cuda": {**size, "way": way}
-    for name, size in GPU_SIZES.items()
-    for way in ("forward", "backward", "both")
-}
+CASES = records.each_way(
+    {
+        f"{name}-{way}": {**size, "way": way}
+        for name, size in SIZES.items()
+        for way in ("forward", *(["backward"] if "device" in size else []), "both")
+    }
+)
 QUICK = {
     case: {"compiled": False}
     for case in ("b32-fp32-both-default", "b32-bf16-both-default", "b32-bf16-batch1-both-cuda")
 }
 HEADS, HEAD_DIM, PROXIES = 12, 64, 4
-MASKED_TOKENS = 12 * 196  # beyond, attention among all patches takes minutes on a CPU
-# Products of all pairs of tokens, and tensors [T, H, D] that are read or written at least.
+MASKED_TOKENS = 12 * 196  # above this, attention among all patches takes minutes on a CPU
+# Products over all pairs of tokens, and tensors [T, H, D] that must be read or written.
 WAYS = {"forward": (2, 4), "backward": (5, 8), "both": (7, 12)}
 
 
@@ -81,7 +77,7 @@ def join(proxies: Tensor, patches: Tensor) -> Tensor:
 
 
 def with_proxies(proxies: Tensor, patches: Tensor) -> Tensor:
-    """Every frame's keys or values with a copy of the proxies' before them: [B, H, N, M+L, D]."""
+    """Prepend a copy of the proxies' keys or values to those of each frame: [B, H, N, M+L, D]."""
     copies = proxies.unsqueeze(2).expand(-1, -1, patches.shape[2], -1, -1)
     return torch.cat([copies, patches], 3)
 
@@ -97,7 +93,8 @@ def eager(
     proxies: int,
     attend: Callable = softmax_attention,
 ) -> Tensor:
-    """The authors' form: proxies' keys and values copied for each frame, two attentions."""
+    """Attention in the authors' form: two attentions, with the proxies' keys and values copied for
+    each frame."""
     (proxy_q, proxy_k, proxy_v), (q, k, v) = split(qkv, frames, proxies)
     everything = [torch.cat([p, x.flatten(2, 3)], 2) for p, x in ((proxy_k, k), (proxy_v, v))]
     own = [with_proxies(proxy_k, k), with_proxies(proxy_v, v)]
@@ -107,7 +104,7 @@ def eager(
 def two_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int) -> Tensor:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape = query.shape
-        if len(shape) == 5:  # frames join the batch
+        if len(shape) == 5:  # merge frames into the batch
             query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value)
         if len(shape) == 5:
@@ -134,7 +131,8 @@ def masked_sdpa(qkv: Tensor, frames: int, patches: int, proxies: int) -> Tensor:
 def flex(
     frames: tuple[int, ...], patches: int, proxies: int, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """FlexAttention over videos of one length side by side, or over others as one sequence."""
+    """Return FlexAttention for the given lengths: videos of one length form a batch, others one
+    sequence."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if len(set(frames)) == 1:
@@ -164,7 +162,7 @@ def same_frame(patches: int, proxies: int) -> Callable[..., Tensor]:
 
 
 def same_frame_of_a_video(lengths: Tensor, patches: int, proxies: int) -> Callable[..., Tensor]:
-    """lengths: tokens of each video."""
+    """Return the mask of a packed batch; lengths: tokens of each video."""
     tokens = int(lengths.sum())
     video = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     within = torch.arange(tokens, device=lengths.device) - (lengths.cumsum(0) - lengths)[video]
@@ -183,7 +181,7 @@ Form = Callable[[Tensor, tuple[int, ...], int, int], Tensor]
 
 
 def per_video(attend: Callable[[Tensor, int, int, int], Tensor]) -> Form:
-    """All videos at once where they are of one length, else one after another."""
+    """Run `attend` on all videos at once if they have the same length, else one after another."""
 
     def run(qkv: Tensor, frames: tuple[int, ...], patches: int, proxies: int) -> Tensor:
         if len(set(frames)) == 1:
@@ -227,12 +225,12 @@ def forms(device: str) -> dict[str, Form]:
 def left_out(
     frames: Sequence[int], patches: int, way: str, device: str, compiled: bool
 ) -> dict[str, str]:
-    """Contestants that are not tried on a size, and why."""
+    """Return the reason per contestant that is not tried on a size."""
     found = {}
     if device == "cpu":
         if max(frames) * patches > MASKED_TOKENS:
             found["masked SDPA"] = (
-                f"quadratic in frames: minutes at {max(frames) * patches} patches"
+                f"quadratic in frames: takes minutes at {max(frames) * patches} patches"
             )
         if way != "forward":
             found["FlexAttention"] = "torch has its backward on a GPU only"
@@ -246,7 +244,7 @@ def left_out(
 def work(
     frames: Sequence[int], patches: int, proxies: int, heads: int, dtype: str, way: str
 ) -> dict[str, float]:
-    """Operations of the products, and bytes of what must be read and written once."""
+    """Return the operations of the products, and the bytes that must be read and written once."""
     products, tensors = WAYS[way]
     tokens = [proxies + n * patches for n in frames]
     pairs = sum(
@@ -260,7 +258,8 @@ def work(
 
 
 def lengths(videos: int, frames: int, ragged: bool) -> tuple[int, ...]:
-    """Frames of each video: all alike, or a third to five thirds of that, the sum unchanged."""
+    """Return the frames of each video: all `frames`, or if ragged from a third to five thirds of it
+    with the same sum."""
     if not ragged:
         return (frames,) * videos
     spread = torch.linspace(-frames * 2 // 3, frames * 2 // 3, videos).round().int()
@@ -271,7 +270,7 @@ def lengths(videos: int, frames: int, ragged: bool) -> tuple[int, ...]:
 def exact(
     qkv: Tensor, grad: Tensor, frames: tuple[int, ...], patches: int, proxies: int
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, H, D] and gradient of qkv in float64, a video at a time."""
+    """Return the output [T, H, D] and the gradient of qkv in float64, one video at a time."""
     tokens = [proxies + n * patches for n in frames]
     found = []
     for video, of_video, n in zip(qkv.split(tokens), grad.split(tokens), frames, strict=True):
@@ -296,7 +295,7 @@ def measure(
     compiled: bool = True,
     budget: float = 8.0,
 ) -> dict[str, Any]:
-    """Times every contestant on one size, in this process."""
+    """Time every contestant on one size, in this process."""
     torch.manual_seed(0)
     torch.compiler.reset()
     each = lengths(videos, frames, ragged)
@@ -307,7 +306,9 @@ def measure(
 
     def contestant(form: Form) -> Callable[[], tuple[Tensor, ...]]:
         leaf = qkv.detach().requires_grad_()
-        held = functools.cache(lambda: form(leaf, each, patches, proxies))  # for backward alone
+        held = functools.cache(
+            lambda: form(leaf, each, patches, proxies)
+        )  # used if only backward is timed
 
         def run() -> tuple[Tensor, ...]:
             if way == "forward":
@@ -322,7 +323,7 @@ def measure(
 
     without = left_out(each, patches, way, device, compiled)
     output, gradient = exact(qkv, grad, each, patches, proxies)
-    # Compiled code frees its buffers in backward unless it is told to expect another backward.
+    # Compiled code frees its buffers in backward unless it expects another backward.
     keep = torch._functorch.config.patch(donated_buffer=False)
     with keep if way == "backward" else contextlib.nullcontext():
         return harness.compare(

@@ -1,9 +1,10 @@
 """A decoded frame to an RGB square of 224: `clipvip bench ops --only resize_crop`.
 
-8-bit 4:2:0 of the sizes that training meets, among them one that needs no resizing; one thread, as
-loaders' workers have. "naive" is what most code does: RGB of the whole frame, then an antialiased
-resize of a uint8 tensor. swscale is asked for the whole resized frame, packed or planar, as PyAV
-cannot ask for a part. The content is smooth, so that kernels of other sharpness agree.
+Frames are 8-bit 4:2:0 of common sizes, one of which needs no resizing. Each contestant has one
+thread, like a loader's worker. "naive" is the usual way: the whole frame to RGB, then an
+antialiased resize of a uint8 tensor. swscale makes the whole resized frame, packed or planar,
+because PyAV cannot ask for a part. The content is smooth, so that filters of different sharpness
+agree.
 Records: ops-resize_crop-*.
 """
 
@@ -32,7 +33,7 @@ QUICK: dict[str, dict] = {"320x240-default": {}}
 
 
 def made(width: int, height: int) -> av.VideoFrame:
-    """A frame of waves, 8 across, as it comes out of a decoder."""
+    """Return a frame with a pattern of waves, in the format that a decoder gives."""
     frame = av.VideoFrame(width, height, "yuv420p")
     for plane, phase in zip(frame.planes, (0.0, 1.0, 2.0), strict=True):
         y, x = (np.linspace(0, 8 * np.pi, n, dtype=np.float32) for n in (plane.height, plane.width))
@@ -75,7 +76,7 @@ def swscale(pixels: str) -> Callable[[av.VideoFrame], Tensor]:
 
 
 def ours() -> Callable[[av.VideoFrame], Tensor]:
-    converter = Converter(SIZE, "mjpeg")  # chroma between luma, as swscale takes it here
+    converter = Converter(SIZE, "mjpeg")  # chroma is centred between luma, as swscale assumes here
 
     def convert(frame: av.VideoFrame) -> Tensor:
         out = torch.empty(3, SIZE, SIZE, dtype=torch.uint8)
@@ -86,10 +87,10 @@ def ours() -> Callable[[av.VideoFrame], Tensor]:
 
 
 def measure(width: int, height: int, budget: float = 8.0) -> dict[str, Any]:
-    """Times every contestant on one frame, in this process."""
+    """Time every contestant on one frame, in this process."""
     torch.set_num_threads(1)
     frame = made(width, height)
-    found = planes_of(frame, chroma_left=False)  # which a frame out of no decoder does not say
+    found = planes_of(frame, chroma_left=False)  # a frame that no decoder made does not tell
     assert found is not None
     planes, colours = found
     forms = {

@@ -1,8 +1,8 @@
 """A whole post-pretraining step: `clipvip bench train`.
 
-From frames of bytes to new weights: videos of 12 frames with subtitles, middle frames with
-captions, both towers, the vsc_fc loss, its gradients, clipping and AdamW; bf16 is autocast over
-fp32 weights. Ours is what the trainer runs. Records: train-*.
+From uint8 frames to new weights: videos of 12 frames with subtitles, middle frames with captions,
+both towers, the vsc_fc loss, its gradients, clipping and AdamW; bf16 is autocast over fp32 weights.
+Ours is the code that the trainer runs. Records: train-*.
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import Any
 import harness
 import psutil
 import pytest
+import records
 import torch
 import torch.nn.functional as F
 from bench_model import (
@@ -49,14 +50,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "b32-fp32": dict(videos=4, patch=32, dtype="float32"),
     "b32-bf16": dict(videos=4, patch=32, dtype="bfloat16"),
     "small-fp32": dict(videos=2, patch=32, dtype="float32", layers=2),
+    "b16-bf16-batch32": dict(videos=32, patch=16, dtype="bfloat16", device="cuda"),
+    "b32-bf16-batch32": dict(videos=32, patch=32, dtype="bfloat16", device="cuda"),
+    "small-bf16": dict(videos=2, patch=32, dtype="bfloat16", layers=2, device="cuda"),
 }
-CASES = {
-    f"{name}-{malloc}": size for name, size in SIZES.items() for malloc in ("default", "tuned")
-} | {
-    "b16-bf16-batch32-cuda": dict(videos=32, patch=16, dtype="bfloat16", device="cuda"),
-    "b32-bf16-batch32-cuda": dict(videos=32, patch=32, dtype="bfloat16", device="cuda"),
-    "small-bf16-cuda": dict(videos=2, patch=32, dtype="bfloat16", layers=2, device="cuda"),
-}
+CASES = records.each_way(SIZES)
 QUICK = {case: {"compiled": False} for case in ("small-fp32-default", "small-bf16-cuda")}
 WORDS, TEXT_LENGTH, END = 49000, 70, 49407
 STATES = 5 * 4  # weights, gradients and two moments of five models
@@ -65,7 +63,7 @@ Batch = dict[str, Tensor]
 
 
 def settings(videos: int, dtype: str) -> TrainConfig:
-    """The paper's post-pretraining, of so many clips."""
+    """Return the paper's post-pretraining with a batch of `videos` clips."""
     return TrainConfig(
         out="",
         task="omnisource",
@@ -78,7 +76,7 @@ def settings(videos: int, dtype: str) -> TrainConfig:
 
 
 def made_up(videos: int, device: str) -> Batch:
-    """As the loader gives them: frames of bytes, texts of various lengths."""
+    """Return a random batch like the loader's: uint8 frames, texts of various lengths."""
     frames = torch.randint(256, (videos * FRAMES, 3, SIDE, SIDE), dtype=torch.uint8)
     batch = {
         "pixel_values": frames,
@@ -93,7 +91,7 @@ def made_up(videos: int, device: str) -> Batch:
         batch[f"{name}_mask"] = within.long()
     for name in ("subtitle", "caption", "image"):
         batch[f"{name}_present"] = torch.ones(videos, dtype=torch.bool)
-    # Which sources are there decides shapes, so the trainer keeps those masks on the host.
+    # These masks decide about shapes, so the trainer keeps them on the host.
     there = {name: each for name, each in batch.items() if name.endswith("_present")}
     return {name: each.to(device) for name, each in batch.items()} | there
 
@@ -107,7 +105,7 @@ def eager_loss(
     autocast: Callable[[], Any],
     features: Callable[[CLIPViPModel, Tensor], Tensor] = eager_features,
 ) -> Tensor:
-    """Videos, images and texts apart; logits materialised."""
+    """Return the loss with videos, images and texts embedded separately and all logits stored."""
     dtype = model.logit_scale.dtype
     videos = normalize_frames(batch["pixel_values"]).to(dtype).unflatten(0, (-1, FRAMES))
     images = normalize_frames(batch["image"]).to(dtype)[:, None]
@@ -139,11 +137,11 @@ def one_step(
     batch: Batch,
     config: TrainConfig,
 ) -> list[Tensor]:
-    """New weights; returns the loss, the gradient's norm, and a few gradients; in the first step
-    also how far the weights moved."""
+    """Update the weights. Return the loss, the gradient's norm and a few gradients; in the first
+    step also return how far the weights moved."""
     narrow = config.mixed_precision == "bf16" and model.logit_scale.dtype == torch.float32
     kind = batch["pixel_values"].device.type
-    # Single weights cannot be held equal: the first step goes by the signs of gradients.
+    # Single weights cannot be compared: the first step depends on the signs of gradients.
     before = None if optimizer.state else [p.detach().clone() for p in model.parameters()]
     loss = loss_of(batch, lambda: torch.autocast(kind, torch.bfloat16, enabled=narrow))
     loss.backward()
@@ -159,7 +157,7 @@ def one_step(
 
 
 def plain_adamw(model: nn.Module, config: TrainConfig, fused: bool) -> torch.optim.Optimizer:
-    """Decays what the trainer decays."""
+    """Return AdamW with the trainer's weight decay."""
     optim = config.optimizer
     decayed = [[], []]
     for name, parameter in model.named_parameters():
@@ -175,8 +173,11 @@ def plain_adamw(model: nn.Module, config: TrainConfig, fused: bool) -> torch.opt
 def contestants(
     model: CLIPViPModel, config: TrainConfig, compiled: bool
 ) -> dict[str, tuple[CLIPViPModel, Callable[..., Tensor], torch.optim.Optimizer]]:
-    """name → a model of its own, the loss of a batch, an optimiser. Eager steps each weight by
-    itself, as PyTorch does by default on a CPU; all others step them in one pass."""
+    """Return, per name, a model of its own, the loss of a batch and an optimizer.
+
+    Eager updates each weight by itself, as PyTorch does by default on a CPU; all others update the
+    weights in one pass.
+    """
     task, optim = task_of(config), config.optimizer
     processor: Any = SimpleNamespace(image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD)
     found: dict[str, Any] = {}
@@ -214,7 +215,7 @@ def measure(
     compiled: bool = True,
     budget: float = 8.0,
 ) -> dict[str, Any]:
-    """Times every contestant on one size, in this process."""
+    """Time every contestant on one size, in this process."""
     model = clip_vip(patch, layers, text_layers=layers).to(device).train()
     config, batch = settings(videos, dtype), made_up(videos, device)
     without = left_out(compiled)
@@ -225,7 +226,7 @@ def measure(
 
     def exact(model: CLIPViPModel, features: Callable[..., Tensor]) -> list[Tensor]:
         wide = copy.deepcopy(model).double()
-        if isinstance(wide.vision_model, PreTrainedModel):  # or a large batch would not fit
+        if isinstance(wide.vision_model, PreTrainedModel):  # otherwise a large batch would not fit
             wide.vision_model.gradient_checkpointing_enable()
         loss = functools.partial(eager_loss, wide, features=features)
         return one_step(wide, loss, plain_adamw(wide, config, fused=False), batch, config)
@@ -245,4 +246,4 @@ def measure(
 
 @pytest.mark.parametrize("case", CASES)
 def test_train(case: str, run_case) -> None:
-    run_case(CASES[case], limits=2)  # which compiles both towers twice
+    run_case(CASES[case], limits=2)  # it compiles both towers twice

@@ -1,17 +1,18 @@
-"""What moved between two runs of the suites: `clipvip bench --compare BEFORE AFTER`.
+"""Compares two runs of the suites: `clipvip bench --compare BEFORE AFTER`.
 
-A median is taken to lie within its quartiles, and where there were few rounds within
-1.57·IQR/√rounds of the median (the notches of McGill, Tukey and Larsen's box plots, 1978). What
-moved beyond noise is what two such intervals, one of each run, have no number in common of.
+The noise of a median is the interval between its quartiles, or, if there were few rounds,
+±1.57·IQR/√rounds around it (the notches of box plots by McGill, Tukey and Larsen, 1978). A figure
+moved beyond noise if the intervals of the two runs do not overlap.
 
-Contestants of one run took turns, so a ratio to the baseline is fair even if the machine was slower
-that day. So the time of ours, and of its variants ("ours compiled"), is judged by that ratio; where
-both runs have none to the same baseline, by milliseconds, on one machine only, as is peak memory.
+Contestants of one run took turns, so their ratio to the baseline is fair even if the machine was
+slower that day. The time of ours and of its variants ("ours compiled") is therefore judged by that
+ratio. If the runs have no ratio to the same baseline, it is judged in milliseconds; these, and peak
+memory, are compared on the same machine only.
 
-What was lost has regressed too: ours that is absent or not finite, and a case in which ours was
-measured before, if the later run measured that suite (that op) as the earlier one did: some case
-with the same parameters. A run with --quick has others, and is not held to what it leaves out; nor
-is one on a CPU to a GPU's cases. A file, rather than a folder, is held to its own cases.
+A loss is a regression, too: ours is absent or not finite, or a case is absent in which ours was
+measured before, provided that the later run measured that suite (that op) as the earlier one did,
+which means some case with the same parameters. So a run with --quick may leave out other cases, and
+a run on a CPU the cases of a GPU. If AFTER is a file, only its own cases are expected.
 """
 
 import dataclasses
@@ -21,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import records
+from records import Record
 
-SAME = ("cpu", "cores", "threads", "capability", "malloc", "gpu")  # what makes times comparable
-TOLD = (*SAME, "torch", "commit")
-MEMORY_NOISE_MIB = 4.0  # pages that the allocator happens to hold
+SAME = ("cpu", "cores", "threads", "capability", "malloc", "gpu")  # equal if times are comparable
+PRINTED = (*SAME, "torch", "commit")
+MEMORY_NOISE_MIB = 4.0  # pages that the allocator happens to keep
 
-Record = dict[str, Any]
 Key = tuple[str, str]  # suite and case
 Run = dict[Key, Record]
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A measured figure and the interval that it is taken to lie in."""
+    """A measured figure with its interval of noise."""
 
     value: float
     low: float
@@ -44,7 +45,7 @@ class Quantity:
         return all(map(math.isfinite, (self.value, self.low, self.high)))
 
     def moved_to(self, after: "Quantity", share: float = 0.0) -> bool:
-        """Whether `after` differs beyond noise, and by more than a share of this value."""
+        """Return whether `after` differs beyond noise and by more than a share of this value."""
         apart = after.low > self.high or after.high < self.low
         return apart and abs(self.change(after)) > share
 
@@ -56,20 +57,20 @@ LOST = Quantity(math.nan, math.nan, math.nan)
 
 
 def interval(median: float, low: float, high: float, rounds: int) -> Quantity:
-    """A median with its noise, from its quartiles."""
+    """Return a median with its interval of noise, from its quartiles."""
     wider = max(1.0, 2 * 1.57 / math.sqrt(rounds))
     return Quantity(median, median - wider * (median - low), median + wider * (high - median))
 
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """A contestant's figure in both runs."""
+    """A figure of a contestant in both runs."""
 
     contestant: str
     what: str  # "ms", "ratio" or "MiB"
     before: Quantity
     after: Quantity
-    why: str = "not finite"  # if it was lost
+    why: str = "not finite"  # reason, if the figure was lost
 
     @property
     def lost(self) -> bool:
@@ -92,14 +93,14 @@ class Move:
 
 
 def load(path: Path) -> Run:
-    """The cases of a store of records, or of one of its files.
+    """Return the cases of a store of records, or of one of its files.
 
-    ValueError: there is no record, or it lacks what is compared.
+    Raises ValueError if there is no record, or if one lacks figures to compare.
     """
     found = {}
     for place, record in records.stored(path):
         if not isinstance(record, dict) or "suite" not in record:
-            continue  # what other programs keep beside the records
+            continue  # a file of another program
         try:
             for case, each in _cases(record):
                 moves(each, each)
@@ -112,7 +113,7 @@ def load(path: Path) -> Run:
 
 
 def _cases(record: Record) -> Iterator[tuple[str, Record]]:
-    """A record's name and itself, or those of each point of a sweep."""
+    """Yield a record after its name, or each point of a sweep after the name of the point."""
     facts = {key: record[key] for key in ("suite", "case", "machine")}
     facts["params"] = record.get("params", {})
     for point in record["points"] if records.is_sweep(record) else [record]:
@@ -122,9 +123,12 @@ def _cases(record: Record) -> Iterator[tuple[str, Record]]:
 
 
 def moves(before: Record, after: Record) -> list[Move]:
-    """Figures of the contestants that were timed before: ms, MiB, and the ratio where both runs
-    have one to the same baseline. Of one that is absent after, but for a contestant that a run with
-    other parameters leaves out on purpose, the ms are lost."""
+    """Return figures of the contestants that were timed before: ms, MiB, and the ratio if both runs
+    have one to the same baseline.
+
+    If a contestant is absent after, its ms are lost, unless a run with other parameters left it out
+    on purpose.
+    """
     found = []
     comparable = _baseline(before) == _baseline(after)
     for name in before["results"]:
@@ -141,7 +145,8 @@ def moves(before: Record, after: Record) -> list[Move]:
 
 
 def _baseline(record: Record) -> str | None:
-    """What ratios refer to: another where the usual one would not fit into memory."""
+    """Return the contestant that ratios refer to; it is another if the usual one needs too much
+    memory."""
     return next((name for name, r in record["results"].items() if r.get("ratio") == 1), None)
 
 
@@ -149,7 +154,7 @@ def _quantities(record: Record, name: str) -> Iterator[tuple[str, Quantity]]:
     r = record["results"][name]
     yield "ms", interval(r["median_ms"], r["low_ms"], r["high_ms"], r["rounds"])
     if r.get("ratio") is not None and name != _baseline(record):
-        # Records from before ratios had quartiles: as if the baseline's times had no spread.
+        # In old records ratios have no quartiles: assume that the baseline's times have no spread.
         scale = r["ratio"] / r["median_ms"]
         low, high = (
             r.get("ratio_low", r["low_ms"] * scale),
@@ -162,15 +167,15 @@ def _quantities(record: Record, name: str) -> Iterator[tuple[str, Quantity]]:
 
 
 def differences(before: Record, after: Record, facts: tuple[str, ...]) -> dict[str, tuple]:
-    """Machine facts that differ: name → (before, after)."""
+    """Return the machine facts that differ: name → (before, after)."""
     pairs = {key: tuple(r["machine"].get(key) for r in (before, after)) for key in facts}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def regressions(found: list[Move], other: bool, allow: float) -> list[Move]:
-    """Which moves of a case are of ours, and for the worse beyond noise and `allow`.
+    """Return the moves of ours that are worse beyond noise and by more than `allow`.
 
-    other: the runs are of different machines, which ratios alone are judged on.
+    other: whether the runs are of different machines; then only ratios are judged.
     """
     by_ratio = {move.contestant for move in found if move.what == "ratio"}
 
@@ -184,10 +189,11 @@ def regressions(found: list[Move], other: bool, allow: float) -> list[Move]:
 
 
 def gone(before: Run, after: Run, whole: bool) -> list[Key]:
-    """Cases in which ours was measured before, and which are absent though their suite was run.
+    """Return cases in which ours was measured before and which are absent after, although their
+    suite was run.
 
-    whole: `after` is of whole suites, each of which it ran as `before` did if some case has the
-    same parameters in both; otherwise that is said of a record (a sweep has several cases).
+    whole: whether `after` holds whole suites. Then a suite was run as before if some case has the
+    same parameters in both runs; otherwise this holds for a record (a sweep has several cases).
     """
 
     def part(record: Record) -> Any:
@@ -205,9 +211,9 @@ def gone(before: Run, after: Run, whole: bool) -> list[Key]:
 
 
 def compare(before: Path, after: Path, allow: float) -> tuple[str, int]:
-    """What to print, and how many cases have regressed.
+    """Return the text to print, and how many cases have regressed.
 
-    ValueError: a path holds no record, no case is in both, or `allow` is negative.
+    Raises ValueError if a path holds no record, if no case is in both, or if `allow` is negative.
     """
     if not allow >= 0:
         raise ValueError(f"--allow is {allow:g}, expected a share that is not negative (0.1: 10%)")
@@ -234,7 +240,7 @@ def compare(before: Path, after: Path, allow: float) -> tuple[str, int]:
 
 
 def _case(before: Record, after: Record, allow: float) -> tuple[list[str], bool]:
-    """A line for each figure that moved, and whether one of ours has regressed."""
+    """Return one line per figure that moved, and whether one of ours has regressed."""
     other, found = bool(differences(before, after, SAME)), moves(before, after)
     past = regressions(found, other, allow)
     shown = [m for m in found if m.moved and (m.lost or m.what == "ratio" or not other)]
@@ -251,10 +257,10 @@ def _case(before: Record, after: Record, allow: float) -> tuple[list[str], bool]
 
 
 def _heading(pairs: list[tuple[Record, Record]]) -> list[str]:
-    """What differs between the machines, and what that means."""
+    """Return lines with the facts that differ between the machines, and what that means."""
     facts: dict[str, set[tuple]] = {}
     for pair in pairs:
-        for key, values in differences(*pair, TOLD).items():
+        for key, values in differences(*pair, PRINTED).items():
             facts.setdefault(key, set()).add(values)
     lines = [
         f"{key}: {', '.join(f'{a} → {b}' for a, b in sorted(values, key=str))}"

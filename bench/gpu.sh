@@ -11,25 +11,24 @@
 #            compute-sanitizer
 #   sweep    times all other cases, the most important ones first, until time is up
 #
-# Without a PART it runs all four, in this order. Each begins with the build, about a minute on 16
-# cores. A part that fails does not keep the next ones from running; the status is then 1.
+# Without a PART it runs all four in this order. Each starts with the build, which takes about a
+# minute on 16 cores. If a part fails, the next ones still run, and the status is 1.
 #
-#   --out DIR      where everything is written: gpu.jsonl (a record per case, as it is measured),
-#                  report.md and report.html, traces/, kernels.ncu-rep and .csv, gpu-tests.txt,
-#                  sanitizer.txt; by default the variable OUT, else bench/results
-#   --resume DIR   what an earlier call wrote: its cases are taken over, not measured again
-#   --wheels DIR   wheels to install first, beside this checkout, where there is no network
-#   --commit ID    which commit this is, where git is absent; so does the variable CLIPVIP_COMMIT
-#   --dry-run      the same at small sizes on the CPU, with the package as it is installed
+#   --out DIR      folder for all results: gpu.jsonl (one record per case, written when the case is
+#                  done), report.md and report.html, traces/, kernels.ncu-rep and .csv,
+#                  gpu-tests.txt, sanitizer.txt; by default the variable OUT, else bench/results
+#   --resume DIR   folder of an earlier call; its cases are copied and not measured again
+#   --wheels DIR   wheels to install first, beside this checkout, for a machine without a network
+#   --commit ID    commit of this checkout where git is absent; so does the variable CLIPVIP_COMMIT
+#   --dry-run      the same at small sizes on the CPU, with the installed package
 #
 #   bench/gpu.sh wheels DIR [PACKAGE …]
-#                  fetches the wheels that a machine lacks which has only torch, transformers,
-#                  accelerate, pytest, matplotlib and a compiler: 36 MB for Python 3.12
-#                  (PYTHON_VERSION) on x86-64, plus any PACKAGE named, such as nvidia-dali-cuda130
-#                  (200 MB)
+#                  downloads wheels for a machine that has only torch, transformers, accelerate,
+#                  pytest, matplotlib and a compiler: 36 MB for Python 3.12 (PYTHON_VERSION) on
+#                  x86-64, plus each PACKAGE, such as nvidia-dali-cuda130 (200 MB)
 #
-# Needs nvcc (CUDA 12.8 or newer), a C++ compiler, and to build setuptools >= 77, cmake, ninja and
-# pybind11. PYTHON names the interpreter. Peers that are not installed are left out by name.
+# Needs nvcc (CUDA 12.8 or newer) and a C++ compiler; the build also needs setuptools >= 77, cmake,
+# ninja and pybind11. PYTHON names the interpreter. Peers that are not installed are left out by name.
 set -euo pipefail
 self=$(realpath "$0")
 from=$PWD
@@ -56,7 +55,7 @@ fetch_wheels() {
   shift
   for minor in 28 27 26 24 17; do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done
   mkdir -p "$to"
-  # omegaconf's parser is published as source alone.
+  # The parser of omegaconf is published as source only.
   "$PYTHON" -m pip wheel -q --no-deps -w "$to" antlr4-python3-runtime==4.9.3
   "$PYTHON" -m pip download -q --no-deps -d "$to" --only-binary=:all: --implementation cp \
     --python-version "${PYTHON_VERSION:-3.12}" "${platforms[@]}" \
@@ -69,12 +68,12 @@ install_wheels() {
   export PYTHONPATH=$PWD/build/gpu-wheels${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# What a command may take of the part's time: within SECONDS COMMAND …
+# within SECONDS COMMAND …: run a command for so many seconds at most, and within the part's time
 within() {
   local left=$((part_ends - SECONDS)) limit=$1
   shift
   [ "$limit" -lt $left ] || limit=$left
-  [ "$limit" -gt 0 ] || { echo "no time is left for: $*"; return 124; }
+  [ "$limit" -gt 0 ] || { echo "no time left to run: $*"; return 124; }
   timeout -k 10 "$limit" "$@"
 }
 
@@ -88,7 +87,7 @@ build() {
   "$PYTHON" -c "from clipvip import _C; print('built for', _C.build_info())"
 }
 
-# Says in one line which packages are missing.
+# needs PACKAGE …: fail with one line that names the missing packages
 needs() {
   "$PYTHON" - "$@" <<'PYTHON'
 import importlib.util
@@ -100,7 +99,7 @@ if missing:
 PYTHON
 }
 
-# bench SECONDS SUITE …: as many cases as there is time for
+# bench SECONDS SUITE …: measure as many cases as there is time for
 bench() {
   local left=$((part_ends - SECONDS)) limit=$1
   shift
@@ -125,24 +124,24 @@ step() {
   return $failed
 }
 
-# Some machines let nobody read the counters: that is no failure of ours.
+# Some machines do not permit reading the counters; that is not a failure.
 counters() {
   if [ $device = cpu ] || ! command -v ncu >/dev/null; then
-    echo "counters: skipped, there is no ncu or no GPU"
+    echo "counters: skipped, since ncu or a GPU is missing"
     within 60 "$PYTHON" bench/kernels.py run --device $device --tiny
   elif ! within 120 ncu --clock-control none --set full --kernel-name-base mangled \
     -k regex:clipvip -f -o "$out/kernels" "$PYTHON" bench/kernels.py run; then
-    echo "counters: none; ncu ended as above, or did not end in time"
+    echo "counters: none, since ncu failed as printed above or exceeded its time"
   else
     within 60 ncu --import "$out/kernels.ncu-rep" --csv --page raw >"$out/kernels.csv" ||
-      echo "counters: kernels.ncu-rep could not be turned into kernels.csv"
+      echo "counters: kernels.ncu-rep could not be converted to kernels.csv"
   fi
 }
 
 tests() {
   local failed=0 where=(tests/ops tests/test_losses.py)
   if needs av omegaconf webdataset lmdb; then where+=(tests/training tests/data); fi
-  # To a file: what a test leaves running would hold a pipe open.
+  # Output goes to a file: a process that a test leaves running would keep a pipe open.
   within 240 timeout -s INT 230 "$PYTHON" -m pytest -v --tb=short -rs -m gpu --maxfail=5 \
     --durations=10 -o faulthandler_timeout=100 --continue-on-collection-errors "${where[@]}" \
     >"$out/gpu-tests.txt" 2>&1 || failed=1
@@ -151,11 +150,11 @@ tests() {
   return $failed
 }
 
-# Every tensor is an allocation of its own, so that what lies behind it is no other tensor's.
+# Every tensor is an allocation of its own, so that memory behind it belongs to no other tensor.
 sanitize() {
   local tool status failed=0
   if [ $device = cpu ] || ! command -v compute-sanitizer >/dev/null; then
-    echo "sanitize: skipped, there is no compute-sanitizer or no GPU"
+    echo "sanitize: skipped, since compute-sanitizer or a GPU is missing"
     return
   fi
   : >"$out/sanitizer.txt"
@@ -166,11 +165,11 @@ sanitize() {
       --kernel-name kns=clipvip --report-api-errors no --error-exitcode 9 \
       "$PYTHON" bench/kernels.py check >>"$out/sanitizer.txt" 2>&1 || status=$?
     case $status in
-      0) echo "$tool: nothing found" ;;
+      0) echo "$tool: no errors" ;;
       9) echo "$tool: FOUND ERRORS, see sanitizer.txt" ;;
-      124 | 137) echo "$tool: did not end in time" ;;
+      124 | 137) echo "$tool: exceeded its time" ;;
       *) if grep -qi "not supported" "$out/sanitizer.txt"; then
-        echo "$tool: skipped, it refuses this device"
+        echo "$tool: skipped, since it does not support this device"
         status=0
       else
         echo "$tool: ended with status $status, see sanitizer.txt"

@@ -1,10 +1,10 @@
-"""What the compiler made of the CUDA kernels: registers, spills and instructions of every instance;
-and how many blocks of attention a multiprocessor then holds at the models' shapes.
+"""Lists registers, spills and instructions of every compiled CUDA kernel, and how many blocks of
+attention fit on a multiprocessor at the models' shapes.
 
     python bench/kernel_table.py [MODULE] writes bench/results/cuda_kernels.json and prints tables
 
-Reads the machine code inside clipvip/_C*.so; no GPU is needed, but NVIDIA's cuobjdump and nvdisasm
-are (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
+It reads the machine code inside clipvip/_C*.so. This needs no GPU, but NVIDIA's cuobjdump and
+nvdisasm (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
 """
 
 import collections
@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 from records import RESULTS, write
 
-REGISTERS = 65536  # of a multiprocessor
-# Bytes of shared memory of a multiprocessor; a block may have all but the 1 KiB that every block
-# costs the system.
+REGISTERS = 65536  # per multiprocessor
+# Bytes of shared memory of a multiprocessor. The system takes 1 KiB of it for every block.
 SHARED = {"80": 164 * 1024, "90a": 228 * 1024, "100": 228 * 1024, "120": 100 * 1024}
 SYSTEM = 1024
 PATCHES = {"B/32": 49, "B/16": 196, "L/14": 256, "L/14@336": 576}
@@ -34,7 +33,7 @@ INSTRUCTIONS = {
 
 
 def cuobjdump() -> Path | None:
-    """The program inside its wheel, or None where that or nvdisasm's is not installed."""
+    """Return the program inside its wheel, or None if that or nvdisasm is not installed."""
     package = importlib.util.find_spec("nvidia")
     for root in package.submodule_search_locations or () if package else ():
         for program in Path(root).glob("*/bin/cuobjdump"):
@@ -44,11 +43,11 @@ def cuobjdump() -> Path | None:
 
 
 def read(module: Path) -> list[dict]:
-    """A dict for each kernel and architecture in a compiled module.
+    """Return one dict per kernel and architecture in a compiled module.
 
-    kernel, arch, registers (of a thread), threads (of a block at most), stack (bytes, what is
-    spilled included), blocks (that the registers of a multiprocessor hold, 0 without a bound on
-    threads), and how many instructions there are of each kind in INSTRUCTIONS.
+    Its keys are kernel, arch, registers (per thread), threads (largest block), stack (bytes, with
+    spills), blocks (that fit into the registers of a multiprocessor, 0 without a bound on threads),
+    and the number of instructions of each kind in INSTRUCTIONS.
     """
     rows: dict[tuple[str, str], dict] = {}
     for arch, kernel, usage in _sections(module, "--dump-resource-usage", " Function "):
@@ -74,14 +73,15 @@ def read(module: Path) -> list[dict]:
 
 
 def _blocks(registers: int, warps: int, arch: str) -> int:
-    """How many blocks of so many warps a multiprocessor has registers and places for."""
+    """Return how many blocks fit into a multiprocessor's registers and warp slots."""
     each = warps * 32 * -(-registers // 8) * 8
     most = 48 if arch[:2] in ("86", "87", "89", "12") else 64  # warps of a multiprocessor
     return min(REGISTERS // each, most // warps) if warps else 0
 
 
 class Plan(NamedTuple):
-    """How a block is launched: its warps, whether its rows stay in shared memory, bytes of that."""
+    """How a block is launched: its warps, whether its rows stay in shared memory, and the bytes of
+    shared memory."""
 
     warps: int
     resident: bool
@@ -89,18 +89,18 @@ class Plan(NamedTuple):
 
 
 def plan(direction: str, patches: int, most: int, dim: int = 64, proxies: int = 4) -> Plan:
-    """What make_plan of csrc/proxy_attention chooses for 16-bit numbers and heads of 64.
+    """Return the choice of make_plan of csrc/proxy_attention for 16-bit numbers and heads of 64.
 
-    most: bytes of shared memory that a block may have. tests/emulator compares with the launches.
+    most: largest shared memory of a block in bytes. tests/emulator compares with the launches.
     """
     chunks, most_warps = -(-(proxies + patches) // 16), 7 if direction == "forward" else 4
     warps = -(-chunks // -(-chunks // most_warps))
 
     def shared(resident: bool) -> int:
-        rows = 16 * chunks if resident else 2 * 64  # or a ring of two tiles
-        if direction == "forward":  # keys and values, every warp's queries
+        rows = 16 * chunks if resident else 2 * 64  # otherwise a ring of two tiles
+        if direction == "forward":  # keys, values, queries of every warp
             return (2 * rows + 16 * warps) * dim * 2
-        own = rows if resident else 16 * warps  # besides, queries and gradients of outputs
+        own = rows if resident else 16 * warps  # for queries and gradients of outputs
         return (2 * rows + 2 * own) * dim * 2
 
     resident = shared(True) <= most
@@ -108,7 +108,8 @@ def plan(direction: str, patches: int, most: int, dim: int = 64, proxies: int = 
 
 
 def occupancy(rows: list[dict]) -> list[dict]:
-    """A dict for each model, direction and architecture: its plan, and blocks a multiprocessor."""
+    """Return one dict per model, direction and architecture: its plan, and blocks per
+    multiprocessor."""
     found = []
     for row in rows:
         kernel = re.search(r"(forward|backward)<bfloat16, 64>", row["kernel"])
@@ -127,10 +128,10 @@ def occupancy(rows: list[dict]) -> list[dict]:
 
 
 def occupancy_table(cases: list[dict]) -> str:
-    """Markdown, a line a model and direction, a column an architecture."""
+    """Return Markdown with one row per model and direction, and one column per architecture."""
     archs = list(dict.fromkeys(case["arch"] for case in cases))
     lines = [
-        "Blocks of attention (bf16, heads of 64) that a multiprocessor holds, and what each has.",
+        "Blocks of attention (bf16, heads of 64) per multiprocessor, with warps and shared memory.",
         "",
         f"| kernel | {' | '.join(f'sm_{arch}' for arch in archs)} |",
         "|---" * (len(archs) + 1) + "|",
@@ -146,7 +147,7 @@ def occupancy_table(cases: list[dict]) -> str:
 
 
 def _sections(module: Path, option: str, heading: str):
-    """(architecture, mangled kernel, text) of a listing, heading after heading."""
+    """Yield (architecture, mangled kernel, text) for each section of a listing."""
     program = cuobjdump()
     assert program, "cuobjdump is not installed"
     environment = os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
@@ -161,7 +162,7 @@ def _sections(module: Path, option: str, heading: str):
 
 
 def _demangled(names: set[str]) -> dict[str, str]:
-    """Mangled → as in the source, without namespaces and parameters."""
+    """Return mangled name → name as in the source, without namespaces and parameters."""
     ordered = sorted(names)
     plain = subprocess.run(
         ["c++filt", "-p"], input="\n".join(ordered), stdout=subprocess.PIPE, text=True, check=True
@@ -174,10 +175,10 @@ def _demangled(names: set[str]) -> dict[str, str]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, a line a kernel: figures of the architectures side by side where they differ."""
+    """Return Markdown with one row per kernel; architectures that differ share a cell."""
     archs = list(dict.fromkeys(row["arch"] for row in rows))
     lines = [
-        f"Registers a thread and blocks a multiprocessor that they allow, on {', '.join(archs)}.",
+        f"Registers per thread, and blocks per multiprocessor they allow, on {', '.join(archs)}.",
         "",
         "| kernel | threads | registers | blocks | stack | mma | ldmatrix | cp.async | local |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -199,7 +200,10 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     if cuobjdump() is None:
-        sys.exit("kernel_table: `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm` first")
+        sys.exit(
+            "kernel_table: cuobjdump and nvdisasm are missing; run "
+            "`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`"
+        )
     if len(sys.argv) > 1:
         module = Path(sys.argv[1])
     else:

@@ -1,10 +1,10 @@
-"""Our kernels alone: checked at small sizes, or run once at the sizes that count.
+"""Our kernels without peers, for compute-sanitizer and ncu.
 
-python bench/kernels.py check   against float64, also for compute-sanitizer
-python bench/kernels.py run     attention of B/16 at 32 videos, the symmetric loss of 16384
-                                rows: for ncu
---device cpu                    instead of the GPU
---tiny                          run at tiny sizes, to see that the program works
+python bench/kernels.py check   compares small cases with float64 (compute-sanitizer)
+python bench/kernels.py run     runs attention of B/16 on 32 videos and the symmetric loss of 16384
+                                rows once (ncu)
+--device cpu                    uses the CPU instead of the GPU
+--tiny                          runs at tiny sizes, to try the program
 """
 
 import argparse
@@ -22,8 +22,8 @@ from torch import Tensor
 from clipvip.ops import proxy_attention
 from clipvip.ops.proxy_attention import proxy_attention_reference
 
-# (dtype, D, L): several warps, whose rows stay in shared memory, or come and go through a ring in
-# backward, in fp32 and at D=128 in forward too.
+# (dtype, D, L): several warps. Rows stay in shared memory, or pass through a ring: in backward, and
+# for fp32 and D=128 in forward, too.
 ATTENTION = [
     (torch.bfloat16, 64, 140),
     (torch.float32, 64, 140),
@@ -31,15 +31,15 @@ ATTENTION = [
     (torch.float32, 64, 576),
     (torch.float16, 128, 576),
 ]
-# (dtype, n, D): rows that stay in shared memory, and that go through a ring.
+# (dtype, n, D): rows that stay in shared memory, and rows that pass through a ring.
 LOSSES = [(torch.bfloat16, 300, 512), (torch.bfloat16, 300, 40), (torch.float32, 300, 512)]
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 def check(device: str) -> None:
-    """Forward and backward against float64 on the CPU, which a sanitizer leaves alone.
+    """Compare forward and backward with float64 on the CPU, which a sanitizer does not check.
 
-    Raises AssertionError that names all that are off.
+    Raises AssertionError that names all wrong results.
     """
     checks = [functools.partial(check_attention, *case, device) for case in ATTENTION]
     for case in LOSSES:
@@ -50,7 +50,7 @@ def check(device: str) -> None:
 
 
 def check_attention(dtype: torch.dtype, dim: int, patches: int, device: str) -> str | None:
-    """Two frames, none, and one, with 4 proxies and two heads."""
+    """Check videos of two, no and one frame, with 4 proxies and two heads; return what is wrong."""
     offsets, proxies = torch.tensor([0, 2, 2, 3], dtype=torch.int32), 4
     generator = torch.Generator().manual_seed(0)
     tokens = 3 * proxies + 3 * patches
@@ -84,7 +84,7 @@ def unit_rows(count: int, n: int, depth: int, dtype: torch.dtype) -> list[Tensor
 def fault(
     name: str, got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
 ) -> str | None:
-    """Return what is wrong, or None; errors are ‖x − expected‖ / ‖expected‖, the worst counts."""
+    """Return what is wrong, or None. The error is the largest ‖x − expected‖ / ‖expected‖."""
     errors = [
         float((x.to(want) - want).norm() / want.norm().clamp(min=1e-30))
         for x, want in zip(got, expected, strict=True)
@@ -97,7 +97,7 @@ def fault(
 
 
 def run(device: str, tiny: bool) -> None:
-    """Each kernel once, forward and backward."""
+    """Run each kernel once, forward and backward."""
     videos, rows = (1, 64) if tiny else (32, 16384)
     frames, patches = (12,) * videos, 9 if tiny else 196
     tokens = sum(attention.PROXIES + n * patches for n in frames)
@@ -107,7 +107,7 @@ def run(device: str, tiny: bool) -> None:
     out = attention.ours(qkv, frames, patches, attention.PROXIES)
     out.backward(torch.randn_like(out))
     losses.step(losses.FORMS["symmetric"]["ours"], *features, torch.tensor(100.0, device=device))
-    print(f"ran attention on {tokens} tokens and the symmetric loss on {rows} rows, both ways")
+    print(f"ran attention on {tokens} tokens and the symmetric loss on {rows} rows, with backward")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,12 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("what", choices=("check", "run"))
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="where (%(default)s)"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device (%(default)s)"
     )
-    parser.add_argument("--tiny", action="store_true", help="run at tiny sizes, as a trial")
+    parser.add_argument("--tiny", action="store_true", help="run at tiny sizes, to try the program")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("kernels: no CUDA GPU is seen; --device cpu runs them on the CPU")
+        sys.exit("kernels: torch sees no CUDA GPU; --device cpu uses the CPU")
     if given.what == "check":
         try:
             check(given.device)

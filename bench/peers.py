@@ -271,7 +271,7 @@ def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         sign = 2 * torch.eye(n) - 1
         -F.logsigmoid(sign * scale * a @ b.T).sum() / n
 
-    Sums are of the rows' dtype, which should be fp32 or float64.
+    Sums have the dtype of the rows, which should be fp32 or float64.
     """
 
     def part(first: int, rows: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -286,5 +286,5 @@ def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return total / len(a)
 
 
-# Losses of another function, each with that function in plain PyTorch.
+# Kernels of another loss, each with that loss in plain PyTorch.
 OTHER_LOSSES: dict[str, tuple[Loss, Loss]] = {"siglip-kernel": (siglip, sigmoid_loss)}

@@ -242,6 +242,18 @@ def is_rate(record: Record) -> bool:
     return record["suite"] == "decode"
 
 
+def each_way(sizes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a suite's cases: each size on a GPU, or on a CPU with default and with tuned malloc.
+
+    sizes: name → arguments of the suite's `measure`; device "cuda" means the GPU.
+    """
+    return {
+        f"{name}-{way}": size
+        for name, size in sizes.items()
+        for way in (("cuda",) if size.get("device") == "cuda" else ("default", "tuned"))
+    }
+
+
 def baseline(results: dict[str, dict]) -> str | None:
     return next((each for each in BASELINES if each in results), None)
 

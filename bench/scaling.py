@@ -1,10 +1,10 @@
-"""Clips a second on 1 to 1024 GPUs, by a model of a step: `python bench/scaling.py`.
+"""Predicts clips per second on 1 to 1024 GPUs by a model of a step: `python bench/scaling.py`.
 
-A step's time is that of its products at a share of the GPU's peak, of the loss, and of what
-ranks exchange beyond what backward hides. The same model, given one process's measured time and
-the measured rates of gloo and of copies, is held against two processes on this machine, where
-gradients are most of what they exchange, and where features are: an error beyond TOLERANCE.
-Writes bench/results/scaling.json.
+The time of a step is the sum of three parts: its products at a share of the GPU's peak, the loss,
+and the exchange between ranks that backward does not hide. To test the model, it predicts a step of
+two processes on this machine from the measured time of one process and the measured rates of gloo
+and of copies, once with mostly gradients exchanged and once with mostly features. It is an error if
+prediction and measurement differ by more than TOLERANCE. Writes bench/results/scaling.json.
 """
 
 import json
@@ -29,15 +29,15 @@ from clipvip.training.config import DataConfig, ModelConfig, TrainConfig
 from clipvip.training.plan import PEAKS, TERA, Plan, plan
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-CLIPS = 32  # on each GPU, as in the paper
+CLIPS = 32  # per GPU, as in the paper
 FLOAT = 4  # bytes
-TOLERANCE = 0.25  # of a predicted step of two processes, relative to the measured one
+TOLERANCE = 0.25  # largest relative error of a predicted step of two processes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates a second: of operations, and of bytes that a rank sends in a collective, near it and
-    beyond, or reads and writes in its memory."""
+    """Rates per second: operations, bytes that a rank sends in a collective within its node (near)
+    and between nodes (far), and bytes that it reads and writes in its memory."""
 
     flops: float
     loss_flops: float
@@ -47,23 +47,23 @@ class Machine:
     near_ranks: int
     latency: float
     hidden: float
-    """Share of backward behind which gradients travel."""
+    """Share of backward during which gradients are exchanged."""
 
     def wire(self, ranks: int) -> float:
-        """Of a collective of so many ranks."""
+        """Return the rate of a collective of so many ranks."""
         return self.near if ranks <= self.near_ranks else self.far
 
 
-# Assumed, not measured: half of the dense bf16 peak; the loss in fp32 outside the tensor cores; a
-# collective's bytes a second over NVLink in a node of 8, and beyond over a 400 Gb/s card for each
-# GPU, where a node's bytes leave it once, by all of its cards; three quarters of its memory's rate.
+# Assumed, not measured: half of the dense bf16 peak; the loss in fp32 outside the tensor cores;
+# collectives over NVLink in a node of 8 GPUs, and between nodes over one 400 Gb/s card per GPU,
+# where the bytes of a node leave it once over all its cards; 3/4 of the memory's rate.
 H100 = Machine(0.5 * PEAKS["H100"] * TERA, 30 * TERA, 360e9, 300e9, 2.5e12, 8, 20e-6, 0.9)
 
 
 def step_seconds(
     cost: Plan, machine: Machine, ranks: int, dimension: int, pairs: int
 ) -> dict[str, float]:
-    """Where a step of `cost.clips // ranks` clips a rank goes."""
+    """Return the seconds of each part of a step with `cost.clips // ranks` clips per rank."""
     clips = cost.clips // ranks
     forward, backward = clips * cost.tower_flops, clips * cost.backward_flops
     towers = (forward + backward) / machine.flops
@@ -74,16 +74,18 @@ def step_seconds(
     size = FLOAT * cost.trained
     gradients = 2 * (ranks - 1) / ranks * size / rate + machine.latency * 2 * hops
     gradients = max(gradients - machine.hidden * backward / machine.flops, 0.0)
-    gradients += 4 * size / machine.memory  # into buckets and back, each read and written
-    # Features there, forward and backward, and their gradients back; eight collectives: see
-    # clipvip.sharded.sharded_logsumexp. Only one's own tile is computed meanwhile.
+    gradients += (
+        4 * size / machine.memory
+    )  # copied into buckets and back, read and written each time
+    # Features are sent in forward and in backward, and their gradients back, in eight collectives
+    # (see clipvip.sharded.sharded_logsumexp). Meanwhile a rank computes its own tile only.
     features = pairs * 3 * (ranks - 1) * clips * dimension * FLOAT / rate
     features += pairs * 8 * hops * machine.latency
     return {"towers": towers, "loss": loss, "gradients": gradients, "features": features}
 
 
 def predictions() -> dict[str, list[dict[str, float]]]:
-    """Of post-pretraining by the packaged configurations, for H100s."""
+    """Return predictions for post-pretraining with the packaged configurations on H100s."""
     found = {}
     for name, patch in (("B/32", 32), ("B/16", 16)):
         shapes = CLIPViPConfig(vision_config={"patch_size": patch}, projection_dim=512)
@@ -106,15 +108,16 @@ def predictions() -> dict[str, list[dict[str, float]]]:
     return found
 
 
-# --- held against two processes here ---------------------------------------------------------
+# --- compared with two processes on this machine ------------------------------------------------
 
 ROUNDS = 10
-# Clips of each process, and features of a clip.
+# Clips per process, and features per clip.
 LOCAL, WIDE = {"gradients": 8, "features": 64}, {"gradients": 256, "features": 16384}
 
 
 def small() -> CLIPViPModel:
-    """Wide for its tokens, so that gradients take long to travel for what they take to make."""
+    """Return a model with few tokens for its width, so that exchanging its gradients takes long
+    compared with computing them."""
     torch.manual_seed(0)
     tower = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 3}
     tower |= {"num_attention_heads": 8}
@@ -126,14 +129,14 @@ def small() -> CLIPViPModel:
 
 
 def cost_of(case: str) -> Plan:
-    """Of a step of two processes."""
+    """Return the cost of a step of two processes."""
     with torch.device("meta"):
         model = CLIPViPModel(small().config)
     clips = 2 * LOCAL[case]
     config = TrainConfig(out="", batch_size=clips, mixed_precision="no", model=ModelConfig())
     config.data = DataConfig(num_frames=4, text_length=16)
     cost = plan(model, config, 2)
-    if case == "features":  # which are given: there are no towers
+    if case == "features":  # features are given, so there are no towers
         loss = cost.loss_flops * WIDE[case] / model.config.projection_dim
         cost = replace(cost, tower_flops=0.0, backward_flops=0.0, trained=0, loss_flops=loss)
     return cost
@@ -151,7 +154,7 @@ class Towers(torch.nn.Module):
 
 
 def step_of(case: str, sharded: bool) -> Callable[[], object]:
-    """Of this process: together with the other, or alone."""
+    """Return a step of this process, alone or together with the other one."""
     clips = LOCAL[case]
     if case == "features":
         given = [torch.randn(clips, WIDE[case]) / WIDE[case] ** 0.5 for _ in range(2)]
@@ -171,8 +174,12 @@ def step_of(case: str, sharded: bool) -> Callable[[], object]:
 
 
 def rank_main(rank: int, folder: str) -> None:
-    """Seconds of steps, alone and of both processes, and of what these do; all taken in turn, so
-    that whatever else the machine does falls on all. One thread; the first writes the medians."""
+    """Time steps of one and of two processes, and the collectives and copies in them; rank 0 writes
+    the medians in seconds.
+
+    All of them take turns, so that other load on the machine affects all alike. Each process has
+    one thread.
+    """
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -206,7 +213,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def measured() -> dict[str, float]:
-    """Medians of two processes' actions."""
+    """Return the medians of two processes in seconds; see `rank_main`."""
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(2):
@@ -215,14 +222,14 @@ def measured() -> dict[str, float]:
                 os._exit(0)
             children.append(child)
         if any([os.waitpid(child, 0)[1] for child in children]):
-            sys.exit("a rank failed; its error is above")
+            sys.exit("scaling: a rank failed; its error is printed above")
         with open(f"{folder}/medians.json") as file:
             return json.load(file)
 
 
 def held_against_two_processes() -> dict[str, dict[str, float]]:
-    """Of each case: predicted from a lone process's step and the rates of gloo and of copies; and
-    measured."""
+    """Return, per case, the step predicted from that of one process and the rates of gloo and of
+    copies, and the measured step."""
     seconds, found = measured(), {}
     copies = 2 * FLOAT * cost_of("gradients").trained / seconds["copy"]
     rates = {
@@ -233,7 +240,7 @@ def held_against_two_processes() -> dict[str, dict[str, float]]:
         cost, wire = cost_of(case), rates[case]
         alone = clips * (cost.tower_flops + cost.backward_flops) or cost.loss_flops
         flops = alone / seconds[f"{case} alone"]
-        # gloo's threads work on the cores that backward works on: nothing is hidden behind it.
+        # gloo's threads use the same cores as backward, so backward hides nothing.
         here = Machine(flops, flops, wire, wire, copies, 2, seconds["latency"], hidden=0.0)
         parts = step_seconds(cost, here, 2, WIDE[case], 1)
         found[case] = {
@@ -246,7 +253,7 @@ def held_against_two_processes() -> dict[str, dict[str, float]]:
 
 
 def misses(check: dict[str, dict[str, float]]) -> list[str]:
-    """What was predicted worse than TOLERANCE allows, a line each."""
+    """Return one line per prediction that is off by more than TOLERANCE."""
     return [
         f"{case}: {row['predicted_ms']:.1f} ms predicted, {row['measured_ms']:.1f} ms measured, "
         f"over {TOLERANCE:.0%} apart"
@@ -256,15 +263,18 @@ def misses(check: dict[str, dict[str, float]]) -> list[str]:
 
 
 def main() -> None:
-    """Prints both tables and keeps them."""
+    """Print both tables and write the record."""
     check = held_against_two_processes()
     for case, row in check.items():
-        print(f"two processes here, {case}: " + ", ".join(f"{k} {v:.1f}" for k, v in row.items()))
+        print(
+            f"two processes on this machine, {case}: "
+            + ", ".join(f"{k} {v:.1f}" for k, v in row.items())
+        )
     if found := misses(check):
-        sys.exit("; ".join(found) + "; nothing was written: run it on a machine that is idle")
+        sys.exit("; ".join(found) + "; nothing was written; run it on an idle machine")
     table = predictions()
     for name, rows in table.items():
-        print(f"\n{name}, {CLIPS} clips a GPU, predicted for H100\n")
+        print(f"\n{name}, {CLIPS} clips per GPU, predicted for H100\n")
         print("|  GPUs | clips/s | of linear | towers ms | loss ms | gradients ms | features ms |")
         print("|---|---|---|---|---|---|---|")
         for row in rows:

@@ -48,29 +48,10 @@ SHORT = (
         "ops resize_crop-1280x720-default",
     ),
 )
-CAPTIONS = {
-    "linear": "The MLP half of one layer of width 768, forward and backward; the baseline is the "
-    "authors' form.",
-    "pairwise_logsumexp": "Contrastive losses of 512-dimensional features, forward and backward; "
-    "the number is the batch size.",
-    "proxy_attention": "Attention of one layer with 4 proxies and 12 frames unless stated; on a "
-    "CPU 2 videos of B/16 or 4 of B/32. *both* is forward and backward.",
-    "resize_crop": "A decoded 4:2:0 frame to an RGB square of 224 pixels, one thread.",
-    "model": "Videos of 12 frames to features, on a CPU 2 videos of B/16 or 4 of B/32. *both* is "
-    "forward and backward.",
-    "train": "A whole post-pretraining step: both towers, the loss, gradients, AdamW; on a CPU 2 "
-    "videos of B/16 or 4 of B/32.",
-    "decode": "Clips per second, 12 uniform frames of each. *one*: one process with one thread; "
-    "*all*: one such process per core.",
-    "growth": "Exponents with which time and memory of an operation grow with a parameter.",
-}
-
 LEGEND = (
     "Times are medians; memory is what a call adds at its peak. *ours / eager* is the median of "
     "the ratios of each round; *ours / peer* is the ratio of medians to the fastest other "
-    "contestant. *of ceiling* is the share of the rate that a large matrix product or a large "
-    "copy reaches on the machine. Cases whose names end in *tuned* ran with a malloc that keeps "
-    "freed memory."
+    "contestant. Decoding is given in clips per second."
 )
 
 
@@ -261,8 +242,6 @@ def markdown(records: Sequence[Record]) -> str:
         grown = [r for r in inside if is_sweep(r)]
         subject = title.removesuffix(", GPU")
         parts.append(f"### {title.replace(subject, heading(subject))}")
-        if subject in CAPTIONS:
-            parts.append(CAPTIONS[subject])
         if grown:
             parts.append(_markdown(["case", "eager", "best peer", "ours"], map(_growth, grown)))
         elif is_rate(timed[0]):

@@ -1,7 +1,6 @@
-"""`python -m clipvip.training CONFIG.yaml key=value …`, also under torchrun.
+"""`python -m clipvip.training CONFIG key=value …`, alone or under torchrun.
 
-An error is one line; with CLIPVIP_TRACEBACK=1 in the environment it is Python's traceback.
-SIGTERM saves a checkpoint and ends with status 75.
+An error is one line; with CLIPVIP_TRACEBACK=1 in the environment, Python's traceback is shown.
 """
 
 import argparse
@@ -14,41 +13,27 @@ from typing import NoReturn
 from clipvip.terminal import one_line_errors, safe_output
 from clipvip.training.preemption import EXIT_STATUS, leave_on_sigterm
 
-USAGE = """usage: python -m clipvip.training CONFIG [key=value …] [--dry-run [--processes N]]
+DESCRIPTION = """Post-pretrain or fine-tune a model.
 
-CONFIG is a YAML file or the name of a packaged configuration: {names}.
-Several processes: torchrun --nproc-per-node 8 -m clipvip.training CONFIG key=value
+Train on several GPUs: torchrun --nproc-per-node 8 -m clipvip.training CONFIG KEY=VALUE …
 
---dry-run prints what a run on N processes (1) will cost, then takes one step through all its
-parts on made-up clips, with a model of the same layers that is hardly any wide.
-
-On SIGTERM all processes finish the step, save and end with status 75: started again, with
-resume=latest, the run goes on. One more SIGTERM, over 5 seconds later, ends at once."""
+On SIGTERM, all ranks finish their step, save and exit with status 75; start again with
+resume=latest to continue. Another SIGTERM more than 5 seconds later ends the run at once."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train by a configuration; an error is one line and exit status 1."""
+    """Train as the arguments say; on an error print one line and exit with status 1."""
     leave_on_sigterm()
-    from clipvip.training.config import (
-        ConfigError,
-        Preempted,
-        TrainingError,
-        load_config,
-        packaged_configs,
-    )
+    from clipvip.training.config import ConfigError, Preempted, TrainingError, load_config
 
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(names=", ".join(path.stem for path in packaged_configs())))
-        raise SystemExit(0 if arguments else 2)
-    arguments, dry, processes = _flags(list(arguments))
+    given = _parse(arguments)
     with one_line_errors(alike=(ConfigError, TrainingError)):
-        config = load_config(arguments[0], arguments[1:])  # before the slow imports
+        config = load_config(given.config, given.overrides)  # before the slow imports
 
-        if dry:
+        if given.dry_run:
             from clipvip.training.dry_run import dry_run
 
-            dry_run(config, processes)
+            dry_run(config, given.processes)
             return
 
         import torch.distributed as dist
@@ -81,17 +66,31 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _flags(arguments: list[str]) -> tuple[list[str], bool, int]:
-    """The arguments without flags; whether it is a dry run, and of how many processes."""
-    parser = argparse.ArgumentParser(prog="python -m clipvip.training", add_help=False)
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--processes", type=int, default=1)
-    flags, rest = parser.parse_known_intermixed_args(arguments)
-    if unknown := [argument for argument in rest if argument.startswith("-")]:
-        parser.error(f"unknown option {unknown[0]}")
-    if flags.processes < 1:
-        parser.error(f"--processes is {flags.processes}; expected at least 1")
-    return rest, flags.dry_run, flags.processes
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse with argparse, not with the tyro of `clipvip train`, which refuses flags that stand
+    between settings."""
+    from clipvip.training.config import packaged_configs
+
+    names = ", ".join(path.stem for path in packaged_configs())
+    parser = argparse.ArgumentParser(
+        prog="python -m clipvip.training",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help=f"a YAML file, or a packaged configuration: {names}")
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="settings that replace those of CONFIG")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print what the run costs, then take one step "
+        "through all its parts with a 32-channel model of the same depth, on synthetic clips",
+    )
+    add("--processes", metavar="N", type=int, default=1, help="processes that a dry run plans for")
+    given = parser.parse_intermixed_args(arguments)
+    if given.processes < 1:
+        parser.error(f"--processes is {given.processes}; expected at least 1")
+    return given
 
 
 if __name__ == "__main__":

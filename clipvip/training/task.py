@@ -30,7 +30,7 @@ class Task:
     texts: names of the texts of a clip that are embedded.
     with_image: whether the image of each clip is embedded too.
     pairs: number of pairs of features whose similarities the loss computes.
-    lacks: what a clip without a use for this task lacks, for an error.
+    lacks: what a useless clip has none of, for the error message.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Task:
         raise NotImplementedError
 
     def check(self, clips: list[Clip] | Shards, where: object) -> None:
-        """Raise ConfigError or ShardError where clips have nothing for this task to train on.
+        """Raise ConfigError or ShardError if clips lack the texts that this task trains on.
 
-        where: path of the clips, for the error.
+        where: path of the clips, for the error message.
         """
         if isinstance(clips, Shards):
             clips.check(self.name)
@@ -119,8 +119,8 @@ class Omnisource(Task):
         return clip.subtitle is None and clip.caption is None
 
     def check(self, clips: list[Clip] | Shards, where: object) -> None:
-        """Also raise ConfigError where the loss would be 0 for want of texts that the variant
-        compares; warn where one of its terms would be."""
+        """Check the clips as above; also raise ConfigError if no clip has a text that the variant
+        compares, so that the loss would be 0. Warn if only some of its terms would be 0."""
         super().check(clips, where)
         if isinstance(clips, Shards):
             subtitles = sum(source.subtitles for source in clips.sources)

@@ -123,6 +123,19 @@ def test_operations_are_those_of_the_model(wide, frozen):
     assert counter.get_total_flops() == pytest.approx(backward, rel=0.02, abs=0.01 * forward)
 
 
+@pytest.mark.parametrize("options", ["task=retrieval", "variant=vs", "variant=vs_vc_fc"])
+def test_operations_of_the_loss_are_those_of_its_logits(make_config, options):
+    config = make_config("task=omnisource", "batch_size=8", options)
+    task = task_of(config)
+    names = ("video", "text", "subtitle", "caption", "frame")
+    features = {name: torch.rand(8, 32) for name in names} | {"scale": torch.tensor(1.0)}
+    present = dict.fromkeys(("subtitle_present", "caption_present"), torch.ones(8).bool())
+    with FlopCounterMode(display=False) as counter:
+        task.loss(features, present)
+    model, _ = build_model(config, None)
+    assert counter.get_total_flops() == plan(model, config, 1).loss_flops
+
+
 def bytes_kept(call, parameters):
     """By the graph of a call, beside the parameters."""
     weights = {p.untyped_storage().data_ptr() for p in parameters}

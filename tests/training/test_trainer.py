@@ -645,7 +645,7 @@ def test_errors_of_the_command_are_one_line(make_config, capsys, overrides, mess
         ("", "model.name is empty; expected the folder of a model, "),
         ("'  '", "model.name is empty; expected the folder of a model, "),
         ("/absent/model", "model.name is '/absent/model', which does not exist; expected"),
-        ("absent/model", "model.name is 'absent/model', which does not exist here, nor could"),
+        ("absent/model", "model.name is 'absent/model', which does not exist here and could"),
         ("absent.pt", "model.name is 'absent.pt', which does not exist; expected"),
         (".", "model.name is '.', a folder without config.json; expected"),
     ],
@@ -828,7 +828,8 @@ def test_sigterm_leaves_a_validation_which_the_next_start_makes_up_for(
     make_config, tmp_path, world, monkeypatch
 ):
     """And where it comes before the first step, there is nothing to save."""
-    from clipvip.training import evaluate, trainer
+    from clipvip import embedding
+    from clipvip.training import trainer
 
     overrides = ["max_steps=4", "eval_every=2", "save_every=4", "resume=latest", "ema=0.7"]
     overrides += [f"data.validation={world / 'annotations.jsonl'}", "eval_batch_size=4"]
@@ -850,8 +851,8 @@ def test_sigterm_leaves_a_validation_which_the_next_start_makes_up_for(
     given = make_config(*overrides, f"out={broken}")
     for where, name, call, step in (
         (trainer, "build_model", 1, 0),  # before the first step
-        (evaluate, "normalize_frames", 2, 2),  # in a validation
-        (evaluate, "normalize_frames", 7, 4),  # in the last, after that of step 2 was made up for
+        (embedding, "normalize_frames", 2, 2),  # in a validation
+        (embedding, "normalize_frames", 7, 4),  # in the last, after that of step 2 was made up for
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, sending(getattr(where, name), call))

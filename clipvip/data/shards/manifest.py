@@ -30,8 +30,10 @@ class ShardError(ValueError):
 class Shard:
     """A line of a manifest.
 
-    shard: the tar's name. bytes, sha256: of its file. clips: readable clips. texts, subtitles,
-    captions: number of clips that have one. bad: clips that could not be read.
+    shard: name of the tar. bytes, sha256: size and checksum of its file.
+    clips: number of clips in it. texts, subtitles, captions: number of them that have one.
+    bad: number of clips that could not be read when the tar was written, which are not in it, or
+        verified, which are.
     """
 
     shard: str
@@ -190,7 +192,7 @@ def _parse_shard(line: bytes) -> Shard:
         raise ValueError(f"'shard' is {name!r:.80}, not one plain URL")
     name.encode("utf-8", "surrogateescape")
     if not all(type(count) is int and count >= 0 for count in [*parts, shard.bytes, shard.bad]):
-        raise ValueError("its counts are not all whole numbers from 0 on")
+        raise ValueError("its counts must be whole numbers from 0 on")
     if max(parts) > shard.clips or shard.clips * LEAST_BYTES > shard.bytes:
         raise ValueError(f"its {shard.clips} clips do not agree with its other counts or its bytes")
     if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
@@ -214,7 +216,7 @@ def _absolute(url: str) -> str:
 
 
 def name_in(manifest: Path, url: str) -> str:
-    """Return a tar's name for a manifest: the bare name where both lie in one folder, so that the
-    folder can be moved."""
+    """Return a tar's name for a manifest: the file name alone if both lie in one folder, so that
+    the folder can be moved."""
     folder, name = os.path.split(_absolute(url))
     return name if folder == os.path.abspath(manifest.parent) else _absolute(url)

@@ -39,7 +39,7 @@ def test_work_for_a_line_does_not_grow_with_the_list(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("left", ["", '{"path": "cut in the mi', '{"path": "cut\n', "[]\n"])
-def test_a_list_that_was_damaged_or_replaced_is_gone_on_with(left: str, tmp_path: Path) -> None:
+def test_a_list_that_was_damaged_or_replaced_is_continued(left: str, tmp_path: Path) -> None:
     path = tmp_path / "bad_files.jsonl"
     bad = BadFiles(10, 1.0, path)
     bad.note([], [failure(0), failure(1)])
@@ -99,7 +99,7 @@ def test_a_list_that_cannot_be_written_costs_one_warning(
     assert str(path) in warning and "None" not in warning
 
 
-def test_damage_is_told_and_listed_once_but_not_counted(tmp_path: Path, caplog) -> None:
+def test_damage_is_logged_and_listed_once_but_not_counted(tmp_path: Path, caplog) -> None:
     path = tmp_path / "bad_files.jsonl"
     damaged = BadFile("0.mp4", "1 of 9 keyframes cannot be decoded", 1)
     for bad in (BadFiles(10, 0.0, path), BadFiles(10, 0.0, path)):

@@ -278,7 +278,7 @@ def spoiled(clips: list[Clip], tmp_path: Path) -> list[Clip]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_over_bad_files_and_lists_them(
+def test_training_skips_bad_files_and_lists_them(
     workers: int, load: Load, spoiled: list[Clip], tmp_path: Path, caplog
 ) -> None:
     out = tmp_path / "out" / "bad_files.jsonl"
@@ -458,7 +458,7 @@ def test_an_error_in_a_worker_is_raised_with_its_traceback(load: Load, monkeypat
 
 
 class Particular(Exception):
-    """Cannot be made anew of its args."""
+    """Cannot be unpickled."""
 
     def __init__(self, name: str, number: int) -> None:
         super().__init__(name)

@@ -55,7 +55,7 @@ for _ in Workers(lambda task, excluded: [torch.zeros(99_999)] * 20, 3).run(range
 
 
 @pytest.mark.parametrize("after", ["0.2", "0.5", "0.7"])
-def test_processes_whose_parent_was_killed_end_without_a_word(after: str) -> None:
+def test_processes_whose_parent_was_killed_end_silently(after: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", KILLED, after], capture_output=True, text=True, timeout=60
     )
@@ -82,14 +82,14 @@ print([result for _, result in Workers(lambda task, excluded: task, 1).run(range
 """
 
 
-def test_what_the_parent_left_over_does_not_end_in_a_new_process() -> None:
+def test_garbage_of_the_parent_is_not_collected_in_a_new_process() -> None:
     run = subprocess.run(
         [sys.executable, "-c", GARBAGE], capture_output=True, text=True, timeout=20
     )
     assert (run.stdout, run.stderr) == ("[0, 1]\n", "")
 
 
-def test_collecting_goes_on_in_both_processes() -> None:
+def test_garbage_collection_continues_in_both_processes() -> None:
     assert results(lambda task, excluded: gc.isenabled(), [0]) == [True]
     assert gc.isenabled()
 
@@ -97,10 +97,10 @@ def test_collecting_goes_on_in_both_processes() -> None:
 def test_a_process_that_does_not_begin_is_replaced(monkeypatch, caplog) -> None:
     with monkeypatch.context() as patched:  # hangs after the fork, as for a lock
         patched.setattr(torch, "set_num_threads", lambda count: time.sleep(1000))
-        crew = Workers(lambda task, excluded: task, 1)
+        pool = Workers(lambda task, excluded: task, 1)
     monkeypatch.setattr(workers, "START", 0.5)
     with caplog.at_level(logging.WARNING):
-        assert [result for _, result in crew.run(range(3))] == [0, 1, 2]
+        assert [result for _, result in pool.run(range(3))] == [0, 1, 2]
     (message,) = caplog.messages
     assert "did not start within 0 s" in message
 
@@ -147,9 +147,9 @@ def held() -> tuple[int, int]:
 @linux
 def test_a_result_takes_no_open_file_and_its_memory_goes_with_it() -> None:
     size = 1 << 20
-    crew = Workers(lambda task, excluded: [torch.ones(size, dtype=torch.uint8)] * 3, 2)
+    pool = Workers(lambda task, excluded: [torch.ones(size, dtype=torch.uint8)] * 3, 2)
     kept: list[Tensor] = []
-    for number, (_, result) in enumerate(crew.run(range(200))):
+    for number, (_, result) in enumerate(pool.run(range(200))):
         assert all(part[::4096].all() for part in result)
         if number == 20:
             files, memory = held()
@@ -162,9 +162,9 @@ def test_a_result_takes_no_open_file_and_its_memory_goes_with_it() -> None:
 @linux
 def test_a_small_tensor_that_is_kept_does_not_keep_its_batch() -> None:
     size = 1 << 22
-    crew = Workers(lambda task, excluded: (torch.ones(size), torch.tensor([task])), 1)
+    pool = Workers(lambda task, excluded: (torch.ones(size), torch.tensor([task])), 1)
     before = held()[1]
-    kept = [result[1] for _, result in crew.run(range(20))]
+    kept = [result[1] for _, result in pool.run(range(20))]
     assert torch.cat(kept).tolist() == list(range(20))
     assert held()[1] <= before + 3 * 4 * size
 
@@ -201,8 +201,8 @@ from clipvip.data.loading.workers import Workers
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 kept = [result for _, result in Workers(lambda *given: torch.ones(1 << 20), 4).run(range(200))]
 print(len(kept))
-crew = Workers(lambda *given: torch.ones(1 << 20), 1).run(range(200))
-next(crew)
+pool = Workers(lambda *given: torch.ones(1 << 20), 1).run(range(200))
+next(pool)
 files = []
 try:
     while True:
@@ -210,7 +210,7 @@ try:
 except OSError:
     pass
 try:
-    list(crew)
+    list(pool)
 except RuntimeError as error:
     print(error)
 """
@@ -249,30 +249,30 @@ def test_a_process_that_dies_while_it_passes_a_result_on_is_replaced(
         whole(connection, message)
 
     monkeypatch.setattr(messages, "send", part)
-    crew = Workers(lambda task, excluded: torch.full((BIG,), task), 1)
-    assert [int(result[-1]) for _, result in crew.run(range(5))] == list(range(5))
+    pool = Workers(lambda task, excluded: torch.full((BIG,), task), 1)
+    assert [int(result[-1]) for _, result in pool.run(range(5))] == list(range(5))
     assert (tmp_path / "died").exists()
 
 
-def test_a_message_that_was_interrupted_is_not_gone_on_with(monkeypatch) -> None:
+def test_the_rest_of_an_interrupted_message_is_not_read(monkeypatch) -> None:
     whole = messages._mapped
 
     def interrupted(files: list[int], size: int) -> Tensor:
         monkeypatch.setattr(messages, "_mapped", whole)
         raise KeyboardInterrupt
 
-    crew = Workers(lambda task, excluded: torch.full((BIG,), task), 1)
+    pool = Workers(lambda task, excluded: torch.full((BIG,), task), 1)
     monkeypatch.setattr(messages, "_mapped", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        list(crew.run(range(5)))
-    assert [int(result[-1]) for _, result in crew.run(range(5))] == list(range(5))
+        list(pool.run(range(5)))
+    assert [int(result[-1]) for _, result in pool.run(range(5))] == list(range(5))
 
 
 # --- what work may do -----------------------------------------------------------------------
 
 
 class Particular(Exception):
-    """Cannot be made anew of its args."""
+    """Cannot be unpickled."""
 
     def __init__(self, name: str, number: int) -> None:
         super().__init__(name)
@@ -304,7 +304,7 @@ def raising(error: Any) -> Callable[..., Any]:
         (RecursionError("deep"), RecursionError, "deep"),
     ],
 )
-def test_any_error_of_work_is_raised_and_told_with_its_place(
+def test_any_error_of_work_is_raised_and_logged_with_its_place(
     error: Exception, kind: type[Exception], words: str, caplog
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -314,7 +314,7 @@ def test_any_error_of_work_is_raised_and_told_with_its_place(
     assert [text for text in caplog.messages if "at clip 1" in text]
 
 
-def test_an_error_in_this_process_is_told_with_its_place_too(caplog) -> None:
+def test_an_error_in_this_process_is_logged_with_its_place_too(caplog) -> None:
     with pytest.raises(KeyError):
         results(raising(KeyError()), range(3), 0, name=lambda place: f"clip\n{place}")
     assert caplog.messages == ["KeyError at clip\\n1"]
@@ -325,10 +325,10 @@ def test_a_result_that_cannot_be_passed_on_is_an_error_of_its_task(result: Any) 
     def work(task: int, excluded: frozenset[int]) -> Any:
         return [torch.zeros(BIG), (number for number in [result]) if task else 0]
 
-    crew = Workers(work, 1)
+    pool = Workers(work, 1)
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        list(crew.run([0, 1]))
-    assert len(list(crew.run([0, 0]))) == 2  # and the next run is as if that had not been
+        list(pool.run([0, 1]))
+    assert len(list(pool.run([0, 0]))) == 2  # and the next run is as if that had not been
 
 
 class Panic(BaseException):
@@ -382,8 +382,8 @@ def test_a_long_task_that_goes_from_place_to_place_is_not_stuck(monkeypatch, cap
     assert results(work, [7]) == [7] and not caplog.messages
 
 
-def test_two_crews_that_start_at_once_do_not_hold_each_others_ends(monkeypatch) -> None:
-    """A process that dies is noticed though another crew's was forked meanwhile."""
+def test_workers_started_at_the_same_time_do_not_hold_each_others_pipes(monkeypatch) -> None:
+    """A process that dies is noticed although another was forked at the same time."""
     whole, started = workers.multiprocessing.Process.start, []
 
     def start(process: Any) -> None:

@@ -75,7 +75,7 @@ def sample(**files: bytes) -> dict:
         ({"json": b'{"text": "\\ud83d\\ude00"}'}, "😀", None),
     ],
 )
-def test_texts_of_tars_from_elsewhere_are_decoded_or_repaired_and_told_once(
+def test_texts_of_tars_from_elsewhere_are_decoded_or_repaired_and_logged_once(
     files: dict[str, bytes], text: str, fault: str | None, monkeypatch, caplog
 ) -> None:
     monkeypatch.setattr(members, "_warned", set())

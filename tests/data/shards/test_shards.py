@@ -80,7 +80,7 @@ def test_shards_hold_the_clips(options: dict[str, Any], annotations: Path, tmp_p
         there = found[place]
         texts = (clip.text, clip.subtitle, clip.caption)
         assert (there.clip.text, there.clip.subtitle, there.clip.caption) == texts
-        assert there.source is not None and there.clip.line == place + 1
+        assert there.annotation is not None and there.clip.line == place + 1
         part = {"size": 16, "start": there.clip.start, "end": there.clip.end}
         frames = read_frames(there.video, 5, **part)
         expected = read_frames(clip.video, 5, size=16, start=clip.start, end=clip.end)
@@ -161,7 +161,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 
 @pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_leaves_no_process_and_is_gone_on_with(
+def test_a_killed_run_leaves_no_process_and_is_resumed(
     killed_by: int, real_clips: dict[str, Path], tmp_path: Path
 ) -> None:
     video = str(real_clips["carphone_distorted"])
@@ -391,7 +391,7 @@ def test_a_partial_file_of_others_is_no_partial_shard(annotations: Path, tmp_pat
     assert (tmp_path / "film.tar.partial").read_bytes() == b"precious"
 
 
-def test_of_two_runs_at_once_the_second_is_told_of_the_first(
+def test_a_second_run_at_the_same_time_is_refused(
     annotations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("clipvip.files.HERE_WAIT", 0.0)
@@ -552,7 +552,7 @@ def test_tars_made_elsewhere_get_a_manifest(make_video, tmp_path: Path) -> None:
     assert (clip.text, clip.caption) == (("words 1",), "own")
 
 
-def test_tars_joined_into_one_file_are_told(make_video, tmp_path: Path, caplog) -> None:
+def test_tars_joined_into_one_file_are_reported(make_video, tmp_path: Path, caplog) -> None:
     tar = tmp_path / "0.tar"
     write_tar(tar, [{"mp4": make_video("gop10.mp4").read_bytes()}])
     assert verify_shards(str(tar), manifest=tmp_path / "m.jsonl", num_workers=0) == (1, [])

@@ -197,9 +197,7 @@ def test_skipping_opens_only_what_follows(load: Load, fast: None, monkeypatch) -
     assert len(set(opened)) <= 2
 
 
-def test_sources_are_mixed_by_ratio_and_gone_through_evenly(
-    load: Load, folder: Path, fast: None
-) -> None:
+def test_sources_are_mixed_by_ratio_and_read_evenly(load: Load, folder: Path, fast: None) -> None:
     sources = [Source(str(folder / "videos"), 3.0), Source(str(folder / "images"), 1.0)]
     loader = load(*sources, task="omnisource", batch_size=4)
     assert len(loader) == (COUNT + 12) // 4
@@ -318,7 +316,7 @@ def spoiled(folder: Path, tmp_path: Path) -> Source:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_over_bad_clips_and_tars(
+def test_training_skips_bad_clips_and_tars(
     workers: int, load: Load, spoiled: Source, tmp_path: Path
 ) -> None:
     out = tmp_path / "bad_files.jsonl"

@@ -128,7 +128,7 @@ def outcome(sample: Packed) -> str | None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_training_goes_on_over_clips_of_strangers(
+def test_training_skips_unusable_clips_of_other_tools(
     num_workers: int, video: bytes, tokenizer: Any, tmp_path: Path
 ) -> None:
     bad = [[*good(video, f"{i}"), (f"{i}.json", text)] for i, text in enumerate(JSON.values())]

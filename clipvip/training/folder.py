@@ -82,19 +82,15 @@ def find_resumed(config: TrainConfig) -> Path | None:
 
 
 def write_settings(config: TrainConfig) -> None:
-    """Write OUT/config.yaml on the first rank, before any other file, as it marks a run's folder.
+    """Write OUT/config.yaml, before any other file, as it marks a run's folder.
 
-    Raises ConfigError, on all ranks, if it cannot be written.
+    Raises ConfigError if it cannot be written.
     """
-
-    def write() -> None:
-        path = Path(config.out) / "config.yaml"
-        try:
-            write_whole(path, _WRITTEN + OmegaConf.to_yaml(OmegaConf.structured(config)))
-        except OSError as error:
-            raise ConfigError(
-                f"{shown(path)} cannot be written: {error.strerror}; free some space there or give "
-                "another out"
-            ) from error
-
-    distributed.first_does(write)
+    path = Path(config.out) / "config.yaml"
+    try:
+        write_whole(path, _WRITTEN + OmegaConf.to_yaml(OmegaConf.structured(config)))
+    except OSError as error:
+        raise ConfigError(
+            f"{shown(path)} cannot be written: {error.strerror}; free some space there or give "
+            "another out"
+        ) from error

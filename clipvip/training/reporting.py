@@ -6,14 +6,12 @@ import math
 import time
 import uuid
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from clipvip import distributed
 from clipvip.files import shown, write_whole
 from clipvip.training.checkpoint import truncate_jsonl
 from clipvip.training.config import ConfigError, TrainConfig, flat
@@ -68,12 +66,7 @@ class Reporter:
         self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
         for tracker in self.accelerator.trackers:
             try:
@@ -142,39 +135,35 @@ def known_trackers(config: TrainConfig) -> list[str | LoggerType]:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
-    """Start the trackers on the first rank, after `step` steps of a run.
+    """Start the trackers, after `step` steps of a run.
 
     TensorBoard drops the events of later steps. wandb and MLflow continue the runs that
-    OUT/trackers.json remembers. Raises ConfigError, on all ranks, if a tracker does not start.
+    OUT/trackers.json remembers. Raises ConfigError if a tracker does not start.
     """
     out = Path(config.out)
     remembered = out / "trackers.json"
-
-    def start() -> None:
-        ids: dict[str, str] = {}
-        if step and remembered.exists():
-            try:
-                ids = dict(json.loads(remembered.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                logger.warning("%s cannot be read (%s): trackers start new runs", remembered, error)
-        wandb_id = ids.get("wandb", uuid.uuid4().hex)
-        named = {"name": out.name, "group": out.name, "dir": config.out}
-        options = {
-            "tensorboard": {"purge_step": step + 1},
-            "wandb": {**named, "id": wandb_id, "resume": "allow"},
-            "mlflow": {"run_name": out.name, "run_id": ids.get("mlflow")},
-        }
+    ids: dict[str, str] = {}
+    if step and remembered.exists():
         try:
-            accelerator.init_trackers("clipvip", init_kwargs=options)
-            for tracker in accelerator.trackers:
-                # TensorBoard would make a configuration a run of its own; MLflow accepts one once.
-                if tracker.name != "tensorboard" and tracker.name not in ids:
-                    tracker.store_init_configuration(flat(config))
-                    mlflow = tracker.name == "mlflow"
-                    ids[tracker.name] = tracker.tracker.info.run_id if mlflow else wandb_id
-        except Exception as error:  # such as of a service that is not reached, or needs a login
-            raise ConfigError(f"trackers: {' '.join(str(error).split())}") from error
-        if ids:
-            write_whole(remembered, json.dumps(ids) + "\n")
-
-    distributed.first_does(start)
+            ids = dict(json.loads(remembered.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            logger.warning("%s cannot be read (%s): trackers start new runs", remembered, error)
+    wandb_id = ids.get("wandb", uuid.uuid4().hex)
+    named = {"name": out.name, "group": out.name, "dir": config.out}
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {**named, "id": wandb_id, "resume": "allow"},
+        "mlflow": {"run_name": out.name, "run_id": ids.get("mlflow")},
+    }
+    try:
+        accelerator.init_trackers("clipvip", init_kwargs=options)
+        for tracker in accelerator.trackers:
+            # TensorBoard would make a configuration a run of its own; MLflow accepts one once.
+            if tracker.name != "tensorboard" and tracker.name not in ids:
+                tracker.store_init_configuration(flat(config))
+                mlflow = tracker.name == "mlflow"
+                ids[tracker.name] = tracker.tracker.info.run_id if mlflow else wandb_id
+    except Exception as error:  # such as of a service that is not reached, or needs a login
+        raise ConfigError(f"trackers: {' '.join(str(error).split())}") from error
+    if ids:
+        write_whole(remembered, json.dumps(ids) + "\n")

@@ -53,7 +53,7 @@ class RunState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "RunState":
-        """Read what state.pt holds, of which earlier versions lack some.
+        """Read the counters in state.pt; earlier versions wrote only some of them.
 
         Raises LookupError, TypeError or ValueError if it is not the state of a run.
         """
@@ -76,7 +76,7 @@ class RunState:
 class Run:
     """The parts that a run trains with.
 
-    config: the configuration, with what the model's processor decides filled in.
+    config: the configuration, with the settings that it left to the processor filled in.
     towers: the task's towers around `model`, spread over ranks.
     average: the average of the weights; None if config.ema is.
     preemption: says whether SIGTERM asked this rank to stop.

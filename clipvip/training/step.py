@@ -27,7 +27,7 @@ class StepResult:
     finite: whether both are finite; otherwise the weights were not changed.
     stop: whether any rank was asked to stop.
     rate: learning rate of the step.
-    seconds, waited: of the step, and those of them spent waiting for data.
+    seconds, waited: duration of the step, and the part of it spent waiting for data.
     clips: indices of this rank's clips, int64 [n], on the CPU.
     """
 
@@ -90,8 +90,7 @@ def set_rates(run: Run, step: int) -> float:
 def forward_backward(run: Run, batch: Batch) -> Tensor:
     """Add the gradients of one micro-batch to those of the weights; return its loss, 0-d.
 
-    batch: of a ClipLoader. With config.micro_batch, it is embedded in parts of so many clips
-    (gradient caching).
+    batch: batch of a ClipLoader; config.micro_batch clips of it are embedded at a time, if given.
     """
 
     def embed(part: Batch) -> Features:
@@ -118,7 +117,7 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The part of a loader's batch that the towers read, without masks that mask nothing."""
+    """Move the tensors that the towers read, except for masks that mask nothing."""
     return {
         key: send(value, device)
         for key, value in batch.items()

@@ -44,7 +44,7 @@ class Task:
 
     def towers(self, model: CLIPViPModel, processor: CLIPViPProcessor) -> "Towers":
         """The module that turns a batch into features; data parallelism wraps it."""
-        return Towers(model, processor, self.texts, self.with_image)
+        return Towers(model, processor, self)
 
     def loss(self, features: Features, batch: Batch) -> Tensor:
         """Loss over the clips of all ranks, 0-d, the same on every rank.
@@ -155,17 +155,10 @@ def task_of(config: TrainConfig) -> Task:
 class Towers(nn.Module):
     """A model's towers, from a batch to unit features."""
 
-    def __init__(
-        self,
-        model: CLIPViPModel,
-        processor: CLIPViPProcessor,
-        texts: tuple[str, ...],
-        with_image: bool,
-    ) -> None:
+    def __init__(self, model: CLIPViPModel, processor: CLIPViPProcessor, task: Task) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.task = model, task
         self.mean, self.std = processor.image_mean, processor.image_std
-        self.texts, self.with_image = texts, with_image
 
     def forward(self, batch: Batch) -> Features:
         """Embed a batch of n clips, as a ClipLoader gives it, on the model's device.
@@ -175,16 +168,16 @@ class Towers(nn.Module):
         """
         pixels, offsets = batch["pixel_values"], batch["frame_offsets"]
         count = len(offsets) - 1
-        if self.with_image:  # images are videos of one frame, in the same packed batch
+        if self.task.with_image:  # images are videos of one frame, in the same packed batch
             pixels = torch.cat([pixels, batch["image"]])
             images = torch.arange(1, count + 1, device=offsets.device, dtype=offsets.dtype)
             offsets = torch.cat([offsets, offsets[-1] + images])
         pixels = normalize_frames(pixels, self.mean, self.std)
         visual = F.normalize(self.model.get_video_features(pixels, offsets).float(), dim=-1)
         features = {"video": visual[:count], "scale": self.model.logit_scale.exp()}
-        if self.with_image:
+        if self.task.with_image:
             features["frame"] = visual[count:]
-        for name in self.texts:
+        for name in self.task.texts:
             mask = batch.get(f"{name}_mask")
             if mask is not None and self.model.text_model.config._attn_implementation == "sdpa":
                 mask = causal_mask(mask)

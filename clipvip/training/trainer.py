@@ -102,8 +102,8 @@ def set_up(config: TrainConfig, accelerator: Accelerator, preemption: Preemption
     state = RunState()
     if resumed:
         state = load_state(resumed, config, model, optimizer, accelerator)
-    write_settings(config)
-    start_trackers(accelerator, config, state.step)
+    distributed.first_does(lambda: write_settings(config))
+    distributed.first_does(lambda: start_trackers(accelerator, config, state.step))
     reporter = Reporter(accelerator, Path(config.out), state.step, total_steps)
     return Run(
         config=config,

@@ -31,6 +31,7 @@ import records
 import torch
 import torch.nn.functional as F
 from av.filter import Graph
+from bench_resize_crop import SIZE, cut
 from device import MIB, peak_memory
 from machine import machine
 from torch import Tensor
@@ -40,7 +41,7 @@ from clipvip.data.video.pixels import ONE_THREAD, planes_of
 from clipvip.data.video.sampling import choose_frames
 from clipvip.ops import resize_crop
 
-FRAMES, SIZE, RATE = 12, 224, 25
+FRAMES, RATE = 12, 25
 SIDES = {"320x240": (320, 240), "640x360": (640, 360), "1280x720": (1280, 720)}
 CASES = {
     f"h264-{name}-{seconds}s-{where}": dict(
@@ -197,11 +198,6 @@ def to_rgb(frame: av.VideoFrame) -> Tensor:
 def square(frames: list[Tensor], batched: bool = False) -> Tensor:
     """Return contiguous [N, 3, SIZE, SIZE] of frames [H, W, 3], or of one batch [N, H, W, 3]."""
     return cut((frames[0] if batched else torch.stack(frames)).permute(0, 3, 1, 2))
-
-
-def cut(frames: Tensor) -> Tensor:
-    top, left = (frames.shape[-2] - SIZE) // 2, (frames.shape[-1] - SIZE) // 2
-    return frames[..., top : top + SIZE, left : left + SIZE].contiguous()
 
 
 # --- clips ---------------------------------------------------------------------------------------

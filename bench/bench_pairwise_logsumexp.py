@@ -57,16 +57,11 @@ def gathered(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return F.cross_entropy(scale * a @ b.T, own) + F.cross_entropy(scale * b @ a.T, own)
 
 
-def linear_cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+def linear_cross_entropy(a: Tensor, b: Tensor, scale: Tensor, chunked: bool = False) -> Tensor:
     own = torch.arange(len(a), device=a.device)
     scaled = scale.to(a.dtype) * a
-    return F.linear_cross_entropy(scaled, b, own) + F.linear_cross_entropy(b, scaled, own)
-
-
-def chunked_linear_cross_entropy(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    own = torch.arange(len(a), device=a.device)
-    loss = functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-    scaled = scale.to(a.dtype) * a
+    options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}
+    loss = functools.partial(F.linear_cross_entropy, **options)
     return loss(scaled, b, own) + loss(b, scaled, own)
 
 
@@ -138,7 +133,7 @@ FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
         "chunked": chunked,
         "gathered": gathered,
         "linear_cross_entropy": linear_cross_entropy,
-        "chunked linear_cross_entropy": chunked_linear_cross_entropy,
+        "chunked linear_cross_entropy": functools.partial(linear_cross_entropy, chunked=True),
         "compiled naive": torch.compile(naive, dynamic=False),
         "ours": contrastive_loss,
     },

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records import RESULTS, write
+from tables import markdown_table
 
 REGISTERS = 65536  # per multiprocessor
 # Bytes of shared memory of a multiprocessor. The system takes 1 KiB of it for every block.
@@ -30,6 +31,7 @@ INSTRUCTIONS = {
     "exp2": r"MUFU\.EX2",
     "local_memory": r"(LDL|STL)\b",
 }
+COLUMNS = ("threads", "registers", "blocks", "stack", "mma", "ldmatrix", "cp_async", "local_memory")
 
 
 def cuobjdump() -> Path | None:
@@ -129,21 +131,17 @@ def occupancy(rows: list[dict]) -> list[dict]:
 
 def occupancy_table(cases: list[dict]) -> str:
     """Return Markdown with one row per model and direction, and one column per architecture."""
-    archs = list(dict.fromkeys(case["arch"] for case in cases))
-    lines = [
-        "Blocks of attention (bf16, heads of 64) per multiprocessor, with warps and shared memory.",
-        "",
-        f"| kernel | {' | '.join(f'sm_{arch}' for arch in archs)} |",
-        "|---" * (len(archs) + 1) + "|",
-    ]
+    archs = [f"sm_{arch}" for arch in dict.fromkeys(case["arch"] for case in cases)]
     kernels = collections.defaultdict(list)
     for case in cases:
         where = "resident" if case["resident"] else "ring"
-        kernels[case["model"], case["direction"]].append(
+        kernels[f"{case['model']} {case['direction']}"].append(
             f"{case['blocks']} of {case['warps']} warps, {case['shared'] / 1024:.0f} KiB {where}"
         )
-    lines += [f"| {' '.join(kernel)} | {' | '.join(each)} |" for kernel, each in kernels.items()]
-    return "\n".join(lines)
+    return (
+        "Blocks of attention (bf16, heads of 64) per multiprocessor, with warps and shared memory."
+        "\n\n" + markdown_table(["kernel", *archs], ([name, *x] for name, x in kernels.items()))
+    )
 
 
 def _sections(module: Path, option: str, heading: str):
@@ -177,25 +175,18 @@ def _demangled(names: set[str]) -> dict[str, str]:
 def table(rows: list[dict]) -> str:
     """Return Markdown with one row per kernel; architectures that differ share a cell."""
     archs = list(dict.fromkeys(row["arch"] for row in rows))
-    lines = [
-        f"Registers per thread, and blocks per multiprocessor they allow, on {', '.join(archs)}.",
-        "",
-        "| kernel | threads | registers | blocks | stack | mma | ldmatrix | cp.async | local |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
     kernels = collections.defaultdict(list)
     for row in rows:
         kernels[row["kernel"]].append(row)
+    lines = []
     for kernel, each in kernels.items():
-        cells = [
-            " / ".join(map(str, dict.fromkeys(row[column] for row in each)))
-            if column != "registers"
-            else " / ".join(str(row[column]) for row in each)
-            for column in ("threads", "registers", "blocks", "stack")
-            + ("mma", "ldmatrix", "cp_async", "local_memory")
-        ]
-        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = {column: [str(row[column]) for row in each] for column in COLUMNS}
+        cells |= {x: list(dict.fromkeys(cells[x])) for x in COLUMNS if x != "registers"}
+        lines.append([f"`{kernel}`", *map(" / ".join, cells.values())])
+    return (
+        f"Registers per thread, and blocks per multiprocessor they allow, on {', '.join(archs)}."
+        "\n\n" + markdown_table(["kernel", *COLUMNS], lines)
+    )
 
 
 def main() -> None:

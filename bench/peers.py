@@ -6,6 +6,7 @@ inf-cl 1.2.1, memeff 0.3.1 and siglip-kernel 0.1.1.
 """
 
 import functools
+import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -47,25 +48,17 @@ def cudnn_sdpa(qkv: Tensor, frames: Lengths, patches: int, proxies: int) -> Tens
     return _two_calls(attend, qkv, frames, patches, proxies)
 
 
-def flash_attention_2(qkv: Tensor, frames: Lengths, patches: int, proxies: int) -> Tensor:
-    """Two calls of FlashAttention-2 (flash-attn, by Dao-AILab); bf16 and fp16."""
-    from flash_attn import flash_attn_varlen_func
+def flash_attention(
+    module: str, qkv: Tensor, frames: Lengths, patches: int, proxies: int
+) -> Tensor:
+    """Two calls of a version of FlashAttention (by Dao-AILab); bf16 and fp16.
 
-    return _two_calls(_varlen(flash_attn_varlen_func), qkv, frames, patches, proxies)
-
-
-def flash_attention_3(qkv: Tensor, frames: Lengths, patches: int, proxies: int) -> Tensor:
-    """Two calls of FlashAttention-3 (folder hopper of Dao-AILab/flash-attention); bf16 and fp16."""
-    from flash_attn_interface import flash_attn_varlen_func
-
-    return _two_calls(_varlen(flash_attn_varlen_func), qkv, frames, patches, proxies)
-
-
-def flash_attention_4(qkv: Tensor, frames: Lengths, patches: int, proxies: int) -> Tensor:
-    """Two calls of FlashAttention-4 (flash-attn-4, by Dao-AILab); bf16 and fp16."""
-    from flash_attn.cute import flash_attn_varlen_func
-
-    return _two_calls(_varlen(flash_attn_varlen_func), qkv, frames, patches, proxies)
+    module: "flash_attn" is FlashAttention-2 (flash-attn), "flash_attn_interface" FlashAttention-3
+        (folder hopper of Dao-AILab/flash-attention), "flash_attn.cute" FlashAttention-4
+        (flash-attn-4).
+    """
+    kernel = importlib.import_module(module).flash_attn_varlen_func
+    return _two_calls(_varlen(kernel), qkv, frames, patches, proxies)
 
 
 def natten(qkv: Tensor, frames: Lengths, patches: int, proxies: int) -> Tensor:
@@ -198,9 +191,9 @@ def _offsets(lengths: Lengths, device: torch.device) -> Tensor:
 
 ATTENTION: dict[str, Callable[[Tensor, Lengths, int, int], Tensor]] = {
     "cuDNN SDPA": cudnn_sdpa,
-    "FlashAttention-2": flash_attention_2,
-    "FlashAttention-3": flash_attention_3,
-    "FlashAttention-4": flash_attention_4,
+    "FlashAttention-2": functools.partial(flash_attention, "flash_attn"),
+    "FlashAttention-3": functools.partial(flash_attention, "flash_attn_interface"),
+    "FlashAttention-4": functools.partial(flash_attention, "flash_attn.cute"),
     "NATTEN": natten,
 }
 

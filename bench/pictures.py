@@ -66,17 +66,8 @@ class Pictures:
 
     def bars(self, records: list[Record]) -> str:
         """Draw time and memory as multiples of eager's: bars that start at 1, grouped by case."""
-        contestants = [
-            each
-            for each in dict.fromkeys(c for r in records for c in ordered(r["results"]))
-            if each not in BASELINES
-        ]
-        contestants.sort(key=is_ours)
-        rows = [
-            (record, [each for each in contestants if each in record["results"]])
-            for record in records
-        ]
-        lines = sum(len(there) + 1 for _, there in rows)
+        contestants = [each for each in _contestants(records) if each not in BASELINES]
+        places, ticks, lines = _places(records, contestants)
         with self.plt.rc_context(self.style):
             figure, axes = self.plt.subplots(
                 1, 2, sharey=True, figsize=(10, 0.155 * lines + 1.1), width_ratios=(1, 1)
@@ -85,14 +76,10 @@ class Pictures:
                 (axes[0], "time", time_ratio),
                 (axes[1], "peak memory", memory_ratio),
             ):
-                y, ticks = 0, []
-                for record, there in rows:
-                    eager = record["results"].get(baseline(record["results"]))
-                    ticks.append(y + (len(there) - 1) / 2)
-                    for row, each in enumerate(there, y):
-                        if x := ratio(record["results"][each], eager):
-                            self._bar(axis, row, x, self.colour(each))
-                    y += len(there) + 1
+                for record, each, y in places:
+                    results = record["results"]
+                    if x := ratio(results[each], results.get(baseline(results))):
+                        self._bar(axis, y, x, self.colour(each))
                 axis.set_xscale("log")
                 low, high = axis.get_xlim()
                 axis.set_xlim(min(low, 0.5) / 1.5, max(high, 2) * 1.5)
@@ -100,14 +87,8 @@ class Pictures:
                 axis.set_title(title, loc="left", fontsize=9)
                 _plain(axis.xaxis)
                 axis.tick_params(axis="x", which="minor", length=0)
-                axis.grid(axis="x", alpha=0.7, linewidth=0.6)
-                axis.set_axisbelow(True)
-            axes[0].set_yticks(ticks, [name(record) for record, _ in rows])
-            axes[0].set_ylim(y - 0.5, -1)
-            axes[0].tick_params(axis="y", length=0)
-            axes[1].tick_params(axis="y", length=0)
-            self._legend(figure, contestants)
-            return self.svg(figure)
+            axes[0].set_yticks(ticks, map(name, records))
+            return self._grouped(figure, axes, lines, contestants)
 
     def _bar(self, axis: Any, y: float, x: float, colour: str) -> None:
         """Draw a bar from 1 to x with its figure at the end."""
@@ -125,29 +106,29 @@ class Pictures:
 
     def rates(self, records: list[Record]) -> str:
         """Draw the clips per second of each decoder."""
-        contestants = list(dict.fromkeys(c for r in records for c in ordered(r["results"])))
-        contestants.sort(key=is_ours)
-        lines = sum(len(record["results"]) + 1 for record in records)
+        contestants = _contestants(records)
+        places, ticks, lines = _places(records, contestants)
         with self.plt.rc_context(self.style):
             figure, axis = self.plt.subplots(figsize=(10, 0.17 * lines + 1.0))
-            y, ticks = 0, []
-            for record in records:
-                ticks.append(y + (len(record["results"]) - 1) / 2)
-                for each in (c for c in contestants if c in record["results"]):
-                    r = record["results"][each]
-                    spread = [[rate(r) - 1e3 / r["high_ms"]], [1e3 / r["low_ms"] - rate(r)]]
-                    axis.barh(
-                        y, rate(r), xerr=spread, color=self.colour(each), height=0.86, ecolor=INK
-                    )
-                    y += 1
-                y += 1
-            axis.set_yticks(ticks, [name(record) for record in records])
-            axis.set_ylim(y - 0.5, -1)
+            for record, each, y in places:
+                r, colour = record["results"][each], self.colour(each)
+                spread = [[rate(r) - 1e3 / r["high_ms"]], [1e3 / r["low_ms"] - rate(r)]]
+                axis.barh(y, rate(r), xerr=spread, color=colour, height=0.86, ecolor=INK)
+            axis.set_yticks(ticks, map(name, records))
+            return self._grouped(figure, [axis], lines, contestants)
+
+    def _grouped(self, figure: Any, axes: Any, lines: int, contestants: list[str]) -> str:
+        """Finish a figure of bars that are grouped by case."""
+        axes[0].set_ylim(lines - 0.5, -1)
+        for axis in axes:
             axis.tick_params(axis="y", length=0)
             axis.grid(axis="x", alpha=0.7, linewidth=0.6)
             axis.set_axisbelow(True)
-            self._legend(figure, contestants)
-            return self.svg(figure)
+        patches = [self.plt.Rectangle((0, 0), 1, 1, color=self.colour(c)) for c in contestants]
+        columns = min(6, len(contestants))
+        place = {"loc": "outside upper left", "ncols": columns, "fontsize": 8, "framealpha": 0}
+        figure.legend(patches, contestants, **place)
+        return self.svg(figure)
 
     def growth(self, record: Record) -> str:
         """Draw time and memory over the parameter of a sweep, with the fitted powers."""
@@ -195,16 +176,24 @@ class Pictures:
                 axis.legend(fontsize=7.5, framealpha=0)
             return self.svg(figure)
 
-    def _legend(self, figure: Any, contestants: list[str]) -> None:
-        patches = [self.plt.Rectangle((0, 0), 1, 1, color=self.colour(c)) for c in contestants]
-        figure.legend(
-            patches,
-            contestants,
-            loc="outside upper left",
-            ncols=min(6, len(contestants)),
-            fontsize=8,
-            framealpha=0,
-        )
+
+def _contestants(records: list[Record]) -> list[str]:
+    """Return the contestants of all records, ours last."""
+    return sorted(dict.fromkeys(c for r in records for c in ordered(r["results"])), key=is_ours)
+
+
+def _places(
+    records: list[Record], contestants: list[str]
+) -> tuple[list[tuple[Record, str, int]], list[float], int]:
+    """Return the line of each contestant of each case, the middle of each case, and the number of
+    lines, with one empty line after each case."""
+    places, ticks, line = [], [], 0
+    for record in records:
+        there = [each for each in contestants if each in record["results"]]
+        places += [(record, each, line + i) for i, each in enumerate(there)]
+        ticks.append(line + (len(there) - 1) / 2)
+        line += len(there) + 1
+    return places, ticks, line
 
 
 def _plain(axis: Any) -> None:

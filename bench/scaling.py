@@ -20,6 +20,7 @@ import records
 import torch
 import torch.distributed as dist
 from machine import machine
+from tables import markdown_table
 from torch.nn.parallel import DistributedDataParallel
 
 from clipvip.losses import contrastive_loss
@@ -275,15 +276,14 @@ def main() -> None:
     table = predictions()
     for name, rows in table.items():
         print(f"\n{name}, {CLIPS} clips per GPU, predicted for H100\n")
-        print("|  GPUs | clips/s | of linear | towers ms | loss ms | gradients ms | features ms |")
-        print("|---|---|---|---|---|---|---|")
+        heads = "GPUs|clips/s|of linear|towers ms|loss ms|gradients ms|features ms"
+        lines = []
         for row in rows:
-            share = row["clips_per_second"] / row["gpus"] / rows[0]["clips_per_second"]
-            cells = [f"{row[k]:.2f}" for k in row if k.endswith("_ms")]
-            print(
-                f"| {row['gpus']} | {row['clips_per_second']:,.0f} | {share:.0%} | "
-                f"{' | '.join(cells)} |"
-            )
+            gpus, speed = int(row["gpus"]), row["clips_per_second"]
+            share = speed / gpus / rows[0]["clips_per_second"]
+            parts = [f"{row[k]:.2f}" for k in row if k.endswith("_ms")]
+            lines.append([str(gpus), f"{speed:,.0f}", f"{share:.0%}", *parts])
+        print(markdown_table(heads.split("|"), lines))
     record = {"check": check, "predicted": table, "machine": machine()}
     records.write(records.RESULTS / "scaling.json", record)
 

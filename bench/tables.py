@@ -130,25 +130,25 @@ def ordered(results: dict[str, dict]) -> list[str]:
 
 def contestants(record: Record) -> str:
     """Return one line per contestant, and one for each that was left out."""
-    on_host = on_gpu(record)
-    of_clips = any(clips_per_second(record, r) for r in record["results"].values())
-    lines = [
-        f"{'':30}{'median ms':>11}{'quartiles':>20}"
-        + f"{'host ms':>9}" * on_host
-        + f"{'clips/s':>9}" * of_clips
-        + f"{'ratio':>8}{'of ceiling':>12}{'peak MiB':>10}{'error':>10}"
-    ]
-    for each, r in record["results"].items():
-        ratio = "–" if r["ratio"] is None else f"{r['ratio']:.2f}"
-        part = percent(max(shares(record, r).values(), default=None))
-        lines.append(
-            f"{each:30}{number(r['median_ms']):>11}{quartiles(r):>20}"
-            + f"{number(r.get('host_ms')):>9}" * on_host
-            + f"{number(clips_per_second(record, r)):>9}" * of_clips
-            + f"{ratio:>8}{part:>12}{r['peak_mib']:10.1f}{r['error']:10.1e}"
-        )
-    lines += [f"left out: {each} ({why})" for each, why in record.get("left_out", {}).items()]
-    return "\n".join(lines)
+    results = record["results"]
+    heads = ["median ms", "quartiles", *(["host ms"] if on_gpu(record) else [])]
+    heads += ["clips/s"] * any(clips_per_second(record, r) for r in results.values())
+    heads += ["ratio", "of ceiling", "peak MiB", "error"]
+    rows = []
+    for each, r in results.items():
+        cells = {
+            "median ms": number(r["median_ms"]),
+            "quartiles": quartiles(r),
+            "host ms": number(r.get("host_ms")),
+            "clips/s": number(clips_per_second(record, r)),
+            "ratio": number(r["ratio"]),
+            "of ceiling": percent(max(shares(record, r).values(), default=None)),
+            "peak MiB": number(r["peak_mib"]),
+            "error": f"{r['error']:.1e}",
+        }
+        rows.append([each, *(cells[head] for head in heads)])
+    left_out = [f"left out: {each} ({why})" for each, why in record.get("left_out", {}).items()]
+    return "\n".join([_aligned(heads, rows), *left_out])
 
 
 ON_CPU = "eager ms|best peer ms|ours ms|quartiles|ours / eager|ours / peer|of ceiling"
@@ -162,13 +162,15 @@ def summary(records: Sequence[Record]) -> str:
     parts = []
     for heads, kind in ((ON_CPU, False), (ON_GPU, True)):
         alike = [record for record in records if on_gpu(record) == kind]
-        if alike:
-            parts.append(_aligned(alike, f"{heads}|eager MiB|ours MiB|best peer".split("|")))
-    absent = collections.Counter(
-        each for record in records for each in record.get("left_out", {}).items()
-    )
+        shown = f"{heads}|eager MiB|ours MiB|best peer".split("|")
+        rows = []
+        for record in alike:
+            text = columns(record)
+            rows.append([f"{record['suite']} {record['case']}", *(text[head] for head in shown)])
+        parts += [_aligned(shown, rows)] * bool(rows)
     together: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
-    for (each, reason), count in absent.items():
+    absent = (each for record in records for each in record.get("left_out", {}).items())
+    for (each, reason), count in collections.Counter(absent).items():
         together[reason, count].append(each)
     parts += [
         f"left out of {count} of {len(records)} cases: {', '.join(names)} ({reason})"
@@ -177,12 +179,9 @@ def summary(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
-def _aligned(records: Sequence[Record], heads: list[str]) -> str:
-    """Return a table with columns as wide as needed, the last one aligned to the left."""
-    lines = [["", *heads]]
-    for record in records:
-        text = columns(record)
-        lines.append([f"{record['suite']} {record['case']}", *(text[head] for head in heads)])
+def _aligned(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a table with columns as wide as needed; text at both ends is aligned to the left."""
+    lines = [["", *heads], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -228,7 +227,7 @@ def short(records: Iterable[Record]) -> str:
     dates = sorted({m["date"] for m in machines_of})
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     return (
-        f"{_markdown(heads.split('|'), rows)}\n\n"
+        f"{markdown_table(heads.split('|'), rows)}\n\n"
         f"Measured {when} on {' and '.join(facts)}, by `clipvip bench`."
     )
 
@@ -243,7 +242,9 @@ def markdown(records: Sequence[Record]) -> str:
         subject = title.removesuffix(", GPU")
         parts.append(f"### {title.replace(subject, heading(subject))}")
         if grown:
-            parts.append(_markdown(["case", "eager", "best peer", "ours"], map(_growth, grown)))
+            parts.append(
+                markdown_table(["case", "eager", "best peer", "ours"], map(_growth, grown))
+            )
         elif is_rate(timed[0]):
             names = list(dict.fromkeys(c for r in timed for c in ordered(r["results"])[::-1]))
             lines = [
@@ -253,11 +254,13 @@ def markdown(records: Sequence[Record]) -> str:
                 ]
                 for r in timed
             ]
-            parts.append(_markdown(["case", *names], lines))
+            parts.append(markdown_table(["case", *names], lines))
         else:
             heads = (LONG_GPU if on_gpu(timed[0]) else LONG_CPU).split("|")
             lines = [_line(r, heads) for r in timed]
-            parts.append(_markdown(["case", "eager ms", "best peer ms", "ours ms", *heads], lines))
+            parts.append(
+                markdown_table(["case", "eager ms", "best peer ms", "ours ms", *heads], lines)
+            )
     parts.append("### Machines")
     for row in machines(records):
         facts = {k: v for k, v in row.items() if k not in ("suites", "load before")}
@@ -270,7 +273,8 @@ def heading(subject: str) -> str:
     return SUITES[subject].title if subject in SUITES else subject
 
 
-def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 

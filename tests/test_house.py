@@ -1,6 +1,7 @@
 """Which part of the package may import which, as CONTRIBUTING.md says."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -114,3 +115,16 @@ def test_no_modules_import_each_other():
     for name in graph:  # a module of a folder is loaded after the folder's face began
         graph[name] -= {face for face in faces if name.startswith(face + ".")}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+
+
+def test_the_file_map_names_each_module_once_and_no_other():
+    named, folder = [], None
+    for line in (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        if heading := re.fullmatch(r"### `(.+)/`", line):
+            folder = heading[1]
+        elif line.startswith("#"):
+            folder = None
+        elif folder and folder.split("/")[0] == PACKAGE.name:
+            named += [f"{folder}/{name}" for name in re.findall(r"^\| `([^`]+)` \|", line)]
+    there = [str(path.relative_to(PACKAGE.parent)) for path in MODULES.values()]
+    assert sorted(named) == sorted(there)

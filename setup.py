@@ -1,4 +1,4 @@
-"""Builds clipvip._C with CMake and Ninja; everything else stands in pyproject.toml."""
+"""Build clipvip._C with CMake and Ninja; pyproject.toml has everything else."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Drives CMake in a folder that outlives the call, so that a second build is incremental."""
+    """Build by CMake in a folder that stays, so that a second build is incremental."""
 
     def build_extension(self, ext: Extension) -> None:
         build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
@@ -30,14 +30,14 @@ class CMakeBuild(build_ext):
             "CLIPVIP_OUTPUT_DIR": str(build / "module"),
             "CLIPVIP_CUDA": self.cuda(),
         }
-        # CMake remembers: a build for one GPU must not narrow the next one, which asks for none.
+        # CMake caches this: a build for one GPU must not restrict the next, which names none.
         forget = ["-UCMAKE_CUDA_ARCHITECTURES"]
         if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
             arguments["CMAKE_CUDA_ARCHITECTURES"] = architectures
         definitions = [f"-D{name}={value}" for name, value in arguments.items()]
         self.cmake("-S", str(ROOT), "-B", str(build), "-G", "Ninja", *forget, *definitions)
         self.cmake("--build", str(build), "--target", "_C")
-        # Copied under a temporary name: a process that has the old module loaded keeps its file.
+        # Copy under a temporary name: a process that has the old module loaded keeps that file.
         partial = target.with_suffix(".partial")
         shutil.copy2(build / "module" / target.name, partial)
         partial.replace(target)
@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def cuda() -> str:
-        """CLIPVIP_CUDA: 1 for CUDA kernels, 0 for none; by default where nvcc is found."""
+        """Return CLIPVIP_CUDA as CMake takes it; AUTO builds CUDA kernels where nvcc is found."""
         given = os.environ.get("CLIPVIP_CUDA", "")
         if given not in ("", "0", "1"):
             sys.exit(f"clipvip: CLIPVIP_CUDA is {given!r}, expected 0 or 1")
@@ -64,10 +64,10 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def pybind11_headers(build: Path) -> Path:
-        """The headers at a path that stays the same.
+        """Copy the headers to a path that stays the same, and return it.
 
-        Build isolation puts them under another temporary name each time, which would change
-        every command line that names them and so rebuild what has not changed.
+        Build isolation puts them in another temporary folder each time, which would change every
+        command line that names them and so rebuild everything.
         """
         import pybind11
 
@@ -80,7 +80,7 @@ class CMakeBuild(build_ext):
         return headers
 
 
-# The benchmark suites go along, so that `clipvip bench` runs wherever the package is installed.
+# The benchmark suites are included, so that `clipvip bench` runs wherever the package is installed.
 setup(
     packages=[*find_packages(include=["clipvip", "clipvip.*"]), "clipvip_bench"],
     package_dir={"clipvip_bench": "bench"},

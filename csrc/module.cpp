@@ -1,4 +1,4 @@
-// The Python module clipvip._C: one line an op, and what was built.
+// The Python module clipvip._C: one line per function of an op, and what was built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -42,7 +42,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("proxy_attention_forward", &clipvip::proxy_attention_forward_op, release_gil());
   m.def("proxy_attention_backward", &clipvip::proxy_attention_backward_op, release_gil());
-  m.def("proxy_attention_workspace", &clipvip::proxy_attention_workspace);
 
   m.def("pairwise_logsumexp_forward", &clipvip::pairwise_logsumexp_forward_op, release_gil());
   m.def("pairwise_logsumexp_backward", &clipvip::pairwise_logsumexp_backward_op, release_gil());

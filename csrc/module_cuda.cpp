@@ -1,6 +1,4 @@
-// The CUDA side of the Python module: one line an op.
-#include <pybind11/stl.h>
-
+// The CUDA part of the Python module: one line per function.
 #include "module.h"
 #include "pairwise_logsumexp/cuda.h"
 #include "proxy_attention/cuda.h"
@@ -9,7 +7,6 @@ void clipvip::register_cuda(pybind11::module_& m) {
   m.def("pairwise_logsumexp_forward_cuda", &pairwise_logsumexp_forward_cuda, release_gil());
   m.def("pairwise_logsumexp_weigh_cuda", &pairwise_logsumexp_weigh_cuda, release_gil());
   m.def("pairwise_logsumexp_panel_cuda", &pairwise_logsumexp_panel_cuda, release_gil());
-  m.def("proxy_attention_workspace_cuda", &proxy_attention_workspace_cuda);
   m.def("proxy_attention_forward_cuda", &proxy_attention_forward_cuda, release_gil());
   m.def("proxy_attention_backward_cuda", &proxy_attention_backward_cuda, release_gil());
 }

@@ -20,8 +20,8 @@ int64_t item_size(clipvip::DType dtype) {
   }
 }
 
-// A tensor whose first element is `offset` elements into the `bytes` of memory at `storage`, inside
-// which all of it must lie: nothing else stands between a pointer and a crash.
+// Makes a tensor whose first element is `offset` elements into the `bytes` of memory at `storage`.
+// All of it must lie in there; nothing later checks addresses.
 clipvip::Tensor make_tensor(uintptr_t storage, uint64_t bytes, uint64_t offset, int dtype,
                             const py::tuple& size, const py::tuple& stride) {
   clipvip::Tensor tensor;
@@ -50,8 +50,8 @@ clipvip::Tensor make_tensor(uintptr_t storage, uint64_t bytes, uint64_t offset, 
   return tensor;
 }
 
-// The same of a torch.Tensor, asked for by the names of its methods. In C++ because Python took
-// twice the time, several times in each call.
+// Makes a tensor from a torch.Tensor by calling its Python methods. It is in C++ because the same
+// in Python took twice the time, and each call of an op does it several times.
 clipvip::Tensor tensor_of(const py::handle& tensor, int dtype) {
   static PyObject* const names[] = {
       PyUnicode_InternFromString("untyped_storage"), PyUnicode_InternFromString("data_ptr"),

@@ -1,4 +1,4 @@
-"""The two operations this package exists for, as PyTorch ops."""
+"""The kernels as Python functions; the two here are differentiable PyTorch ops."""
 
 from clipvip.ops.pairwise_logsumexp import pairwise_logsumexp
 from clipvip.ops.proxy_attention import proxy_attention

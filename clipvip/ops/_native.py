@@ -1,7 +1,8 @@
-"""The compiled module clipvip._C, how tensors are handed to it, and how its ops are registered."""
+"""Access to the compiled module clipvip._C: calls of its functions and registration of its ops."""
 
 import contextlib
 import functools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}  # csrc: DType
+# csrc/common/tensor.h: DType
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3}
+_ARRAY_DTYPES = {np.dtype(name): i for name, i in (("f4", 0), ("i4", 3), ("u1", 4), ("u2", 5))}
 
 
 @functools.cache
 def module() -> ModuleType:
+    """Return clipvip._C; raise RuntimeError with what to do where it cannot be loaded."""
     try:
         from clipvip import _C
     except ImportError as error:
@@ -29,11 +34,19 @@ def module() -> ModuleType:
     return _C
 
 
-def check_device(*tensors: Tensor) -> None:
-    """Raises RuntimeError unless there are kernels for where the tensors lie."""
-    device = tensors[0].device
-    if any(tensor.device != device for tensor in tensors):
-        devices = {str(tensor.device) for tensor in tensors}
+# --- checks --------------------------------------------------------------------------------------
+
+
+def check_kernels(name: str, tensor: Tensor, *others: Tensor) -> None:
+    """Check that there are kernels for a tensor's dtype, and for the device of it and the others.
+
+    name: the tensor's name in the error.
+    Raises ValueError for tensors on several devices, RuntimeError for a device without kernels, and
+    TypeError for a dtype without.
+    """
+    device = tensor.device
+    if any(other.device != device for other in others):
+        devices = {str(each.device) for each in (tensor, *others)}
         raise ValueError(f"tensors lie on {', '.join(sorted(devices))}, expected one")
     if device.type not in ("cpu", "cuda", "meta"):
         raise RuntimeError(
@@ -42,6 +55,11 @@ def check_device(*tensors: Tensor) -> None:
         )
     if device.type == "cuda" and not torch.compiler.is_compiling():
         _check_gpu(device.index)
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16; "
+            "backend='reference' takes others"
+        )
 
 
 @functools.cache
@@ -60,56 +78,22 @@ def _check_gpu(index: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def launch_context(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Makes the tensor's GPU the current one: (its index, the handle of its current stream).
-
-    Raises RuntimeError where there are no kernels for it, which tracing does not ask.
-    """
-    _check_gpu(tensor.device.index)
-    with torch.cuda.device(tensor.device):
-        yield tensor.device.index, torch.cuda.current_stream().cuda_stream
-
-
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for where the tensor lies; None where it is off."""
+    """Return the dtype that autocast sets for a tensor's device, or None where it is off."""
     kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # it has no meta
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast has no meta device
         return None
     return torch.get_autocast_dtype(kind)
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless the kernels take such elements."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16; "
-            "backend='reference' takes others"
-        )
-
-
-_LINE = 64  # bytes of a cache line
-_kept = threading.local()
-
-
-def workspace(needed: int) -> int:
-    """Address of as many bytes, good until this thread asks again.
-
-    Each thread keeps its largest, some 10 MB: pages mapped anew in every call would cost a tenth
-    of the time.
-    """
-    if getattr(_kept, "workspace", None) is None or _kept.workspace.nbytes < needed + _LINE:
-        # Not a tensor, to which modes such as FakeTensorMode give no memory.
-        _kept.workspace = np.empty(needed + _LINE, np.uint8)
-    address = int(_kept.workspace.ctypes.data)
-    return -(-address // _LINE) * _LINE
+# --- tensors as the kernels read them ------------------------------------------------------------
 
 
 def handle(tensor: Tensor) -> Any:
-    """The tensor as the compiled module takes it; keep the tensor alive while that is in use.
+    """Return a tensor in the form that clipvip._C takes; keep the tensor alive while it is used.
 
-    Raises TypeError, ValueError or NotImplementedError unless all its numbers are in memory. A view
-    that negates by a flag alone is not seen here: PyTorch resolves it before it calls an op.
+    Raises TypeError, ValueError or NotImplementedError unless all of its values are in memory. The
+    flag of a negated view is ignored: PyTorch resolves it before it calls an op.
     """
     try:
         return module().Tensor.of(tensor, _DTYPES[tensor.dtype])
@@ -117,14 +101,22 @@ def handle(tensor: Tensor) -> Any:
         raise TypeError(f"a tensor is {tensor.dtype}, which no kernel reads") from None
 
 
+def array_handle(array: NDArray[Any]) -> Any:
+    """Return a NumPy array (fp32, int32, uint8, uint16) as `handle` returns a tensor."""
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    # NumPy guarantees that the array lies in its memory, so no size is given to check against.
+    place = array.__array_interface__["data"][0], sys.maxsize, 0
+    return module().Tensor(*place, _ARRAY_DTYPES[array.dtype], array.shape, strides)
+
+
 def numbers(tensor: Tensor) -> list[int]:
-    """The tensor's numbers; ValueError where there are none in memory."""
-    _expect_memory(tensor)
+    """Return a tensor's values; raise ValueError where it has no memory."""
+    _check_memory(tensor)
     return list(tensor.tolist())
 
 
-def _expect_memory(tensor: Tensor) -> None:
-    """Raise ValueError where PyTorch would read memory that was freed, and so end the process."""
+def _check_memory(tensor: Tensor) -> None:
+    """Raise ValueError where PyTorch would read freed memory, which ends the process."""
     if not tensor.is_cpu or not tensor.numel():
         return
     storage, shape = tensor.untyped_storage(), tensor.shape
@@ -135,20 +127,56 @@ def _expect_memory(tensor: Tensor) -> None:
 
 
 def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy, in another dtype where one is given."""
-    _expect_memory(tensor)
+    """Return a contiguous copy, in another dtype where one is given."""
+    _check_memory(tensor)
     return tensor.to(dtype or tensor.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def dense(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor, or a copy, that is contiguous and of a dtype."""
+    """Return the tensor, or a copy, that is contiguous and of the dtype, where one is given."""
     whole = tensor.is_contiguous() and dtype in (None, tensor.dtype)
     return tensor if whole else copied(tensor, dtype)
 
 
-def handles(*arguments: Any) -> list[Any]:
-    """Handles for tensors, which must be kept alive, and everything else as it is."""
-    given, device = [], None
+def rows(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy, whose last dimension is contiguous."""
+    return tensor if tensor.stride(-1) == 1 else copied(tensor)
+
+
+# --- calls ---------------------------------------------------------------------------------------
+
+
+def run(name: str, *arguments: Any) -> None:
+    """Call a function of clipvip._C, on the GPU of the first argument if its name ends in "_cuda".
+
+    arguments: tensors, all on one device, and whatever else the function takes. Those that all
+    functions take last are added here (csrc/module.h): the number of threads, or the GPU and its
+    current stream; and a workspace if the function asks for one.
+    Raises ValueError for tensors on several devices; RuntimeError where there are no kernels for
+    the GPU, which check_kernels does not find out during tracing; and the errors of `handle`.
+    """
+    if not name.endswith("_cuda"):
+        _run(name, arguments, (torch.get_num_threads(),), _cpu_workspace)
+        return
+    with launch_context(arguments[0]) as where:
+        _run(name, arguments, where, functools.partial(_gpu_workspace, arguments[0]))
+
+
+def _run(
+    name: str,
+    arguments: tuple[Any, ...],
+    where: tuple[int, ...],
+    allocate: Callable[[int], tuple[Any, int]],
+) -> None:
+    function = getattr(module(), name)
+    given = [*_handles(arguments), *where]
+    if needed := function(*given, 0):
+        _memory, address = allocate(needed)  # the memory must live until the call returns
+        function(*given, address)
+
+
+def _handles(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    device = None
     for argument in arguments:
         if isinstance(argument, Tensor):
             here = argument.get_device()  # -1 on the CPU
@@ -157,13 +185,46 @@ def handles(*arguments: Any) -> list[Any]:
             elif here != device:
                 raise ValueError("tensors lie on several devices, expected one")
             argument = handle(argument)
-        given.append(argument)
-    return given
+        yield argument
 
 
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a compiled function with handles for tensors and everything else as it is."""
-    return function(*handles(*arguments))
+@contextlib.contextmanager
+def launch_context(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Make a tensor's GPU the current one; yields its index and the handle of its current stream.
+
+    Raises RuntimeError where there are no kernels for it.
+    """
+    _check_gpu(tensor.device.index)
+    with torch.cuda.device(tensor.device):
+        yield tensor.device.index, torch.cuda.current_stream().cuda_stream
+
+
+_LINE = 64  # bytes of a cache line
+_MOST_KEPT = 32 << 20  # bytes
+_kept = threading.local()
+
+
+def _cpu_workspace(needed: int) -> tuple[Any, int]:
+    """Return memory and the address in it from which on `needed` bytes are free, cache-aligned.
+
+    Each thread keeps the largest so far, up to _MOST_KEPT: mapping its pages again in every call
+    took a tenth of the time.
+    """
+    kept = getattr(_kept, "workspace", None)
+    if kept is not None and kept[0].nbytes >= needed + _LINE:
+        return kept
+    # Not a tensor, because modes such as FakeTensorMode give those no memory.
+    memory = np.empty(needed + _LINE, np.uint8)
+    workspace = memory, -(-int(memory.ctypes.data) // _LINE) * _LINE
+    if needed <= _MOST_KEPT:
+        _kept.workspace = workspace
+    return workspace
+
+
+def _gpu_workspace(like: Tensor, needed: int) -> tuple[Tensor, int]:
+    """Return memory on a tensor's GPU and its address."""
+    memory = like.new_empty(needed, dtype=torch.uint8)
+    return memory, memory.data_ptr()
 
 
 # --- ops -----------------------------------------------------------------------------------------
@@ -174,8 +235,8 @@ _library = torch.library.Library("clipvip", "IMPL")  # must live as long as what
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a CPU kernel as the op clipvip::name, as torch.library.custom_op does.
 
-    With that alone, an op takes dual tensors for constants, and derivatives in forward mode are
-    silently wrong. Ours refuse them.
+    An op registered by that alone treats dual tensors as constants, so that derivatives in forward
+    mode are silently wrong. An op registered here refuses dual tensors.
     """
 
     def register(kernel: Callable[..., Any]) -> Any:

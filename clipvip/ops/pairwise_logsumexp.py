@@ -12,12 +12,12 @@ from clipvip.ops import _native
 def pairwise_logsumexp(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int = 0, *, backend: str = "native"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps of the rows and columns of scale·a·bᵀ without its positives, and those.
+    """Log-sum-exps of a similarity matrix's rows and columns without their positives.
 
-    Equivalent to, in O((n + m)·D) memory instead of O(n·m):
+    Equivalent, in O((n + m)·D) memory instead of O(n·m), to
 
         logits = scale * a @ b.T
-        own = torch.ones(n, m, dtype=torch.bool).triu(diagonal).tril(diagonal)
+        own = torch.ones(n, m, dtype=torch.bool).triu(diagonal).tril(diagonal)  # the positives
         others = logits.masked_fill(own, -torch.inf)
         positive = logits[i, i + diagonal] for each row i, -torch.inf outside the matrix
         return others.logsumexp(1), others.logsumexp(0), positive
@@ -25,29 +25,29 @@ def pairwise_logsumexp(
     Args:
         a: [n, D], fp32, bf16 or fp16, on the CPU or a CUDA GPU; n may be 0.
         b: [m, D], of a's dtype and on its device; m may be 0.
-        scale: 0-d floating tensor, the multiplier itself.
+        scale: 0-d floating tensor, the multiplier itself, not its logarithm.
         diagonal: the positive of row i is in column i + diagonal, which may lie outside.
         backend: "native", the compiled kernel, or "reference", plain PyTorch for any device
             and floating dtype.
 
     Returns:
-        row_lse [n], col_lse [m], positive [n], in fp32 (fp64 where a is). A row or column that
-        has no entry but its positive is -inf, as is a positive outside the matrix; none of
-        these has a gradient. All three are differentiable once in a, b and scale; results do
-        not depend on the number of threads and are the same in every run. Autocast casts a and
-        b, never scale.
+        row_lse [n], col_lse [m], positive [n], in fp32 (fp64 where a is). A row or column with no
+        entry except its positive gives -inf, and so does a positive outside the matrix; these have
+        no gradient. All three are differentiable once in a, b and scale. Results do not depend on
+        the number of threads and are the same in every run. Autocast casts a and b, never scale.
 
     On a GPU nothing waits for the device, and CUDA graphs can capture the call. Backward computes
     gradients of the logits in panels of a's dtype, at most 2^26 numbers at a time whatever n and
-    m, and multiplies each with b and a by torch.mm, which in fp32 follows PyTorch's own setting
-    of TF32; everything else is exact fp32. Under torch.use_deterministic_algorithms that product
-    needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment from the start, or PyTorch raises.
+    m, and multiplies each with b and a by torch.mm. In fp32 that product follows PyTorch's setting
+    of TF32; everything else is exact fp32. Under torch.use_deterministic_algorithms it needs
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment from the start, or PyTorch raises.
 
     Raises:
         ValueError: shapes do not fit, or backend is unknown.
         TypeError: dtypes are not those above, or not equal.
         RuntimeError: the compiled module, or its kernels for this device, are missing.
-        NotImplementedError: a derivative in forward mode is asked for, which the reference has.
+        NotImplementedError: a derivative in forward mode is requested, which only the reference
+            has.
     """
     with without_autocast(a, b, scale, diagonal, backend) as (a, b):
         return block_forward(a, b, scale, diagonal, backend)
@@ -56,7 +56,7 @@ def pairwise_logsumexp(
 def pairwise_logsumexp_reference(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op means, in plain PyTorch; differentiable, any floating dtype and device."""
+    """Compute `pairwise_logsumexp` in plain PyTorch; differentiable, any dtype and device."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     logits = scale.to(dtype) * (a.to(dtype) @ b.to(dtype).T)
     diagonal = _within(diagonal, a, b)
@@ -73,7 +73,7 @@ def pairwise_logsumexp_reference(
 def without_autocast(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int, backend: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """a and b, checked, in the dtype that autocast asks for; and no autocast within."""
+    """Check the arguments, yield a and b in autocast's dtype, and switch autocast off within."""
     _check(a, b, scale, diagonal)
     if backend not in ("native", "reference"):
         raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
@@ -89,11 +89,10 @@ def without_autocast(
 def block_forward(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pairwise_logsumexp of what `without_autocast` gives."""
+    """Compute `pairwise_logsumexp` of what `without_autocast` yields."""
     if backend == "reference":
         return pairwise_logsumexp_reference(a, b, scale, diagonal)
-    _native.check_device(a, b, scale)
-    _native.check_dtype("a", a)
+    _native.check_kernels("a", a, b, scale)
     return _forward(a, b, scale, diagonal)
 
 
@@ -109,11 +108,10 @@ def block_gradients(
     grad_positive: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a, b and scale through a block of a larger matrix.
+    """Return the gradients of a, b and scale through scale·a·bᵀ, a block of a larger matrix.
 
-    row_lse [n], col_lse [m]: over the whole rows and columns that a·bᵀ is a block of. The
-    block's share in the gradient of a logit x off the diagonal is
-    exp(x − row_lse)·grad_row_lse + exp(x − col_lse)·grad_col_lse.
+    row_lse [n], col_lse [m]: log-sum-exps over the larger matrix's rows and columns. The gradient
+    of a logit x off the diagonal is exp(x − row_lse)·grad_row_lse + exp(x − col_lse)·grad_col_lse.
     """
     grads = grad_row_lse, grad_col_lse, grad_positive
     if backend == "native":
@@ -130,7 +128,7 @@ def block_gradients(
 
 
 def _within(diagonal: int, a: Tensor, b: Tensor) -> int:
-    """The diagonal, or the first one beyond a corner, where there is no positive either."""
+    """Return the diagonal, limited to the first one outside the matrix on either side."""
     return max(-a.shape[0], min(diagonal, b.shape[0]))
 
 
@@ -152,21 +150,13 @@ def _check(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> None:
 
 
 def _prepared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = (x if x.stride(1) == 1 else _native.copied(x) for x in (a, b))
-    return a, b, _native.dense(scale, torch.float32)
-
-
-def _call(function, a: Tensor, *arguments) -> None:
-    """Asks the compiled function how much workspace it needs, then calls it with as much."""
-    given = _native.handles(a, *arguments, torch.get_num_threads())
-    workspace = a.new_empty(function(*given, None), dtype=torch.uint8)
-    function(*given, workspace.data_ptr())
+    return _native.rows(a), _native.rows(b), _native.dense(scale, torch.float32)
 
 
 @_native.custom_op("pairwise_logsumexp")
 def _forward(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _forward_fake(a, b, scale, diagonal)
-    _call(_native.module().pairwise_logsumexp_forward, *_prepared(a, b, scale), diagonal, *outputs)
+    _native.run("pairwise_logsumexp_forward", *_prepared(a, b, scale), diagonal, *outputs)
     return outputs
 
 
@@ -193,13 +183,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = (row_lse, col_lse, grad_row_lse, grad_col_lse, grad_positive)
     grads = [x.new_zeros(x.shape, dtype=torch.float32) for x in (a, b, scale)]
-    _call(
-        _native.module().pairwise_logsumexp_backward,
-        *_prepared(a, b, scale),
-        diagonal,
-        *map(_native.dense, statistics),
-        *grads,
-    )
+    given = *_prepared(a, b, scale), diagonal, *map(_native.dense, statistics)
+    _native.run("pairwise_logsumexp_backward", *given, *grads)
     grad_a, grad_b, grad_scale = grads
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_scale.to(scale.dtype)
 
@@ -209,13 +194,13 @@ def _backward_fake(a, b, scale, diagonal, row_lse, col_lse, *grads):
     return tuple(x.new_empty(x.shape) for x in (a, b, scale))
 
 
-# The side of a panel of a long matrix, and the logits in one.
+# Rows or columns of a panel of a long matrix, and the logits in it.
 _PANEL_SIDE, _PANEL_SIZE = 1 << 13, 1 << 26
-_MAX_BLOCKS = 1 << 10  # that share out the gradient of scale: more than any GPU runs at once
+_MAX_BLOCKS = 1 << 10  # thread blocks that each sum a part of scale's gradient; no GPU runs more
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy with zero columns added, such that rows start and end on 16 bytes."""
+    """Return x, or a copy with zero columns added, whose rows start and end on 16 bytes."""
     unit = 16 // x.element_size()
     whole = x.stride(1) == 1 and x.stride(0) % unit == 0 and x.data_ptr() % 16 == 0
     if whole and x.shape[1] % unit == 0:
@@ -228,12 +213,8 @@ def _forward_cuda(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _forward_fake(a, b, scale, diagonal)
-    given = _aligned(a), _aligned(b), scale.to(torch.float32), diagonal, *outputs
-    with _native.launch_context(a) as where:
-        function = _native.module().pairwise_logsumexp_forward_cuda
-        handles = _native.handles(*given)
-        workspace = a.new_empty(function(*handles, None, *where), dtype=torch.uint8)
-        function(*handles, workspace.data_ptr(), *where)
+    given = _aligned(a), _aligned(b), scale.to(torch.float32), diagonal
+    _native.run("pairwise_logsumexp_forward_cuda", *given, *outputs)
     return outputs
 
 
@@ -260,22 +241,20 @@ def _backward_cuda(
 
     rows, columns = _panel_shape(len(a), len(b))
     panel = a.new_empty(rows, columns)
-    weighed = row_weight, col_weight, unit
-    with _native.launch_context(a) as where:
-        weigh = _native.module().pairwise_logsumexp_weigh_cuda
-        fill = _native.module().pairwise_logsumexp_panel_cuda
-        exact = a.dtype == torch.float32
-        _native.call(weigh, row_lse, col_lse, *grads, diagonal, exact, *weighed, *where)
-        for i in range(0, len(a), rows):
-            for j in range(0, len(b), columns):
-                x_part, y_part = x[i : i + rows], y[j : j + columns]
-                part = panel[: len(x_part), : len(y_part)]
-                statistics = row_lse[i:], col_lse[j:], row_weight[i:], col_weight[j:]
-                given = x_part, y_part, factor, diagonal + i - j, *statistics, grads[2][i:], unit
-                _native.call(fill, *given, part, grad_scale.view(torch.float32), *where)
-                _add_product(grad_x[i : i + rows], part, y_part)
-                _add_product(grad_y[j : j + columns], part.T, x_part)
-    # Everything is in units of unit[3], and a logit is the scale times a product.
+    given = row_lse, col_lse, *grads, diagonal, a.dtype == torch.float32
+    _native.run("pairwise_logsumexp_weigh_cuda", *given, row_weight, col_weight, unit)
+    for i in range(0, len(a), rows):
+        for j in range(0, len(b), columns):
+            x_part, y_part = x[i : i + rows], y[j : j + columns]
+            part = panel[: len(x_part), : len(y_part)]
+            statistics = row_lse[i:], col_lse[j:], row_weight[i:], col_weight[j:]
+            given = x_part, y_part, factor, diagonal + i - j, *statistics, grads[2][i:], unit
+            _native.run(
+                "pairwise_logsumexp_panel_cuda", *given, part, grad_scale.view(torch.float32)
+            )
+            _add_product(grad_x[i : i + rows], part, y_part)
+            _add_product(grad_y[j : j + columns], part.T, x_part)
+    # All gradients so far are in units of unit[3]; a logit is the scale times a product.
     factor = factor * unit[3]
     grad_a, grad_b = (
         z.mul_(factor)[:, : a.shape[1]].to(a.dtype).contiguous() for z in (grad_x, grad_y)
@@ -284,7 +263,7 @@ def _backward_cuda(
 
 
 def _panel_shape(n: int, m: int) -> tuple[int, int]:
-    """Rows and columns of a panel: square where both sides are long, and evenly cut."""
+    """Return a panel's rows and columns: square for a matrix long in both, and all of one size."""
 
     def evenly(length: int, most: int) -> int:
         parts = max(1, -(-length // max(256, most // 256 * 256)))

@@ -1,6 +1,8 @@
 """Proxy-guided masked attention (CLIP-ViP, section 3.2)."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,44 +24,49 @@ def proxy_attention(
     *,
     backend: str = "native",
 ) -> Tensor:
-    """Attention in which patches see their own frame and the proxies, and proxies see everything.
+    """Attention in which a patch sees its own frame and the proxies, and a proxy sees everything.
 
-    Equivalent, for a batch of one video, to:
+    Equivalent, for a batch of one video, to
 
         frame = torch.arange(num_frames).repeat_interleave(patches_per_frame)
-        frame = torch.cat([torch.full((num_proxies,), -1), frame])  # a proxy is of no frame
+        frame = torch.cat([torch.full((num_proxies,), -1), frame])  # -1: a proxy
         seen = (frame[:, None] == frame) | (frame == -1) | (frame[:, None] == -1)
         query, key, value = qkv.permute(1, 2, 0, 3)  # [H, T, D]
         out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale).transpose(0, 1)
 
-    Videos of different lengths lie one after another without padding: video b is its M proxies,
-    then its frames' patches, and starts at token b·M + frame_offsets[b]·L.
+    Videos of different lengths lie one after another without padding. Video b starts at token
+    b·M + frame_offsets[b]·L, with its M proxies and then the patches of its frames.
 
     Args:
         qkv: [T, 3, H, D], a packed projection's output, in fp32, bf16 or fp16, on the CPU or a
-            GPU of compute capability 8.0 or newer; read in place whatever its strides, except
-            that a last dimension with gaps is copied, and on a GPU what does not start every D
-            elements on 16 bytes. D is a multiple of 16, at most 128. T = B·M + frame_offsets[B]·L.
+            GPU of compute capability 8.0 or newer. D is a multiple of 16, at most 128.
+            T = B·M + frame_offsets[B]·L. It is read in place whatever its strides, with two
+            exceptions that are copied: a last dimension with gaps, and on a GPU heads that do not
+            start on 16 bytes.
         frame_offsets: [B + 1] int32, the running sum of frames: 0, n_0, n_0 + n_1, … A video of
             0 frames has proxies only; an image is a video of one frame. On a GPU its values are
-            not waited for, and so not checked: wrong ones give a wrong result, nothing worse.
+            not checked, which would mean waiting for them: wrong values give a wrong result, but
+            no access outside the tensors.
         num_proxies: M ≥ 1.
         patches_per_frame: L ≥ 1.
-        scale: of the logits; D ** -0.5 by default.
+        scale: factor of the logits; D ** -0.5 by default.
         backend: "native", the compiled kernel, or "reference", plain PyTorch for any device and
             floating dtype.
 
     Returns:
-        [T, H, D], contiguous, of qkv's dtype; statistics and sums are fp32. Differentiable once
-        in qkv; backward recomputes the weights. Result and gradient are deterministic: they do
-        not depend on the number of threads, nor on a GPU's order of work. fp32 is exact there,
-        never tf32. Under autocast qkv is cast first.
+        [T, H, D], contiguous, in qkv's dtype; statistics and sums are fp32. Differentiable once
+        in qkv; backward recomputes the weights. Result and gradient are deterministic: they depend
+        neither on the number of threads nor on a GPU's order of work. fp32 never becomes tf32.
+        Under autocast qkv is cast first.
 
     Raises:
         ValueError: sizes do not fit together, frame_offsets decreases, or backend is unknown.
-        TypeError: qkv is not of a dtype above or frame_offsets is not int32.
+        TypeError: qkv has none of the dtypes above, or frame_offsets is not int32.
         RuntimeError: the compiled module, or its kernels for this device, are missing.
-        NotImplementedError: a derivative in forward mode is asked for, which the reference has.
+        NotImplementedError: a derivative in forward mode is requested, which only the reference
+            has.
+
+    Source: CLIP-ViP (arXiv 2209.06430), section 3.2.
     """
     _check(qkv, frame_offsets, num_proxies, patches_per_frame)
     autocast = _native.autocast_dtype(qkv)
@@ -74,8 +81,7 @@ def proxy_attention(
             return proxy_attention_reference(*given)
     if backend != "native":
         raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
-    _native.check_device(qkv, frame_offsets)
-    _native.check_dtype("qkv", qkv)
+    _native.check_kernels("qkv", qkv, frame_offsets)
     if not takes_heads_of(qkv.shape[-1]):
         raise ValueError(
             f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 16 up to 128; "
@@ -91,7 +97,7 @@ def proxy_attention_reference(
     patches_per_frame: int,
     scale: float | None = None,
 ) -> Tensor:
-    """What the op means, in plain PyTorch; differentiable, any dtype and device."""
+    """Compute `proxy_attention` in plain PyTorch; differentiable, any dtype and device."""
     if frame_offsets.is_meta:  # no values to read, none to compute
         return qkv[:, 2].clone()
     _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
@@ -112,7 +118,7 @@ def proxy_attention_reference(
 
 
 def _check(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int) -> None:
-    """Everything that can be said without reading the values of frame_offsets."""
+    """Check all that needs no values of frame_offsets."""
     if not isinstance(qkv, Tensor) or not qkv.is_floating_point():
         given: object = qkv.dtype if isinstance(qkv, Tensor) else type(qkv).__name__
         raise TypeError(f"qkv is {given}, expected a tensor of floating dtype")
@@ -134,7 +140,7 @@ def _check(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_fra
 def _check_offsets(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
 ) -> int:
-    """How many frames there are; for where frame_offsets has values, which is not while tracing."""
+    """Return the number of frames; reads the values of frame_offsets, which tracing cannot."""
     offsets = _native.numbers(frame_offsets)
     if offsets[0] != 0:
         raise ValueError(f"frame_offsets[0] is {offsets[0]}, expected 0")
@@ -156,10 +162,6 @@ def _check_offsets(
     return offsets[-1]
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else _native.copied(tensor)
-
-
 def _check_saved(qkv: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
     tokens, _, heads, head_dim = qkv.shape
     for name, tensor, dtype, shape in (
@@ -173,7 +175,7 @@ def _check_saved(qkv: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) -> Non
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy, such that its rows of D elements start on 16 bytes."""
+    """Return the tensor, or a copy, whose rows of D elements each start on 16 bytes."""
     unit = 16 // tensor.element_size()
     whole = tensor.stride(-1) == 1 and all(step % unit == 0 for step in tensor.stride()[:-1])
     if whole and tensor.data_ptr() % 16 == 0:
@@ -181,15 +183,8 @@ def _aligned(tensor: Tensor) -> Tensor:
     return _native.copied(tensor)
 
 
-def _asked_for(
-    frames: int, frame_offsets: Tensor, num_proxies: int, patches: int
-) -> tuple[int, int]:
-    """num_proxies and patches that size the workspace: 1 where a batch has none."""
-    return num_proxies if len(frame_offsets) > 1 else 1, patches if frames else 1
-
-
 def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int) -> int:
-    """How many frames qkv holds; frame_offsets, on a GPU, is not waited for."""
+    """Return the number of frames from qkv's size: reading frame_offsets would wait for the GPU."""
     tokens, videos = qkv.shape[0], len(frame_offsets) - 1
     frames, rest = divmod(tokens - videos * num_proxies, patches)
     if rest or frames < 0 or (frames and not videos):
@@ -202,25 +197,14 @@ def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches:
     return frames
 
 
-def _workspace(
-    qkv: Tensor, num_proxies: int, patches: int, frames: int, backward: bool
-) -> tuple[Tensor, int]:
-    """What the kernel writes its intermediate results to, and the number of threads."""
-    _, _, heads, head_dim = qkv.shape
-    threads = torch.get_num_threads()
-    floats = _native.module().proxy_attention_workspace(
-        num_proxies, patches, heads, head_dim, frames, threads, backward
-    )
-    return qkv.new_empty(floats, dtype=torch.float32), threads
+def _kernel_sizes(
+    frames: int, frame_offsets: Tensor, num_proxies: int, patches: int
+) -> tuple[int, int]:
+    """Return num_proxies and patches for the kernel, 1 for either that the batch has none of.
 
-
-def _workspace_cuda(
-    qkv: Tensor, num_proxies: int, patches: int, frames: int, backward: bool
-) -> Tensor:
-    floats = _native.module().proxy_attention_workspace_cuda(
-        num_proxies, patches, *qkv.shape[2:], frames, backward
-    )
-    return qkv.new_empty(floats, dtype=torch.float32)
+    The kernel sizes its memory by them, and an unused number may be huge.
+    """
+    return num_proxies if len(frame_offsets) > 1 else 1, patches if frames else 1
 
 
 @_native.custom_op("proxy_attention_forward")
@@ -228,37 +212,37 @@ def _forward(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T] (fp32), base 2: log2 of the sum of 2^(scaled logit · log2 e)."""
-    frames = _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
-    sizes = _asked_for(frames, frame_offsets, num_proxies, patches_per_frame)
-    qkv, frame_offsets = _rows(qkv), _native.dense(frame_offsets)
-    out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
-    workspace, threads = _workspace(qkv, *sizes, frames, False)
-    function = _native.module().proxy_attention_forward
-    given = qkv, frame_offsets, *sizes, scale
-    _native.call(function, *given, out, lse, workspace, threads)
-    return out, lse
+    given = qkv, frame_offsets, num_proxies, patches_per_frame
+    frames = _check_offsets(*given)
+    return _run_forward("proxy_attention_forward", _native.rows, frames, *given, scale)
 
 
 @_forward.register_kernel("cuda")
-def _forward_cuda(
-    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
+def _forward_cuda(*given: Any) -> tuple[Tensor, Tensor]:
+    frames = _count_frames(*given[:4])
+    return _run_forward("proxy_attention_forward_cuda", _aligned, frames, *given)
+
+
+def _run_forward(
+    name: str,
+    readable: Callable[[Tensor], Tensor],
+    frames: int,
+    qkv: Tensor,
+    frame_offsets: Tensor,
+    num_proxies: int,
+    patches: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
-    sizes = _asked_for(frames, frame_offsets, num_proxies, patches_per_frame)
-    out, lse = _forward_like(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
-    qkv, frame_offsets = _aligned(qkv), _native.dense(frame_offsets)
-    given = qkv, frame_offsets, *sizes, scale
-    with _native.launch_context(qkv) as where:
-        workspace = _workspace_cuda(qkv, *sizes, frames, False)
-        function = _native.module().proxy_attention_forward_cuda
-        _native.call(function, *given, out, lse, workspace, *where)
-    return out, lse
+    """readable: returns a tensor, or a copy, with strides that the kernel takes."""
+    outputs = _forward_like(qkv)
+    sizes = _kernel_sizes(frames, frame_offsets, num_proxies, patches)
+    given = readable(qkv), _native.dense(frame_offsets), *sizes, scale
+    _native.run(name, *given, *outputs)
+    return outputs
 
 
 @_forward.register_fake
-def _forward_like(
-    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward_like(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     tokens, _, heads, head_dim = qkv.shape
     lse = qkv.new_empty(heads, tokens, dtype=torch.float32)
     return qkv.new_empty(tokens, heads, head_dim), lse
@@ -275,56 +259,43 @@ def _backward(
     out: Tensor,
     lse: Tensor,
 ) -> Tensor:
-    """The gradient of qkv, [T, 3, H, D], from that of out and what forward gave."""
-    frames = _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
-    sizes = _asked_for(frames, frame_offsets, num_proxies, patches_per_frame)
-    _check_saved(qkv, grad_out, out, lse)
-    grad_out, qkv, out = _rows(grad_out), _rows(qkv), _rows(out)
-    frame_offsets, lse = _native.dense(frame_offsets), _native.dense(lse)
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    workspace, threads = _workspace(qkv, *sizes, frames, True)
-    function = _native.module().proxy_attention_backward
-    given = grad_out, qkv, frame_offsets, *sizes, scale, out, lse
-    _native.call(function, *given, grad_qkv, workspace, threads)
-    return grad_qkv
+    """The gradient of qkv, [T, 3, H, D], from that of out and what forward returned."""
+    given = qkv, frame_offsets, num_proxies, patches_per_frame
+    frames = _check_offsets(*given)
+    name = "proxy_attention_backward"
+    return _run_backward(name, _native.rows, frames, grad_out, *given, scale, out, lse)
 
 
 @_backward.register_kernel("cuda")
-def _backward_cuda(
+def _backward_cuda(*given: Any) -> Tensor:
+    frames = _count_frames(*given[1:5])
+    return _run_backward("proxy_attention_backward_cuda", _aligned, frames, *given)
+
+
+def _run_backward(
+    name: str,
+    readable: Callable[[Tensor], Tensor],
+    frames: int,
     grad_out: Tensor,
     qkv: Tensor,
     frame_offsets: Tensor,
     num_proxies: int,
-    patches_per_frame: int,
+    patches: int,
     scale: float,
     out: Tensor,
     lse: Tensor,
 ) -> Tensor:
-    frames = _count_frames(qkv, frame_offsets, num_proxies, patches_per_frame)
-    sizes = _asked_for(frames, frame_offsets, num_proxies, patches_per_frame)
+    """readable: returns a tensor, or a copy, with strides that the kernel takes."""
     _check_saved(qkv, grad_out, out, lse)
-    grad_out, qkv, out = _aligned(grad_out), _aligned(qkv), _aligned(out)
-    frame_offsets, lse = _native.dense(frame_offsets), _native.dense(lse)
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    given = grad_out, qkv, frame_offsets, *sizes, scale, out, lse
-    with _native.launch_context(qkv) as where:
-        workspace = _workspace_cuda(qkv, *sizes, frames, True)
-        function = _native.module().proxy_attention_backward_cuda
-        _native.call(function, *given, grad_qkv, workspace, *where)
+    grad_qkv = _backward_like(grad_out, qkv)
+    sizes = _kernel_sizes(frames, frame_offsets, num_proxies, patches)
+    given = readable(grad_out), readable(qkv), _native.dense(frame_offsets), *sizes, scale
+    _native.run(name, *given, readable(out), _native.dense(lse), grad_qkv)
     return grad_qkv
 
 
 @_backward.register_fake
-def _backward_like(
-    grad_out: Tensor,
-    qkv: Tensor,
-    frame_offsets: Tensor,
-    num_proxies: int,
-    patches_per_frame: int,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> Tensor:
+def _backward_like(grad_out: Tensor, qkv: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 

@@ -1,26 +1,25 @@
-"""Frames to RGB squares: resizing, placing and colours in one pass.
+"""Resizing, cropping and colour conversion of a decoded frame in one pass.
 
 A model reads squares. `resize` says how a frame becomes one:
 
-- `"crop"`: CLIP's own way. The shortest side becomes the square's, then the centre is cut out.
-- `"pad"`: the longest side becomes the square's; black bars lie beside it.
-- `"squash"`: the whole frame becomes the square, whatever its shape, as in the code of CLIP-ViP's
-  authors. Their checkpoints have been trained on this.
+- `"crop"`: as in CLIP. The shortest side is resized to the square's, then the centre is cut out.
+- `"pad"`: the longest side is resized to the square's, with black bars beside the frame.
+- `"squash"`: the whole frame is resized to the square whatever its shape, as in the code of
+  CLIP-ViP's authors. Their checkpoints were trained on this.
 
 Crop and pad filter as PIL and CLIP's preprocessing do: bicubic with a = -½, widened where a frame
 shrinks. Squash filters as torchvision resized tensors in 2022 (torch.nn.functional.interpolate
 without antialiasing): bicubic with a = -¾ over four pixels, however much a frame shrinks. The
 authors kept fractions and values beyond white and black; here they are rounded and clipped.
 
-A decoded frame comes as three planes, luma and two of chroma that are often smaller. Each is
-filtered straight from its own size to the target, only for the part that is kept, then the colours
-are computed (ITU-T H.273, 8.3), in floating point and rounded once. `resize_crop_reference` is the
-same in float64.
+A decoded frame has three planes: luma, and two of chroma that are often smaller. Each plane is
+filtered straight from its own size to the target's, and only for the part that is kept. Then the
+colours are computed (ITU-T H.273, 8.3), in floating point and rounded once.
+`resize_crop_reference` does the same in float64.
 """
 
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +31,7 @@ from torch import Tensor
 
 from clipvip.ops import _native
 
-TOGETHER = 8  # frames that are floating-point numbers at a time
-_DTYPES = {np.dtype(name): i for name, i in (("f4", 0), ("i4", 3), ("u1", 4), ("u2", 5))}  # csrc
+TOGETHER = 8  # frames converted to floating point at a time
 MATRICES = {
     "bt709": (0.2126, 0.0722),
     "fcc": (0.30, 0.11),
@@ -47,11 +45,13 @@ Pixels = NDArray[np.uint8] | NDArray[np.uint16]
 
 
 class Colours(NamedTuple):
-    """How a frame's numbers stand for colours.
+    """How a frame's values stand for colours.
 
-    matrix: one of MATRICES, or "rgb" where the planes are red, green and blue themselves, of full
-    range. full_range: black is 0 and not 16 (of 8 bits). chroma_left: chroma lies on the left of
-    the luma columns that share it (MPEG-2, H.264 and newer), else between them (JPEG, MPEG-1).
+    matrix: one of MATRICES, or "rgb" where the planes are red, green and blue, of full range.
+    full_range: whether black is 0, and not 16 (of 8 bits).
+    bits: bits per value, 8 to 16.
+    chroma_left: whether chroma lies on the left of the luma columns that share it (MPEG-2, H.264
+        and newer), and not between them (JPEG, MPEG-1).
     """
 
     matrix: str = "bt601"
@@ -63,13 +63,12 @@ class Colours(NamedTuple):
 RESIZES = ("crop", "squash", "pad")
 
 Turn = tuple[bool, bool, bool]
-"""From a frame as stored to how it is shown: axes swapped, then mirrored left-right, then mirrored
-top-bottom."""
+"""How a stored frame becomes upright: swap axes, then mirror left-right, then mirror top-bottom."""
 UPRIGHT: Turn = (False, False, False)
 
 
 def check_resize(resize: str) -> None:
-    """Raise ValueError for anything but one of RESIZES."""
+    """Raise ValueError unless resize is one of RESIZES."""
     if resize not in RESIZES:
         raise ValueError(f"resize is {resize!r}; expected one of {', '.join(RESIZES)}")
 
@@ -88,14 +87,31 @@ def resize_crop(
     resize: str = "crop",
     turn: Turn = UPRIGHT,
 ) -> NDArray[np.uint8]:
-    """A decoded frame as a square in RGB, upright.
+    """Return a decoded frame as an upright RGB square.
 
-    planes: Y [H, W], U and V [H or ⌈H/2⌉, W or ⌈W/2⌉]; uint8, or uint16 where colours.bits is
-    more than 8, in the machine's byte order. Rows may lie apart, or upwards. Chroma lies between
-    the luma rows that share it.
-    resize: one of RESIZES. turn: what makes the frame upright.
-    Returns uint8 [3, size, size]: `out`, contiguous, where given; it may overlap with planes.
-    Raises ValueError or TypeError for anything else.
+    Equivalent, for planes of one size and a plain matrix of colours, to
+
+        rgb = torch.einsum("cp,phw->chw", matrix, planes.float()) + offset
+        part = F.interpolate(rgb[None], resized(H, W, size), mode="bicubic", antialias=True)[0]
+        return centre_crop(part, size).clamp(0, 255).round().to(torch.uint8)
+
+    Args:
+        planes: Y [H, W], U and V [H or ⌈H/2⌉, W or ⌈W/2⌉]; uint8, or uint16 in the machine's byte
+            order where colours.bits is more than 8. Each row is contiguous; rows may have gaps
+            between them or be stored bottom-up. Chroma rows lie between the luma rows that share
+            them.
+        size: the square's side in pixels.
+        colours: how the planes' values stand for colours.
+        out: uint8 [3, size, size], contiguous, to write to; it may overlap with planes.
+        resize: one of RESIZES.
+        turn: how the stored frame becomes upright.
+
+    Returns:
+        uint8 [3, size, size], which is `out` where given.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or strides are not those above.
+        RuntimeError: the compiled module is missing.
     """
     _check(planes, size, colours)
     if out is None:
@@ -109,11 +125,9 @@ def resize_crop(
     rows, columns = filters.axes
     direct = not any(turn) and rows.kept == columns.kept == size
     part = out if direct else np.empty((3, rows.kept, columns.kept), np.uint8)
-    function = _native.module().resize_crop
     planes = [plane if _readable(plane, part) else plane.copy() for plane in planes]
-    handles = [_handle(plane) for plane in planes]
-    given = [handles, filters.of_planes, filters.colours, _handle(part)]
-    function(*given, _native.workspace(function(*given, None)))
+    given = [_native.array_handle(plane) for plane in planes], filters.of_planes, filters.colours
+    _native.run("resize_crop", *given, _native.array_handle(part))
     if not direct:
         _place(part, filters.axes, turn, out)
     return out
@@ -127,7 +141,7 @@ def resize_crop_reference(
     resize: str = "crop",
     turn: Turn = UPRIGHT,
 ) -> NDArray[np.float64]:
-    """As `resize_crop`, before rounding: float64 [3, size, size]."""
+    """Compute `resize_crop` in NumPy without rounding: float64 [3, size, size]."""
     _check(planes, size, colours)
     frame = planes[0].shape
     axes = placed(frame[0], frame[1], size, resize, turn)
@@ -144,9 +158,9 @@ def resize_crop_reference(
 
 
 def resize_frames(frames: Tensor, size: int, resize: str = "crop") -> Tensor:
-    """RGB frames as squares, as `resize_crop` makes them of decoded ones, on the frames' device.
+    """Return RGB frames as squares, as `resize_crop` does for decoded frames.
 
-    frames: uint8 [N, 3, H, W], upright. Returns uint8 [N, 3, size, size].
+    frames: uint8 [N, 3, H, W], upright. Returns uint8 [N, 3, size, size] on the same device.
     """
     if frames.device.type != "cpu":
         parts = [resize_frames_by_torch(part, size, resize) for part in frames.split(TOGETHER)]
@@ -159,7 +173,7 @@ def resize_frames(frames: Tensor, size: int, resize: str = "crop") -> Tensor:
 
 
 def resize_frames_by_torch(frames: Tensor, size: int, resize: str = "crop") -> Tensor:
-    """As `resize_frames`, up to rounding, on any device."""
+    """Compute `resize_frames` by PyTorch on any device; results match up to rounding."""
     rows, columns = axes = placed(frames.shape[-2], frames.shape[-1], size, resize)
     sides, smooth = (rows.whole, columns.whole), resize != "squash"
     whole = F.interpolate(frames.float(), sides, mode="bicubic", antialias=smooth)
@@ -168,7 +182,7 @@ def resize_frames_by_torch(frames: Tensor, size: int, resize: str = "crop") -> T
 
 
 def on_black(part: Tensor, axes: "tuple[Axis, Axis]", size: int) -> Tensor:
-    """Squares [..., size, size] with what is shown of frames, [..., H, W], in its place."""
+    """Return black squares [..., size, size] that hold the visible part of frames, [..., H, W]."""
     rows, columns = axes
     sides = [(axis.at, size - axis.at - axis.kept) for axis in (columns, rows)]
     return F.pad(part, (*sides[0], *sides[1]))
@@ -178,17 +192,16 @@ def on_black(part: Tensor, axes: "tuple[Axis, Axis]", size: int) -> Tensor:
 
 
 class Axis(NamedTuple):
-    """One side of a frame: resized to `whole`, of which `kept` from `first` on are shown, from `at`
-    on in the square."""
+    """The place of a frame's rows or columns in the square, in pixels."""
 
-    whole: int
-    first: int
-    kept: int
-    at: int
+    whole: int  # length after resizing
+    first: int  # first visible one
+    kept: int  # number of visible ones
+    at: int  # place of the first visible one in the square
 
 
 def resized(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width with the shortest side `size`, the other rounded down as CLIP does."""
+    """Return height and width with the shortest side `size`; rounds the other down, as in CLIP."""
     short = min(height, width)
     return height * size // short, width * size // short
 
@@ -196,10 +209,10 @@ def resized(height: int, width: int, size: int) -> tuple[int, int]:
 def placed(
     height: int, width: int, size: int, resize: str, turn: Turn = UPRIGHT
 ) -> tuple[Axis, Axis]:
-    """Places of a stored frame's rows and columns: the geometry of everything that reads frames.
+    """Return the places of a stored frame's rows and columns, for all code that reads frames.
 
-    Centres are rounded towards the top left, as CLIP's are, of the frame as shown; so they are
-    rounded to the other side where `turn` mirrors what is stored.
+    Centres are rounded towards the top left of the upright frame, as in CLIP, and so to the other
+    side of the stored frame where `turn` mirrors it.
     """
     check_resize(resize)
     if resize == "crop":
@@ -223,7 +236,7 @@ def _axis(whole: int, size: int, mirrored: bool) -> Axis:
 
 
 def _place(part: NDArray[Any], axes: tuple[Axis, Axis], turn: Turn, out: NDArray[Any]) -> None:
-    """Write the part of a stored frame that is shown into the square, upright, on black."""
+    """Write the visible part of a stored frame into the square, upright, on black."""
     rows, columns = axes
     swapped, mirrored_x, mirrored_y = turn
     stored = out[:, :: -1 if mirrored_y else 1, :: -1 if mirrored_x else 1]
@@ -245,7 +258,7 @@ def _cubic(x: NDArray[np.float64], a: float) -> NDArray[np.float64]:
 
 
 Filter = tuple[NDArray[np.int32], NDArray[np.float64]]
-"""(first [n], weights [n, taps]): output i sums inputs from first[i] on, each times its weight."""
+"""(first [n], weights [n, taps]): output i is Σ_k weights[i, k]·input[first[i] + k]."""
 
 
 def _both_axes(
@@ -255,7 +268,7 @@ def _both_axes(
     colours: Colours,
     resize: str,
 ) -> tuple[Filter, Filter]:
-    """Filters for the rows and the columns of a plane; plane, frame: their [height, width]."""
+    """Return the filters for rows and columns of a plane; plane, frame: their [height, width]."""
     if resize == "squash":
         rows, columns = (_of_four(*sides) for sides in zip(plane, frame, axes, strict=True))
     else:
@@ -265,16 +278,17 @@ def _both_axes(
 
 
 def _widened(length: int, luma: int, axis: Axis, aside: float) -> Filter:
-    """Bicubic with a = -½, as wide as what one output stands for, less what lies beyond the edges.
+    """Return a bicubic filter with a = -½, widened where a frame shrinks, cut off at the edges.
 
-    length: elements of the plane; luma: of the frame. Where they are fewer, each lies `aside` of
-    its own elements before the middle of the luma elements that share it.
+    length: elements of the plane.
+    luma: elements of the frame; where there are more, two share an element of the plane.
+    aside: how far that element lies before their middle, in elements of the plane.
     """
     shared = 1 if length == luma else 2
-    step = luma / axis.whole / shared  # of the plane's own elements, per output
+    step = luma / axis.whole / shared  # elements of the plane per output
     centre = (np.arange(axis.kept) + axis.first + 0.5) * step
     centre += aside if shared > 1 else 0.0
-    # Nothing is to be filtered where outputs lie on inputs: a cubic is 0 at whole distances.
+    # Where outputs lie on inputs no filter is needed: the cubic is 0 at whole distances.
     reach = 0.5 if step == 1 and shared == 1 else 2 * max(step, 1.0)
     taps = min(length, math.ceil(2 * reach))
     first = np.clip(np.floor(centre - reach + 0.5), 0, length - taps).astype(np.int32)
@@ -284,10 +298,9 @@ def _widened(length: int, luma: int, axis: Axis, aside: float) -> Filter:
 
 
 def _of_four(length: int, luma: int, axis: Axis) -> Filter:
-    """Bicubic with a = -¾ over four elements of luma, the last ones repeated beyond the edges.
+    """Return a bicubic filter with a = -¾ over four luma elements; the edges are repeated outside.
 
-    A plane with fewer elements is enlarged by repeating them first, as conversion to RGB did in
-    2022.
+    The elements of a smaller plane are repeated first, as conversion to RGB did in 2022.
     """
     centre = (np.arange(axis.kept) + 0.5) * (luma / axis.whole) - 0.5
     taps = np.floor(centre)[:, None] + np.arange(-1, 3)
@@ -303,14 +316,14 @@ def _of_four(length: int, luma: int, axis: Axis) -> Filter:
 def _dense(
     first: NDArray[np.int32], weights: NDArray[np.float64], length: int
 ) -> NDArray[np.float64]:
-    """The same filter as a matrix [size, length]."""
+    """Return a filter as a matrix [size, length]."""
     dense = np.zeros((len(first), length))
     np.put_along_axis(dense, first[:, None] + np.arange(weights.shape[1]), weights, 1)
     return dense
 
 
 def to_rgb(matrix: str) -> NDArray[np.float64]:
-    """[3, 3]: from luma of 0 to 1 and chroma (blue, red) of -½ to ½ to (R, G, B) of 0 to 1."""
+    """Return [3, 3], which maps luma (0 to 1) and blue and red chroma (-½ to ½) to RGB (0 to 1)."""
     red, blue = MATRICES[matrix]
     green = 1 - red - blue
     of_blue, of_red = 2 * (1 - blue), 2 * (1 - red)
@@ -319,7 +332,7 @@ def to_rgb(matrix: str) -> NDArray[np.float64]:
 
 
 def _matrix(colours: Colours) -> NDArray[np.float64]:
-    """[3, 4]: (R, G, B) of 0 to 255 from the planes' numbers and 1."""
+    """Return [3, 4], which maps the planes' values and a 1 to RGB (0 to 255)."""
     if colours.matrix == "rgb":
         return np.eye(3, 4) * (255 / (2**colours.bits - 1))
     unit = 2.0 ** (colours.bits - 8)
@@ -331,18 +344,18 @@ def _matrix(colours: Colours) -> NDArray[np.float64]:
     return np.column_stack([linear, -linear @ [black, 128 * unit, 128 * unit]])
 
 
-# --- handing over --------------------------------------------------------------------------------
+# --- arguments of the kernel ---------------------------------------------------------------------
 
 
 class _Filters(NamedTuple):
     axes: tuple[Axis, Axis]
-    arrays: list[NDArray[Any]]  # what the handles point to
+    arrays: list[NDArray[Any]]  # own the memory of the handles below
     of_planes: list[Any]
     colours: Any
 
 
 def _check(planes: Sequence[Pixels], size: int, colours: Colours) -> None:
-    """Raise ValueError or TypeError for what resize_crop does not take."""
+    """Raise ValueError or TypeError for arguments that resize_crop does not take."""
     if len(planes) != 3 or any(plane.ndim != 2 for plane in planes):
         shapes = [list(plane.shape) for plane in planes]
         raise ValueError(f"planes are {shapes}, expected three matrices: Y, U, V")
@@ -368,7 +381,7 @@ def _check(planes: Sequence[Pixels], size: int, colours: Colours) -> None:
 
 
 def _readable(plane: Pixels, out: NDArray[np.uint8]) -> bool:
-    """Whether the kernel can read a plane where it is: aligned, row below row, and left alone."""
+    """Return whether the kernel can read a plane in place: aligned, top-down, apart from `out`."""
     forwards = min(plane.strides) >= 0
     return forwards and plane.flags.aligned and not np.may_share_memory(plane, out)
 
@@ -383,11 +396,5 @@ def _filters(
         for first, weights in _both_axes(shape, shapes[0], axes, colours, resize):
             arrays += [first, weights.astype(np.float32)]
     arrays.append(_matrix(colours).astype(np.float32))
-    *of_planes, of_colours = (_handle(array) for array in arrays)
+    *of_planes, of_colours = map(_native.array_handle, arrays)
     return _Filters(axes, arrays, of_planes, of_colours)
-
-
-def _handle(array: NDArray[Any]) -> Any:
-    strides = tuple(stride // array.itemsize for stride in array.strides)
-    place = array.__array_interface__["data"][0], sys.maxsize, 0  # numpy vouches for its own
-    return _native.module().Tensor(*place, _DTYPES[array.dtype], array.shape, strides)

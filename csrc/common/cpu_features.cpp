@@ -38,8 +38,9 @@ CpuCapability parse(const std::string& name) {
   }
   std::string known;
   for (const std::string& each : cpu_capabilities()) known += (known.empty() ? "" : ", ") + each;
-  throw std::invalid_argument("CPU capability '" + name + "' cannot be used here: this build on this processor runs " +
-                              known + "; set CLIPVIP_CPU to one of these, or unset it");
+  throw std::invalid_argument("CPU capability '" + name +
+                              "' cannot be used here: this build on this processor runs " + known +
+                              "; set CLIPVIP_CPU to one of these, or unset it");
 }
 
 }  // namespace

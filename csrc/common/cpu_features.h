@@ -1,6 +1,7 @@
-// Which build of a CPU kernel runs: the best this processor has, or the one asked for by name.
+// Choice of the CPU kernels' build: the fastest that this processor runs, or one by name.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -18,21 +19,24 @@ std::vector<std::string> cpu_capabilities();
 
 }  // namespace clipvip
 
-// Declares one kernel in the namespace of every instruction set, and `name(params...)` in
-// clipvip, which calls the chosen one. Used once per entry point, inside namespace clipvip.
+// Declares a kernel in the namespace of every instruction set, and name(params) in clipvip, which
+// calls the chosen one. Used once per entry point, inside namespace clipvip.
+//
+// A kernel returns 0 when it has run. Without a workspace (null in params) it does nothing and
+// returns how many bytes it needs.
 #if defined(CLIPVIP_X86)
 #define CLIPVIP_CPU_KERNEL(name, Params)                                                  \
-  namespace plain { void name(const Params&); }                                           \
-  namespace avx2 { void name(const Params&); }                                            \
-  namespace avx512 { void name(const Params&); }                                          \
-  namespace avx512bf16 { void name(const Params&); }                                      \
-  inline void name(const Params& params) {                                                \
-    static constexpr void (*builds[])(const Params&) = {plain::name, avx2::name,          \
-                                                        avx512::name, avx512bf16::name};  \
-    builds[static_cast<int>(cpu_capability())](params);                                   \
+  namespace plain { int64_t name(const Params&); }                                        \
+  namespace avx2 { int64_t name(const Params&); }                                         \
+  namespace avx512 { int64_t name(const Params&); }                                       \
+  namespace avx512bf16 { int64_t name(const Params&); }                                   \
+  inline int64_t name(const Params& params) {                                             \
+    static constexpr int64_t (*builds[])(const Params&) = {plain::name, avx2::name,       \
+                                                           avx512::name, avx512bf16::name};\
+    return builds[static_cast<int>(cpu_capability())](params);                            \
   }
 #else
-#define CLIPVIP_CPU_KERNEL(name, Params)          \
-  namespace plain { void name(const Params&); }   \
-  inline void name(const Params& params) { plain::name(params); }
+#define CLIPVIP_CPU_KERNEL(name, Params)           \
+  namespace plain { int64_t name(const Params&); } \
+  inline int64_t name(const Params& params) { return plain::name(params); }
 #endif

@@ -1,9 +1,8 @@
-// What device code uses beyond plain C++, and how the host launches it. The only inline PTX stands
-// here, so that tests/emulator can give the same names a meaning on the CPU and run the kernels'
-// own source there.
+// Device functions beyond plain C++, and the launch from the host. All inline PTX is here, so that
+// tests/emulator can define the same names for the CPU and run the kernels' own source there.
 //
 // Rules that keep a kernel's source fit for both: one struct of parameters by value; shared memory
-// through Shared alone; no lane may leave a warp while others still call shuffle, ldmatrix or mma.
+// only through Shared; no lane may leave a warp while others still call shuffle, ldmatrix or mma.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +26,7 @@ struct Grid {
   int64_t x, y = 1, z = 1;  // x up to 2^31 - 1, y and z up to 65535
 };
 
-// Where to launch: the device's index and its cudaStream_t, as Python hands them over.
+// Where to launch: the device's index and its cudaStream_t, as Python passes them.
 struct Stream {
   int device;
   uintptr_t handle;
@@ -66,8 +65,8 @@ __device__ T shuffle_xor(T value, int mask) {
 // Whether the condition holds in any lane of the warp, all of which take part.
 inline __device__ bool any_lane(bool condition) { return __any_sync(0xffffffffu, condition); }
 
-// The block's dynamic shared memory, handed out array after array; 16-byte aligned. Every thread
-// takes the same arrays in the same order, and the host asks for the sum of shared_bytes.
+// The block's dynamic shared memory, cut into 16-byte aligned arrays one after another. Every
+// thread takes the same arrays in the same order, and the host asks for the sum of shared_bytes.
 class Shared {
  public:
   __device__ Shared() {
@@ -98,8 +97,8 @@ inline __device__ void cp_async16(void* shared, const void* global, bool valid) 
 }
 // Closes the group of this thread's copies so far.
 inline __device__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-// Waits until at most `pending` of this thread's groups are under way. Other threads see the bytes
-// after a barrier that follows.
+// Waits until at most `pending` of this thread's groups are unfinished. Other threads see the bytes
+// only after another barrier.
 template <int pending>
 __device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
@@ -160,7 +159,7 @@ inline __device__ float fast_log2(float x) {
   return y;
 }
 
-// x·y rounded as such, never fused with a sum that follows.
+// x·y rounded by itself, never fused with a sum that follows.
 inline __device__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 
 inline __device__ float to_float(float x) { return x; }
@@ -259,7 +258,7 @@ void launch(void (*kernel)(Params), Grid grid, int threads, size_t shared_bytes,
 
 namespace clipvip::device {
 
-// What one array of Shared::take costs.
+// Bytes that one array of Shared::take occupies.
 template <typename T>
 constexpr size_t shared_bytes(int64_t count) {
   return (count * sizeof(T) + 15) / 16 * 16;

@@ -37,10 +37,10 @@ struct Constant {
 };
 
 #if defined(__AVX512F__)
-constexpr int kMaxPanelVectors = 4;  // of 32 registers: 24 accumulators
+constexpr int kMaxPanelVectors = 4;  // 24 accumulators in 32 registers
 constexpr int tile_rows(int vectors) { return vectors >= 4 ? 6 : vectors == 3 ? 8 : 12; }
 #elif defined(__AVX2__)
-constexpr int kMaxPanelVectors = 2;  // of 16 registers: 12 accumulators
+constexpr int kMaxPanelVectors = 2;  // 12 accumulators in 16 registers
 constexpr int tile_rows(int vectors) { return vectors == 2 ? 6 : 12; }
 #else
 constexpr int kMaxPanelVectors = 2;
@@ -105,8 +105,8 @@ CLIPVIP_INLINE void multiply_tile(Vec (&acc)[MR][NV], int64_t k_words, Operand<D
   }
 }
 
-// Calls body(v, Constant<NV>) for every panel of a matrix of `vectors` vectors: as few panels as
-// will do, as equal as can be, the wider ones first.
+// Calls body(v, Constant<NV>) for every panel of a matrix of `vectors` vectors: as few and as equal
+// panels as possible, the wider ones first.
 template <typename Body>
 CLIPVIP_INLINE void for_each_panel(int64_t vectors, const Body& body) {
   const int64_t panels = (vectors + kMaxPanelVectors - 1) / kMaxPanelVectors;
@@ -264,7 +264,7 @@ CLIPVIP_INLINE void copy_rows(typename Dot::Word* to, int64_t row_step, const Ro
   }
 }
 
-// B(k, n) = row(n)[k] for n in [0, rows), zeros in the columns after. Reads k_words words a row.
+// B(k, n) = row(n)[k] for n in [0, rows), zeros in the columns after. Reads k_words words per row.
 template <typename Dot, typename Row>
 CLIPVIP_INLINE void pack_transposed(typename Dot::Word* b, const Row& row, int64_t rows,
                                     int64_t k_words, int64_t vectors) {
@@ -290,7 +290,7 @@ CLIPVIP_INLINE void pack_transposed(typename Dot::Word* b, const Row& row, int64
   });
 }
 
-// Whether pack_rows gives what copy_rows gives with rows side by side: a single panel of floats.
+// Whether pack_rows and copy_rows with adjacent rows give the same: for one panel of floats.
 template <typename Dot>
 CLIPVIP_INLINE bool packs_like_copy(int64_t vectors) {
   return Dot::kElements == 1 && vectors <= kMaxPanelVectors;

@@ -7,7 +7,7 @@
 
 namespace clipvip {
 
-// Calls body(i, thread) for i in [0, count), pieces handed out as threads become free. `body`
+// Calls body(i, thread) for i in [0, count); free threads take the next piece. `body`
 // must be a lambda written inside the namespace of an instruction set: its type then makes this
 // instance unique to that set.
 template <typename Body>

@@ -1,4 +1,4 @@
-// What Python hands over: a pointer, a dtype, sizes and strides. Nothing here knows torch.
+// A tensor as Python passes it: a pointer, a dtype, sizes and strides. Nothing here knows torch.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,8 @@ struct Tensor {
     return static_cast<T*>(data);
   }
 
-  // Its numbers, at least `count` of them and one after another; T is float or int32_t.
+  // Returns the values. Raises unless there are at least `count`, contiguous; T is float or
+  // int32_t.
   template <typename T>
   T* dense(int64_t count) const {
     using Number = std::remove_const_t<T>;
@@ -42,7 +43,7 @@ struct Tensor {
     }
     return as<T>();
   }
-  // Raises unless it has elements of a dtype, in rows of `width` that are whole each.
+  // Raises unless the dtype is `expected` and the rows are contiguous and `width` long.
   void expect_rows(DType expected, int64_t width) const {
     if (dtype != expected || ndim < 2 || size[ndim - 1] != width ||
         (width > 1 && stride[ndim - 1] != 1)) {

@@ -1,10 +1,10 @@
 // A product C = A·B over many rows, in blocks that fit a core's second level of cache.
 //
-// B is packed by all threads together; each task then takes a block of A's rows, brings them into
-// words, and walks the panels of B. A sum runs in registers over a slice of the inner dimension
-// only, which also keeps its rounding errors small: slices are added up in turn. Conversions,
-// LayerNorm and SiLU happen on the way into A or B, bias, residual and derivative on the way
-// out of the registers.
+// All threads pack B together. Each task then converts a block of A's rows to words and multiplies
+// it with B panel by panel. A sum in registers runs over a slice of the inner dimension only, and
+// the slices are added one after another, which also keeps rounding errors small. Conversions,
+// LayerNorm and SiLU are applied while A or B is packed; bias, residual and derivative while
+// results leave the registers.
 #include <cmath>
 
 #include "common/arena.h"
@@ -16,10 +16,10 @@ namespace clipvip {
 namespace CLIPVIP_ISA {
 namespace {
 
-// Of a block of A; and of the part of the tokens that is packed at a time where they are the inner
-// dimension.
+// Rows of a block of A; and words of tokens that are packed at a time where the tokens are the
+// inner dimension.
 constexpr int64_t kMaxRows = 96, kMaxWords = 768;
-constexpr int64_t kSummed = 32;  // words of tokens that a column's sum runs over
+constexpr int64_t kSummed = 32;  // words of tokens per partial sum of a column
 constexpr int64_t kPanel = kMaxPanelVectors * kLanes;
 static_assert(kLinearUnit % kPanel == 0 && kLinearUnit % (2 * kLanes) == 0, "whole panels and words");
 
@@ -83,7 +83,7 @@ CLIPVIP_INLINE void statistics(const float* row, int64_t n, float eps, float& me
   rstd = 1.f / std::sqrt(reduce_add(squares) / float(n) + eps);
 }
 
-// What becomes of a row's statistics.
+// What to do with a row's statistics.
 enum class Statistics { computed, computed_and_kept, given };
 
 // Row i of f(x).
@@ -130,7 +130,8 @@ class Linear {
  public:
   using Word = typename Dot::Word;
   static constexpr int kElements = Dot::kElements;
-  // Words of the inner dimension that a sum runs over; rounding of operands outweighs that of sums.
+  // Words of the inner dimension per sum; bf16 operands round so much that a longer sum does no
+  // harm.
   static constexpr int64_t kMaxSlice = kElements == 1 ? 256 : 384;
 
   // rows × columns of C, and the elements of the inner dimension. `whole`: all of B is packed, and
@@ -176,7 +177,7 @@ class Linear {
              });
   }
 
-  // C = grad·W, W as it lies.
+  // C = grad·W, with W as B.
   void grad_input() const {
     parallel_for(words_, p_.threads, [&](int64_t k, int thread) {
       const Scratch s = scratch(thread);
@@ -193,7 +194,7 @@ class Linear {
              });
   }
 
-  // C = gradᵀ·f(x), a part of the tokens after the other.
+  // C = gradᵀ·f(x), one part of the tokens after another.
   void grad_weight() const {
     const int64_t tokens = p_.x.size[0];
     for (int64_t part = 0; part < parts_.count; ++part) {
@@ -227,7 +228,7 @@ class Linear {
  private:
   struct Scratch {
     Word* a;         // a block of A
-    float* line[2];  // rows on their way
+    float* line[2];  // rows that are being converted
     float* c;        // a panel's sums over the slices so far
   };
 
@@ -243,7 +244,7 @@ class Linear {
     return scratch(arena, staged_, line_);
   }
 
-  // So many panels to a task that there are about four tasks a thread.
+  // Panels per task, chosen for about four tasks per thread.
   int64_t group_panels() const {
     const int64_t panels = columns_ / kPanel;
     const int64_t groups = rows_.count ? (4 * p_.threads + rows_.count - 1) / rows_.count : 1;
@@ -258,8 +259,8 @@ class Linear {
                          words_, kMaxPanelVectors);
   }
 
-  // Words of columns [n, n + rows) of the gradient, side by side for each word of tokens; and adds
-  // the columns' sums up.
+  // Packs columns [n, n + rows) of the gradient, side by side for each word of tokens, and adds to
+  // the columns' sums.
   template <typename T>
   CLIPVIP_INLINE void stage_columns(Word* to, int64_t first, int64_t words, int64_t n,
                                     int64_t rows, float* sums, bool more) const {
@@ -360,36 +361,34 @@ class Linear {
 };
 
 template <typename Work>
-void dispatch(const LinearParams& p, int64_t rows, int64_t columns, int64_t inner, bool whole,
-              const Work& work) {
-  const auto run = [&](auto linear) {
-    if (p.workspace) {
-      work(linear);
-    } else {
-      *p.workspace_bytes = linear.workspace_bytes();
-    }
+int64_t dispatch(const LinearParams& p, int64_t rows, int64_t columns, int64_t inner, bool whole,
+                 const Work& work) {
+  const auto run = [&](auto linear) -> int64_t {
+    if (!p.workspace) return linear.workspace_bytes();
+    work(linear);
+    return 0;
   };
 #if defined(__AVX512BF16__)
   if (p.operands == DType::bfloat16) return run(Linear<Bf16Dot>(p, rows, columns, inner, whole));
 #endif
-  run(Linear<Fp32Dot>(p, rows, columns, inner, whole));
+  return run(Linear<Fp32Dot>(p, rows, columns, inner, whole));
 }
 
 }  // namespace
 
-void linear_forward(const LinearParams& p) {
-  dispatch(p, p.x.size[0], p.weight.size[0], p.x.size[1], true,
-           [](const auto& linear) { linear.forward(); });
+int64_t linear_forward(const LinearParams& p) {
+  return dispatch(p, p.x.size[0], p.weight.size[0], p.x.size[1], true,
+                  [](const auto& linear) { linear.forward(); });
 }
 
-void linear_grad_input(const LinearParams& p) {
-  dispatch(p, p.grad.size[0], p.weight.size[1], p.grad.size[1], true,
-           [](const auto& linear) { linear.grad_input(); });
+int64_t linear_grad_input(const LinearParams& p) {
+  return dispatch(p, p.grad.size[0], p.weight.size[1], p.grad.size[1], true,
+                  [](const auto& linear) { linear.grad_input(); });
 }
 
-void linear_grad_weight(const LinearParams& p) {
-  dispatch(p, p.grad.size[1], p.x.size[1], p.grad.size[0], false,
-           [](const auto& linear) { linear.grad_weight(); });
+int64_t linear_grad_weight(const LinearParams& p) {
+  return dispatch(p, p.grad.size[1], p.x.size[1], p.grad.size[0], false,
+                  [](const auto& linear) { linear.grad_weight(); });
 }
 
 }  // namespace CLIPVIP_ISA

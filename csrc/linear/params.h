@@ -1,11 +1,11 @@
-// Products of a transformer layer's activations with its weights, and what stands next to them:
+// Products of a transformer layer's activations with its weights, fused with adjacent operations:
 //
 //   forward      out = alpha·f(x)·Wᵀ + beta·bias + residual      f: nothing, LayerNorm, or SiLU
 //   grad_input   out = (grad·W) ∘ SiLU'(before)
 //   grad_weight  grad_weight = alpha·gradᵀ·f(x),  grad_bias = Σ grad
 //
-// Where f, its derivative, the casts, the bias and the residual would each be a pass over memory of
-// their own, here they happen while rows are on their way into or out of the product.
+// f, its derivative, casts, bias and residual are applied while rows enter or leave the product;
+// each would otherwise be a pass over memory.
 #pragma once
 
 #include "common/cpu_features.h"
@@ -19,15 +19,15 @@ constexpr int64_t kLinearUnit = 64;
 enum class LinearInput : int { plain = 0, normed = 1, silu = 2 };
 
 struct LinearParams {
-  // Rows may lie apart, elements of a row not. float32 or bfloat16, each as it likes.
+  // Each is float32 or bfloat16; rows are contiguous, with gaps between them allowed.
   Tensor x;         // [T, K]; forward, grad_weight
   Tensor weight;    // [N, K]; forward, grad_input
-  Tensor residual;  // [T, N], or no data; forward
+  Tensor residual;  // [T, N], or null data; forward
   Tensor grad;      // [T, N]; grad_input, grad_weight
-  Tensor before;    // [T, K], or no data: no derivative; grad_input
+  Tensor before;    // [T, K], or null data for no derivative; grad_input
   Tensor out;       // [T, N] in forward, [T, K] in grad_input
-  // bfloat16: what operands of the product are rounded to where the processor multiplies such (else
-  // they stay float32). Statistics and sums are float32 throughout.
+  // bfloat16: operands of the product are rounded to it where the processor multiplies it, and stay
+  // float32 elsewhere. Statistics and sums are always float32.
   DType operands = DType::float32;
   LinearInput input = LinearInput::plain;
   float alpha = 1, beta = 1;
@@ -41,8 +41,7 @@ struct LinearParams {
   float* grad_weight = nullptr;  // [N, K]
   float* grad_bias = nullptr;    // [N]
   int threads = 1;
-  void* workspace = nullptr;  // where there is none, only its size is computed
-  int64_t* workspace_bytes = nullptr;
+  void* workspace = nullptr;
 };
 
 CLIPVIP_CPU_KERNEL(linear_forward, LinearParams)

@@ -1,5 +1,5 @@
-// Gradients of the logits, panel after panel, and that of the scale. The products of a panel with b
-// and a are PyTorch's business, whose matrix products nothing here would beat.
+// Gradients of the logits, panel by panel, and of the scale. PyTorch multiplies a panel with b and
+// a: a kernel here would not beat its matrix products.
 #include "pairwise_logsumexp/cuda.h"
 #include "pairwise_logsumexp/kernel.cuh"
 
@@ -8,18 +8,18 @@ namespace pairwise {
 namespace {
 
 constexpr int kWeighThreads = 1024;
-// Log-sum-exps that span no more than this (in nats) share one exp a logit: e^80 does not overflow,
-// and what underflows beside it is nothing. fp32 keeps to two, which round better.
+// Log-sum-exps that span no more than this (in nats) share one exp per logit: e^80 does not
+// overflow, and terms that underflow beside it do not matter. fp32 uses two, which round better.
 constexpr float kReach = 80;
 
 // The gradient of a logit is row_weight·exp(logit − row_lse) + column_weight·exp(logit − col_lse),
-// or with a shared reference, which the weights then make up for, (row_weight +
-// column_weight)·exp(logit − reference).
+// or, with a shared reference that the weights compensate for,
+// (row_weight + column_weight)·exp(logit − reference).
 struct Unit {
   float reference;
   float shared;   // 1 or 0
   float inverse;  // 1 / unit
-  float unit;     // 2^-14 of the largest incoming gradient, so that fp16 holds what counts
+  float unit;     // 2^-14 of the largest incoming gradient, so that fp16 holds all that matters
 };
 
 struct WeighParams {
@@ -39,7 +39,7 @@ struct Range {
   }
 };
 
-// Of one range a thread, the block's; in every thread.
+// Joins one range per thread into the block's and returns it in every thread.
 __device__ Range range_of_block(Range range, Range* warps) {
   for (int mask = 1; mask < 32; mask *= 2) {
     const Range other{shuffle_xor(range.smallest, mask), shuffle_xor(range.largest, mask)};
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kWeighThreads, 1) weigh(WeighParams p) {
   lse = range_of_block(lse, warps);
   const float largest = range_of_block(grad, warps + kWeighThreads / 32).largest;
 
-  int exponent = 0;  // a NaN or an infinity goes its way in units of 1
+  int exponent = 0;  // NaN and infinities are kept, in units of 1
   if (largest > 0 && largest < kInfinity) {
     frexpf(largest, &exponent);
     exponent = (exponent < -90 ? -90 : exponent) - 14;
@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kWeighThreads, 1) weigh(WeighParams p) {
   const Unit unit{one_reference ? lse.smallest : 0, one_reference ? 1.f : 0.f,
                   ldexpf(1, -exponent), ldexpf(1, exponent)};
   if (thread() == 0) *p.unit = unit;
-  // Without any other entry there is no gradient, whatever comes in: of the one whose positive is
-  // the only entry there is.
+  // A row or column whose only entry is its positive has no gradient, whatever the incoming one is.
   const auto write = [&](const float* lses, const float* grads, float* weights, int64_t count,
                          int64_t entries, int64_t lone) {
     for (int64_t i = thread(); i < count; i += kWeighThreads) {
@@ -101,7 +100,7 @@ struct PanelParams {
   const Unit* unit;
   void* panel;  // [n, panel_step]
   int64_t panel_step;
-  double* grad_scale;  // one number a warp of the launch
+  double* grad_scale;  // one number per warp of the launch
 };
 
 template <typename T>
@@ -167,7 +166,8 @@ class Gradient {
           if constexpr (shared) {
             grad[j] = (row_weight + weight[j]) * fast_exp2(fmaf(product, scale2, -reference2));
           } else {
-            // Rounded as it was for the log-sum-exps: one that is all of a sum has weight 1.
+            // Rounded as for the log-sum-exps, so that a logit that is a sum's only term has weight
+            // 1.
             const float logit = rounded_product(product, scale_);
             grad[j] = row_weight * natural_exp(logit - row_lse) +
                       weight[j] * natural_exp(logit - lse[j]);
@@ -175,7 +175,7 @@ class Gradient {
           if constexpr (!plain) {
             const int column = first + j;
             if (row >= p.n || column >= p.m) {
-              grad[j] = product = 0;  // infinity times the zeros that fill up rows is NaN
+              grad[j] = product = 0;  // infinity times the zeros that pad rows is NaN
             } else if (column - row == p.diagonal) {
               grad[j] = p_.grad_positive[row] * unit_.inverse;
             }
@@ -232,11 +232,12 @@ __global__ void __launch_bounds__(kThreads, 1) panel(PanelParams p) {
 }  // namespace
 }  // namespace pairwise
 
-void pairwise_logsumexp_weigh_cuda(const Tensor& row_lse, const Tensor& col_lse,
-                                   const Tensor& grad_row_lse, const Tensor& grad_col_lse,
-                                   const Tensor& grad_positive, int64_t diagonal, bool exact,
-                                   const Tensor& row_weight, const Tensor& col_weight,
-                                   const Tensor& unit, int device, uintptr_t stream) {
+int64_t pairwise_logsumexp_weigh_cuda(const Tensor& row_lse, const Tensor& col_lse,
+                                      const Tensor& grad_row_lse, const Tensor& grad_col_lse,
+                                      const Tensor& grad_positive, int64_t diagonal, bool exact,
+                                      const Tensor& row_weight, const Tensor& col_weight,
+                                      const Tensor& unit, int device, uintptr_t stream,
+                                      uintptr_t /*workspace*/) {
   using namespace pairwise;
   const int64_t n = row_lse.size[0], m = col_lse.size[0];
   const WeighParams p{row_lse.dense<const float>(n),
@@ -256,14 +257,16 @@ void pairwise_logsumexp_weigh_cuda(const Tensor& row_lse, const Tensor& col_lse,
            return "pairwise_logsumexp backward's weights of " + std::to_string(p.n) +
                   " rows and " + std::to_string(p.m) + " columns";
          });
+  return 0;
 }
 
-void pairwise_logsumexp_panel_cuda(const Tensor& a, const Tensor& b, const Tensor& scale,
-                                   int64_t diagonal, const Tensor& row_lse, const Tensor& col_lse,
-                                   const Tensor& row_weight, const Tensor& col_weight,
-                                   const Tensor& grad_positive, const Tensor& unit,
-                                   const Tensor& panel, const Tensor& grad_scale, int device,
-                                   uintptr_t handle) {
+int64_t pairwise_logsumexp_panel_cuda(const Tensor& a, const Tensor& b, const Tensor& scale,
+                                      int64_t diagonal, const Tensor& row_lse,
+                                      const Tensor& col_lse, const Tensor& row_weight,
+                                      const Tensor& col_weight, const Tensor& grad_positive,
+                                      const Tensor& unit, const Tensor& panel,
+                                      const Tensor& grad_scale, int device, uintptr_t handle,
+                                      uintptr_t /*workspace*/) {
   using namespace pairwise;
   const Stream stream{device, handle};
   const int blocks = static_cast<int>(
@@ -284,6 +287,7 @@ void pairwise_logsumexp_panel_cuda(const Tensor& a, const Tensor& b, const Tenso
     launch(pairwise::panel<decltype(of_type)>, Grid{p.product.slabs * p.product.strips}, kThreads,
            shared, stream, p, [&] { return describe(a, b, "backward"); });
   });
+  return 0;
 }
 
 }  // namespace clipvip

@@ -26,9 +26,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest(), kHighest = -kLowest;
 
 // One exp serves a row sum and a column sum if no maximum is further than this below the common
-// reference; and both gradients, if the log-sum-exps span no more. At 60, what underflows (at e^-87)
-// is less than e^-27 of any sum, and nothing overflows; but a term is then good to 60 ulp only,
-// enough for logits of bf16 or fp16 features.
+// reference; and both gradients, if the log-sum-exps span no more. With 60, terms that underflow
+// (at e^-87) are less than e^-27 of any sum, and nothing overflows. Terms are then exact to 60 ulp
+// only, which suffices for logits of bf16 or fp16 features.
 template <typename T>
 constexpr float kReach = sizeof(T) == 4 ? 8.f : 60.f;
 
@@ -67,7 +67,7 @@ class Wavefront {
     int64_t next = 0;
     parallel_for(threads, threads, [&](int64_t worker, int) {
       for (;;) {
-        // Claimed in order, so that whoever is waited for has been claimed by a running thread.
+        // Tiles are claimed in order, so a running thread has claimed each tile that is waited for.
         const int64_t tile = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (tile >= tiles) return;
         const int64_t wave = tile / narrow_, x = tile % narrow_, y = (x + wave) % wide_;
@@ -142,8 +142,8 @@ struct AddWithin {
   }
 };
 
-// Running log-sum-exps of rows or of columns, as maximum and Σ exp(x − maximum). Maxima are finite,
-// kLowest over nothing, so that of what is infinite or NaN the sum alone decides.
+// Running log-sum-exps of rows or of columns, as maximum and Σ exp(x − maximum). Maxima are always
+// finite (kLowest before any value); infinities and NaN show in the sum only.
 struct Running {
   float* maximum;
   float* sum;
@@ -338,7 +338,7 @@ class Core {
     float largest = -kInfinity, smallest = kInfinity;
     for (int64_t i = 0; i < t.rows; ++i) include(row_max[i], smallest, largest);
     for (int64_t j = 0; j < t.columns; ++j) include(col_max[j], smallest, largest);
-    // Not where there is nothing but a positive, NaN or infinities.
+    // Not with only a positive, NaN or infinities.
     const bool shared = smallest <= largest && largest - smallest <= kReach<T>;
     make_finite(row_max, t.rows);
     make_finite(col_max, t.columns);
@@ -388,7 +388,7 @@ class Core {
     const float reference = shared ? smallest : 0;
     weigh(t.rows, row_lse, p_.grad_row_lse + t.i, shared, reference, s.row[0], s.row[1]);
     weigh(t.columns, col_lse, p_.grad_col_lse + t.j, shared, reference, s.col[0], s.col[1]);
-    // A row or column without any other entry has no gradient, whatever it is handed.
+    // A row or column without any other entry has no gradient, whatever the incoming one is.
     if (columns_.length == 1) forget(-t.diagonal, t.rows, s.row[0], s.row[1]);
     if (rows_.length == 1) forget(t.diagonal, t.columns, s.col[0], s.col[1]);
     const Vec scale = broadcast(*p_.scale);
@@ -399,7 +399,7 @@ class Core {
       const Vec row_weight = broadcast(s.row[1][i]);
       const float positive = has_positive(t, i) ? x[i + t.diagonal] : 0;
       if (has_positive(t, i)) x[i + t.diagonal] = 0;
-      clear_tail(t, x);  // infinity times the zeros that fill up b is NaN
+      clear_tail(t, x);  // infinity times the zeros that pad b is NaN
       Vec sum = zero();
       for (int64_t v = 0; v < t.vectors; ++v) {
         const Vec product = load(x + v * kLanes), col_weight = load(s.col[1] + v * kLanes);
@@ -432,7 +432,7 @@ class Core {
     store(tail, first(t.columns - (t.vectors - 1) * kLanes, load(tail), zero()));
   }
 
-  // Leaves without a gradient what is at `place`, if it is one of n.
+  // Sets the gradient at `place` to 0, if that is one of n.
   static void forget(int64_t place, int64_t n, float* base, float* weight) {
     if (place >= 0 && place < n) base[place] = kInfinity, weight[place] = 0;
   }
@@ -506,18 +506,18 @@ class Core {
 };
 
 template <typename Dot, typename T>
-void run(const PairwiseLogsumexpParams& params, bool backward) {
+int64_t run(const PairwiseLogsumexpParams& params, bool backward) {
   Core<Dot, T> core(params, backward);
-  if (!params.workspace) {
-    *params.workspace_bytes = core.workspace_bytes();
-  } else if (backward) {
+  if (!params.workspace) return core.workspace_bytes();
+  if (backward) {
     core.backward();
   } else {
     core.forward();
   }
+  return 0;
 }
 
-void dispatch(const PairwiseLogsumexpParams& params, bool backward) {
+int64_t dispatch(const PairwiseLogsumexpParams& params, bool backward) {
   switch (params.a.dtype) {
     case DType::bfloat16:
 #if defined(__AVX512BF16__)
@@ -534,8 +534,12 @@ void dispatch(const PairwiseLogsumexpParams& params, bool backward) {
 
 }  // namespace
 
-void pairwise_logsumexp_forward(const PairwiseLogsumexpParams& params) { dispatch(params, false); }
-void pairwise_logsumexp_backward(const PairwiseLogsumexpParams& params) { dispatch(params, true); }
+int64_t pairwise_logsumexp_forward(const PairwiseLogsumexpParams& params) {
+  return dispatch(params, false);
+}
+int64_t pairwise_logsumexp_backward(const PairwiseLogsumexpParams& params) {
+  return dispatch(params, true);
+}
 
 }  // namespace CLIPVIP_ISA
 }  // namespace clipvip

@@ -1,5 +1,6 @@
-// Log-sum-exps of the rows and columns: each warp reduces its part of a tile, keeps what it owns of
-// rows and columns in the workspace, and a second kernel adds those up. Nothing is written by two.
+// Log-sum-exps of the rows and columns: each warp reduces its part of a tile and keeps sums of its
+// own rows and columns in the workspace; a second kernel adds those up. No two warps write to one
+// place.
 #include "pairwise_logsumexp/cuda.h"
 #include "pairwise_logsumexp/kernel.cuh"
 
@@ -31,11 +32,11 @@ __device__ Sum merge(Sum x, Sum y) {
                          y.sum * natural_exp(y.reference - reference)};
 }
 
-// A warp's sums. One exp a logit serves its row and its column, as long as the sums over a tile
-// relative to one reference stay between kSmall and 1 / kSmall: then no term that is lost below
-// 2^-126 counts, nor does anything overflow when a million rows are added up. Where they do not, or
-// a part of the tile does not count, each row and column takes its own maximum, and the reference
-// follows. fp32 always does so: it rounds better, and the products cost far more there.
+// A warp's sums. One exp per logit serves its row and its column as long as the sums over a tile,
+// relative to one reference, stay between kSmall and 1 / kSmall: then terms lost below 2^-126 do
+// not matter, and nothing overflows when a million rows are added up. Otherwise, or where a part of
+// the tile is left out, each row and column takes its own maximum and the reference follows. fp32
+// always does so: it rounds better, and its products cost far more.
 template <typename T>
 class Statistics {
  public:
@@ -69,7 +70,7 @@ class Statistics {
     *all = sums;
   }
 
-  // Adds the running sums to what the workspace has.
+  // Adds the running sums to those in the workspace.
   __device__ void end_rows() {
     if constexpr (!kExact) {
 #pragma unroll
@@ -100,7 +101,7 @@ class Statistics {
     if (owns_row(k)) kept_row(k) = merge(kept_row(k), sum);
   }
 
-  // Adds up over two lanes of a column, each of which goes on with half of their columns.
+  // Adds up over two lanes of a column; each continues with half of their columns.
   template <int half>
   static __device__ void halve(float (&column)[16]) {
     const bool upper = lane() & half * 2;
@@ -188,7 +189,7 @@ class Statistics {
       for (int mask = 4; mask < 32; mask *= 2) {
         largest = fmaxf(largest, shuffle_xor(largest, mask));
       }
-      const float wanted = largest - 30;  // there is more below a tile's largest than above
+      const float wanted = largest - 30;  // more range is needed below a tile's largest than above
       if (largest > kLowest && largest < -kLowest && fabsf(wanted - reference_) > 40) {
         end_rows();
         reference_ = wanted;
@@ -210,7 +211,8 @@ __global__ void __launch_bounds__(kThreads, 1) statistics(ForwardParams p) {
   for_each_tile<T>(p.product, shared, statistics);
 }
 
-// 32 rows or columns a block: a warp adds up every eighth part of theirs, the first the rest.
+// A block takes 32 rows or columns: each warp adds up every eighth part, the first warp the
+// results.
 __global__ void __launch_bounds__(kThreads) combine(ForwardParams p) {
   Shared shared;
   Sum* const sums = shared.take<Sum>(kThreads);
@@ -246,8 +248,7 @@ __global__ void __launch_bounds__(kThreads) combine(ForwardParams p) {
 int64_t pairwise_logsumexp_forward_cuda(const Tensor& a, const Tensor& b, const Tensor& scale,
                                         int64_t diagonal, const Tensor& row_lse,
                                         const Tensor& col_lse, const Tensor& positive,
-                                        std::optional<uintptr_t> workspace, int device,
-                                        uintptr_t handle) {
+                                        int device, uintptr_t handle, uintptr_t workspace) {
   using namespace pairwise;
   const Stream stream{device, handle};
   size_t shared = 0;
@@ -260,8 +261,8 @@ int64_t pairwise_logsumexp_forward_cuda(const Tensor& a, const Tensor& b, const 
   const int64_t columns = p.product.slabs * kWarpRows * p.column_step;
   const int64_t rows = p.product.strips * kWarpColumns * n;
   const int64_t bytes = (columns + rows) * sizeof(Sum);
-  if (!workspace) return bytes;
-  p.columns = reinterpret_cast<Sum*>(*workspace);
+  if (bytes > 0 && !workspace) return bytes;
+  p.columns = reinterpret_cast<Sum*>(workspace);
   p.rows = p.columns + columns;
   p.row_lse = row_lse.dense<float>(n);
   p.col_lse = col_lse.dense<float>(m);
@@ -273,7 +274,7 @@ int64_t pairwise_logsumexp_forward_cuda(const Tensor& a, const Tensor& b, const 
   });
   launch(combine, Grid{(n + 31) / 32 + (m + 31) / 32}, kThreads, shared_bytes<Sum>(kThreads),
          stream, p, what);
-  return bytes;
+  return 0;
 }
 
 }  // namespace clipvip

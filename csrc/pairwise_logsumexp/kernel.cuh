@@ -3,13 +3,13 @@
 //
 // A block of 8 warps computes 128×256 logits at a time, a warp 64×64: with less, shared memory could
 // not feed the tensor cores. It walks through a slab of row blocks × a strip of column tiles, row
-// block after row block, in steps of 128 bytes of the rows. The steps of all its tiles are one
-// sequence that flows through a ring of stages, so that copies go on under the end of a tile. Where
-// it fits, the row block's a stays in shared memory for the whole strip, which spares a third of the
-// traffic from the second level of cache; there it would be the limit on an H100.
+// block after row block, in steps of 128 bytes of the rows. The steps of all its tiles form one
+// sequence through a ring of stages, so that copies continue while a tile ends. Where it fits, the
+// row block's a stays in shared memory for the whole strip, which saves a third of the traffic from
+// the second level of cache; that traffic would otherwise be the limit on an H100.
 //
-// Columns are dealt out so that a thread holds 8 neighbours, which leave in one store of 16 bytes
-// (of 16-bit numbers): of the 32 columns of four n = 8 fragments, fragment j holds at its position p
+// Columns are distributed so that a thread holds 8 neighbours, stored at once as 16 bytes (of
+// 16-bit numbers): of the 32 columns of four n = 8 fragments, fragment j holds at its position p
 // column 8·(p/2) + 2·j + p%2.
 #pragma once
 
@@ -50,7 +50,7 @@ struct Product {
 
 inline __device__ float natural_exp(float x) { return fast_exp2(x * kLog2E); }
 
-// Where a part begins of `count` things cut into `parts` nearly equal ones.
+// The beginning of a part when `count` items are cut into `parts` nearly equal ones.
 inline __device__ int share(int count, int parts, int part) {
   return static_cast<int>(int64_t{count} * part / parts);
 }
@@ -152,7 +152,7 @@ class Multiplier<float> {
   }
 };
 
-// Copies steps into the ring, in the order in which they are used. Of past the last one, zeros.
+// Copies steps into the ring, in the order in which they are used; after the last one, zeros.
 class Loader {
  public:
   __device__ Loader(const Product& p, char* a, char* b, int first_row_block, int end_row_block,
@@ -166,20 +166,20 @@ class Loader {
         column_tile_(first_column_tile),
         end_column_tile_(end_column_tile) {}
 
-  // The next step's part of a, unless it is there.
+  // Copies the next step's part of a, unless it is resident.
   __device__ void copy_a() const {
     if (p_.resident && column_tile_ != first_column_tile_) return;
     const int row = thread() / kChunks, chunk = thread() % kChunks;
     copy<kRows>(a_ + (p_.resident ? step_ : stage_) * kABytes + (chunk ^ row % 8) * 16, p_.a,
                 p_.a_stride, row_block_ * kRows, p_.n);
   }
-  // Its part of b, without a branch, so that it can hide among products.
+  // Copies its part of b, without a branch, so that it can overlap with products.
   __device__ void copy_b() const {
     const int row = thread() / kChunks, chunk = thread() % kChunks;
     copy<kColumns>(b_ + stage_ * kBBytes + (chunk ^ (row / 8 % 4 * 2 + row % 2)) * 16, p_.b,
                    p_.b_stride, column_tile_ * kColumns, p_.m);
   }
-  // Closes the group, and goes on to the next step.
+  // Closes the group and advances to the next step.
   __device__ void next() {
     cp_async_commit();
     if (++stage_ == p_.stages) stage_ = 0;
@@ -191,7 +191,7 @@ class Loader {
   }
 
  private:
-  // Of `count` rows from `first` on, a chunk of every 32nd, which leaves the swizzle alone.
+  // Copies a chunk of every 32nd of `count` rows from `first` on; the swizzle is the same for all.
   template <int count>
   __device__ void copy(char* to, const char* from, int64_t stride, int first, int end) const {
     constexpr int kStep = kThreads / kChunks;
@@ -215,8 +215,8 @@ class Loader {
   int step_ = 0, stage_ = 0;
 };
 
-// Computes the block's tiles and hands each warp's part to reducer.tile; reducer.begin_rows and
-// end_rows stand around those of a row block.
+// Computes the block's tiles and passes each warp's part to reducer.tile; reducer.begin_rows and
+// end_rows are called before and after those of a row block.
 template <typename T, typename Reducer>
 __device__ void for_each_tile(const Product& p, Shared& shared, Reducer& reducer) {
   const int steps = (p.chunks + kChunks - 1) / kChunks;
@@ -243,7 +243,7 @@ __device__ void for_each_tile(const Product& p, Shared& shared, Reducer& reducer
   }
   sync_block();
   int stage = 0;
-  // Every warp has read what it needs of the stage: makes sure of the next one.
+  // Called when each warp has read all it needs of a stage; waits for the next one.
   const auto advance = [&] {
     if (p.stages == 3) {
       cp_async_wait<1>();
@@ -273,7 +273,7 @@ __device__ void for_each_tile(const Product& p, Shared& shared, Reducer& reducer
 #pragma unroll
           for (int k = 0; k < kChunks / 2; ++k) {
             if (k + 1 == kChunks / 2) advance();
-            // Of the tile's last step this would read the next tile's first, which can wait.
+            // After the tile's last step this would read the next tile's first, which can wait.
             if (k + 1 < kChunks / 2 || step + 1 < steps) {
               const int from = k + 1 < kChunks / 2 ? step : step + 1;
               multiplier.load((k + 1) % 2, a + (p.resident ? from : stage) * kABytes,
@@ -303,9 +303,9 @@ inline std::string describe(const Tensor& a, const Tensor& b, const char* direct
   return std::string("pairwise_logsumexp ") + direction + " of a " + text(a) + " and b " + text(b);
 }
 
-// Divides the work: slabs·strips blocks, one a multiprocessor, such that the one with most to do has
-// as little as possible. `row_bytes` and `column_bytes` are what a strip keeps of a row and a slab
-// of a column, which should not outgrow the inputs.
+// Divides the work into slabs·strips blocks, one per multiprocessor, such that the largest is as
+// small as possible. `row_bytes` and `column_bytes` are what a strip keeps per row and a slab per
+// column; in total these should not exceed the inputs.
 inline Product make_product(const Tensor& a, const Tensor& b, const Tensor& scale,
                             int64_t diagonal, int blocks, int64_t row_bytes, int64_t column_bytes,
                             Stream stream, size_t& shared, const char* direction) {
@@ -343,7 +343,7 @@ inline Product make_product(const Tensor& a, const Tensor& b, const Tensor& scal
     const double rows = (row_blocks + slabs - 1) / slabs;
     const double columns = (column_tiles + strips - 1) / strips;
     const double kept = double(slabs * m) * column_bytes + double(strips * n) * row_bytes;
-    // A row block costs another quarter of a tile; the last factor prefers less to keep.
+    // A row block costs another quarter of a tile; the last factor favours keeping less.
     const double cost = rows * (columns + 0.25) * (1 + kept / (64. * double(n + m) * bytes));
     if (cost < least) {
       least = cost;

@@ -1,20 +1,16 @@
-// What Python calls: both return the bytes of workspace they need, and do no more than that where
-// none is given.
+// pairwise_logsumexp as Python calls it (module.h says how).
 #pragma once
 
-#include <optional>
+#include <cstdint>
 
 #include "pairwise_logsumexp/params.h"
 
 namespace clipvip {
 
-using Workspace = std::optional<uintptr_t>;
-
 // Arguments of both directions.
 inline PairwiseLogsumexpParams pairwise_logsumexp_params(const Tensor& a, const Tensor& b,
                                                          const Tensor& scale, int64_t diagonal,
-                                                         int threads, Workspace workspace,
-                                                         int64_t* bytes) {
+                                                         int threads, uintptr_t workspace) {
   a.expect_rows(a.dtype, b.size[1]);
   b.expect_rows(a.dtype, a.size[1]);
   // Any further out there is no positive either, and nothing overflows.
@@ -22,33 +18,29 @@ inline PairwiseLogsumexpParams pairwise_logsumexp_params(const Tensor& a, const 
   PairwiseLogsumexpParams params{a, b, scale.dense<const float>(1),
                                  diagonal < least ? least : diagonal > most ? most : diagonal};
   params.threads = threads;
-  params.workspace = reinterpret_cast<void*>(workspace.value_or(0));
-  params.workspace_bytes = bytes;
+  params.workspace = reinterpret_cast<void*>(workspace);
   return params;
 }
 
 inline int64_t pairwise_logsumexp_forward_op(const Tensor& a, const Tensor& b, const Tensor& scale,
                                              int64_t diagonal, const Tensor& row_lse,
                                              const Tensor& col_lse, const Tensor& positive,
-                                             int threads, Workspace workspace) {
-  int64_t bytes = 0;
+                                             int threads, uintptr_t workspace) {
   PairwiseLogsumexpParams params =
-      pairwise_logsumexp_params(a, b, scale, diagonal, threads, workspace, &bytes);
+      pairwise_logsumexp_params(a, b, scale, diagonal, threads, workspace);
   params.row_lse = row_lse.dense<float>(a.size[0]);
   params.col_lse = col_lse.dense<float>(b.size[0]);
   params.positive = positive.dense<float>(a.size[0]);
-  pairwise_logsumexp_forward(params);
-  return bytes;
+  return pairwise_logsumexp_forward(params);
 }
 
 inline int64_t pairwise_logsumexp_backward_op(
     const Tensor& a, const Tensor& b, const Tensor& scale, int64_t diagonal, const Tensor& row_lse,
     const Tensor& col_lse, const Tensor& grad_row_lse, const Tensor& grad_col_lse,
     const Tensor& grad_positive, const Tensor& grad_a, const Tensor& grad_b,
-    const Tensor& grad_scale, int threads, Workspace workspace) {
-  int64_t bytes = 0;
+    const Tensor& grad_scale, int threads, uintptr_t workspace) {
   PairwiseLogsumexpParams params =
-      pairwise_logsumexp_params(a, b, scale, diagonal, threads, workspace, &bytes);
+      pairwise_logsumexp_params(a, b, scale, diagonal, threads, workspace);
   params.row_lse = row_lse.dense<float>(a.size[0]);
   params.col_lse = col_lse.dense<float>(b.size[0]);
   params.grad_row_lse = grad_row_lse.dense<const float>(a.size[0]);
@@ -57,8 +49,7 @@ inline int64_t pairwise_logsumexp_backward_op(
   params.grad_a = grad_a.dense<float>(a.size[0] * a.size[1]);
   params.grad_b = grad_b.dense<float>(b.size[0] * b.size[1]);
   params.grad_scale = grad_scale.dense<float>(1);
-  pairwise_logsumexp_backward(params);
-  return bytes;
+  return pairwise_logsumexp_backward(params);
 }
 
 }  // namespace clipvip

@@ -1,5 +1,5 @@
-// What one call of pairwise_logsumexp is given. Everything contiguous except that the rows of a and
-// b may lie apart; statistics and gradients fp32; nothing may overlap.
+// The parameters of one call of pairwise_logsumexp. All arrays are contiguous, except for gaps
+// between the rows of a and b; statistics and gradients are fp32; nothing may overlap.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,7 @@ struct PairwiseLogsumexpParams {
   float* grad_b = nullptr;      // [m, D], likewise
   float* grad_scale = nullptr;  // [1]
   int threads = 1;
-  void* workspace = nullptr;           // without one, the call only says how much it needs
-  int64_t* workspace_bytes = nullptr;  // written in that case
+  void* workspace = nullptr;
 };
 
 CLIPVIP_CPU_KERNEL(pairwise_logsumexp_forward, PairwiseLogsumexpParams)

@@ -1,9 +1,10 @@
 // Backward: a block yields the gradients of a frame's queries, keys and values of one head, and the
 // frame's part of the proxies' gradients; a second kernel adds those parts up.
 //
-// Weights are computed again from the saved log-sum-exp: once where queries own the rows, for their
-// own gradient, and once transposed where keys do, for keys' and values'. That is seven products for
-// the least of five, and spares every exchange between warps; bytes, not products, are the floor.
+// Weights are computed again from the saved log-sum-exp: once with queries as rows, for the
+// queries' gradient, and once transposed with keys as rows, for the gradients of keys and values.
+// That is seven products instead of the minimum of five, but warps exchange nothing; memory
+// traffic, not arithmetic, is the limit.
 #include "proxy_attention/cuda.h"
 #include "proxy_attention/kernel.cuh"
 
@@ -28,7 +29,7 @@ struct BackwardParams {
   bool resident;
 };
 
-// Of a block at most; registers for two blocks a multiprocessor.
+// Most warps of a block, such that registers suffice for two blocks per multiprocessor.
 template <typename T, int kDim>
 constexpr int kBackwardWarps = kTensorCore<T> && kDim <= 32 ? 6 : 4;
 
@@ -45,7 +46,7 @@ struct Sweep {
     return query < unit.rows && key < unit.rows &&
            (query >= unit.proxies || key >= unit.proxies);
   }
-  // Whether a chunk of queries and one of keys need that question.
+  // Whether that must be asked for a chunk of queries and a chunk of keys.
   __device__ bool edge(int query, int key) const {
     return query + kChunk > unit.rows || key + kChunk > unit.rows ||
            (query < unit.proxies && key < unit.proxies);
@@ -153,7 +154,7 @@ template <typename T, int kDim>
 struct KeySweep : Sweep<T, kDim> {
   using Base = Sweep<T, kDim>;
   using Base::p, Base::unit, Base::statistics, Base::scratch;
-  // What the accumulators leave no registers for is read each time.
+  // For large heads read from shared memory each time: accumulators leave too few registers.
   Operand<T, kDim, kTensorCore<T> && kDim <= 80> key;
   Operand<T, kDim, kTensorCore<T> && kDim <= 64> value;
   float grad_key[kDim / 8][4], grad_value[kDim / 8][4];
@@ -259,8 +260,8 @@ __global__ void __launch_bounds__(kBackwardWarps<T, kDim> * 32, 2) backward(Back
   }
 }
 
-// A warp computes a proxy's gradients: what the proxies give and take, then the frames' parts in
-// order.
+// A warp computes a proxy's gradients: its attention to and from other proxies, then the frames'
+// parts in order.
 template <typename T>
 __global__ void __launch_bounds__(128) reduce(BackwardParams<T> p) {
   const Shape& shape = p.shape;
@@ -308,34 +309,27 @@ __global__ void __launch_bounds__(128) reduce(BackwardParams<T> p) {
   grad_value.store(p.grad_v.row(self, head), dim);
 }
 
-int64_t statistics_floats(int64_t frames, int64_t heads, int64_t rows) {
-  return (2 * frames * heads * rows + 3) / 4 * 4;
-}
-
 }  // namespace
 }  // namespace proxy_attention
 
-int64_t proxy_attention_workspace_cuda(int64_t num_proxies, int64_t patches, int64_t heads,
-                                       int64_t head_dim, int64_t frames, bool backward) {
-  const int64_t parts = frames * heads * num_proxies;
-  if (!backward) return parts * (head_dim + 2);
-  return proxy_attention::statistics_floats(frames, heads, num_proxies + patches) +
-         parts * 3 * head_dim;
-}
-
-void proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
-                                   const Tensor& frame_offsets, int64_t num_proxies,
-                                   int64_t patches, float scale, const Tensor& out,
-                                   const Tensor& lse, const Tensor& grad_qkv,
-                                   const Tensor& workspace, int device, uintptr_t handle) {
+int64_t proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
+                                      const Tensor& frame_offsets, int64_t num_proxies,
+                                      int64_t patches, float scale, const Tensor& out,
+                                      const Tensor& lse, const Tensor& grad_qkv, int device,
+                                      uintptr_t handle, uintptr_t workspace) {
   using namespace proxy_attention;
   const device::Stream stream{device, handle};
   const Shape shape = make_shape(qkv, frame_offsets, num_proxies, patches);
+  const int rows = shape.proxies + shape.patches;
+  const int64_t units = shape.frames * shape.heads;
+  // A multiple of 16 bytes, after which the partial results begin.
+  const int64_t statistics = (2 * units * rows + 3) / 4 * 4;
+  const int64_t floats = statistics + units * shape.proxies * 3 * shape.head_dim;
+  if (floats > 0 && !workspace) return floats * sizeof(float);
   const auto what = [&] { return describe("backward", qkv, shape); };
   for_instance(qkv.dtype, shape.head_dim, [&](auto instance) {
     using T = typename decltype(instance)::Element;
     constexpr int kDim = decltype(instance)::kHeadDim;
-    const int rows = shape.proxies + shape.patches;
     BackwardParams<T> p{shape,
                         part_of<const T>(qkv, 0),
                         part_of<const T>(qkv, 1),
@@ -347,9 +341,8 @@ void proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
                         part_of<T>(grad_qkv, 2),
                         lse.dense<const float>(shape.heads * qkv.size[0]),
                         qkv.size[0],
-                        workspace.as<RowStatistics>(),
-                        workspace.as<float>() +
-                            statistics_floats(shape.frames, shape.heads, rows),
+                        reinterpret_cast<RowStatistics*>(workspace),
+                        reinterpret_cast<float*>(workspace) + statistics,
                         scale,
                         scale * kLog2E,
                         true};
@@ -362,6 +355,7 @@ void proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
     device::launch(reduce<T>, {(int64_t{shape.videos} * shape.heads * shape.proxies + 3) / 4}, 128,
                    0, stream, p, what);
   });
+  return 0;
 }
 
 }  // namespace clipvip

@@ -1,11 +1,10 @@
 // Proxy-guided attention on the CPU, compiled once per instruction set.
 //
 // The unit of work is one frame of one head. Its queries and its keys are the same tokens: the M
-// proxies of the video, then the frame's L patches. The patches' rows are complete; the proxies'
-// rows are partial over frames and are put together afterwards (in frame order, so that results do
-// not depend on the number of threads). Keys which are proxies count for proxies in the first
-// frame only. A video of one frame, or of none, has nothing to put together and is written
-// directly.
+// proxies of the video, then the frame's L patches. The patches' rows are complete. The proxies'
+// rows are partial results, which are combined afterwards in frame order, so that results do not
+// depend on the number of threads. Proxies attend to proxies in the first frame only. A video of
+// one frame or none has nothing to combine and is written directly.
 #include "proxy_attention/params.h"
 
 #include "common/gemm.h"
@@ -71,9 +70,9 @@ CLIPVIP_INLINE int64_t video_of(const ProxyAttentionParams& p, int64_t frame) {
   return low;
 }
 
-// Calls body(unit, next, thread) for every frame and head, `next` being what the same thread most
-// likely computes after; then put_together(video, head) for videos of several frames, and
-// body for the proxies of videos of none.
+// Calls body(unit, next, thread) for every frame and head, where `next` is the unit that the same
+// thread most likely computes next; then put_together(video, head) for videos of several frames,
+// and body for the proxies of videos without frames.
 template <typename Body, typename Combine>
 CLIPVIP_INLINE void for_each_unit(const ProxyAttentionParams& p, const Body& body,
                                   const Combine& put_together) {
@@ -129,8 +128,8 @@ CLIPVIP_INLINE TokenRows<T> head_of(const Tensor& x, int64_t head) {
   return {x.as<T>() + head * x.stride[1], x.stride[0]};
 }
 
-// A row of `to` which nobody will find in a cache anyway is written past the caches, which spares
-// reading its lines first.
+// Whether `to` is too large to stay in a cache until it is read. Its rows are then written past the
+// caches, which saves reading their lines first.
 constexpr int64_t kStreamBytes = 4 << 20;
 template <typename T>
 CLIPVIP_INLINE bool streams(const Tensor& to) {
@@ -149,8 +148,8 @@ CLIPVIP_INLINE void store_scaled(T* to, const float* from, int64_t n, float fact
   }
 }
 
-// ---- How probabilities are kept: fp32 as they are; bf16 in pairs along the inner dimension of
-// the product they enter, which is the keys (by_row) or the queries (by_column).
+// ---- Storage of probabilities: fp32 as they are; bf16 in pairs along the inner dimension of the
+// product they enter, which is the keys (by_row) or the queries (by_column).
 
 template <typename Dot>
 struct Weights;
@@ -187,8 +186,8 @@ struct StoreLogits {
   }
 };
 
-// Turns a row of logits into weights 2^(logit − highest), in place; padding becomes 0. A row of
-// nothing but -inf has no weight, and `highest` is finite, so that other frames' parts still count.
+// Turns a row of logits into weights 2^(logit − highest), in place; padding becomes 0. In a row of
+// only -inf all weights are 0 and `highest` is finite, so that other frames' parts still count.
 template <typename Dot>
 CLIPVIP_INLINE void softmax_row(float* row, int64_t keys, float& highest, float& sum) {
   const Vec least = broadcast(-kInfinity);
@@ -225,13 +224,12 @@ struct ForwardPartials {  // of one frame and head
 
 CLIPVIP_INLINE ForwardPartials forward_partials(const ProxyAttentionParams& p, int64_t frame,
                                                 int64_t head) {
-  const int64_t frames = p.frame_offsets.as<int32_t>()[p.videos()];
-  float* base = p.workspace.as<float>() +
+  float* base = p.workspace +
                 p.threads * proxy_attention_floats_per_thread(p.num_proxies + p.patches,
                                                               p.head_dim(), false);
   const int64_t index = (frame * p.heads() + head) * p.num_proxies;
   return {base + index * p.head_dim(),
-          base + frames * p.heads() * p.num_proxies * p.head_dim() + index * 2};
+          base + p.frames() * p.heads() * p.num_proxies * p.head_dim() + index * 2};
 }
 
 // `next` is the unit that this thread computes after this one; its keys and values are prefetched.
@@ -243,7 +241,7 @@ void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& n
   const int64_t key_words = (keys + Dot::kElements - 1) / Dot::kElements, step = vectors * kLanes;
   const int64_t block = proxy_attention_block_rows(keys);
   const int64_t padded_block = round_up(block, kRowPadding);
-  Arena arena{p.workspace.as<float>() +
+  Arena arena{p.workspace +
               thread * proxy_attention_floats_per_thread(p.num_proxies + p.patches, D, false)};
   Word* query = arena.take<Word>(padded_block * d_words);
   float* weights = arena.take<float>(padded_block * step);
@@ -331,13 +329,15 @@ void combine_forward(const ProxyAttentionParams& p, int64_t video, int64_t head)
 }
 
 template <typename Dot, typename T>
-void forward(const ProxyAttentionParams& p) {
+int64_t forward(const ProxyAttentionParams& p) {
+  if (!p.workspace) return proxy_attention_workspace_bytes(p, false);
   for_each_unit(
       p,
       [&](const Unit& unit, const Unit& next, int thread) {
         forward_unit<Dot, T>(p, unit, next, thread);
       },
       [&](int64_t video, int64_t head) { combine_forward<T>(p, video, head); });
+  return 0;
 }
 
 // ---- Backward. With P the weights, recomputed from the saved log-sum-exp:
@@ -476,7 +476,7 @@ struct Scores<Bf16Dot> {
 // [3, M, D] of one frame and head: the proxies' gradients of query, key and value.
 CLIPVIP_INLINE float* backward_partials(const ProxyAttentionParams& p, int64_t frame,
                                         int64_t head) {
-  return p.workspace.as<float>() +
+  return p.workspace +
          p.threads * proxy_attention_floats_per_thread(p.num_proxies + p.patches, p.head_dim(),
                                                        true) +
          (frame * p.heads() + head) * 3 * p.num_proxies * p.head_dim();
@@ -497,7 +497,7 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
   const int64_t key_words = (keys + Dot::kElements - 1) / Dot::kElements, step = vectors * kLanes;
   const int64_t block = proxy_attention_block_rows(keys);
   const int64_t padded_block = round_up(block, kRowPadding);
-  Arena arena{p.workspace.as<float>() +
+  Arena arena{p.workspace +
               thread * proxy_attention_floats_per_thread(p.num_proxies + p.patches, D, true)};
   Scores<Dot> scores(arena, padded_block, step);
   Word* query = arena.take<Word>(padded_block * d_words);
@@ -532,7 +532,7 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
   pack_transposed<Dot>(value, [&](int64_t i) { return v(unit.token(i)); }, keys, d_words, vectors);
   pack_rows<Dot>(key_rows, key_row, keys, d_vectors);
 
-  // What the next block, or the next unit, reads is prefetched between the products.
+  // Inputs of the next block or unit are prefetched between the products.
   const int64_t blocks = (keys + block - 1) / block;
   for (int64_t start = 0; start < keys; start += block) {
     const bool last = start + block >= keys;
@@ -607,18 +607,20 @@ void combine_backward(const ProxyAttentionParams& p, int64_t video, int64_t head
 }
 
 template <typename Dot, typename T>
-void backward(const ProxyAttentionParams& p) {
+int64_t backward(const ProxyAttentionParams& p) {
+  if (!p.workspace) return proxy_attention_workspace_bytes(p, true);
   for_each_unit(
       p,
       [&](const Unit& unit, const Unit& next, int thread) {
         backward_unit<Dot, T>(p, unit, next, thread);
       },
       [&](int64_t video, int64_t head) { combine_backward<T>(p, video, head); });
+  return 0;
 }
 
 }  // namespace
 
-void proxy_attention_forward(const ProxyAttentionParams& params) {
+int64_t proxy_attention_forward(const ProxyAttentionParams& params) {
   switch (params.qkv.dtype) {
     case DType::float32: return forward<Fp32Dot, float>(params);
 #if defined(__AVX512BF16__)
@@ -630,7 +632,7 @@ void proxy_attention_forward(const ProxyAttentionParams& params) {
   }
 }
 
-void proxy_attention_backward(const ProxyAttentionParams& params) {
+int64_t proxy_attention_backward(const ProxyAttentionParams& params) {
   switch (params.qkv.dtype) {
     case DType::float32: return backward<Fp32Dot, float>(params);
 #if defined(__AVX512BF16__)

@@ -1,6 +1,6 @@
-// Proxy-guided attention on CUDA GPUs: what the Python module calls. Shapes, dtypes and strides
-// are checked in clipvip/ops/proxy_attention.py; frame_offsets lies on the GPU and is not read
-// here.
+// Proxy-guided attention on a GPU as Python calls it (module.h says how).
+// clipvip/ops/proxy_attention.py checks shapes, dtypes and strides; frame_offsets lies on the GPU and
+// is not read here.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +9,15 @@
 
 namespace clipvip {
 
-// Floats of workspace to hand over.
-int64_t proxy_attention_workspace_cuda(int64_t num_proxies, int64_t patches, int64_t heads,
-                                       int64_t head_dim, int64_t frames, bool backward);
+int64_t proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offsets,
+                                     int64_t num_proxies, int64_t patches, float scale,
+                                     const Tensor& out, const Tensor& lse, int device,
+                                     uintptr_t stream, uintptr_t workspace);
 
-void proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offsets,
-                                  int64_t num_proxies, int64_t patches, float scale,
-                                  const Tensor& out, const Tensor& lse, const Tensor& workspace,
-                                  int device, uintptr_t stream);
-
-void proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
-                                   const Tensor& frame_offsets, int64_t num_proxies,
-                                   int64_t patches, float scale, const Tensor& out,
-                                   const Tensor& lse, const Tensor& grad_qkv,
-                                   const Tensor& workspace, int device, uintptr_t stream);
+int64_t proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
+                                      const Tensor& frame_offsets, int64_t num_proxies,
+                                      int64_t patches, float scale, const Tensor& out,
+                                      const Tensor& lse, const Tensor& grad_qkv, int device,
+                                      uintptr_t stream, uintptr_t workspace);
 
 }  // namespace clipvip

@@ -19,14 +19,14 @@ struct ForwardParams {
   bool resident;
 };
 
-// Of a block at most; two blocks fit into a multiprocessor's registers. Seven warps share the 13
-// tiles of 16 rows of B/16 well; larger heads need more registers a thread.
+// Most warps of a block, such that registers suffice for two blocks per multiprocessor. Seven warps
+// share the 13 tiles of 16 rows of B/16 evenly; larger heads need more registers per thread.
 template <typename T, int kDim>
 constexpr int kForwardWarps = kTensorCore<T> && kDim <= 64 ? 7 : 4;
 
 template <typename T, int kDim>
 struct ForwardBody {
-  static constexpr int kChunks = 2;  // keys at a time, in 16: more would not leave registers for it
+  static constexpr int kChunks = 2;  // of 16 keys at a time: more would need too many registers
 
   const ForwardParams<T>& p;
   const Unit& unit;
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kForwardWarps<T, kDim> * 32, 2) forward(Forwar
                 p.shape.head_dim, body);
 }
 
-// A warp computes a proxy's result: what the proxies give it, then the frames' parts in order.
+// A warp computes a proxy's result: its attention to proxies, then the frames' parts in order.
 template <typename T>
 __global__ void __launch_bounds__(128) combine(ForwardParams<T> p) {
   const Shape& shape = p.shape;
@@ -249,13 +249,15 @@ __global__ void __launch_bounds__(128) combine(ForwardParams<T> p) {
 }  // namespace
 }  // namespace proxy_attention
 
-void proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offsets,
-                                  int64_t num_proxies, int64_t patches, float scale,
-                                  const Tensor& out, const Tensor& lse, const Tensor& workspace,
-                                  int device, uintptr_t handle) {
+int64_t proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offsets,
+                                     int64_t num_proxies, int64_t patches, float scale,
+                                     const Tensor& out, const Tensor& lse, int device,
+                                     uintptr_t handle, uintptr_t workspace) {
   using namespace proxy_attention;
   const device::Stream stream{device, handle};
   const Shape shape = make_shape(qkv, frame_offsets, num_proxies, patches);
+  const int64_t partials = shape.frames * shape.heads * shape.proxies * (shape.head_dim + 2);
+  if (partials > 0 && !workspace) return partials * sizeof(float);
   const auto what = [&] { return describe("forward", qkv, shape); };
   for_instance(qkv.dtype, shape.head_dim, [&](auto instance) {
     using T = typename decltype(instance)::Element;
@@ -267,7 +269,7 @@ void proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offsets
                        matrix_of<T>(out),
                        lse.dense<float>(shape.heads * qkv.size[0]),
                        qkv.size[0],
-                       workspace.as<float>(),
+                       reinterpret_cast<float*>(workspace),
                        scale * kLog2E,
                        true};
     const int rows = shape.proxies + shape.patches;
@@ -280,6 +282,7 @@ void proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offsets
     device::launch(combine<T>, {(int64_t{shape.videos} * shape.heads * shape.proxies + 3) / 4}, 128,
                    0, stream, p, what);
   });
+  return 0;
 }
 
 }  // namespace clipvip

@@ -1,10 +1,10 @@
-// What the forward and backward kernels of proxy-guided attention share.
+// Code that the forward and backward kernels of proxy-guided attention share.
 //
 // A block of threads computes one unit: one head of one frame. Its rows are at once its queries and
 // its keys: the M proxies of the video, then the frame's L patches. The patches' results are
-// complete; the proxies' are partial over frames and are put together by a second, small kernel in
-// the order of frames, so that results are deterministic. What proxies give to proxies is left out
-// of units and is computed there too, which serves videos without frames as well.
+// complete; the proxies' are partial, one part per frame. A second, small kernel combines the parts
+// in the order of frames, so that results are deterministic. It also computes the attention of
+// proxies to proxies, which units leave out; so it serves videos without frames too.
 #pragma once
 
 #include <math.h>
@@ -44,10 +44,10 @@ using device::warp;
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// ---- Where things lie ----------------------------------------------------------------------------
+// ---- Layout of tensors --------------------------------------------------------------------------
 
 struct Shape {
-  const int32_t* frame_offsets;  // [videos + 1]; whatever it says, no unit leaves the tensors
+  const int32_t* frame_offsets;  // [videos + 1]; with any values no unit accesses other memory
   int64_t frames;
   int videos, heads, head_dim, proxies, patches;
 };
@@ -373,11 +373,11 @@ struct Pair {
   }
 };
 
-// Where the other side's rows are: in a ring of two tiles that every pass fills again; on their way
-// to places of their own, as the last groups of copies, one a tile; or all there.
+// State of the other side's rows: in a ring of two tiles that every pass fills again; being copied
+// to places of their own, as the last groups of copies, one per tile; or all copied.
 enum class Tiles { kRing, kArriving, kThere };
 
-// cp_async_wait for a number known only now; waits for more than asked where that is not offered.
+// cp_async_wait for a number known at run time; waits for more groups where no instance fits.
 inline __device__ void wait_until_pending(int groups) {
   switch (groups) {
     case 0: return cp_async_wait<0>();
@@ -396,7 +396,7 @@ __device__ void load_tile(const Pair<T>& other, const Unit& unit, int head_dim, 
                             thread(), threads());
 }
 
-// Each warp takes 16 rows of its own at a time and goes with them over all rows of the other side.
+// Each warp takes 16 rows of its own at a time and multiplies them with all rows of the other side.
 // `own` are its 16 rows' places, or where all own rows lie if `own_there`. Body says what to do:
 //   begin(first, a, b)        the own rows from `first` on are at a and b
 //   step(first, row, a, b)    kTileRows rows of the other side, from `row` on, are at a and b
@@ -411,7 +411,7 @@ __device__ void walk(Tiles tiles_are, bool own_there, const Pair<T>& own, const 
   for (int pass = 0; pass < passes; ++pass) {
     const int first = (pass * warps + warp()) * kChunk;
     if (ring) {
-      sync_block();  // nobody reads the last pass's tiles any more
+      sync_block();  // all threads have read the last pass's tiles
       own.template load<kDim>(unit, head_dim, first, kChunk, 0, lane(), 32);
       load_tile<T, kDim>(other, unit, head_dim, 0, 0);
       cp_async_commit();

@@ -1,4 +1,4 @@
-// Proxy-guided attention: what the host hands to a kernel, and the CPU entry points.
+// Proxy-guided attention: the parameters of a CPU kernel, and the kernels' declarations.
 //
 // Video b holds M proxies and then frames of L patches each; it starts at token
 // b·M + frame_offsets[b]·L. A proxy sees every token of its video, a patch sees the proxies and
@@ -19,16 +19,17 @@ struct ProxyAttentionParams {
   int threads;
   Tensor out;        // [T, H, D]
   Tensor lse;        // [H, T] float32 contiguous: log2 of the sum of 2^(scaled logit · log2 e)
-  Tensor grad_out;   // [T, H, D]; backward only
-  Tensor grad_qkv;   // [T, 3, H, D]; backward only
-  Tensor workspace;  // float32: threads · floats_per_thread + partial_floats, see below
+  Tensor grad_out = {};  // [T, H, D]; backward only
+  Tensor grad_qkv = {};  // [T, 3, H, D]; backward only
+  float* workspace = nullptr;  // proxy_attention_workspace_bytes, or null
 
   int64_t heads() const { return qkv.size[2]; }
   int64_t head_dim() const { return qkv.size[3]; }
   int64_t videos() const { return frame_offsets.size[0] - 1; }
+  int64_t frames() const { return frame_offsets.as<const int32_t>()[videos()]; }
 };
 
-// The kernels take the queries of a frame in equal blocks of at most kMaxRows, so that a block's
+// The kernels split the queries of a frame into equal blocks of at most kMaxRows, so that a block's
 // scores stay in the second level of cache. Micro-kernels work on up to kPaddedRows.
 constexpr int64_t kProxyAttentionMaxRows = 72, kProxyAttentionPaddedRows = 72;
 
@@ -46,11 +47,14 @@ static inline int64_t proxy_attention_floats_per_thread(int64_t keys, int64_t he
                   : padded_keys * (2 * head_dim + rows) + rows * (2 * head_dim + 32);
 }
 
-// Floats of the proxies' partial results, one for every frame and head.
-static inline int64_t proxy_attention_partial_floats(int64_t num_proxies, int64_t heads,
-                                                     int64_t head_dim, int64_t frames,
-                                                     bool backward) {
-  return frames * heads * num_proxies * (backward ? 3 * head_dim : head_dim + 2);
+// Bytes of workspace: what each thread needs, then the proxies' partial results of each frame and
+// head.
+static inline int64_t proxy_attention_workspace_bytes(const ProxyAttentionParams& p,
+                                                      bool backward) {
+  const int64_t keys = p.num_proxies + p.patches, D = p.head_dim();
+  return (p.threads * proxy_attention_floats_per_thread(keys, D, backward) +
+          p.frames() * p.heads() * p.num_proxies * (backward ? 3 * D : D + 2)) *
+         int64_t(sizeof(float));
 }
 
 CLIPVIP_CPU_KERNEL(proxy_attention_forward, ProxyAttentionParams)

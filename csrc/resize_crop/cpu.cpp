@@ -1,12 +1,12 @@
-// kLanes output rows at a time, so that both filters run along lanes without a gather:
+// Computes kLanes output rows at a time, so that both filters run along lanes without a gather:
 //
-//   down     lanes are columns: kLanes rows of the frame's whole (cut) width
-//   turn     kLanes × kLanes transposes
-//   across   lanes are output rows: each tap is one load
-//   colours  where they are, then turned back and stored as bytes
+//   down     filters columns, with columns as lanes: gives kLanes rows of the width that is read
+//   turn     transposes kLanes × kLanes blocks
+//   across   filters rows, with output rows as lanes: each tap is one load
+//   colours  converts, turns back and stores bytes
 //
-// What lies between stays in the caches of the core: kLanes rows of one plane. Where a frame
-// shrinks, filtering down first leaves the least to filter across.
+// Intermediate results, kLanes rows of one plane, stay in the core's caches. Where a frame shrinks,
+// filtering down first leaves the least to filter across.
 #include "common/arena.h"
 #include "resize_crop/params.h"
 
@@ -15,7 +15,7 @@ namespace CLIPVIP_ISA {
 namespace {
 
 constexpr int kPlanes = ResizeCropParams::kPlanes;
-constexpr int kTogether = 4;  // vectors of columns that share a weight's broadcast
+constexpr int kTogether = 4;  // vectors of columns per broadcast of a weight
 
 CLIPVIP_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -69,7 +69,7 @@ CLIPVIP_INLINE void turn(const float* lines, int64_t pitch, float* turned) {
   }
 }
 
-// `count` outputs from j on; their sums do not wait for each other.
+// `count` outputs from j on, whose sums are independent and so run at the same time.
 template <int count>
 CLIPVIP_INLINE void filter_some_across(const float* turned, const ResizeFilter& columns,
                                        const Span& span, int64_t j, float* out) {
@@ -130,7 +130,7 @@ CLIPVIP_INLINE void store_colours(const ResizeCropParams& p, float* const (&filt
 
 }  // namespace
 
-void resize_crop(const ResizeCropParams& p) {
+int64_t resize_crop(const ResizeCropParams& p) {
   const int64_t height = p.rows[0].size, width = round_up(p.columns[0].size);
   int64_t pitch = 0;
   for (const ResizeFilter& columns : p.columns) {
@@ -142,8 +142,7 @@ void resize_crop(const ResizeCropParams& p) {
   float* turned = arena.take<float>(kLanes * pitch);
   float* filtered[kPlanes];
   for (float*& each : filtered) each = arena.take<float>(kLanes * width);
-  *p.workspace_bytes = arena.used();
-  if (!p.workspace) return;
+  if (!p.workspace) return arena.used();
 
   for (int c = 0; c < kPlanes; ++c) {  // columns that are computed but not stored
     for (int64_t i = p.columns[c].size * kLanes; i < width * kLanes; ++i) filtered[c][i] = 0;
@@ -166,6 +165,7 @@ void resize_crop(const ResizeCropParams& p) {
     }
     store_colours(p, filtered, row, count);
   }
+  return 0;
 }
 
 }  // namespace CLIPVIP_ISA

@@ -1,25 +1,22 @@
-// What Python calls; returns the bytes of workspace it needs, and does no more than that where none
-// is given. Shapes are checked in clipvip/ops/resize_crop.py.
+// resize_crop as Python calls it (module.h says how). clipvip/ops/resize_crop.py checks shapes.
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "resize_crop/params.h"
 
 namespace clipvip {
 
-// filters: (first, weights) of rows and of columns for Y, then U, then V.
+// filters: (first, weights) of rows and of columns for Y, then U, then V. Runs in one thread.
 inline int64_t resize_crop_op(const std::vector<Tensor>& planes, const std::vector<Tensor>& filters,
-                              const Tensor& colours, const Tensor& out,
-                              std::optional<uintptr_t> workspace) {
+                              const Tensor& colours, const Tensor& out, int /*threads*/,
+                              uintptr_t workspace) {
   const auto filter = [&](size_t i) {
     const Tensor& weights = filters.at(i + 1);
     return ResizeFilter{filters.at(i).as<const int32_t>(), weights.as<const float>(),
                         weights.size[0], weights.size[1]};
   };
-  int64_t bytes = 0;
   ResizeCropParams p;
   for (int i = 0; i < ResizeCropParams::kPlanes; ++i) {
     p.planes[i] = planes.at(i);
@@ -27,9 +24,8 @@ inline int64_t resize_crop_op(const std::vector<Tensor>& planes, const std::vect
   }
   p.colours = colours.as<const float>();
   p.out = out.as<uint8_t>();
-  p.workspace = reinterpret_cast<void*>(workspace.value_or(0)), p.workspace_bytes = &bytes;
-  resize_crop(p);
-  return bytes;
+  p.workspace = reinterpret_cast<void*>(workspace);
+  return resize_crop(p);
 }
 
 }  // namespace clipvip

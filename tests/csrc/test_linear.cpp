@@ -82,10 +82,7 @@ void compare(const char* name, int64_t rows, int64_t columns, const Found& found
 
 template <typename Kernel>
 void call(Kernel kernel, LinearParams p) {
-  int64_t bytes = 0;
-  p.workspace_bytes = &bytes;
-  kernel(p);
-  std::vector<float> workspace(bytes / 4, std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> workspace(kernel(p) / 4, std::numeric_limits<float>::quiet_NaN());
   p.workspace = workspace.data();
   kernel(p);
 }
@@ -119,7 +116,7 @@ void check(const Case& c, const char* isa) {
   p.operands = c.dtype, p.input = c.input, p.alpha = alpha, p.beta = beta, p.eps = eps;
   p.bias = vector(2), p.norm_weight = vector(0), p.norm_bias = vector(1);
   p.mean = mean.data(), p.rstd = rstd.data(), p.threads = c.threads;
-  call([](const LinearParams& q) { clipvip::linear_forward(q); }, p);
+  call([](const LinearParams& q) { return clipvip::linear_forward(q); }, p);
   const double loose = c.dtype == DType::bfloat16 ? 1e-2 : 2e-6;
   compare("out", T, N, out, [&](int64_t t, int64_t n) {
     double sum = 0;
@@ -128,7 +125,7 @@ void check(const Case& c, const char* isa) {
   }, loose, isa, c);
 
   p.grad = g.tensor, p.grad_weight = grad_w.data(), p.grad_bias = grad_b.data();
-  call([](const LinearParams& q) { clipvip::linear_grad_weight(q); }, p);
+  call([](const LinearParams& q) { return clipvip::linear_grad_weight(q); }, p);
   compare("grad_weight", N, K, [&](int64_t n, int64_t k) { return grad_w[n * K + k]; },
           [&](int64_t n, int64_t k) {
             double sum = 0;
@@ -144,7 +141,7 @@ void check(const Case& c, const char* isa) {
 
   p.out = grad_x.tensor;
   if (c.input == LinearInput::silu) p.before = before.tensor;
-  call([](const LinearParams& q) { clipvip::linear_grad_input(q); }, p);
+  call([](const LinearParams& q) { return clipvip::linear_grad_input(q); }, p);
   compare("grad_input", T, K, grad_x, [&](int64_t t, int64_t k) {
     double sum = 0;
     for (int64_t n = 0; n < N; ++n) sum += g(t, n) * w(n, k);

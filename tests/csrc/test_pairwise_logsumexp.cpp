@@ -69,14 +69,10 @@ void compare(const char* name, const std::vector<float>& found, const std::vecto
   }
 }
 
-using Kernel = void (*)(const PairwiseLogsumexpParams&);
+using Kernel = int64_t (*)(const PairwiseLogsumexpParams&);
 
 void call(Kernel kernel, PairwiseLogsumexpParams params) {
-  int64_t bytes = 0;
-  params.workspace = nullptr;
-  params.workspace_bytes = &bytes;
-  kernel(params);
-  std::vector<unsigned char> workspace(bytes, 0xff);
+  std::vector<unsigned char> workspace(kernel(params), 0xff);
   params.workspace = workspace.data();
   kernel(params);
 }

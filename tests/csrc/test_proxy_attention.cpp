@@ -147,18 +147,17 @@ bool check(const std::string& capability, DType dtype, const Case& c, int thread
   const Tensor out_t = view(raw_out.data(), dtype, {T, H, D});
   const Tensor lse_t = view(lse.data(), DType::float32, {H, T});
   for (const bool backward : {false, true}) {
-    const int64_t floats = clipvip::proxy_attention_workspace(c.proxies, c.patches, H, D, frames,
-                                                              threads, backward);
-    Aligned workspace(floats);
-    const Tensor workspace_t = view(workspace.data(), DType::float32, {floats});
-    if (backward) {
-      clipvip::proxy_attention_backward_op(
-          view(raw_grad.data(), dtype, {T, H, D}), qkv_t, offsets_t, c.proxies, c.patches, scale,
-          out_t, lse_t, view(raw_grad_qkv.data(), dtype, {T, 3, H, D}), workspace_t, threads);
-    } else {
-      clipvip::proxy_attention_forward_op(qkv_t, offsets_t, c.proxies, c.patches, scale, out_t,
-                                          lse_t, workspace_t, threads);
-    }
+    const auto run = [&](uintptr_t workspace) {
+      return backward ? clipvip::proxy_attention_backward_op(
+                            view(raw_grad.data(), dtype, {T, H, D}), qkv_t, offsets_t, c.proxies,
+                            c.patches, scale, out_t, lse_t,
+                            view(raw_grad_qkv.data(), dtype, {T, 3, H, D}), threads, workspace)
+                      : clipvip::proxy_attention_forward_op(qkv_t, offsets_t, c.proxies, c.patches,
+                                                            scale, out_t, lse_t, threads,
+                                                            workspace);
+    };
+    Aligned workspace(run(0) / 4);
+    run(reinterpret_cast<uintptr_t>(workspace.data()));
   }
   const double error = worst(decode(raw_out, dtype), want);
   const double grad_error = worst(decode(raw_grad_qkv, dtype), want_grad);

@@ -69,9 +69,7 @@ int run(const Case& c) {
   const std::vector<float> colours = {1.2f, 0.f, 1.6f, -200.f, 0.9f, -.4f, -.8f, 100.f,
                                       1.2f, 2.f, 0.f,  -250.f};
   p.colours = colours.data();
-  int64_t needed = 0;
-  p.workspace_bytes = &needed;
-  clipvip::resize_crop(p);
+  const int64_t needed = clipvip::resize_crop(p);
   std::vector<uint8_t> out(3 * c.rows * c.columns);
   p.out = out.data();
   p.workspace = std::aligned_alloc(64, size_t(needed));

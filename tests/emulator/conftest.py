@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: a module with the ops of clipvip._C that end in _cuda."""
+"""The CUDA kernels on the CPU: a module with those functions of clipvip._C that end in _cuda."""
 
 import contextlib
 import importlib.util
@@ -17,7 +17,7 @@ SANITIZED = "CLIPVIP_EMULATOR_SANITIZED" in os.environ  # set by test_sanitized.
 
 
 def build(sanitized: bool) -> Path:
-    """Builds what is not up to date, in the tree that the C++ tests use; returns the module."""
+    """Build the module in the C++ tests' build tree and return its path."""
     import pybind11
 
     tree = ROOT / "build" / ("ctest-ON" if sanitized else "ctest-OFF")
@@ -43,7 +43,7 @@ def build(sanitized: bool) -> Path:
 
 @pytest.fixture(scope="session")
 def built():
-    """Path of the module, built with the sanitizers or without."""
+    """`build`, or a skip where the emulator does not run."""
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the emulator switches stacks in x86-64 assembly")
     return build
@@ -59,7 +59,7 @@ def emulator_module(built):
 
 @pytest.fixture
 def emulator(emulator_module, monkeypatch):
-    """The module, with clipvip.ops handing it tensors as it would hand them to a GPU."""
+    """The module, which clipvip.ops then calls in place of clipvip._C on a GPU."""
     monkeypatch.setattr(_native, "module", lambda: emulator_module)
     monkeypatch.setattr(_native, "launch_context", lambda tensor: contextlib.nullcontext((0, 0)))
     emulator_module.configure()

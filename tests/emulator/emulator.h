@@ -1,15 +1,15 @@
 // csrc/common/device.cuh on the CPU, so that a kernel's own source runs and is checked without a GPU.
 //
-// Every thread of a block is a fiber; blocks run one after another. What it is there to show:
+// Every thread of a block is a fiber; blocks run one after another. The emulator detects
 // - a missing barrier: warps run as far ahead of each other as barriers allow, in an order that the
-//   seed draws anew after each barrier;
-// - a missing wait: a cp.async lands at its issue or only at its wait, as the seed has it;
+//   seed decides after each barrier;
+// - a missing wait: a cp.async copies when issued or only at its wait, as the seed decides;
 // - shared memory read before it is written: it holds NaN (all bits set) when a block starts;
 // - a wrong fragment: shuffle, ldmatrix and mma work on the lanes' true layouts;
-// - lanes that part: a warp whose lanes meet at different instructions, or not at all, is an error;
+// - diverging lanes: a warp whose lanes meet at different instructions, or not at all, is an error;
 // - addresses: alignment and shared bounds always, everything else under the address sanitizer,
 //   which also finds gaps between the arrays of Shared.
-// Bank conflicts, timing and races outside the schedules tried are not its business.
+// It does not model bank conflicts or timing, nor find races outside the schedules that it tries.
 #pragma once
 
 #include <sys/mman.h>
@@ -48,8 +48,8 @@ using std::min;
 
 namespace emulator {
 
-// What a test may set. The seed 0 runs threads in order and lets copies land at their wait, 1 runs
-// them backwards and lets copies land at once, others draw.
+// Settings of a test. Seed 0 runs threads in order and copies at the wait; seed 1 runs them backwards
+// and copies at once; with other seeds both are random.
 struct Settings {
   uint64_t seed = 0;
   int max_shared_bytes = 232448;
@@ -57,7 +57,7 @@ struct Settings {
 };
 inline Settings settings;
 
-// What was launched since the last settings.
+// Launches since the settings last changed.
 struct Launch {
   int threads;
   size_t shared_bytes;
@@ -86,7 +86,7 @@ struct Warp {
 
 constexpr size_t kStackBytes = 256 * 1024, kGuardBytes = 4096, kRedZone = 32, kMaxArrays = 64;
 
-// The block that runs.
+// The running block.
 struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -105,7 +105,7 @@ struct Machine {
 };
 inline Machine machine;
 
-// Saves the registers that a call must keep, and goes on where `to` left off.
+// Saves the registers that a call must keep, and continues where `to` stopped.
 __attribute__((naked, noinline, no_sanitize("address", "undefined"))) inline void switch_stack(
     void** /*from*/, void* /*to*/) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -117,7 +117,7 @@ inline Fiber& current() { return machine.fibers[machine.current]; }
 
 inline void to_host() { switch_stack(&current().stack_pointer, machine.host_stack_pointer); }
 
-// Ends the launch with an error; the fibers are never gone back to.
+// Ends the launch with an error; the fibers are never resumed.
 [[noreturn]] inline void fail(const std::string& what) {
   machine.error = what + " (thread " + std::to_string(machine.current) + " of block " +
                   std::to_string(machine.block[0]) + "," + std::to_string(machine.block[1]) + "," +
@@ -137,7 +137,7 @@ inline std::string where_everyone_is() {
   return text;
 }
 
-// Runs other threads until this one can go on.
+// Runs other threads until this one can continue.
 inline void yield() {
   void** from = &current().stack_pointer;
   for (int index : machine.order) {
@@ -163,8 +163,8 @@ inline void draw_schedule() {
   if (seed > 1) std::shuffle(machine.order.begin(), machine.order.end(), machine.random);
 }
 
-// Waits until every lane of the warp is at the same instruction; the last to come runs `combine`
-// on what all of them brought.
+// Waits until every lane of the warp is at the same instruction; the last to arrive runs `combine`
+// on the values of all.
 template <typename Combine>
 void collective(const char* instruction, void* argument, Combine combine) {
   const int lane = machine.current % 32;
@@ -222,7 +222,7 @@ inline void prepare_block(int threads) {
     void* stack = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::runtime_error("no memory for a thread's stack");
-    mprotect(stack, kGuardBytes, PROT_NONE);  // a stack that overflows must not do so unseen
+    mprotect(stack, kGuardBytes, PROT_NONE);  // so that a stack overflow is noticed
     machine.stacks.push_back(static_cast<char*>(stack) + kGuardBytes);
   }
   for (int i = 0; i < threads; ++i) {
@@ -454,7 +454,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 inline float fast_exp2(float x) {
   const float y = std::exp2(x);
-  return y < std::numeric_limits<float>::min() ? 0 : y;  // as the hardware flushes; NaN stays
+  return y < std::numeric_limits<float>::min() ? 0 : y;  // the hardware flushes these; NaN stays
 }
 inline float fast_log2(float x) { return std::log2(x); }
 

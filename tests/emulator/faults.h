@@ -1,5 +1,5 @@
-// A matrix product with every device intrinsic in it, into which one fault of each kind can be
-// planted: what the emulator is there to notice, and tests/emulator/test_emulator.py to see it do.
+// A matrix product that uses every device intrinsic and takes one planted fault of each kind.
+// tests/emulator/test_emulator.py checks that the emulator detects them.
 #pragma once
 
 #include <string>

@@ -1,5 +1,5 @@
-// The Python module _emulator: the CUDA ops as clipvip._C has them, but on the CPU, and what tests
-// set and plant.
+// The Python module _emulator: the CUDA functions of clipvip._C, run on the CPU, and the tests'
+// settings and planted faults.
 #include <pybind11/pybind11.h>
 
 #include "faults.h"

@@ -1,4 +1,7 @@
-"""The emulator notices what it is there to notice: planted faults of every kind."""
+"""The emulator detects planted faults of every kind."""
+
+import ast
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,11 +9,12 @@ import torch
 from clipvip.ops import _native
 
 SEEDS = range(6)
+STUB = Path(_native.__file__).parents[1] / "_C.pyi"
 ROWS, COLUMNS, DEPTH = 100, 77, 104  # multiples of no tile
 
 
 def product(emulator, fault="none", rows=ROWS):
-    """(a·bᵀ by the kernel, by PyTorch, whether memory behind the result was left alone)"""
+    """Return a·bᵀ by the kernel and by PyTorch, and whether memory behind the result is intact."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(rows, DEPTH, generator=generator).bfloat16()
     b = torch.randn(COLUMNS, DEPTH, generator=generator).bfloat16()
@@ -18,6 +22,12 @@ def product(emulator, fault="none", rows=ROWS):
     c = memory[:rows]
     emulator.product(*(_native.handle(x) for x in (a, b, c)), getattr(emulator.Fault, fault))
     return c, a.float() @ b.float().T, bool((memory[rows:] == 7).all())
+
+
+def test_the_stub_declares_the_cuda_functions(emulator):
+    declared = {getattr(node, "name", "") for node in ast.parse(STUB.read_text()).body}
+    exported = {name for name in dir(emulator) if name.endswith("_cuda")}
+    assert exported == {name for name in declared if name.endswith("_cuda")}
 
 
 @pytest.mark.sanitized

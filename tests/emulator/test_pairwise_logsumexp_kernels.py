@@ -56,7 +56,7 @@ def ours(a, b, scale, diagonal=0, grads=None):
 
 
 def expected(a, b, scale, diagonal=0, grads=None, dtype=torch.float64):
-    """The same by plain PyTorch, wholly in a dtype."""
+    """The same by plain PyTorch, entirely in one dtype."""
     grads = grads or upstream(len(a), len(b))
     a, b, scale = (x.to(dtype).requires_grad_() for x in (a, b, scale))
     logits = scale * (a @ b.T)
@@ -89,7 +89,7 @@ def check(a, b, scale, diagonal=0, grads=None):
     for name, one, two, three in zip(NAMES, found, exact, eager, strict=True):
         finite = two[two.isfinite()]
         size = max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
-        if name == "grad_scale":  # a sum of numbers around 1 that cancel
+        if name == "grad_scale":  # numbers around 1 that cancel each other
             size = max(size, (len(a) + len(b)) ** 0.5)
         floor = 16 * torch.finfo(one.dtype).eps * size
         assert error(one, two) <= 2 * error(three, two) + floor, name
@@ -114,7 +114,7 @@ def test_every_ring_and_division(emulator, dtype, gpu, multiprocessors):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_row_blocks_follow_each_other(emulator, dtype, steps):
-    """One block has them all, and copies of the next begin under the last tile of one."""
+    """One block has them all; copies for the next begin during the last tile of one."""
     emulator.configure(seed=1, multiprocessors=1)
     check(*inputs(270, 5, steps * 128 // dtype.itemsize, dtype), 0)
 
@@ -143,7 +143,7 @@ def test_schedules_do_not_change_a_bit(emulator, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(300, 700, 40, 100), (700, 300, 40, -100)], ids=str)
 def test_panels(emulator, monkeypatch, shape, dtype):
-    """Gradients of logits that pass through several panels, none of them the whole matrix."""
+    """Gradients that pass through several panels, none of which is the whole matrix."""
     monkeypatch.setattr(op, "_PANEL_SIDE", 256)
     monkeypatch.setattr(op, "_PANEL_SIZE", 1 << 16)
     assert op._panel_shape(*shape[:2]) == (256, 256)
@@ -205,7 +205,7 @@ def test_gradients_of_any_size(emulator, dtype, size):
 
 
 def test_infinite_statistics_pass_no_gradient(emulator):
-    """Even a NaN from further up stops where there is nothing to differentiate."""
+    """Even an incoming NaN stops where there is nothing to differentiate."""
     nan = torch.full((1,), torch.nan)
     for dtype in DTYPES:
         a, b, scale = inputs(1, 1, 8, dtype)

@@ -9,7 +9,7 @@ from clipvip.ops.proxy_attention import _backward_cuda, _forward_cuda, proxy_att
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [0, 2, 2, 3]  # two frames, none, one
-ALL, FEW = 232448, 44 * 1024  # bytes of shared memory: a frame's 144 rows stay there, or do not
+ALL, FEW = 232448, 44 * 1024  # bytes of shared memory: enough for a frame's 144 rows, or not
 
 # (dtype, D, L, M): each value with each dtype, and every kernel with rows that fill no tile
 GRID = [
@@ -109,7 +109,7 @@ def test_logits_beyond_the_range_of_exp(emulator):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_far_below_what_rows_past_the_end_would_have(emulator, dtype):
-    """Those are zero in shared memory: exp(0 - lse) overflows unless they are left out."""
+    """Rows past the end are 0 in shared memory: exp(0 - lse) overflows unless they are skipped."""
     qkv, offsets, grad = make(dtype, 32, 20, 4)
     qkv[:, :2] *= 0.1
     qkv[:, 0] += 6
@@ -152,7 +152,7 @@ def test_strides_are_honoured_and_what_is_not_aligned_is_copied(emulator):
 
 @pytest.mark.sanitized
 def test_wrong_frame_offsets_stay_inside_the_tensors(emulator):
-    """Their values are not checked on a GPU."""
+    """The values of frame_offsets are not checked on a GPU."""
     qkv, _, grad = make(torch.bfloat16, 32, 9, 4)
     for offsets in ([0, 9, -5, 3], [5, 2, 100, 7], [-(2**31), 2**31 - 1, 0, 2]):
         wrong = torch.tensor(offsets, dtype=torch.int32)

@@ -1,7 +1,7 @@
 """Kernels on the emulator under the address and undefined-behaviour sanitizers.
 
-They see what no result shows: accesses past the ends of tensors, of a block's shared memory and of
-the arrays in it. The tests marked `sanitized` run once more here, in a process of their own.
+They detect what no result shows: accesses past the ends of tensors, of a block's shared memory and
+of the arrays in it. The tests marked `sanitized` run a second time here, in a separate process.
 """
 
 import os
@@ -27,14 +27,14 @@ print("sum", c.sum().item())
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess:
-    """Runs Python with the sanitizers' runtimes loaded first, so that torch's memory is watched."""
+    """Run Python with the sanitizers' runtimes loaded first, so that they watch torch's memory."""
     runtimes = [
         subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = os.environ | {
         "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",  # an interpreter leaves memory to the system at its end
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter does not free all memory when it ends
         "CLIPVIP_EMULATOR_SANITIZED": "1",
     }
     command = [sys.executable, *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, read from the built module: no GPU is needed.
+"""The CUDA kernels' machine code, read from the built module: no GPU is needed.
 
 The main instances are those of 16-bit numbers with heads of up to 96, and the 16-bit loss.
 """
@@ -50,7 +50,7 @@ def test_main_instances_use_tensor_cores_and_copy_in_the_background(main_kernels
 
 
 def test_registers_leave_room_for_two_blocks_of_attention(main_kernels):
-    """So that one computes while the other waits for memory; the loss's tiles fill one alone.
+    """One block can then compute while the other waits for memory; the loss needs a whole one.
 
     Shared memory may not leave it, see below.
     """

@@ -1,4 +1,4 @@
-"""The products of a layer against float64, on every instruction set, and where they are chosen."""
+"""The products of a layer against float64, on every instruction set, and when they are chosen."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def inputs(tokens, width, outer, dtype):
 
 
 def results(given, form, operands, dtype, ours):
-    """Everything that the three functions give."""
+    """All results of the three functions."""
     suffix = "" if ours else "_reference"
     forward, grad_input, grad_weight = (
         getattr(linear, f"linear_{name}{suffix}")
@@ -75,7 +75,7 @@ def test_no_less_exact_than_plain_pytorch(dtype, shape, form):
 
 
 def test_operands_are_rounded_and_rows_may_lie_apart(capability):
-    """As under autocast: fp32 activations and weights, bf16 operands."""
+    """fp32 activations and weights with bf16 operands, as under autocast."""
     given = inputs(130, 128, 64, torch.float32)
     apart = {
         name: torch.stack([each, torch.full_like(each, torch.nan)], -2).flatten(0, -2)[::2]
@@ -202,7 +202,7 @@ def test_chosen_only_for_what_the_kernels_can_do(monkeypatch, capability):
 
 
 class Elsewhere(torch.Tensor):
-    """Stands for tensors that are spread over ranks or quantised."""
+    """A stand-in for tensors that are sharded over ranks or quantised."""
 
 
 def test_vectors_are_read_as_they_look():

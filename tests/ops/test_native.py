@@ -1,7 +1,11 @@
-"""Refusals by all ops: derivatives they would get wrong, and tensors without their memory."""
+"""The compiled module's names, and refusals by all ops: derivatives that they would get wrong, and
+tensors without their memory.
+"""
 
+import ast
 import importlib
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,7 +131,7 @@ def test_vmap_is_one_call_after_another(name):
 
 
 def freed(like: Tensor) -> Tensor:
-    tensor = torch.zeros(2, *like.shape, dtype=like.dtype)[1]  # not at its storage's beginning
+    tensor = torch.zeros(2, *like.shape, dtype=like.dtype)[1]  # not at the start of its storage
     tensor.untyped_storage().resize_(0)
     return tensor
 
@@ -194,7 +198,7 @@ ENTRIES = {
     ("entry", "name"), [(entry, name) for entry, (_, given) in ENTRIES.items() for name in given]
 )
 def test_a_tensor_without_its_memory_is_refused(entry, name, loss_of_memory):
-    """Where a kernel got its address, or none, the process ended or the result was of nothing."""
+    """A kernel that got such an address crashed the process or returned garbage."""
     function, given = ENTRIES[entry]
     if loss_of_memory is fake and entry != "linear":
         pytest.skip("ops give fake tensors for fake ones")
@@ -230,6 +234,28 @@ def test_views_that_negate_or_are_zero_by_a_mark_alone_are_read_as_they_look():
         assert all(map(torch.equal, found, pairwise_logsumexp(plain, B, SCALE)))
 
 
+def declared_names() -> set[str]:
+    """Names that _C.pyi declares, without those it imports."""
+    stub = Path(_native.__file__).parents[1] / "_C.pyi"
+    nodes = ast.parse(stub.read_text(encoding="utf-8")).body
+    return {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+
+
+def test_the_stub_declares_what_the_compiled_module_exports():
+    """The CUDA functions of a module built without them are compared in tests/emulator."""
+    module = _native.module()
+    cuda = module.build_info()["cuda"] is not None
+    exported = {name for name in vars(module) if not name.startswith("_")}
+    assert exported == {x for x in declared_names() if cuda or not x.endswith("_cuda")}
+
+
+def test_a_large_workspace_is_not_kept():
+    kept, _ = _native._cpu_workspace(1)
+    large, address = _native._cpu_workspace(_native._MOST_KEPT + 1)
+    assert large.nbytes > _native._MOST_KEPT and address % 64 == 0
+    assert _native._cpu_workspace(1)[0] is kept
+
+
 def calls():
     """Name → a call of each CUDA function, with tensors that need no GPU."""
     qkv, out, lse = torch.zeros(6, 3, 1, 16), torch.zeros(6, 1, 16), torch.zeros(1, 6)
@@ -247,7 +273,7 @@ def calls():
 
 @pytest.mark.parametrize("name", calls())
 def test_without_cuda_kernels_the_line_comes_before_any_of_their_names(name, monkeypatch):
-    """Under torch.compile nothing asks before the op runs, so the op itself must."""
+    """Under torch.compile nothing checks before the op runs, so the op itself must."""
     without = types.SimpleNamespace(build_info=lambda: {"cuda": None})
     monkeypatch.setattr(_native, "module", lambda: without)
     _native._check_gpu.cache_clear()

@@ -54,7 +54,7 @@ def outputs_and_gradients(function, a, b, scale, *arguments):
 
 
 def plain(a, b, scale, diagonal=0):
-    """The reference as it would run wholly in the dtype of a and b."""
+    """The reference computed entirely in the dtype of a and b."""
     logits = scale.to(a.dtype) * (a @ b.T)
     own = torch.zeros_like(logits, dtype=torch.bool)
     rows = torch.arange(len(a), device=a.device)
@@ -82,7 +82,7 @@ def assert_close_to_float64(ours, exact, eager) -> None:
 
 @pytest.fixture(params=[*module().cpu_capabilities(), "cuda"])
 def kernel(request):
-    """The device that has the kernel: each instruction set of the CPU in turn, then a GPU."""
+    """The kernel's device: the CPU with each instruction set in turn, then a GPU."""
     if request.param == "cuda":
         yield request.getfixturevalue("cuda")
         return
@@ -138,7 +138,7 @@ def test_every_part_of_the_upstream_gradient_counts_alone(device):
 
 
 def test_infinite_statistics_pass_no_gradient(device):
-    """Even a NaN from further up stops where there is nothing to differentiate."""
+    """Even an incoming NaN stops where there is nothing to differentiate."""
     a, b, scale = inputs(1, 1, 4, device=device)
     zero, nan = torch.zeros(1, device=device), torch.full((1,), torch.nan, device=device)
     outputs = pairwise_logsumexp(a, b, scale, 5)
@@ -241,7 +241,7 @@ def test_checkpointing(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cuda_graph_replays(dtype, cuda):
-    """Captured with one batch, replayed with another."""
+    """The graph is captured with one batch and replayed with another."""
     tensors = inputs(300, 300, 64, dtype, device=cuda)
     others = inputs(300, 300, 64, dtype, scale=30.0, seed=1, device="cuda")
     expected = [outputs_and_gradients(pairwise_logsumexp, *x) for x in (tensors, others)]
@@ -269,7 +269,7 @@ def test_a_cuda_graph_replays(dtype, cuda):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_and_columns(dtype, device):
-    """Of several panels on a GPU, against fp32 in blocks of rows."""
+    """Several panels on a GPU, against fp32 in blocks of rows."""
     n, block = (20000, 1000) if device == "cuda" else (700, 200)
     tensors = inputs(n, n + 3, 64, dtype, device=device)
     wide = [x.detach().float() for x in tensors]
@@ -349,7 +349,7 @@ NOT_FINITE = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", NOT_FINITE)
 def test_what_is_not_finite_is_so_where_it_is_in_float64(kernel, kind, dtype):
-    """Also beside positives, in a matrix of one row, and upstream of the gradients."""
+    """Also beside positives, in a matrix of one row, and in incoming gradients."""
     for n, m, diagonal in ((5, 7, 0), (5, 7, 3), (150, 130, -2), (4, 3, 500), (5, 3, -3)):
         a, b, scale = (x.detach() for x in inputs(n, m, 8, dtype, device=kernel))
         NOT_FINITE[kind](a, b)

@@ -23,7 +23,7 @@ GRID = [
 
 @pytest.fixture(params=[*_native.module().cpu_capabilities(), "cuda"])
 def kernel(request):
-    """The device that has the kernel: each instruction set of the CPU in turn, then a GPU."""
+    """The kernel's device: the CPU with each instruction set in turn, then a GPU."""
     if request.param == "cuda":
         yield request.getfixturevalue("cuda")
         return
@@ -102,7 +102,7 @@ def test_logits_beyond_the_range_of_exp(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_larger_than_a_cache(dtype, kernel):
-    """They are written another way, and equal what parts of the batch give."""
+    """These are written past the caches, and equal the results of parts of the batch."""
     qkv, offsets = make(list(range(65)), 49, 4, heads=12, dtype=dtype, device=kernel)
     out, grad = run(proxy_attention, qkv, offsets, 4, 49)
     tokens = 8 * 53
@@ -306,7 +306,7 @@ class TestCuda:
         assert torch.equal(got, want)
 
     def test_the_last_of_more_numbers_than_32_bits_count(self):
-        """The last video of a batch of 2^31 numbers and more equals what it gives alone."""
+        """The last video of a batch of more than 2^31 numbers equals its result alone."""
         patches, proxies, frames, heads, dim = 196, 4, 12, 12, 64
         tokens = proxies + frames * patches
         videos = 2**31 // (tokens * 3 * heads * dim) + 1
@@ -395,7 +395,7 @@ def test_the_backward_op_checks_what_it_is_given():
 
 
 def attend_to_what_is_seen(qkv: Tensor, offsets: Tensor, proxies: int, patches: int) -> Tensor:
-    """The reference token by token, over the keys that it sees and no others."""
+    """The reference token by token, over only the keys that a token sees."""
     out = []
     for video, (first, last) in enumerate(itertools.pairwise(offsets.tolist())):
         start = video * proxies + first * patches
@@ -414,7 +414,7 @@ def attend_to_what_is_seen(qkv: Tensor, offsets: Tensor, proxies: int, patches: 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_no_nan_is_lost(part, value, dtype, kernel):
-    """It is wherever attention over the keys that a token sees has one, and in no other frame."""
+    """NaN appears wherever attention over the visible keys gives it, and in no other frame."""
     for token in (0, 5, 12, 24):
         qkv, offsets = make([0, 3, 3, 4], 5, 2, heads=1, head_dim=16, dtype=dtype)
         qkv[token, part, 0, 3] = value

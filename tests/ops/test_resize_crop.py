@@ -1,4 +1,4 @@
-"""Frames to RGB squares against float64, PIL, PyTorch and CLIP's own, on every instruction set."""
+"""resize_crop against float64, PIL, PyTorch and CLIP's preprocessing, on every instruction set."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,7 +20,7 @@ from clipvip.ops.resize_crop import (
     resized,
 )
 
-SHAPES = [  # height, width, size: shrinking, growing, odd, thin, and as they are
+SHAPES = [  # height, width, size: shrinking, growing, odd, thin, and unchanged
     *((240, 320, 224), (97, 61, 32), (720, 1280, 224), (45, 33, 70), (5, 3, 17), (2, 90, 7)),
     *((1, 1, 5), (64, 64, 64), (16, 400, 1)),
 ]
@@ -36,7 +36,7 @@ def capability(request):
 
 
 def frame(height, width, chroma=(2, 2), bits=8, seed=0, padding=5):
-    """Y, U and V of noise, rows of them further apart than they are long."""
+    """Y, U and V of noise, with gaps between their rows."""
     generator = np.random.default_rng(seed)
     planes = []
     for down, across in ((1, 1), chroma, chroma):
@@ -114,7 +114,7 @@ def test_chroma_lies_where_it_is_said_to(chroma_left):
 def test_grey_is_resized_as_pil_does(shape):
     height, width, size = shape
     pil = pytest.importorskip("PIL.Image")
-    luma = frame(height, width)[0] // 2 + 64  # PIL rounds and clips after either pass
+    luma = frame(height, width)[0] // 2 + 64  # PIL rounds and clips after each pass
     grey = np.full((-(-height // 2), -(-width // 2)), 128, np.uint8)
     square = resize_crop([luma, grey, grey], size, Colours(full_range=True))
     rows, columns = resized(height, width, size)
@@ -125,7 +125,7 @@ def test_grey_is_resized_as_pil_does(shape):
 
 
 def rgb(height, width, count=1, seed=0):
-    """uint8 [count, 3, H, W] of noise that no filter takes beyond black or white."""
+    """uint8 [count, 3, H, W] of noise that no filter pushes beyond black or white."""
     return torch.from_numpy(
         np.random.default_rng(seed).integers(64, 192, (count, 3, height, width), np.uint8)
     )
@@ -148,7 +148,7 @@ def test_crop_is_clips_own(shape):
         size={"shortest_edge": size}, crop_size=size, do_rescale=False, do_normalize=False
     )
     theirs = torch.from_numpy(processor(frames[0].numpy())["pixel_values"][0])
-    assert apart(resize_frames(frames, size)[0], theirs) <= 1  # PIL rounds after either pass
+    assert apart(resize_frames(frames, size)[0], theirs) <= 1  # PIL rounds after each pass
 
 
 @pytest.mark.parametrize("shape", SIDES, ids=str)
@@ -158,7 +158,7 @@ def test_squash_is_pytorch_without_antialiasing(shape):
     theirs = F.interpolate(frames.double(), (size, size), mode="bicubic", align_corners=False)
     ours = resize_crop_reference(list(frames[0].numpy()), size, Colours("rgb"), resize="squash")
     assert np.abs(ours - theirs[0].clamp(0, 255).numpy()).max() < 1e-6
-    # Of 4:2:0, as of RGB in which four pixels have one chroma.
+    # 4:2:0 equals RGB in which four pixels share one chroma.
     y, u, v = frame(*sides)
     full = [y, *(np.repeat(np.repeat(c, 2, 0), 2, 1)[: sides[0], : sides[1]] for c in (u, v))]
     joined = resize_crop_reference(full, size, Colours(), resize="squash")
@@ -244,14 +244,14 @@ def test_what_does_not_fit_is_said():
         np.empty((3, 5, 4), np.uint8),
         np.empty((3, 4, 4)),
         np.empty((3, 4, 8), "B")[..., ::2],
-        np.frombuffer(bytes(48), np.uint8).reshape(3, 4, 4),  # not to be written
+        np.frombuffer(bytes(48), np.uint8).reshape(3, 4, 4),  # read-only
     ):
         with pytest.raises(ValueError, match=r"expected uint8 \[3, 4, 4\], contiguous"):
             resize_crop([y, u, v], 4, Colours(), out)
 
 
 def test_planes_may_lie_anywhere():
-    """At odd addresses, upwards, read-only, or where the result goes."""
+    """At odd addresses, bottom-up, read-only, or overlapping the result."""
     planes = frame(40, 50, bits=10, padding=0)
     colours = Colours(bits=10)
     want = resize_crop(planes, 24, colours)

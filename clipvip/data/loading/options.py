@@ -14,8 +14,7 @@ TASKS = ("retrieval", "omnisource", "video")
 class LoaderOptions:
     """How clips become one rank's batches.
 
-    Which clips, frames and texts are in a batch depends on the seed, batch size, rank and world
-    size alone, whatever the number of workers and the decoder.
+    num_workers and decoder change the speed, not which clips, frames and texts are in a batch.
 
     task: which texts and images a batch holds, see build_loader.
     tokenizer: a transformers CLIPTokenizer; None for task "video".

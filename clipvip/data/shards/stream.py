@@ -86,7 +86,7 @@ class _ShardBatchReader:
     def read_batch(self, task: tuple[int, int], excluded: frozenset[int]) -> list[Sample]:
         epoch, batch = task
         step, number = divmod(batch, self.plan.lanes)
-        lane = self.lanes.pop(number, None)
+        lane = self.lanes.pop(number, None)  # opened again if this batch fails midway
         if lane is None or (lane.epoch, lane.step) != (epoch, step):
             lane = _Lane(self.plan, number, epoch, step)
         samples = [self._sample(drawn, 0, excluded) for drawn in lane.batch()]
@@ -212,7 +212,9 @@ def _read(url: str, first: int, end: int) -> Iterator[tuple[int, Packed | Decode
     """Yield clips [first, end) of a tar with their indices; an error for each that is missing."""
     reason = ""
     set_place(-1)  # a slow tar is not the fault of the last clip
-    for wait in (0.0, *(RETRIES if "://" in url else ())) if first < end else ():
+    if first == end:
+        return
+    for wait in (0.0, *RETRIES) if "://" in url else (0.0,):
         time.sleep(wait)
         try:
             with open_url(url) as file:

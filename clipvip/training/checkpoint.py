@@ -212,7 +212,7 @@ def whole_or_none(folder: Path, step: int | None) -> int | None:
     problem = damage(path)
     if problem is None:
         return step
-    logger.warning("%s was the best, but %s; the next that is validated is", path, problem)
+    logger.warning("%s was the best, but %s; the next to be validated becomes it", path, problem)
     return None
 
 

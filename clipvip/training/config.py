@@ -259,19 +259,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise ConfigError if values are out of range or contradict each other."""
-
-    def get(key: str) -> Any:
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        return value
-
+    given = flat(config)
     for key, choices in _CHOICES.items():
-        if get(key) not in (*choices, None):
-            raise ConfigError(f"{key} is {get(key)!r}; it must be one of {', '.join(choices)}")
+        if given[key] not in (*choices, None):
+            raise ConfigError(f"{key} is {given[key]!r}; it must be one of {', '.join(choices)}")
     for key in _POSITIVE:
-        if get(key) is not None and get(key) <= 0:
-            raise ConfigError(f"{key} is {get(key)}; it must be above 0")
+        if given[key] is not None and given[key] <= 0:
+            raise ConfigError(f"{key} is {given[key]}; it must be above 0")
     if config.data.sampling is not None:
         try:
             check_sampling(config.data.sampling)

@@ -21,7 +21,7 @@ PARTS = {
     "training": ("embedding", "model", "data", "losses", "ops"),
     "cli": ("index", "training", "convert", "data", "ops"),
 }
-TOOLS = ("files", "progress", "retrieval", "terminal", "text", "transfer")
+TOOLS = ("files", "retrieval", "terminal", "text", "transfer")
 IN_PART = {
     "collection": "index",
     "index_files": "index",
@@ -91,7 +91,7 @@ def test_a_folder_of_data_is_entered_by_its_face_alone(name):
         theirs = wing(other)
         if theirs is None or theirs == wing(name):
             continue
-        through_face = other == f"data.{theirs}" or other == "data.loading.workers"
+        through_face = other == f"data.{theirs}"
         assert through_face, f"{name} imports {other}; import the name from clipvip.data.{theirs}"
         mine = wing(name)
         if mine is not None:

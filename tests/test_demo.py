@@ -1,4 +1,4 @@
-"""The demo's data and start: what its figures rest on."""
+"""The demo's data, tokenizer and initial models, on which its figures depend."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,16 +55,16 @@ def test_the_tokenizer_and_the_untrained_models_fit_each_other(tmp_path):
     file.write_text('{"video": "a.mp4", "text": "a red circle moves left", "subtitle": "uh"}\n')
     tokenizer = run.train_tokenizer(file)
     ids = tokenizer("a red circle moves left")["input_ids"]
-    assert len(ids) == 7  # a token a word, and the two specials
+    assert len(ids) == 7  # one token per word, and the two special tokens
     assert tokenizer.decode(ids[1:-1]).strip() == "a red circle moves left"
-    assert len(tokenizer("an unseen word: zebra!")["input_ids"]) > 7  # spelled, never unknown
+    assert len(tokenizer("an unseen word: zebra!")["input_ids"]) > 7  # spelled out, never unknown
 
     video = torch.rand(1, run.FRAMES, 3, run.IMAGE, run.IMAGE)
     for name, options in run.MODELS.items():
         model = run.untrained(tokenizer, {**options, "attention_backend": "reference"})
         with torch.no_grad():
             both = [model.get_video_features(x) for x in (video, video.flip(1))]
-        # To the baseline a clip is the same played backwards; to CLIP-ViP it is not.
+        # The baseline gives a clip the same feature when it is reversed; CLIP-ViP does not.
         assert torch.allclose(*both, atol=1e-4) == (name == "mean_pool")
 
 
@@ -75,7 +75,7 @@ def test_the_last_search_finds_its_clip_first_and_is_the_readmes_where_that_does
     others = {"a blue cross moves up": 0.2, "a green cross moves up": 0.3}
     assert run.to_search({run.QUERY: 0.1, **others}) == run.QUERY
     assert capsys.readouterr().out == ""
-    for margin in (-0.1, 0.0, 1e-7):  # another is first, or it is by rounding alone
+    for margin in (-0.1, 0.0, 1e-7):  # another clip is first, or this one only by rounding
         assert run.to_search({run.QUERY: margin, **others}) == "a green cross moves up"
         said = capsys.readouterr().out
         assert f"“{run.QUERY}”" in said and "2 of 3 sentences do" in said

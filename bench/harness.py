@@ -89,11 +89,8 @@ class Check:
 
     def __call__(self, name: str) -> None:
         """Raise AssertionError if a result is off by more than is allowed."""
-        run = self.contestants[name]
-        error, allowed = (
-            _error(run(), self.expected_of.get(name, self.expected)),
-            self.allowed(name),
-        )
+        run, allowed = self.contestants[name], self.allowed(name)
+        error = _error(run(), self.expected_of.get(name, self.expected))
         if not error <= allowed:
             raise AssertionError(f"{name} is off by {error:.2e}, allowed {allowed:.2e}")
         self.passed[name] = {"error": error, "peak_mib": peak_memory(run, self.device) / MIB}

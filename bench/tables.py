@@ -71,10 +71,8 @@ def percent(x: float | None) -> str:
     return "–" if x is None else f"{x:.0%}" if x >= 0.1 else f"{x:.1%}"
 
 
-def duration(ms: float | None) -> str:
+def duration(ms: float) -> str:
     """Return a time with its unit, ms or s."""
-    if ms is None:
-        return "–"
     return f"{number(ms)} ms" if ms < 1000 else f"{number(ms / 1000)} s"
 
 
@@ -106,7 +104,8 @@ def columns(record: Record) -> dict[str, str]:
     least = (max(floors(record, rates).values(), default=None) for rates in (None, H100))
     found |= dict(zip(("floor ms", "H100 floor ms"), least, strict=True))
     for head, result in (("eager", eager), ("best peer", best)):
-        found |= {f"{head} {unit}": (result or {}).get(key) for unit, key in MEASURED}
+        if result:
+            found |= {f"{head} ms": result["median_ms"], f"{head} MiB": result.get("peak_mib")}
     text = collections.defaultdict(lambda: "–", {key: number(x) for key, x in found.items()})
     text["best peer"] = peer or ""
     text["ours ms"] = text["ours ms"] if failure(record) is None else "fails"
@@ -114,9 +113,6 @@ def columns(record: Record) -> dict[str, str]:
         text["quartiles"] = quartiles(ours)
         text["of ceiling"] = percent(max(shares(record, ours).values(), default=None))
     return text
-
-
-MEASURED = (("ms", "median_ms"), ("MiB", "peak_mib"))
 
 
 def ordered(results: dict[str, dict]) -> list[str]:

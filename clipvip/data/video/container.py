@@ -260,14 +260,14 @@ def packets_from(video: Video, start: float | None) -> Iterator[Packet]:
         try:
             video.container.seek(offset, stream=stream)
         except av.FFmpegError:
-            raise Unseekable(video.path, "it cannot be sought in") from None
+            raise Unseekable(video.path, "it does not support seeking") from None
         packets = demux(video)
         head = next(packets, None)
         if head is None:
-            raise Unseekable(video.path, "seeking in it leads to its end")
+            raise Unseekable(video.path, "seeking leads to its end")
         if head.is_keyframe and head.pts is not None and head.pts <= first:
             return itertools.chain([head], packets)
-    raise Unseekable(video.path, "seeking in it leads to no keyframe before")
+    raise Unseekable(video.path, "seeking leads to no earlier keyframe")
 
 
 def demux(video: Video) -> Iterator[Packet]:

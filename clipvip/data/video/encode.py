@@ -39,7 +39,8 @@ STEP = 40  # ticks between frames
 
 
 class Engine(NamedTuple):
-    """Where DALI decodes, and what it can decode there, by FFmpeg's names."""
+    """A device that DALI decodes on, and the codecs and pixel formats that it decodes there, by
+    FFmpeg's names."""
 
     device: Literal["cpu", "gpu"]
     codecs: frozenset[str]

@@ -2,7 +2,7 @@
 
 A way gives the frames at the wanted positions of an index. Every frame that comes out is compared
 with the index; at the first difference the way raises Mismatch, and the next of WAYS is tried.
-Frames that a way gave before are void: the next way, and maybe a more reliable index, begins again.
+Frames that a way gave before then are void: the next way starts over, maybe by a better index.
 """
 
 import itertools
@@ -63,8 +63,10 @@ def _goes_in_order_only(video: Video) -> bool:
 
 @dataclass(slots=True)
 class _Group:
-    """What comes out of the decoder after one seek: `first` is the keyframe's pts, `last` the pts
-    of the frame that came out last."""
+    """The frames that come out of the decoder after one seek.
+
+    first: pts of the keyframe. last: pts of the frame that came out last.
+    """
 
     first: int
     last: int = NO_TIME

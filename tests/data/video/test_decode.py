@@ -153,7 +153,7 @@ def test_later_reads_feed_the_decoder_what_the_first_did(
 ) -> None:
     coding = {"g": "5", "deadline": "realtime", "cpu-used": "8"}
     whole = make_video("cues.webm", codec="libvpx", options=coding).read_bytes()
-    # Without one of its cues, the file can be sought in well only by who has read through it.
+    # Without one of its cues, a container seeks well in the file only after it has read through it.
     cues = whole.index(b"\x1c\x53\xbb\x6b")
     for number in range(1, 8):
         places = [found.start() for found in re.finditer(rb"\xbb.\xb3", whole[cues:], re.DOTALL)]

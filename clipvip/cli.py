@@ -34,8 +34,7 @@ INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
 
 # Arguments of several commands.
 Model = Annotated[
-    Positional[str],
-    arg(metavar="MODEL", help="A model folder or a name on the Hugging Face hub."),
+    Positional[str], arg(metavar="MODEL", help="A model folder or a name on the Hugging Face hub.")
 ]
 Annotations = Annotated[
     Positional[Path],
@@ -83,10 +82,7 @@ def train(
 
 
 def evaluate(
-    model: Model,
-    annotations: Annotations,
-    out: Path | None = None,
-    decoder: DecodeWith = "auto",
+    model: Model, annotations: Annotations, out: Path | None = None, decoder: DecodeWith = "auto"
 ) -> None:
     """Measure how well a model retrieves videos by text, and texts by video.
 

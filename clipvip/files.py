@@ -74,15 +74,7 @@ def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():  # such as /dev/null, which root could replace
         raise OSError(errno.EINVAL, NOT_A_FILE, str(path))
-    with _errors_name(path), _open_partial(path) as file:
-        try:
-            _write_out(file, data)
-            os.replace(file.name, path)  # while locked, or another process might delete it
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    with suppress(OSError):
-        flush_folder(path.parent)
+    _write(path, data, _open_partial)
 
 
 def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
@@ -91,52 +83,48 @@ def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
     If it cannot be written whole, it is deleted, unless this process is killed.
     Raises FileExistsError if it exists, else OSError, which names `path`.
     """
-    with _errors_name(path), path.open("xb") as file:
-        try:
-            _write_out(file, data)
-        except BaseException:
-            path.unlink()
+    _write(path, data, lambda path: path.open("xb"))
+
+
+def _write(
+    path: Path, data: str | bytes | Iterable[bytes], create: Callable[[Path], BinaryIO]
+) -> None:
+    """Write and flush the file that `create` opens, and name it `path`; on an error, delete it."""
+    if isinstance(data, str):
+        data = data.encode()
+    try:
+        with create(path) as file:
+            try:
+                file.writelines([data] if isinstance(data, bytes) else data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)  # while locked, or another process might delete it
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:  # names no file, or the partial one
+        if error.errno is None or not str(error.filename or ".partial").endswith(".partial"):
             raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     with suppress(OSError):
         flush_folder(path.parent)
 
 
 def read_own(path: Path, most: int = sys.maxsize) -> bytes:
-    """Read a regular file, not a link, which may lead anywhere, nor a pipe or device, which may
-    never end.
+    """Read a regular file of at most `most` bytes; a sparse file may claim any size.
 
-    most: limit in bytes; a sparse file may claim any size.
+    A link may lead anywhere, and a pipe or device may never end.
     Raises OSError, whose strerror says what the path is instead, or that the file is too large.
     """
     status = os.lstat(path)
-    mode = status.st_mode
-    if not stat.S_ISREG(mode):
-        kinds = ((stat.S_ISLNK, "a link, not a file"), (stat.S_ISDIR, "a folder, not a file"))
-        what = next((what for is_it, what in kinds if is_it(mode)), NOT_A_FILE)
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFLNK: "a link, not a file", stat.S_IFDIR: "a folder, not a file"}
+        what = kinds.get(stat.S_IFMT(status.st_mode), NOT_A_FILE)
         raise OSError(errno.EINVAL, what, str(path))
     if status.st_size > most:
         raise OSError(errno.EFBIG, f"{status.st_size} bytes; expected at most {most}", str(path))
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         return file.read()
-
-
-def _write_out(file: BinaryIO, data: str | bytes | Iterable[bytes]) -> None:
-    if isinstance(data, str):
-        data = data.encode()
-    file.writelines([data] if isinstance(data, bytes) else data)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-@contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """Put the file's name into errors of writing it, which name no file or the partial one."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or not str(error.filename or ".partial").endswith(".partial"):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _open_partial(path: Path) -> BinaryIO:
@@ -193,8 +181,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def check_is_file(path: str | Path) -> None:
-    """Raise OSError if a path exists but is no file: opening a pipe would wait, and a device may
-    never end."""
+    """Raise OSError for a folder, pipe or device, of which opening or reading may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"a folder, {NOT_A_FILE.removeprefix('a ')}")
 
@@ -258,6 +245,13 @@ def decode_text(data: bytes) -> tuple[str, bool]:
     The encoding is that of the byte-order mark, else UTF-8. Lines that are not UTF-8 are decoded as
     Windows-1252, else Latin-1; that is a guess. Raises ValueError if the data are no text.
     """
+
+    def guess(line: bytes) -> str:
+        for encoding in ("utf-8", "cp1252"):
+            with suppress(UnicodeDecodeError):
+                return line.decode(encoding)
+        return line.decode("latin-1")
+
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
     guessed = False
     try:
@@ -265,17 +259,10 @@ def decode_text(data: bytes) -> tuple[str, bool]:
     except UnicodeDecodeError as error:
         if encoding:
             raise ValueError(f"not {encoding}, as its byte-order mark says") from error
-        text, guessed = "".join(map(_decode_line, data.splitlines(keepends=True))), True
+        text, guessed = "".join(map(guess, data.splitlines(keepends=True))), True
     if "\0" in text:
         raise ValueError("not a text: holds NUL characters")
     return text, guessed
-
-
-def _decode_line(line: bytes) -> str:
-    for encoding in ("utf-8", "cp1252"):
-        with suppress(UnicodeDecodeError):
-            return line.decode(encoding)
-    return line.decode("latin-1")
 
 
 def shown(name: object) -> str:
@@ -284,15 +271,15 @@ def shown(name: object) -> str:
     Control characters, bytes that are not UTF-8 and marks that change the reading order become
     escapes.
     """
-    return "".join(map(_shown, str(name)))
 
+    def escape(letter: str) -> str:
+        if "\udc80" <= letter <= "\udcff":
+            return f"\\x{ord(letter) - 0xDC00:02x}"
+        if letter in BIDI or unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp"):
+            return letter.encode("unicode_escape", "surrogatepass").decode()
+        return letter
 
-def _shown(letter: str) -> str:
-    if "\udc80" <= letter <= "\udcff":
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    if letter in BIDI or unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp"):
-        return letter.encode("unicode_escape", "surrogatepass").decode()
-    return letter
+    return "".join(map(escape, str(name)))
 
 
 @contextmanager
@@ -341,8 +328,7 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 
 def _take(lock: int) -> str | None:
-    """Lock a file and write a note of the holder into it. Return None, or the note of another
-    holder."""
+    """Lock a file and note this process in it. Return None, or another holder's note."""
     here = f"host {socket.gethostname()}, "
     began = time.monotonic()
     while True:
@@ -368,11 +354,11 @@ def _take(lock: int) -> str | None:
 
 
 def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        hashed = Hashed(file)
-        while hashed.read(1 << 20):
-            pass
-    return hashed.digest.hexdigest()
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 class Hashed:

@@ -46,7 +46,7 @@ from clipvip.index_files import (
     read_index,
     write_index,
 )
-from clipvip.progress import progress
+from clipvip.terminal import progress
 
 __all__ = ["Hit", "Index", "IndexedClip", "build_index", "load_index", "search"]
 

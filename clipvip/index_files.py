@@ -174,8 +174,7 @@ def _read_data(folder: Path, head: Head, embeddings_name: str, clips_name: str) 
     def damaged(name: str, why: object) -> DamagedIndexError:
         again = embed_command(head.model, head.sources, folder)
         return DamagedIndexError(
-            f"{shown(folder / name)} is damaged ({why})",
-            f"to embed its clips again: {again}",
+            f"{shown(folder / name)} is damaged ({why})", f"to embed its clips again: {again}"
         )
 
     def content(name: str) -> bytes:

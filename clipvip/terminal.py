@@ -1,10 +1,11 @@
-"""What commands print: output that never stops the work, and errors as one line."""
+"""What commands print: output that never stops the work, errors as one line, and progress."""
 
 import io
 import os
 import select
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from clipvip.files import shown
@@ -34,8 +35,8 @@ def one_line_errors(alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
 def print_error(error: Exception) -> None:
     """Print an error as one line on stderr, with the rank of this process if it is not 0."""
     rank = os.environ.get("RANK", "0")
-    name = "clipvip" if rank == "0" else f"clipvip, rank {rank}"
-    print(shown(f"{name}: error: {' '.join(str(error).split())}"), file=sys.stderr)
+    of_rank = "" if rank == "0" else f", rank {rank}"
+    print(shown(f"clipvip{of_rank}: error: {' '.join(str(error).split())}"), file=sys.stderr)
 
 
 class _Output(io.FileIO):
@@ -110,3 +111,42 @@ def _open_standard_files() -> None:
                 os.close(null)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+@contextmanager
+def progress(note: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show on standard error how many of `total` clips are done, with rate and remaining time.
+
+    Shows a bar on a terminal, elsewhere prints at most one line per 10 s. Yields a function to call
+    with each number of clips done.
+    """
+    if sys.stderr.isatty():
+        from rich import progress as rich
+        from rich.console import Console
+
+        columns = (
+            rich.TextColumn("{task.description}", markup=False),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TaskProgressColumn(show_speed=True),
+            rich.TimeRemainingColumn(),
+        )
+        with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(note, total=total)
+            yield lambda clips: bar.advance(task, clips)
+        return
+    print(note, file=sys.stderr, flush=True)
+    started = last_line = time.monotonic()
+    done = 0
+
+    def advance(clips: int) -> None:
+        nonlocal done, last_line
+        done += clips
+        now = time.monotonic()
+        if now - last_line > 10:
+            rate = done / (now - started)
+            line = f"{done}/{total}, {rate:.1f} clips/s, {(total - done) / rate:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+            last_line = now
+
+    yield advance

@@ -18,7 +18,7 @@ from clipvip.data.loading import (
     worker_count,
 )
 from clipvip.data.video import DecodeError, check_decodes
-from clipvip.progress import progress
+from clipvip.terminal import progress
 
 CLIPS_PER_TASK = 16
 

@@ -28,7 +28,7 @@ from clipvip.data.shards.tars import Packed, open_url, read_samples, reason_of
 from clipvip.data.verify import Verified
 from clipvip.data.video import DecodeError, check_decodes
 from clipvip.files import Hashed, shown
-from clipvip.progress import progress
+from clipvip.terminal import progress
 
 logger = logging.getLogger(__name__)
 

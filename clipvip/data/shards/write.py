@@ -60,7 +60,7 @@ from clipvip.data.video import (
 )
 from clipvip.files import Hashed, only_run, sha256_of, write_whole
 from clipvip.ops.resize_crop import check_compiled
-from clipvip.progress import progress
+from clipvip.terminal import progress
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ A split's videos are listed in one of the files that LISTS names, or in the JSON
 import csv
 import io
 import pickletools
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +16,11 @@ from clipvip.data.published import (
     Prepared,
     PrepareError,
     Request,
-    as_kind,
     bare_name,
-    captioned,
-    entries,
     lines_of,
     merge,
     needed,
     open_file,
-    read_text,
     reason_of,
     texts_of,
     value_of,
@@ -68,17 +63,18 @@ class _Listed(NamedTuple):
 
 def msrvtt_items(request: Request) -> Iterator[Item]:
     """Yield the videos of a split, each with its captions."""
+    done = request.done
     texts, numbered, makers = _read_captions(request)
     wanted = PLAIN.get(request.split, (request.split,))
-    found = (_read_list(request, split, makers, request.done) for split in wanted)
+    found = (_read_list(request, split, makers, done) for split in wanted)
     listed = next((one for one in found if one is not None), None)
     if listed is None:
         names = ", ".join(name for split in wanted for name in LISTS[split])
         raise PrepareError(
             f"{request.source}: no list of {request.split} there ({names}, or a JSON with videos "
-            "and sentences)" + "".join(f"; {bad}" for bad in request.done.bad[:1])
+            "and sentences)" + "".join(f"; {bad}" for bad in done.bad[:1])
         )
-    request.done.notes.append(f"{request.split}: {listed.split} as {listed.path} lists it")
+    done.notes.append(f"{request.split}: {listed.split} as {listed.path} lists it")
     _warn_of_shared(request, listed, makers)
     picked = None
     if listed.path.name == "val_list_jsfusion.txt":
@@ -86,11 +82,8 @@ def msrvtt_items(request: Request) -> Iterator[Item]:
         texts = numbered
     for video, said in listed.texts.items():
         said = texts.get(bare_name(video), []) if said is None else said
-        if picked is not None:
-            with request.done.tolerate(f"{listed.path}: {video}"):
-                yield Item(video, (_pick(said, picked.get(video)),))
-        else:
-            yield Item(video, tuple(said))
+        with done.tolerate(f"{listed.path}: {video}"):
+            yield Item(video, said if picked is None else [_pick(said, picked.get(video))])
 
 
 def _read_captions(
@@ -105,31 +98,23 @@ def _read_captions(
     def split(video: Any) -> tuple[str, str]:
         return value_of(video, "video_id", str), value_of(video, "split", str)
 
+    def captions_by(key: str) -> Callable[[Any], tuple[str, list[str]]]:
+        return lambda record: (value_of(record, key, str), texts_of(record, "caption"))
+
     for path in request.find("*.json") if request.source.is_dir() else [request.source]:
         with done.tolerate(path):
-            content = parse_json(read_text(path, done))
+            content = parse_json(done.read_text(path))
             keys = content.keys() if isinstance(content, dict) else set()
             if {"videos", "sentences"} <= keys:
-                others += _sentences(content["sentences"], "video_id", f"{path}: sentence ", done)
-                videos = as_kind(content["videos"], list)
-                for video, name in entries(videos, f"{path}: video ", done, split):
+                records = content["sentences"]
+                others += done.entries(records, f"{path}: sentence ", captions_by("video_id"))
+                for video, name in done.entries(content["videos"], f"{path}: video ", split):
                     name = MAKERS.get(name, name)
                     makers.setdefault(name, _Listed(name, path, {})).texts[video] = None
             elif {"images", "annotations"} <= keys:
-                where = f"{path}: annotation "
-                numbered += _sentences(content["annotations"], "image_id", where, done)
+                records = content["annotations"]
+                numbered += done.entries(records, f"{path}: annotation ", captions_by("image_id"))
     return merge(others + numbered), merge(numbered), makers
-
-
-def _sentences(
-    records: Any, video: str, where: str, done: Prepared
-) -> Iterator[tuple[str, list[str]]]:
-    return entries(
-        as_kind(records, list),
-        where,
-        done,
-        lambda record: (value_of(record, video, str), texts_of(record, "caption")),
-    )
 
 
 def _read_list(
@@ -144,9 +129,9 @@ def _read_list(
             for video, said in _rows(path, done):
                 texts[video] = None if said is None else [*(texts.get(video) or []), said]
         elif path.suffix == ".txt":
-            texts = dict.fromkeys(filter(None, map(str.strip, lines_of(read_text(path, done)))))
+            texts = dict.fromkeys(filter(None, map(str.strip, lines_of(done.read_text(path)))))
         else:
-            texts |= captioned(path, done)
+            texts |= done.captioned(path)
     return _Listed(split, path, texts)
 
 
@@ -157,11 +142,11 @@ def _warn_of_shared(request: Request, listed: _Listed, makers: dict[str, _Listed
     for split in LISTS:
         if split.startswith("train") == trains:
             continue
-        other = None
-        with suppress(PrepareError):
+        try:
             other = _read_list(request, split, makers, Prepared())
-        shared = videos & set(map(bare_name, other.texts)) if other else set()
-        if other and shared:
+        except PrepareError:
+            continue
+        if other and (shared := videos & set(map(bare_name, other.texts))):
             request.done.notes.append(
                 f"warning: {len(shared)} of the {len(videos)} videos of {listed.split} are in "
                 f"{split} too ({other.path.name}): do not train on one and evaluate on the other"
@@ -227,12 +212,12 @@ def _pick(said: list[str], number: int | None) -> str:
 
 def _rows(path: Path, done: Prepared) -> Iterator[tuple[str, str | None]]:
     """Yield video_id and sentence of each row of a CSV; None if it has no column of sentences."""
-    text = read_text(path, done)
+    text = done.read_text(path)
     rows: list[Any]
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error:  # such as a quotation mark without its partner, which hides later rows
-        rows = list(lines_of(text))
+        rows = lines_of(text)
 
     def fields(row: Any) -> list[str]:
         return next(csv.reader([row], strict=True), []) if isinstance(row, str) else row
@@ -250,4 +235,4 @@ def _rows(path: Path, done: Prepared) -> Iterator[tuple[str, str | None]]:
         named = dict(zip(columns, given, strict=True))
         return named["video_id"].strip(), named.get("sentence")
 
-    return entries(rows, f"{path}: row ", done, take)
+    return done.entries(rows, f"{path}: row ", take)

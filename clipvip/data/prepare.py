@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,13 @@ from clipvip.data.published import (
     Request,
     as_kind,
     bare_name,
-    captioned,
-    entries,
     is_media,
     is_video,
     lines_in,
     lines_of,
-    load_json,
     merge,
     needed,
     open_file,
-    read_text,
     texts_of,
     value_of,
 )
@@ -86,9 +83,7 @@ def prepare(
 
     def clips() -> Iterator[Clip]:
         for item in items:
-            if first_30s:
-                item = item._replace(end=30.0)
-            clip = _clip(item, find, done)
+            clip = _clip(item._replace(end=30.0) if first_30s else item, find, done)
             if clip is not None:
                 done.clips += 1
                 yield clip
@@ -169,30 +164,25 @@ def _captions(request: Request) -> Iterator[Item]:
             )
         path = found[0]
     with needed(path):
-        texts = captioned(path, request.done)
+        texts = request.done.captioned(path)
     request.done.notes.append(f"read {path}")
-    for video, said in texts.items():
-        yield Item(video, tuple(said))
+    yield from starmap(Item, texts.items())
 
 
 def _didemo(request: Request) -> Iterator[Item]:
     path = request.file(f"{request.split}_data.json")
-    moments = entries(
-        load_json(path, list, request.done),
-        f"{path}: entry ",
-        request.done,
-        lambda one: (value_of(one, "video", str), [value_of(one, "description", str)]),
-    )
-    for video, said in merge(moments).items():
-        yield Item(video, tuple(said))
+
+    def parse(moment: Any) -> tuple[str, list[str]]:
+        return value_of(moment, "video", str), [value_of(moment, "description", str)]
+
+    moments = request.done.load_json(path, list)
+    texts = merge(request.done.entries(moments, f"{path}: entry ", parse))
+    yield from starmap(Item, texts.items())
 
 
 def _lsmdc(request: Request) -> Iterator[Item]:
-    name = {
-        "train": "LSMDC16_annos_training.csv",
-        "val": "LSMDC16_annos_val.csv",
-        "test": "LSMDC16_challenge_1000_publictect.csv",
-    }[request.split]
+    names = {"train": "annos_training", "val": "annos_val", "test": "challenge_1000_publictect"}
+    path = request.file(f"LSMDC16_{names[request.split]}.csv")
 
     def parse(line: str) -> tuple[str, list[str]] | None:
         fields = line.split("\t")  # not quoted: quotation marks belong to the sentences
@@ -202,18 +192,17 @@ def _lsmdc(request: Request) -> Iterator[Item]:
             raise ValueError(f"{len(fields)} fields, expected 6 between tabs")
         return fields[0], [fields[5]]
 
-    path = request.file(name)
     with needed(path):
-        lines = lines_of(read_text(path, request.done))
-    for clip, said in merge(entries(lines, f"{path}:", request.done, parse)).items():
-        yield Item(clip, tuple(said))
+        lines = lines_of(request.done.read_text(path))
+    texts = merge(request.done.entries(lines, f"{path}:", parse))
+    yield from starmap(Item, texts.items())
 
 
 def _activitynet(request: Request) -> Iterator[Item]:
     path = request.file("train.json" if request.split == "train" else "val_1.json")
-    for video, content in load_json(path, dict, request.done).items():
+    for video, content in request.done.load_json(path, dict).items():
         with request.done.tolerate(f"{path}: {video}"):
-            yield Item(video, tuple(texts_of(content, "sentences")))
+            yield Item(video, texts_of(content, "sentences"))
 
 
 def _hdvila(request: Request) -> Iterator[Item]:
@@ -268,24 +257,20 @@ def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], 
 
     The function returns None if there is no such LMDB, or no such clip_id in it.
     """
-    found = [
-        path.parent
-        for path in request.find("data.mdb")
-        if name in path.parent.name and os.path.isfile(path)
-    ]
-    if not found:
+    files = [path for path in request.find("data.mdb") if os.path.isfile(path)]
+    folder = next((path.parent for path in files if name in path.parent.name), None)
+    if folder is None:
         return lambda key: None
     try:
         import lmdb
     except ImportError:
-        raise PrepareError(f"{found[0]} is an LMDB: `pip install clipvip[lmdb]`") from None
+        raise PrepareError(f"{folder} is an LMDB: `pip install clipvip[lmdb]`") from None
     try:
-        environment = stack.enter_context(
-            lmdb.open(os.fsencode(found[0]), readonly=True, lock=False, readahead=False)
-        )
+        opened = lmdb.open(os.fsencode(folder), readonly=True, lock=False, readahead=False)
+        environment = stack.enter_context(opened)
         transaction = stack.enter_context(environment.begin())
     except Exception as error:
-        raise PrepareError(f"{found[0]}: not an LMDB that can be read ({error})") from error
+        raise PrepareError(f"{folder}: not an LMDB that can be read ({error})") from error
 
     def find(key: str) -> str | None:
         encoded = key.encode()
@@ -294,7 +279,7 @@ def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], 
         try:
             value = transaction.get(encoded)
         except lmdb.Error as error:
-            raise ValueError(f"{found[0]}: {error}") from error
+            raise ValueError(f"{folder}: {error}") from error
         return None if value is None else bytes(value).decode()
 
     return find
@@ -333,12 +318,10 @@ def _folder(request: Request) -> Iterator[Item]:
     def items() -> Iterator[Item]:
         for path in media:
             beside = texts.get(os.path.splitext(path)[0])
-            lines: list[str] | None = [] if beside is None else None
-            if beside is not None:
-                with request.done.tolerate(beside):
-                    lines = lines_of(read_text(beside, request.done, TEXT_BYTES))
-            if lines is not None:
-                yield Item(str(path.relative_to(request.videos)), tuple(lines), video=path)
+            with request.done.tolerate(beside):
+                text = request.done.read_text(beside, TEXT_BYTES) if beside else ""
+                key = str(path.relative_to(request.videos))
+                yield Item(key, lines_of(text), video=path)
 
     return items()
 

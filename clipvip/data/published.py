@@ -6,7 +6,7 @@ A line, entry or file that cannot be used is skipped and noted in `Prepared`.
 import csv
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -31,36 +31,31 @@ class PrepareError(ValueError):
 
 
 class Item(NamedTuple):
-    """An entry of a data set: one clip. key: name of its video in the data set."""
+    """An entry of a data set: one clip.
+
+    key: name of its video in the data set. video: its path; None to search for it by the key.
+    """
 
     key: str
-    texts: tuple[str, ...] = ()
+    texts: Sequence[str] = ()
     subtitle: str | None = None
     caption: str | None = None
     start: float | None = None
     end: float | None = None
     video: Path | None = None
-    """Path of the video if known; otherwise it is searched for by its key."""
 
 
 @dataclass
 class Prepared:
-    """Result of preparing a source."""
+    """Number of clips that were written from a source, and what was noticed in it."""
 
     clips: int = 0
-    """Number of clips written."""
-    missing: list[str] = field(default_factory=list)
-    """Videos that were not found."""
-    mute: list[str] = field(default_factory=list)
-    """Clips without any text."""
-    bad: list[str] = field(default_factory=list)
-    """Lines, entries and files that could not be used, each with the reason."""
-    guessed: list[str] = field(default_factory=list)
-    """Texts that are not UTF-8 and were read as Windows-1252."""
-    repaired: list[str] = field(default_factory=list)
-    """Clips with half a character in one of their texts."""
-    notes: list[str] = field(default_factory=list)
-    """Which files were read, and warnings about them."""
+    missing: list[str] = field(default_factory=list)  # videos that were not found
+    mute: list[str] = field(default_factory=list)  # clips without any text
+    bad: list[str] = field(default_factory=list)  # what could not be used, each with the reason
+    guessed: list[str] = field(default_factory=list)  # files read as Windows-1252, not UTF-8
+    repaired: list[str] = field(default_factory=list)  # clips with half a character in a text
+    notes: list[str] = field(default_factory=list)  # files that were read, and warnings about them
 
     @contextmanager
     def tolerate(self, where: object) -> Iterator[None]:
@@ -69,6 +64,46 @@ class Prepared:
             yield
         except Exception as error:  # a stranger's file may hold anything
             self.bad.append(f"{where}: {reason_of(error)}")
+
+    def entries(
+        self, records: Any, where: str, parse: Callable[[Any], tuple[str, Any] | None]
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield each record as `parse` returns it, except for None; note by number those that fail.
+
+        Raises ValueError if `records` is no list.
+        """
+        for number, record in enumerate(as_kind(records, list), 1):
+            with self.tolerate(f"{where}{number}"):
+                parsed = parse(record)
+                if parsed is not None:
+                    yield parsed
+
+    def read_text(self, path: Path, most: int = LIST_BYTES) -> str:
+        with open_file(path, most) as file:
+            if b"\0" in (head := file.read(PROBE)) and not head.startswith(tuple(MARKS)):
+                raise ValueError("not a text: holds NUL characters")
+            text, guessed = decode_text(head + file.read())
+        if guessed:
+            self.guessed.append(str(path))
+        return text
+
+    def load_json(self, path: Path, kind: type) -> Any:
+        with needed(path):
+            return as_kind(parse_json(self.read_text(path)), kind)
+
+    def captioned(self, path: Path) -> dict[str, list[str]]:
+        """Read texts by video from a JSON list or JSON Lines."""
+
+        def parse(record: Any) -> tuple[str, list[str]]:
+            return value_of(record, ("clip_id", "video"), str), texts_of(record, "text", "caption")
+
+        def parse_line(line: str) -> tuple[str, list[str]] | None:
+            return parse(parse_json(line)) if line.strip() else None
+
+        text = self.read_text(path)
+        if text.lstrip().startswith("["):
+            return merge(self.entries(parse_json(text), f"{path}: entry ", parse))
+        return merge(self.entries(lines_of(text), f"{path}:", parse_line))
 
 
 @dataclass(frozen=True)
@@ -86,13 +121,10 @@ class Request:
     done: Prepared
 
     @cached_property
-    def folder(self) -> Path:
-        return self.source if self.source.is_dir() else self.source.parent
-
-    @cached_property
     def _lists(self) -> list[Path]:
         """Files that may describe a set, those in upper folders first."""
-        found = self.all_in(self.folder, lambda name: name.lower().endswith(LIST_SUFFIXES))
+        folder = self.source if self.source.is_dir() else self.source.parent
+        found = self.all_in(folder, lambda name: name.lower().endswith(LIST_SUFFIXES))
         return sorted(found, key=lambda path: len(path.parts))
 
     def all_in(self, folder: Path, keep: Callable[[str], bool]) -> list[Path]:
@@ -107,12 +139,11 @@ class Request:
         found = [p for pattern in patterns for p in self._lists if fnmatch(p.name, pattern)]
         return sorted(found, key=lambda path: path != self.source)
 
-    def file(self, *patterns: str) -> Path:
-        """Find the preferred file: the source itself, or one in its folder."""
-        found = self.find(*patterns) if self.source.is_dir() else [self.source]
-        found = [path for path in found if any(fnmatch(path.name, p) for p in patterns)]
-        if not found:
-            raise PrepareError(f"{self.source}: no {' or '.join(patterns)} there")
+    def file(self, name: str) -> Path:
+        """Find a required file by its name: the source itself, or one in its folder."""
+        found = self.find(name) if self.source.is_dir() else [self.source]
+        if not found or found[0].name != name:
+            raise PrepareError(f"{self.source}: no {name} there")
         self.done.notes.append(f"{self.split}: {found[0]}")
         return found[0]
 
@@ -147,8 +178,7 @@ def needed(path: Path) -> Iterator[None]:
 
 
 def open_file(path: Path, most: int = sys.maxsize) -> BinaryIO:
-    """Open a file for reading. Raises ValueError if it has more than `most` bytes, OSError if it is
-    no file."""
+    """Open a file. Raises ValueError if it has more than `most` bytes, OSError if it is no file."""
     check_is_file(path)
     size = os.path.getsize(path)
     if size > most:
@@ -164,32 +194,15 @@ def lines_in(file: BinaryIO, most: int = TEXT_BYTES) -> Iterator[bytes]:
             line = file.readline(most + 1)
 
 
-def read_text(path: Path, done: Prepared, most: int = LIST_BYTES) -> str:
-    with open_file(path, most) as file:
-        if b"\0" in (head := file.read(PROBE)) and not head.startswith(tuple(MARKS)):
-            raise ValueError("not a text: holds NUL characters")
-        text, guessed = decode_text(head + file.read())
-    if guessed:
-        done.guessed.append(str(path))
-    return text
-
-
 def lines_of(text: str) -> list[str]:
     """Split a text at line ends alone; str.splitlines splits at other characters too."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "an object in braces"}
-
-
-def load_json(path: Path, kind: type, done: Prepared) -> Any:
-    with needed(path):
-        return as_kind(parse_json(read_text(path, done)), kind)
-
-
 def as_kind(value: Any, *kinds: type) -> Any:
     if not isinstance(value, kinds):
-        expected = " or ".join(KINDS[kind] for kind in kinds)
+        words: dict[type, str] = {str: "a string", list: "a list", dict: "an object in braces"}
+        expected = " or ".join(words[kind] for kind in kinds)
         raise ValueError(f"expected {expected}, got {kind_of(value)}")
     return value
 
@@ -217,29 +230,3 @@ def merge(pairs: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
     for video, said in pairs:
         texts.setdefault(video, []).extend(said)
     return texts
-
-
-def entries(
-    records: Iterable[Any], where: str, done: Prepared, parse: Callable[[Any], Any]
-) -> Iterator[Any]:
-    """Yield each record as `parse` returns it, except for None; note by number those that fail."""
-    for number, record in enumerate(records, 1):
-        with done.tolerate(f"{where}{number}"):
-            parsed = parse(record)
-            if parsed is not None:
-                yield parsed
-
-
-def captioned(path: Path, done: Prepared) -> dict[str, list[str]]:
-    """Read texts by video from a JSON list or JSON Lines."""
-
-    def parse(record: Any) -> tuple[str, list[str]]:
-        return value_of(record, ("clip_id", "video"), str), texts_of(record, "text", "caption")
-
-    def parse_line(line: str) -> tuple[str, list[str]] | None:
-        return parse(parse_json(line)) if line.strip() else None
-
-    text = read_text(path, done)
-    if text.lstrip().startswith("["):
-        return merge(entries(as_kind(parse_json(text), list), f"{path}: entry ", done, parse))
-    return merge(entries(lines_of(text), f"{path}:", done, parse_line))

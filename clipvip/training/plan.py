@@ -39,31 +39,19 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """Cost of a training step.
-
-    parameters, trained: number of weights, and of those that are trained.
-    video_tokens: proxies and patches of the frames of a clip.
-    image_tokens: the same of its image; 0 if the task uses none.
-    text_tokens: highest number of tokens of its texts.
-    tower_flops, backward_flops: operations per clip in the towers, forward and backward.
-    loss_flops: operations per step in the loss, forward.
-    state_bytes: weights, gradients, moments and average, per process.
-    activation_bytes: tensors kept for the backward pass at the same time, per process.
-    clips: clips per step, over all processes.
-    processes: number of processes.
-    """
+    """Cost of a training step."""
 
     parameters: int
-    trained: int
-    video_tokens: int
-    image_tokens: int
-    text_tokens: int
-    tower_flops: float
-    backward_flops: float
-    loss_flops: float
-    state_bytes: float
-    activation_bytes: float
-    clips: int
+    trained: int  # parameters that are trained
+    video_tokens: int  # proxies and patches of the frames of a clip
+    image_tokens: int  # the same of its image; 0 if the task uses none
+    text_tokens: int  # highest number of tokens of its texts
+    tower_flops: float  # operations per clip in the towers, forward
+    backward_flops: float  # the same, backward
+    loss_flops: float  # operations per step in the loss, forward
+    state_bytes: float  # weights, gradients, moments and average, per process
+    activation_bytes: float  # tensors kept for the backward pass at the same time, per process
+    clips: int  # clips per step, over all processes
     processes: int
 
     @property
@@ -72,11 +60,7 @@ class Plan:
         return self.clips * (self.tower_flops + self.backward_flops) + 3 * self.loss_flops
 
     def describe(self, clips: int, steps: int) -> str:
-        """Return a line per figure.
-
-        clips: number of clips in the training data.
-        steps: number of steps of the run.
-        """
+        """Return a line per figure, for a run of `steps` steps on `clips` clips."""
         each = self.clips // self.processes
         tera = self.step_flops / TERA
         lines = {
@@ -108,17 +92,17 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
     image_tokens = task.with_image * (proxies + patches)
     text_tokens = len(task.texts) * length
 
-    towers = {kind: _Tower.of(model, kind) for kind in ("vision", "text")}
+    towers = {kind: _Tower(model, kind) for kind in ("vision", "text")}
 
-    def video(count: int) -> _Input:
+    def video(count: int) -> tuple[float, float]:
         pairs = count * patches * (patches + proxies) + proxies * (proxies + count * patches)
-        return _Input(towers["vision"], proxies + count * patches, pairs, count * patches)
+        return towers["vision"].operations(proxies + count * patches, pairs, count * patches)
 
-    dimension = model.config.projection_dim
-    text = _Input(towers["text"], length, length * length, 0)
+    text = towers["text"].operations(length, length * length, 0)
     inputs = [video(frames), *len(task.texts) * [text], *task.with_image * [video(1)]]
     negatives = config.batch_size // config.accumulation  # per clip, and itself
-    loss_flops = 2.0 * task.pairs * config.accumulation * negatives**2 * dimension
+    logits = config.accumulation * negatives**2
+    loss_flops = 2.0 * task.pairs * logits * model.config.projection_dim
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
@@ -129,7 +113,7 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
     at_once = negatives // processes
     at_once = min(config.micro_batch or at_once, at_once)
     tokens = {"vision": video_tokens + image_tokens, "text": text_tokens}
-    kept = [tower.kept(kind, tokens[kind], config) for kind, tower in towers.items()]
+    kept = [tower.kept(tokens[kind], config) for kind, tower in towers.items()]
     per_clip = sum(throughout for throughout, _ in kept) + max(in_a_layer for _, in_a_layer in kept)
     return Plan(
         parameters=parameters,
@@ -137,8 +121,8 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
         video_tokens=video_tokens,
         image_tokens=image_tokens,
         text_tokens=text_tokens,
-        tower_flops=sum(each.forward() for each in inputs),
-        backward_flops=sum(each.backward() for each in inputs),
+        tower_flops=sum(forward for forward, _ in inputs),
+        backward_flops=sum(backward for _, backward in inputs),
         loss_flops=loss_flops,
         state_bytes=state,
         activation_bytes=at_once * per_clip,
@@ -147,90 +131,55 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
     )
 
 
-@dataclass(frozen=True)
 class _Tower:
-    """Sizes of a tower, and which part of it is trained.
+    """Sizes of a tower, and which part of it is trained. kind: "vision" or "text"."""
 
-    width, inner: channels of a layer, and inside its MLP.
-    layers: number of layers.
-    pixels: pixels of a patch times 3 colours; 0 for texts.
-    reached: number of layers that the backward pass reaches.
-    trained: number of trained weights in the layers' matrix products.
-    norm_reached: whether the backward pass reaches the norm between embeddings and layers.
-    embedding_trained: whether embeddings are trained.
-    """
-
-    width: int
-    inner: int
-    layers: int
-    pixels: int
-    reached: int
-    trained: int
-    norm_reached: bool
-    embedding_trained: bool
-
-    @classmethod
-    def of(cls, model: CLIPViPModel, kind: str) -> "_Tower":
+    def __init__(self, model: CLIPViPModel, kind: str) -> None:
         shapes = getattr(model.config, f"{kind}_config")
-        layers = shapes.num_hidden_layers
-        depths = {kind: layers}
+        self.kind = kind
+        self.width, self.inner = shapes.hidden_size, shapes.intermediate_size  # inner: of the MLP
+        self.layers = shapes.num_hidden_layers
+        # Numbers in a patch of pixels; texts have none.
+        self.pixels = 3 * shapes.patch_size**2 if kind == "vision" else 0
+
         trained = {
             name: weight
             for name, weight in model.named_parameters()
             if weight.requires_grad and name.startswith(f"{kind}_model.")
         }
-        highest = max((height(name, depths) for name in trained), default=0)
-        return cls(
-            shapes.hidden_size,
-            shapes.intermediate_size,
-            layers,
-            3 * shapes.patch_size**2 if kind == "vision" else 0,
-            min(highest, layers),
-            sum(w.numel() for name, w in trained.items() if ".layers." in name and w.ndim == 2),
-            highest > layers,
-            any(".embeddings." in name for name in trained),
+        highest = max((height(name, {kind: self.layers}) for name in trained), default=0)
+        self.reached = min(highest, self.layers)  # layers that the backward pass reaches
+        self.norm_reached = highest > self.layers  # the norm between embeddings and layers
+        self.embedding_trained = any(".embeddings." in name for name in trained)
+        self.trained = sum(  # weights in the layers' matrix products
+            w.numel() for name, w in trained.items() if ".layers." in name and w.ndim == 2
         )
 
-    def kept(self, kind: str, tokens: int, config: TrainConfig) -> tuple[float, float]:
+    def kept(self, tokens: int, config: TrainConfig) -> tuple[float, float]:
         """Return the bytes kept until the backward pass, and those in one layer at a time."""
-        per_layer, in_a_layer = _KEPT[kind][config.mixed_precision], 0.0
+        per_layer, in_a_layer = _KEPT[self.kind][config.mixed_precision], 0.0
         if config.model.gradient_checkpointing:  # inputs of layers, and the inside of one of them
             per_layer, in_a_layer = _FLOAT, per_layer * (self.reached > 0)
-        channel = self.reached * per_layer + _FLOAT * (kind == "text" and self.reached > 0)
-        if kind == "vision":
+        channel = self.reached * per_layer + _FLOAT * (self.kind == "text" and self.reached > 0)
+        if self.kind == "vision":
             product = _FLOAT if config.mixed_precision == "no" else _FLOAT / 2
             channel += _FLOAT * self.norm_reached
             channel += (_FLOAT + product * self.pixels / self.width) * self.embedding_trained
         return tokens * self.width * channel, tokens * self.width * in_a_layer
 
+    def operations(self, tokens: int, pairs: int, patches: int) -> tuple[float, float]:
+        """Count the operations of the forward and of the backward pass on one input.
 
-@dataclass(frozen=True)
-class _Input:
-    """Input of a tower from one clip.
-
-    tokens, patches: number of all tokens, and of those that come from patches of pixels.
-    pairs: number of pairs of tokens of which one attends to the other.
-    """
-
-    tower: _Tower
-    tokens: int
-    pairs: int
-    patches: int
-
-    def forward(self) -> float:
-        """Count the operations of the forward pass."""
-        tower = self.tower
-        weights = 4 * tower.width**2 + 2 * tower.width * tower.inner
-        per_layer = self.tokens * weights + 2 * tower.width * self.pairs
-        return 2.0 * (tower.layers * per_layer + self.patches * tower.pixels * tower.width)
-
-    def backward(self) -> float:
-        """Count gradients of inputs, of both factors in attention's products, and of weights."""
-        tower = self.tower
-        weights = 4 * tower.width**2 + 2 * tower.width * tower.inner
-        per_layer = self.tokens * weights + 4 * tower.width * self.pairs
-        embedding = self.patches * tower.pixels * tower.width * tower.embedding_trained
-        return 2.0 * (tower.reached * per_layer + self.tokens * tower.trained + embedding)
+        tokens, patches: number of all tokens, and of those that come from patches of pixels.
+        pairs: number of pairs of tokens of which one attends to the other.
+        """
+        weights = tokens * (4 * self.width**2 + 2 * self.width * self.inner)
+        attention = 2 * self.width * pairs
+        embedding = patches * self.pixels * self.width
+        forward = self.layers * (weights + attention) + embedding
+        # Gradients of inputs, of both factors in attention's products, and of weights.
+        backward = self.reached * (weights + 2 * attention) + tokens * self.trained
+        return 2.0 * forward, 2.0 * (backward + embedding * self.embedding_trained)
 
 
 def peak_tera(device: torch.device) -> float | None:

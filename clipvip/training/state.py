@@ -34,21 +34,14 @@ logger = logging.getLogger(__name__)
 class RunState:
     """Counters of a run. A checkpoint's state.pt holds them under these names."""
 
-    step: int = 0
-    """Last step that was taken."""
-    clips: int = 0
-    """Clips drawn so far, over all ranks."""
-    loss: float | None = None
-    """Loss of the last step; NaN or infinite if that step was skipped."""
+    step: int = 0  # last step that was taken
+    clips: int = 0  # clips drawn so far, over all ranks
+    loss: float | None = None  # of the last step; NaN or infinite if that step was skipped
     best_step: int | None = None
-    best_metric: float | None = None
-    """Best validation so far, by config.best_metric."""
-    best_before: dict[str, Any] | None = None
-    """best_step and best_metric before the last improvement."""
-    unmeasured: bool = False
-    """Whether SIGTERM ended the validation of the last step."""
-    skipped_steps: int = 0
-    """Steps skipped because their loss or gradient was not finite."""
+    best_metric: float | None = None  # best validation so far, by config.best_metric
+    best_before: dict[str, Any] | None = None  # best_step and best_metric before that
+    unmeasured: bool = False  # whether SIGTERM ended the validation of the last step
+    skipped_steps: int = 0  # because their loss or gradient was not finite
     skipped_in_a_row: int = 0
 
     @classmethod
@@ -74,37 +67,26 @@ class RunState:
 
 @dataclass
 class Run:
-    """The parts that a run trains with.
+    """The parts that a run trains with."""
 
-    config: the configuration, with the settings that it left to the processor filled in.
-    towers: the task's towers around `model`, spread over ranks.
-    average: the average of the weights; None if config.ema is.
-    preemption: says whether SIGTERM asked this rank to stop.
-    clips: number of clips to train on.
-    validation: clips to validate on; empty for none.
-    epoch_steps, total_steps: optimizer steps per epoch and of the whole run.
-    step_tera: 10¹² operations per step, over all ranks.
-    peak_tera: 10¹² operations per second that a rank's device can do; None if not known.
-    """
-
-    config: TrainConfig
+    config: TrainConfig  # with the settings that it left to the processor filled in
     accelerator: Accelerator
-    preemption: Preemption
+    preemption: Preemption  # says whether SIGTERM asked this rank to stop
     task: Task
     model: CLIPViPModel
     processor: CLIPViPProcessor
-    towers: nn.Module
+    towers: nn.Module  # the task's towers around `model`, distributed over ranks
     optimizer: torch.optim.Optimizer
-    average: parallel.Average | None
+    average: parallel.Average | None  # of the weights; None if config.ema is
     loader: ClipLoader
-    clips: int
-    validation: list[Clip]
+    clips: int  # number of clips to train on
+    validation: list[Clip]  # empty for none
     state: RunState
     reporter: Reporter
-    epoch_steps: int
+    epoch_steps: int  # optimizer steps per epoch
     total_steps: int
-    step_tera: float
-    peak_tera: float | None
+    step_tera: float  # 10¹² operations per step, over all ranks
+    peak_tera: float | None  # 10¹² operations per second of a rank's device; None if not known
 
     @property
     def out(self) -> Path:

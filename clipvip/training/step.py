@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,26 +21,17 @@ MAX_LOGIT_SCALE = math.log(200)
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of a step; the first five fields are the same on all ranks.
+    """Outcome of a step; all but the last three fields are the same on all ranks."""
 
-    loss: mean over micro-batches, each over the clips of all ranks.
-    grad_norm: norm of all gradients before clipping.
-    finite: whether both are finite; otherwise the weights were not changed.
-    stop: whether any rank was asked to stop.
-    rate: learning rate of the step.
-    seconds, waited: duration of the step, and the part of it spent waiting for data.
-    clips: indices of this rank's clips, int64 [n], on the CPU.
-    """
-
-    loss: float
-    grad_norm: float
+    loss: float  # mean over micro-batches, each over the clips of all ranks
+    grad_norm: float  # norm of all gradients before clipping
     logit_scale: float
-    finite: bool
-    stop: bool
-    rate: float
-    seconds: float
-    waited: float
-    clips: Tensor
+    finite: bool  # whether loss and norm are finite; otherwise the weights were not changed
+    stop: bool  # whether any rank was asked to stop
+    rate: float  # learning rate of the step
+    seconds: float  # duration of the step
+    waited: float  # seconds of it spent waiting for data
+    clips: Tensor  # indices of this rank's clips, int64 [n], on the CPU
 
 
 def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepResult:
@@ -98,16 +90,11 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
         with run.accelerator.autocast():
             return run.towers(part)
 
-    def loss_of(features: Features) -> Tensor:
-        return run.task.loss(features, batch)
-
+    loss_of = partial(run.task.loss, batch=batch)
     part_size = run.config.micro_batch
     if part_size is not None and part_size < len(batch["frame_offsets"]) - 1:
         return caching.forward_backward(
-            embed,
-            loss_of,
-            batch,
-            part_size,
+            *(embed, loss_of, batch, part_size),
             backward=run.accelerator.backward,
             without_sync=lambda: parallel.without_sync(run.towers, run.model, run.accelerator),
         )

@@ -18,7 +18,6 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from clipvip.data.video.limits import MAX_PIXELS, too_large
 from clipvip.data.video.mp4 import Impossible, check_claims
 from clipvip.files import NOT_A_FILE
 
@@ -103,6 +102,35 @@ _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}
 # Otherwise PyAV looks for an encoder with the decoder's name, and libdav1d is only a decoder.
 _AS_IT_IS: dict[str, Any] = {"opaque": True} if PYAV >= 15 else {}
 PLAIN = {"fflags": "+bitexact"}  # for writing: no random identifiers
+
+
+# A few bytes can claim a picture of a billion pixels. Larger frames and images than MAX_PIXELS are
+# refused before memory is allocated. Pillow refuses 179 million pixels and more in any case.
+VARIABLE = "CLIPVIP_MAX_MEGAPIXELS"
+
+
+def _megapixels() -> float:
+    given = os.environ.get(VARIABLE, "67.2")  # 8192 × 8192
+    try:
+        megapixels = float(given)
+    except ValueError:
+        megapixels = 0.0
+    if not 0 < megapixels <= 500:
+        raise ValueError(f"{VARIABLE} is {given!r}; expected a number from 0 to 500, such as 67.2")
+    return megapixels
+
+
+MAX_PIXELS = int(_megapixels() * 1e6)  # a decoder holds up to 17 frames
+
+
+def too_large(width: int, height: int) -> str | None:
+    """Return the reason why a picture of this size is refused; None where it is not."""
+    if width * height <= MAX_PIXELS:
+        return None
+    return (
+        f"{width} × {height} pixels, more than the {MAX_PIXELS / 1e6:g} million allowed; "
+        f"{VARIABLE} changes that"
+    )
 
 
 BOUNDS = {"max_pixels": str(MAX_PIXELS)}

@@ -15,7 +15,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from clipvip.data.video.container import NAL, holds_picture, nal_units
-from clipvip.data.video.stamps import SMALL
+from clipvip.data.video.frame_index import SMALL
 
 CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # no frame refers to one before a keyframe
 # Types of NAL units that are IDR pictures, and of the parameter sets that state the size.

@@ -1,21 +1,51 @@
-"""Frames of a file in order, from its start, with the packets that they come from."""
+"""Decoding every frame of a file in order, from its start, and the index made of what comes out.
+
+InOrder gives the frames with the packets that they come from. index_by_decoding also tells which
+frames are damaged.
+"""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import av
+import numpy as np
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from numpy.typing import NDArray
 
-from clipvip.data.video.container import Video, demux, holds_picture
-from clipvip.data.video.stamps import (
+from clipvip.data.video.container import (
+    SEEKABLE,
+    DecodeError,
+    File,
+    Video,
+    demux,
+    holds_picture,
+    open_file,
+)
+from clipvip.data.video.frame_index import (
     LONGEST_GAP,
+    MISSING_END,
     NO_TIME,
+    Index,
     Packets,
     Stamp,
+    Trust,
+    check_whole,
+    evened,
+    first_pts,
     frame_time,
     gathered,
+    made_up,
+    new_starts,
+    spacing,
     stamp_of,
+    stretches,
+    tell_apart,
 )
+
+MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
+FEW = 2  # damaged frames in a row that their neighbours can replace
 
 
 class InOrder:
@@ -106,3 +136,180 @@ class InOrder:
         if frame.is_corrupt:
             self.doubtful.add(number)
         return number, frame
+
+
+# --- the index ---
+
+
+def index_by_decoding(file: File, end: float | None) -> Index:
+    """Return the index of the frames that decoding gives, at least those before `end` seconds."""
+    with open_file(file) as video:
+        reader = InOrder(video)
+        numbers = _decoded(reader, end)
+        packets = reader.packets
+        starts = new_starts(video, packets)
+        shown, times, by_count = _timeline(video, reader, numbers, starts)
+        between = spacing(times, video.stream)
+        duration = float(times[-1]) + between
+        if not reader.stopped and not starts.any():
+            check_whole(video, Packets._make(each[numbers] for each in packets), duration)
+        from_first = by_count or video.format not in SEEKABLE
+    lost, head = _lost(reader, numbers, starts)
+    damaged = _damaged(numbers, lost, np.array(sorted(reader.keys), np.int64))
+    kept = _kept(numbers, times, damaged, head, between)
+    order = np.argsort(numbers, kind="stable")
+    pts, dts = packets.filled
+    return Index(
+        pts,
+        dts,
+        packets.keyframe,
+        shown[kept],
+        times[kept] - (times[kept][0] if from_first else 0.0),
+        duration,
+        by_count,
+        Trust.DECODER,
+        stretches(np.interp(lost, numbers[order], times[order])),
+        damaged[kept],
+    )
+
+
+def _decoded(reader: InOrder, end: float | None) -> NDArray[np.int64]:
+    """Decode frames in order, at least those before `end` seconds, and return the numbers of their
+    packets. Raises DecodeError where there is none."""
+    found, stream = [], reader.video.stream
+    for number, _ in reader:
+        found.append(number)
+        # Packets without stamps tell no time: each may hold only half a frame.
+        past = len(found) * frame_time(stream) if reader.unstamped else reader.seconds
+        if end is not None and past > end + MARGIN:
+            reader.stop()
+    if not found:
+        reason = "no frame could be decoded"
+        error = reader.error and reader.error.strerror
+        raise DecodeError(reader.video.path, f"{reason} ({error})" if error else reason)
+    return np.array(found, np.int64)
+
+
+# --- times ----------------------------------------------------------------------------------
+
+
+def _timeline(
+    video: Video, reader: InOrder, numbers: NDArray[np.int64], starts: NDArray[np.bool_]
+) -> tuple[NDArray[Any], NDArray[Any], bool]:
+    """Return how frames are identified (their pts or their count), their times in seconds, and
+    whether it is by count.
+
+    numbers: the frames' packets, in the order of showing. starts: as of new_starts.
+    """
+    packets = reader.packets
+    pts = packets.pts[numbers]
+    rising = (pts != NO_TIME).all() and (np.diff(pts) > 0).all()
+    # Other files may be joined: a jump to where stamps start again is no passing of time.
+    joined = video.format not in SEEKABLE and starts.any()
+    if rising and not joined and not made_up(video, packets.pts[np.sort(numbers)]):
+        times = (pts - first_pts(video, pts)) * video.tick
+        if tell_apart(video, _all_packets(reader)):
+            return pts, times, False
+    else:
+        times = _stitched(video, packets, numbers, starts)
+    return np.arange(len(numbers)), times, True
+
+
+def _all_packets(reader: InOrder) -> Packets:
+    """Return all packets that a seek may lead to. Where files were joined, packets that were not
+    decoded may have the stamps of others that were."""
+    if reader.stopped and reader.video.format not in SEEKABLE:
+        with suppress(av.FFmpegError), open_file(reader.video.file) as video:
+            return gathered([stamp_of(p, video.stream) for p in demux(video) if p.size])
+    return reader.packets
+
+
+def _stitched(
+    video: Video, packets: Packets, numbers: NDArray[np.int64], starts: NDArray[np.bool_]
+) -> NDArray[Any]:
+    """Return seconds from the first frame to each, in the order of showing, where stamps start
+    again in between, are those of decoding, or are missing."""
+    part_of = np.maximum.accumulate(np.cumsum(starts)[numbers])
+    parts, offset = [], 0.0
+    for part in np.unique(part_of):
+        mine = numbers[part_of == part]
+        pts, dts = packets.pts[mine], packets.dts[mine]
+        known = pts[pts != NO_TIME]
+        rising = len(known) and (np.diff(known) > 0).all()
+        if rising and not made_up(video, packets.pts[np.sort(mine)]):
+            stamps = pts
+        else:
+            stamps = np.sort(pts if NO_TIME in dts else dts)
+        times, _ = evened(stamps, video.stream, float(video.stream.time_base or 0))
+        parts.append(times + offset)
+        offset = float(parts[-1][-1]) + spacing(times, video.stream)
+    return np.concatenate(parts)
+
+
+# --- damage ---------------------------------------------------------------------------------
+
+
+def _lost(
+    reader: InOrder, numbers: NDArray[np.int64], starts: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], int]:
+    """Return the numbers of lost packets, sorted, and how many frames at the beginning refer to
+    missing ones."""
+    # At a joint libav misses the packet that would have followed, and marks one of the last two
+    # packets before it as corrupt. That is no damage.
+    lost = {number for number in reader.lost if not starts[number + 1 : number + 3].any()}
+    doubtful = np.isin(numbers, list(reader.doubtful))
+    head = 0
+    # The decoder marks nearly all frames of some encoders' files as corrupt. There it is ignored.
+    if 2 * doubtful.sum() < len(numbers):
+        # A recording that starts anywhere begins with frames that refer to missing ones.
+        head = int(doubtful.argmin())
+        lost |= set(numbers[head:][doubtful[head:]].tolist())
+    return np.array(sorted(lost), np.int64), head
+
+
+def _damaged(
+    numbers: NDArray[np.int64], lost: NDArray[np.int64], keys: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return, for the frame of each packet in `numbers`, whether it is lost or may refer to a lost
+    one: to any since the keyframe before it or, where it is shown before that keyframe, since the
+    keyframe before that."""
+    shown_at = dict(zip(numbers.tolist(), range(len(numbers)), strict=True))
+    late = np.array([shown_at.get(key, -1) for key in keys.tolist()], np.int64)
+    before = np.searchsorted(keys, numbers, side="right") - 1
+    leading = (before > 0) & (np.append(late, 0)[before] > np.arange(len(numbers)))
+    first = np.append(keys, 0)[before - leading]
+    return np.searchsorted(lost, first) < np.searchsorted(lost, numbers, side="right")
+
+
+def _kept(
+    numbers: NDArray[np.int64],
+    times: NDArray[Any],
+    damaged: NDArray[np.bool_],
+    head: int,
+    between: float,
+) -> NDArray[np.bool_]:
+    """Return which frames the index lists: all, if none is whole; else all except for damaged ones
+    that nobody misses, at the beginning, at the end, or between whole frames.
+
+    head: frames at the beginning that are left out in any case. between: seconds between frames.
+    """
+    whole = int(damaged.argmin())
+    if times[whole] - times[0] < MISSING_END[0]:
+        head = max(head, whole)
+    # At the end at most as much is left out as may be missing.
+    duration = float(times[-1]) + between
+    tail = damaged & (numbers > numbers[~damaged].max(initial=-1))
+    tail &= times > duration - max(MISSING_END[0], MISSING_END[1] * duration)
+    alone = _alone(damaged, times, between)
+    kept = (np.arange(len(numbers)) >= head) & ~tail & ~alone
+    return kept | (not kept.any())
+
+
+def _alone(damaged: NDArray[np.bool_], times: NDArray[Any], between: float) -> NDArray[np.bool_]:
+    """Return which damaged frames their neighbours can replace in any sampling: those between
+    undamaged frames that lie as close as if FEW were missing between them."""
+    (whole,) = np.nonzero(~damaged)
+    after = np.searchsorted(whole, np.arange(len(damaged)))
+    inside = (after > 0) & (after < len(whole))
+    gap = np.diff(times[whole], prepend=0, append=0)[after]
+    return damaged & inside & (gap < (FEW + 1.5) * between)

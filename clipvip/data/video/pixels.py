@@ -21,8 +21,7 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clipvip.data.video.container import PYAV, DecodeError, File
-from clipvip.data.video.limits import too_large
+from clipvip.data.video.container import PYAV, DecodeError, File, too_large
 from clipvip.ops.resize_crop import UPRIGHT, Colours, Turn, resize_crop
 
 if TYPE_CHECKING:

@@ -18,9 +18,8 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from clipvip.data.video.container import DecodeError, Video, demux, open_file
-from clipvip.data.video.frame_index import Index, Trust
+from clipvip.data.video.frame_index import NO_TIME, Index, Trust
 from clipvip.data.video.in_order import InOrder
-from clipvip.data.video.stamps import NO_TIME
 
 Positions = NDArray[np.int64]  # in Index.shown, increasing
 Decoded = Iterator[tuple[int, VideoFrame]]  # each frame with its position in Index.shown

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from clipvip.data.video import index_by_packets, known_index, pixels, strategies
+from clipvip.data.video import known_index, pixels, strategies
 from clipvip.data.video.container import Blob, open_video
 from clipvip.data.video.decode import DecodeError, open_clip, read_frames
 from clipvip.data.video.sampling import choose_frames
@@ -189,8 +189,8 @@ def test_tables_of_an_mp4_say_what_its_packets_say(
     path = packed(make_video(name, **CODINGS[name]), tmp_path / name, **options)
     for media in (path, Blob(name, path.read_bytes())):
         with open_video(media) as video:
-            by_tables = index_by_packets.index_by_tables(video)
-            by_packets = index_by_packets.index_by_packets(video)
+            by_tables = known_index.index_by_tables(video)
+            by_packets = known_index.index_by_packets(video)
         assert by_tables is not None
         for field in ("pts", "dts", "keyframe", "shown", "times", "duration", "by_count"):
             assert np.array_equal(getattr(by_tables, field), getattr(by_packets, field)), field
@@ -201,7 +201,7 @@ def test_tables_that_leave_a_doubt_are_not_used(make_video, numbers, tmp_path: P
     fragments = packed(whole, tmp_path / "x.mp4", movflags="frag_keyframe+empty_moov")
     for path in (fragments, make_video("gop10.mkv", **CODINGS["gop10.mkv"])):
         with open_video(path) as video:
-            assert index_by_packets.index_by_tables(video) is None
+            assert known_index.index_by_tables(video) is None
         assert numbers(read_frames(path, 2, size=16)) == [0, 59]
 
 
@@ -215,11 +215,11 @@ def test_wrong_tables_are_found_out(
 
     right = drawn()
     assert indexed == []
-    offsets, found_out = index_by_packets.composition_offsets, 0
+    offsets, found_out = known_index.composition_offsets, 0
     for wrong in (np.flip, lambda table: table * 2, lambda table: table[:0]):
         monkeypatch.setattr(known_index, "_known", known_index._Known())
         monkeypatch.setattr(
-            index_by_packets,
+            known_index,
             "composition_offsets",
             lambda *given, wrong=wrong: wrong(offsets(*given)),
         )

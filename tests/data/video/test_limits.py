@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipvip.data.video import limits
+from clipvip.data.video import container
 from clipvip.data.video.container import FORMATS, Blob
 from clipvip.data.video.decode import DecodeError, read_frames
 from clipvip.data.video.mp4 import Impossible, check_claims
@@ -404,20 +404,20 @@ def test_a_small_file_takes_little_memory_and_time() -> None:
 
 
 def test_the_limit_of_pictures_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 8192 * 8192 <= limits.MAX_PIXELS < 1e8
-    monkeypatch.setenv(limits.VARIABLE, "0.001")
-    assert limits._megapixels() == 0.001
+    assert 8192 * 8192 <= container.MAX_PIXELS < 1e8
+    monkeypatch.setenv(container.VARIABLE, "0.001")
+    assert container._megapixels() == 0.001
     for wrong in ("", "many", "-1", "0", "nan", "1e9"):
-        monkeypatch.setenv(limits.VARIABLE, wrong)
-        with pytest.raises(ValueError, match=f"{limits.VARIABLE} is {wrong!r}; expected"):
-            limits._megapixels()
+        monkeypatch.setenv(container.VARIABLE, wrong)
+        with pytest.raises(ValueError, match=f"{container.VARIABLE} is {wrong!r}; expected"):
+            container._megapixels()
 
 
 def test_frames_beyond_the_limit_are_refused_with_the_option(make_video) -> None:
     path = make_video("large.mp4", count=5)
-    environment = {**os.environ, limits.VARIABLE: "0.001"}
+    environment = {**os.environ, container.VARIABLE: "0.001"}
     code = "from clipvip.data.video.decode import read_frames; import sys\n"
     command = [sys.executable, "-c", code + "read_frames(sys.argv[1], 1, size=8)", path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     said = f"DecodeError: {path}: 48 × 32 pixels, more than the 0.001 million allowed"
-    assert f"{said}; {limits.VARIABLE} changes that" in done.stderr
+    assert f"{said}; {container.VARIABLE} changes that" in done.stderr

@@ -327,9 +327,8 @@ def verify(
             "to replace a bad tar: delete it and run `clipvip shard` again with the same options, "
             "or download it again"
         )
-    for written in (clean, manifest):
-        if written is not None:
-            print(f"wrote {shown(written)}")
+    for written in filter(None, (clean, manifest)):
+        print(f"wrote {shown(written)}")
     if bad:
         raise SystemExit(1)
 
@@ -385,7 +384,7 @@ def bench(
     from clipvip import benchmark
 
     if compare is None:
-        done = benchmark.run(
+        good = benchmark.run(
             suite,
             device=device,
             quick=quick,
@@ -395,15 +394,13 @@ def bench(
             resume=resume,
             profile=profile,
         )
-        if not done:
-            raise SystemExit(1)
-        return
-    try:
-        better = benchmark.compare(*compare, allow)
-    except ValueError as error:
-        print_error(error)
-        raise SystemExit(2) from None
-    if not better:
+    else:
+        try:
+            good = benchmark.compare(*compare, allow)
+        except ValueError as error:
+            print_error(error)
+            raise SystemExit(2) from None
+    if not good:
         raise SystemExit(1)
 
 

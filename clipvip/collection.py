@@ -32,7 +32,6 @@ from clipvip.files import NOT_A_FILE, files_in, shown
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 3  # sources or suffixes in a message
-
 LeftOut = Callable[[str, str], None]  # called with a path that is left out, and the reason
 
 
@@ -66,10 +65,16 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
     skipped: Counter[str] = Counter()  # by suffix
     left: list[tuple[str, str]] = []
     clips: dict[tuple[str, str, float | None, float | None], IndexedClip] = {}
-    real = cache(_real)
 
     def left_out(path: str, reason: str) -> None:
         left.append((path, reason))
+
+    @cache
+    def real(folder: str) -> str:
+        try:
+            return os.path.realpath(folder)
+        except (OSError, ValueError):  # not a valid name
+            return folder
 
     for source in sources:
         before = len(left)
@@ -91,10 +96,9 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
     reasons = dict(left)
     for path, reason in reasons.items():
         logger.warning("left out %s: %s", shown(path), shown(reason))
-    bad_files = [
+    return list(clips.values()), [
         {"path": os.path.abspath(path), "reason": reason} for path, reason in reasons.items()
     ]
-    return list(clips.values()), bad_files
 
 
 def listed(names: Sequence[str]) -> str:
@@ -103,16 +107,8 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _real(folder: str) -> str:
-    try:
-        return os.path.realpath(folder)
-    except (OSError, ValueError):  # not a valid name
-        return folder
-
-
 def _state(path: str) -> tuple[int, int]:
-    """Return size and modification time of a file, or zeros if there is none; reading it will say
-    why."""
+    """Return size and modification time of a file; zeros if there is none, as reading will say."""
     try:
         state = os.stat(path)
     except (OSError, ValueError):
@@ -121,11 +117,7 @@ def _state(path: str) -> tuple[int, int]:
 
 
 def _clips_of_one(source: str, skipped: Counter[str], left_out: LeftOut) -> Iterator[Clip]:
-    """Yield the clips of one source.
-
-    skipped: counts the files that are no videos, by suffix.
-    Raises ValueError if the source matches nothing.
-    """
+    """Yield the clips of one source. Raises ValueError if it matches nothing."""
     path = Path(source)
     suffix = path.suffix.lower()
 
@@ -169,8 +161,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _annotated(path: Path, left_out: LeftOut) -> list[Clip]:
-    """Read the clips of annotations without the bad lines. If all lines are bad, leave the file
-    out."""
+    """Read the clips of annotations, and leave out bad lines, or the file if all are bad."""
     try:
         return load_annotations(path)
     except AnnotationError as error:

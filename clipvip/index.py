@@ -6,9 +6,8 @@ format of `clipvip.index_files`. `load_index` reads the folder, and `search` ran
 An index may come from a stranger, and it names its model. Two rules keep that safe:
 
 - The model is an absolute path, or a name on the Hugging Face hub that is in this machine's cache.
-  Search downloads nothing and reads nothing from the current folder. So a foreign index can neither
-  choose what is downloaded nor bring a model along. The model of your own index is on this machine,
-  since embedding downloaded it. Loading a model runs no code from its folder.
+  Search downloads nothing and reads nothing from the current folder, so a foreign index can neither
+  choose what is downloaded nor bring a model along. Loading a model runs no code from its folder.
 - A model is used only if its fingerprint, a hash of all its weights, equals that in the index.
 
 Search is exact: one product of all n embeddings with the query. A million clips at P = 512 take
@@ -22,7 +21,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -58,10 +57,7 @@ NOT_FINITE = "the model gives no finite features for it"
 
 
 class Hit(NamedTuple):
-    """One result of a search.
-
-    score: cosine of query and clip. start, end: seconds, None for the start or end of the video.
-    """
+    """One result: cosine of query and clip; start and end in seconds, None for the video's own."""
 
     score: float
     path: Path
@@ -203,9 +199,20 @@ class _Build:
         """Embed the wanted clips that have no row; save the index regularly and at the end."""
         todo = [clip for clip in self.wanted if clip not in self.rows]
         reused = f", {len(self.rows)} are in the index already" if self.rows else ""
+        not_finite: list[IndexedClip] = []
+        due = time.monotonic() + SAVE_SECONDS
         with progress(f"embedding {len(todo)} clips{reused}", len(todo)) as advance:
-            batches = _embed(network, processor, todo, self.index.bad_files, options)
-            not_finite = self._take(batches, advance)
+            for rows in _embed(network, processor, todo, self.index.bad_files, options):
+                finite = {clip: row for clip, row in rows.items() if is_unit(row)}
+                not_finite += [clip for clip in rows if clip not in finite]
+                self.rows.update(finite)
+                advance(len(rows))
+                if len(not_finite) >= COUNTED_FROM and not self.rows:
+                    break  # the others would fail too
+                if (started := time.monotonic()) > due:
+                    self._save()
+                    # However large the index grows, saving takes at most a twentieth of the time.
+                    due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - started))
         if not_finite and not self.rows:
             raise ValueError(
                 f"the model's weights give no finite features for any of {len(not_finite)} clips: "
@@ -214,26 +221,6 @@ class _Build:
         paths = dict.fromkeys(clip.path for clip in not_finite)
         self.index.bad_files += [{"path": path, "reason": NOT_FINITE} for path in paths]
         self._save()
-
-    def _take(
-        self, batches: Iterator[dict[IndexedClip, Tensor]], advance: Callable[[int], None]
-    ) -> list[IndexedClip]:
-        """Add the rows of each batch, and save when it is due. Return clips without finite rows."""
-        not_finite: list[IndexedClip] = []
-        due = time.monotonic() + SAVE_SECONDS
-        for rows in batches:
-            finite = {clip: row for clip, row in rows.items() if is_unit(row)}
-            not_finite += [clip for clip in rows if clip not in finite]
-            self.rows.update(finite)
-            advance(len(rows))
-            if len(not_finite) >= COUNTED_FROM and not self.rows:
-                break  # the others would fail too
-            if time.monotonic() > due:
-                started = time.monotonic()
-                self._save()
-                # However large the index grows, saving takes at most a twentieth of the time.
-                due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - started))
-        return not_finite
 
     def _save(self) -> None:
         index, rows = self.index, self.rows
@@ -257,8 +244,7 @@ class _Build:
 def _old_index(out: Path, index: Index, wanted: list[IndexedClip]) -> Index | None:
     """Read the index in `out` that this build replaces; None if there is none or it is damaged.
 
-    Raises ValueError if it is of another model, or if clips of it would be lost: `wanted` does not
-    name them, and their videos still exist.
+    Raises ValueError if it is of another model, or if clips of existing videos would be lost.
     """
     head = delete_spare(out)
     if head is None or head.data is None:
@@ -286,18 +272,15 @@ def _old_index(out: Path, index: Index, wanted: list[IndexedClip]) -> Index | No
         logger.warning("%s; all its clips are embedded again", damage)
         return None
     named = {(clip.path, clip.start, clip.end) for clip in wanted}
-    others = [c for c in old.clips if (c.path, c.start, c.end) not in named and _may_exist(c)]
-    if others and not all_named:
+    unnamed = (clip.path for clip in old.clips if (clip.path, clip.start, clip.end) not in named)
+    # A file may also exist on a disk that is not mounted.
+    lost = [p for p in unnamed if os.path.lexists(p) or not os.path.isdir(os.path.dirname(p))]
+    if lost and not all_named:
         raise ValueError(
-            f"{of}; {len(others)} of its clips would be lost, as they are not named now "
-            f"(the first: {shown(others[0].path)}): {advice}, or delete it"
+            f"{of}; {len(lost)} of its clips would be lost, as they are not named now "
+            f"(the first: {shown(lost[0])}): {advice}, or delete it"
         )
     return old
-
-
-def _may_exist(clip: IndexedClip) -> bool:
-    """Whether the clip's file exists, or may exist on a disk that is not mounted."""
-    return os.path.lexists(clip.path) or not os.path.isdir(os.path.dirname(clip.path))
 
 
 def _embed(
@@ -309,8 +292,7 @@ def _embed(
 ) -> Iterator[dict[IndexedClip, Tensor]]:
     """Yield the unit vectors, float32 [P], of one batch of clips after another.
 
-    After the last batch, append the files that could not be decoded to `bad_files`.
-    options: of clipvip.embedding.embed_clips.
+    Appends the files that could not be decoded to `bad_files` at the end.
     """
     from clipvip.embedding import embed_clips
 
@@ -338,10 +320,7 @@ def _load(
 
 
 def _fingerprint(model: Any, processor: Any) -> str:
-    """Hash all weights, how videos are read and how frames are pooled.
-
-    The same model has the same fingerprint in any folder.
-    """
+    """Hash all weights, how videos are read and how frames are pooled; not the model's folder."""
     reading = {name: value for name, value in processor.loading().items() if name != "text_length"}
     colours = processor.image_mean, processor.image_std
     whole = sorted(reading.items()), colours, model.config.vision_config.frame_pooling

@@ -61,8 +61,7 @@ class DamagedIndexError(ValueError):
 class StoredIndex:
     """Contents of an index folder. Row i of the embeddings belongs to clip i.
 
-    model: absolute path or hub name of the model that made the embeddings.
-    fingerprint: hash of that model.
+    model, fingerprint: absolute path or hub name of the model, and its hash.
     sources: files, folders, patterns and lists that the clips were found in.
     embeddings: float32 [n, P], unit vectors.
     bad_files: {"path", "reason"} of every file that the last build could not decode.
@@ -78,11 +77,8 @@ class StoredIndex:
 
 @dataclass(frozen=True)
 class Head:
-    """Contents of index.json.
-
-    embeddings, clips: names of the data files in use, None before the first save.
-    spare: names of data files not in use, which the next build deletes.
-    """
+    """Contents of index.json: names of the data files in use (None before the first save), and
+    those not in use, which the next build deletes."""
 
     model: str
     fingerprint: str
@@ -97,8 +93,7 @@ class Head:
 
 
 def read_index(folder: Path) -> StoredIndex:
-    """Read an index. Raises ValueError if there is none, DamagedIndexError if its data files are
-    missing or damaged."""
+    """Read an index. Raises ValueError if there is none, DamagedIndexError if it is damaged."""
     damaged, before = None, None
     for _ in range(READS):
         head = read_head(folder)
@@ -249,8 +244,7 @@ def is_unit(rows: Tensor) -> Tensor:
 
 
 def embed_command(model: str, sources: Sequence[str], out: object) -> str:
-    """Return the shell command that embeds these sources, with VIDEOS in place of many, for a
-    message."""
+    """Return the shell command that embeds these sources, with VIDEOS in place of many."""
     videos = shlex.join(sources) if len(sources) <= MOST_NAMED else "VIDEOS"
     return shown(f"clipvip embed {shlex.quote(model)} {videos} --out {shlex.quote(str(out))}")
 
@@ -297,9 +291,10 @@ def write_index(index: StoredIndex, out: Path) -> None:
     _write_head(replace(old, spare=[*spare, *data]), out)
     try:
         # save_file would ignore the umask and make a file that only its owner can read.
-        embeddings = save({"embeddings": index.embeddings.contiguous()})
-        write_new(out / data[0], embeddings)
-        write_new(out / data[1], map(_clip_line, index.clips))
+        write_new(out / data[0], save({"embeddings": index.embeddings.contiguous()}))
+        keys = IndexedClip.__slots__
+        clips = (json_line({key: getattr(clip, key) for key in keys}) for clip in index.clips)
+        write_new(out / data[1], clips)
         write_whole(out / _BAD_FILES, map(json_line, index.bad_files))
     except BaseException:
         _delete(out, data)
@@ -311,18 +306,13 @@ def write_index(index: StoredIndex, out: Path) -> None:
 
 def delete_spare(out: Path) -> Head | None:
     """Delete data files that are not in use. Return the contents of index.json, or None."""
-    head = read_head(out)
-    if head is not None:
+    if head := read_head(out):
         _delete(out, head.spare)
     return head
 
 
 def _write_head(head: Head, out: Path) -> None:
     write_whole(out / _HEAD, json.dumps({"format": FORMAT, **asdict(head)}, indent=1) + "\n")
-
-
-def _clip_line(clip: IndexedClip) -> bytes:
-    return json_line({name: getattr(clip, name) for name in IndexedClip.__slots__})
 
 
 def _delete(out: Path, names: Iterable[str]) -> None:

@@ -49,7 +49,10 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One annotated clip. start and end are seconds from the video's first frame."""
+    """One annotated clip. start and end are seconds from the video's first frame.
+
+    repaired: whether a text held half a character, now replaced by U+FFFD.
+    """
 
     video: Path
     start: float | None = None
@@ -60,14 +63,12 @@ class Clip:
     image: Path | None = None
     line: int = 0
     repaired: bool = field(default=False, compare=False, repr=False)
-    """Whether a text held half a character, now replaced by U+FFFD."""
 
 
 def load_annotations(path: str | Path) -> list[Clip]:
     """Read every clip of a JSON Lines file, in order.
 
-    Raises AnnotationError if the file is missing or has no clip, or if it has bad lines: the error
-    reports the first five together.
+    Raises AnnotationError if the file is missing, has no clip, or has bad lines; it names five.
     """
     return [clip for _, clip in _scan(Path(path))]
 
@@ -150,10 +151,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(line: bytes, folder: Path, number: int = 0) -> Clip:
-    """Return the clip of one line, with paths relative to `folder`.
-
-    Raises ValueError, which says what is wrong with the line.
-    """
+    """Return the clip of one line; its paths start from `folder`. Raises ValueError."""
     try:
         # From bytes, json.loads would also accept encoded halves of characters, as if in names.
         text = line.decode("utf-8-sig")
@@ -163,7 +161,7 @@ def parse_line(line: bytes, folder: Path, number: int = 0) -> Clip:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError, which says where the error is."""
+    """Parse JSON. Raises ValueError, which says where it is damaged."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -174,7 +172,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_record(record: Any, folder: Path, number: int = 0) -> Clip:
-    """Return the clip of one record: the content of a line, parsed. Raises like parse_line."""
+    """Return the clip of one record: a line, parsed. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object in braces, got {kind_of(record)}")
     for key in record:
@@ -204,10 +202,7 @@ def parse_record(record: Any, folder: Path, number: int = 0) -> Clip:
 
 
 def mended(text: str) -> str:
-    """Join each pair of surrogates in a text, and replace each lone one by U+FFFD.
-
-    Neither UTF-8 nor a tokenizer accepts lone surrogates.
-    """
+    """Join pairs of surrogates, and replace lone ones, which no tokenizer accepts, by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

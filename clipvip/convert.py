@@ -3,11 +3,8 @@ authors' kind. This is `clipvip convert`.
 """
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers.utils import logging
@@ -50,7 +47,11 @@ def convert(
     size = model.config.vision_config.image_size
     processor = _processor(source, tokenizer, model) if to == "clipvip" else None
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with _written_then_renamed(destination) as unfinished, failed_writes():
+    beside = TemporaryDirectory(
+        prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True
+    )
+    with beside as folder, failed_writes():
+        unfinished = Path(folder, destination.name)
         if to == "authors":
             reading = CLIP_READING | read_settings(source)
             if any(reading[name] != value for name, value in AUTHORS_READING.items()):
@@ -60,19 +61,20 @@ def convert(
                 )
             with unfinished.open("wb") as file:  # its errors give the reason, torch's do not
                 torch.save(authors_state_dict(model), file)
-            return
-        model.save_pretrained(unfinished)
-        if processor is not None:
+        elif processor is not None:
+            model.save_pretrained(unfinished)
             processor.image_size = size
             processor.save_pretrained(unfinished)
-            return
-        save_settings(unfinished, **(read_settings(source) | {"image_size": size}))
-        logger.warning(
-            f"{source} has no tokenizer, so none is saved; convert again with one (such as "
-            "--tokenizer openai/clip-vit-base-patch32), or add it: CLIPViPProcessor."
-            f"from_pretrained({str(destination)!r}, tokenizer='openai/clip-vit-base-patch32')"
-            f".save_pretrained({str(destination)!r})"
-        )
+        else:
+            model.save_pretrained(unfinished)
+            save_settings(unfinished, **(read_settings(source) | {"image_size": size}))
+            logger.warning(
+                f"{source} has no tokenizer, so none is saved; convert again with one (such as "
+                "--tokenizer openai/clip-vit-base-patch32), or add it: CLIPViPProcessor."
+                f"from_pretrained({str(destination)!r}, tokenizer='openai/clip-vit-base-patch32')"
+                f".save_pretrained({str(destination)!r})"
+            )
+        os.rename(unfinished, destination)
 
 
 def _processor(
@@ -87,14 +89,3 @@ def _processor(
         if tokenizer is not None:
             raise
         return None
-
-
-@contextmanager
-def _written_then_renamed(destination: Path) -> Iterator[Path]:
-    """Yield a path beside `destination`, which is renamed to it if the block succeeds."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        yield folder / destination.name
-        os.rename(folder / destination.name, destination)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

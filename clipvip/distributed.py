@@ -96,17 +96,16 @@ def meeting_store() -> dist.Store | None:
 
 def first_does(work: Callable[[], Result]) -> Result:
     """Run `work` on the first rank; return its result, or raise its error, on every rank."""
-    result: Result | None = None
-    error: Exception | None = None
+    outcome: Any = None
     if rank() == 0:
         try:
-            result = work()
+            outcome = work(), None
         except Exception as raised:
-            error = raised
-    result, error = all_gather_objects((result, error))[0]
+            outcome = None, raised
+    result, error = all_gather_objects(outcome)[0]
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]
+    return result
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from torch import Tensor
 from clipvip import distributed
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile, LoaderOptions, build_loader
+from clipvip.inputs import tokenize
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
-from clipvip.model.pretrained import found, hub_options, is_plain_clip, read_config
+from clipvip.model.pretrained import found, hub_options, is_plain_clip, read_json
 from clipvip.model.processing import normalize_frames
-from clipvip.text import tokenize
 
 
 def load_for_embedding(
@@ -37,7 +37,7 @@ def load_for_embedding(
     """
     with found("the model", source, options.get("subfolder") or ""):
         processor = CLIPViPProcessor.from_pretrained(source, **hub_options(options))
-        config = read_config(source, options)
+        config = read_json(source, "config.json", options)
         given = {**config, **(config.get("vision_config") or {}), **options}
         if is_plain_clip(config) and "frame_pooling" not in given:
             options = {"frame_pooling": "mean", "num_proxies": 1, **options}

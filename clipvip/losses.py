@@ -8,19 +8,18 @@ gets the loss of the whole batch, and gradients whose mean over ranks, which dat
 takes, is the gradient of that loss; see clipvip.sharded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from clipvip.inputs import send
 from clipvip.ops import pairwise_logsumexp
 from clipvip.sharded import all_reduce, sharded_logsumexp
-from clipvip.transfer import send
 
 VARIANTS = ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc")
-_NAMES = {"v": "video", "s": "subtitle", "f": "frame", "c": "caption"}
 
 
 class _Features(NamedTuple):
@@ -38,6 +37,9 @@ class _Pair(NamedTuple):
     col_lse: Tensor
     positive: Tensor
     clips: Tensor | slice
+
+
+_Terms = list[list[tuple[_Features, _Features]]]
 
 
 def contrastive_loss(
@@ -59,8 +61,7 @@ def contrastive_loss(
     """
     rows, columns = _Features("a", a, None), _Features("b", b, None)
     _check(rows, columns)
-    logsumexp = _logsumexp(logit_scale, sharded, backend)
-    return _total(_symmetric(_pair(rows, columns, logsumexp)), sharded)
+    return _loss([[(rows, columns)]], logit_scale, sharded, backend)
 
 
 def omnisource_loss(
@@ -96,35 +97,38 @@ def omnisource_loss(
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
-    features = {"v": video, "s": subtitle, "f": frame, "c": caption}
-    present = {"s": subtitle_present, "f": frame_present, "c": caption_present}
+    given = {
+        "v": ("video", video, None),
+        "s": ("subtitle", subtitle, subtitle_present),
+        "f": ("frame", frame, frame_present),
+        "c": ("caption", caption, caption_present),
+    }
     sources = {}
-    for letter, name in _NAMES.items():
+    for letter, (name, features, present) in given.items():
         if letter in variant:
-            value = features[letter]
-            if value is None:
+            if features is None:
                 raise ValueError(f"{name} is None, but {variant} needs it as [n, D] features")
-            sources[letter] = _Features(name, value, present.get(letter))
+            sources[letter] = _Features(name, features, present)
     _check(*sources.values())
-
-    logsumexp = _logsumexp(logit_scale, sharded, backend)
-    means: list[_Mean] = []
-    for term in variant.split("_"):
-        pairs = [_pair(sources[term[0]], sources[x], logsumexp) for x in term[1:]]
-        means += _joint(*pairs) if term == "vsc" else _symmetric(*pairs)
-    return _total(means, sharded)
+    terms = [[(sources[term[0]], sources[x]) for x in term[1:]] for term in variant.split("_")]
+    return _loss(terms, logit_scale, sharded, backend)
 
 
-_Statistics = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def _logsumexp(scale: Tensor, sharded: bool, backend: str) -> _Statistics:
-    """Return the function of features a, b and diagonal that gives statistics of their logits."""
+def _loss(terms: _Terms, logit_scale: Tensor, sharded: bool, backend: str) -> Tensor:
+    """Add up the means of all terms, each over the clips of all ranks if sharded."""
     function = sharded_logsumexp if sharded else pairwise_logsumexp
-    return partial(function, scale=scale, backend=backend)
+    logsumexp = partial(function, scale=logit_scale, backend=backend)
+    means = [mean for term in terms for mean in _means([_pair(*pair, logsumexp) for pair in term])]
+    totals = torch.stack([total for total, _ in means])
+    counts = send(torch.tensor([clips for _, clips in means], dtype=totals.dtype), totals.device)
+    if sharded:
+        totals, counts = all_reduce(torch.stack([totals, counts]))
+    return (totals / counts.clamp(min=1)).sum()
 
 
-def _pair(rows: _Features, columns: _Features, logsumexp: _Statistics) -> _Pair:
+def _pair(
+    rows: _Features, columns: _Features, logsumexp: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> _Pair:
     a, b = rows.features, columns.features
     masks = [mask for mask in (rows.present, columns.present) if mask is not None]
     if all(mask.is_meta for mask in masks):  # no mask, or none with values
@@ -151,45 +155,19 @@ def _pair(rows: _Features, columns: _Features, logsumexp: _Statistics) -> _Pair:
     )
 
 
-class _Mean(NamedTuple):
-    """A mean over clips, kept as sum and count; 0 for no clips."""
+def _means(pairs: list[_Pair]) -> Iterator[tuple[Tensor, int]]:
+    """Yield sum and count over clips of a term's cross entropies, log(1 + Σ exp(other - positive)).
 
-    total: Tensor
-    clips: int
-
-
-def _total(means: list[_Mean], sharded: bool) -> Tensor:
-    """Add means up, each over the clips of all ranks if sharded."""
-    totals = torch.stack([mean.total for mean in means])
-    counts = send(torch.tensor([mean.clips for mean in means], dtype=totals.dtype), totals.device)
-    if sharded:
-        totals, counts = all_reduce(torch.stack([totals, counts]))
-    return (totals / counts.clamp(min=1)).sum()
-
-
-def _cross_entropy(clips: Tensor | slice, positive: Tensor, *others: Tensor) -> _Mean:
-    """Mean of log(1 + Σ exp(others - positive)) over clips."""
-    positive = positive[clips]
-    loss = positive.new_zeros(())
-    for other in others:
-        loss = torch.logaddexp(loss, other[clips] - positive)
-    return _Mean(loss.sum(), len(positive))
-
-
-def _symmetric(pair: _Pair) -> list[_Mean]:
-    return [
-        _cross_entropy(pair.clips, pair.positive, pair.row_lse),
-        _cross_entropy(pair.clips, pair.positive, pair.col_lse),
-    ]
-
-
-def _joint(subtitles: _Pair, captions: _Pair) -> list[_Mean]:
-    negatives = subtitles.row_lse, captions.row_lse
-    return [
-        _cross_entropy(pair.clips, pair.positive, *others)
-        for pair in (subtitles, captions)
-        for others in (negatives, (pair.col_lse,))
-    ]
+    The rows of all pairs share their negatives; the columns of each have their own.
+    """
+    negatives = [pair.row_lse for pair in pairs]
+    for pair in pairs:
+        positive = pair.positive[pair.clips]
+        for others in (negatives, [pair.col_lse]):
+            loss = positive.new_zeros(())
+            for other in others:
+                loss = torch.logaddexp(loss, other[pair.clips] - positive)
+            yield loss.sum(), len(positive)
 
 
 def _check(first: _Features, *others: _Features) -> None:

@@ -17,14 +17,8 @@ _ENTRIES_AT_ONCE = 1 << 24  # limits the memory for comparing ids to about 150 M
 def dual_softmax(similarity: Tensor, temperature: float = 100.0) -> Tensor:
     """Re-score at test time by the dual softmax (DSL): S·softmax(temperature·S over queries).
 
-    It uses all queries at once, so its results are not comparable with results without it. Report
-    the two separately.
-
-    Args:
-        similarity: cosines [Q, G].
-
-    Returns:
-        float64 [Q, G].
+    similarity: cosines [Q, G]. Returns float64 [Q, G]. As all queries are used at once, results
+    are not comparable with results without DSL; report the two separately.
     """
     similarity = similarity.double()  # e^-200, the smallest factor of cosines, needs float64
     return similarity * (temperature * similarity).softmax(0)
@@ -39,19 +33,13 @@ def retrieval_ranks(
 ) -> Tensor:
     """Rank, from 1, of each query's best own item; ties count against it.
 
-    Args:
-        similarity: [Q, G], any float dtype; higher is nearer.
-        query_ids, gallery_ids: integers [Q] and [G]; an item belongs to a query if their ids are
-            equal. For text→video, the query id of a text is the index of its video; for
-            video→text, swap the two. By default, row i belongs to column i.
-        dsl: re-score with dual_softmax first.
-
-    Returns:
-        int64 [Q].
-
-    Raises:
-        ValueError: similarity is no matrix or holds NaN, ids do not fit it, or a query has no own
-            item in the gallery.
+    similarity: [Q, G], any float dtype; higher is nearer.
+    query_ids, gallery_ids: integers [Q] and [G]; an item belongs to a query if their ids are
+        equal. For text→video, the query id of a text is the index of its video; for video→text,
+        swap the two. By default, row i belongs to column i.
+    dsl: re-score with dual_softmax first.
+    Returns int64 [Q]. Raises ValueError if similarity is no matrix or holds NaN, ids do not fit it,
+    or a query has no own item in the gallery.
     """
     if similarity.ndim != 2 or 0 in similarity.shape:
         raise ValueError(
@@ -106,11 +94,8 @@ def both_directions(
 ) -> dict[str, dict[str, float]]:
     """Compute the four TABLES of a test set: each direction, without and with DSL.
 
-    Args:
-        video_embeds: unit vectors [V, D].
-        text_embeds: unit vectors [T, D], any number of texts per video.
-        video_of_text: integers [T], row in video_embeds of each text's video.
-
+    video_embeds, text_embeds: unit vectors [V, D] and [T, D], any number of texts per video.
+    video_of_text: integers [T], row in video_embeds of each text's video.
     Videos without a text are competitors in text→video, but not queries in video→text.
     """
     similarity = text_embeds @ video_embeds.T

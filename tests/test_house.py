@@ -21,7 +21,7 @@ PARTS = {
     "training": ("embedding", "model", "data", "losses", "ops"),
     "cli": ("index", "training", "convert", "data", "ops"),
 }
-TOOLS = ("files", "retrieval", "terminal", "text", "transfer")
+TOOLS = ("files", "inputs", "retrieval", "terminal")
 IN_PART = {
     "collection": "index",
     "index_files": "index",

@@ -37,7 +37,7 @@ def norm_linear(hidden_states: Tensor, norm: nn.LayerNorm, *layers: nn.Linear) -
     bias = torch.cat([layer.bias for layer in layers])
     if _composed(hidden_states) or not _weights_say_all(norm):
         return F.linear(norm(hidden_states), weight, bias)
-    return _NormLinear.apply(hidden_states, norm.weight, norm.bias, norm.eps, weight, bias)
+    return _NormLinear.apply(hidden_states, norm.weight, norm.bias, norm.eps, weight, bias, 1.0)
 
 
 def residual_linear(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
@@ -48,7 +48,7 @@ def residual_linear(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
     """
     if _composed(x) or not _weights_say_all(layer) or residual.shape[:-1] != x.shape[:-1]:
         return residual + layer(x)
-    return _ResidualLinear.apply(residual, x, layer.weight, layer.bias)
+    return _ResidualLinear.apply(residual, x, layer.weight, layer.bias, False)
 
 
 def residual_mlp(
@@ -61,9 +61,10 @@ def residual_mlp(
     if _composed(hidden_states) or not _weights_say_all(norm, fc1, fc2):
         inner = F.silu(fc1(norm(hidden_states)) * SLOPE) * (1 / SLOPE)
         return hidden_states + fc2(inner)
-    return _ResidualMLP.apply(
-        hidden_states, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    before = _NormLinear.apply(
+        hidden_states, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, SLOPE
     )
+    return _ResidualLinear.apply(hidden_states, before, fc2.weight, fc2.bias, True)
 
 
 def _composed(x: Tensor) -> bool:
@@ -125,12 +126,18 @@ class _Products:
 
 
 class _NormLinear(torch.autograd.Function):
+    """scale · linear(norm(x)); backward takes the gradient of the unscaled output.
+
+    `_ResidualLinear` returns that gradient, as its factor 1/SLOPE and the scale SLOPE cancel.
+    """
+
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias):
+    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, scale):
         ctx.products, ctx.eps = _Products(x, weight, bias, norm_weight, norm_bias), eps
+        norm = Norm(norm_weight, norm_bias, eps)
         with torch.autocast(x.device.type, enabled=False):
             out, statistics = ctx.products.forward(
-                x, weight, bias, norm=Norm(norm_weight, norm_bias, eps)
+                x, weight, bias, norm=norm, alpha=scale, beta=scale
             )
         ctx.save_for_backward(x, norm_weight, norm_bias, *statistics, weight, bias)
         return out
@@ -148,15 +155,18 @@ class _NormLinear(torch.autograd.Function):
             if any(need[:3]):
                 inner = ctx.products.grad_input(grad, weight, x.dtype)
                 of_norm = _norm_gradients(inner, x, norm, (mean, rstd), need[:3])
-        return *of_norm, None, *of_weights
+        return *of_norm, None, *of_weights, None
 
 
 class _ResidualLinear(torch.autograd.Function):
+    """residual + linear(x); if silu, residual + linear(silu(x) / SLOPE), see `_NormLinear`."""
+
     @staticmethod
-    def forward(ctx, residual, x, weight, bias):
+    def forward(ctx, residual, x, weight, bias, silu):
         ctx.products = _Products(x, weight, bias, residual=residual)
+        ctx.options = {"silu": True, "alpha": 1 / SLOPE} if silu else {}
         with torch.autocast(x.device.type, enabled=False):
-            out, _ = ctx.products.forward(x, weight, bias, residual=residual)
+            out, _ = ctx.products.forward(x, weight, bias, residual=residual, **ctx.options)
         ctx.save_for_backward(x, weight, bias)
         return out
 
@@ -164,60 +174,13 @@ class _ResidualLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        need, before = ctx.needs_input_grad, x if ctx.options else None
+        of_x = None
         with torch.autocast(x.device.type, enabled=False):
-            of_x = ctx.products.grad_input(grad, weight, x.dtype) if need[1] else None
-            of_weights = ctx.products.grad_weights(need[2:], grad, x, weight, bias)
-        return grad if need[0] else None, of_x, *of_weights
-
-
-class _ResidualMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2):
-        ctx.eps = eps
-        ctx.products = _Products(x, weight1, weight2, bias1, bias2, norm_weight, norm_bias)
-        with torch.autocast(x.device.type, enabled=False):
-            before, statistics = ctx.products.forward(
-                x,
-                weight1,
-                bias1,
-                norm=Norm(norm_weight, norm_bias, eps),
-                alpha=SLOPE,
-                beta=SLOPE,
-            )
-            out, _ = ctx.products.forward(
-                before, weight2, bias2, silu=True, alpha=1 / SLOPE, residual=x
-            )
-        ctx.save_for_backward(
-            x, norm_weight, norm_bias, *statistics, before, weight1, bias1, weight2, bias2
-        )
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, norm_weight, norm_bias, mean, rstd, before, weight1, bias1, weight2, bias2 = (
-            ctx.saved_tensors
-        )
-        need, norm = ctx.needs_input_grad, Norm(norm_weight, norm_bias, ctx.eps)
-        of_norm, first = (None, None, None), (None, None)
-        products = ctx.products
-        with torch.autocast(x.device.type, enabled=False):
-            second = products.grad_weights(
-                need[6:8], grad, before, weight2, bias2, silu=True, alpha=1 / SLOPE
-            )
-            if any(need[:6]):
-                # The gradient of fc1's output: the factors 1/SLOPE and SLOPE cancel.
-                inner = products.grad_input(grad, weight2, products.dtype, before=before)
-                first = products.grad_weights(
-                    need[4:6], inner, x, weight1, bias1, norm=norm, statistics=(mean, rstd)
-                )
-            if any(need[:3]):
-                inner = products.grad_input(inner, weight1, x.dtype)
-                of_norm = _norm_gradients(inner, x, norm, (mean, rstd), need[:3])
-                if of_norm[0] is not None:
-                    of_norm = of_norm[0].add_(grad), *of_norm[1:]
-        return *of_norm, None, *first, *second
+            if need[1]:
+                of_x = ctx.products.grad_input(grad, weight, x.dtype, before=before)
+            of_weights = ctx.products.grad_weights(need[2:4], grad, x, weight, bias, **ctx.options)
+        return grad if need[0] else None, of_x, *of_weights, None
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, norm: Norm, statistics: Statistics, need):

@@ -27,14 +27,7 @@ from transformers.utils import ModelOutput, logging
 from clipvip.files import shown
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
-from clipvip.model.pretrained import (
-    SameDraws,
-    check_finite,
-    check_fit,
-    found,
-    key_report,
-    resolve,
-)
+from clipvip.model.pretrained import SameDraws, check_finite, check_fit, found, key_report, resolve
 from clipvip.model.vision import (
     CLIPViPEncoder,
     CLIPViPVisionEmbeddings,
@@ -125,8 +118,7 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
         hidden_states = self.encoder(hidden_states, frame_offsets)
         first = proxy_starts(frame_offsets, self.config.num_proxies, self.patches_per_frame)
         return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states,
-            pooler_output=self.post_layernorm(hidden_states[first]),
+            last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[first])
         )
 
 

@@ -2,8 +2,7 @@
 
 A model may come from a folder, from an authors' file or from the Hugging Face hub. Each error is
 one line that names the source. `CLIPViPModel.from_pretrained` and the processor load within
-`found`; `resolve`, `key_report`, `SameDraws` and `check_…` are the model's steps. `failed_writes`
-gives errors of saving the same plain form.
+`found`; `resolve`, `key_report`, `SameDraws` and `check_…` are the model's steps.
 """
 
 import json
@@ -21,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from clipvip.files import shown
@@ -33,27 +31,14 @@ from clipvip.model.authors import (
 )
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
 
-ADDED_TO_CLIP = (
-    "vision_model.embeddings.added_cls",
-    "vision_model.embeddings.temporal_embedding",
-)
+ADDED_TO_CLIP = ("vision_model.embeddings.added_cls", "vision_model.embeddings.temporal_embedding")
 _HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
+)  # fmt: skip
 _DAMAGED = (
-    json.JSONDecodeError,
-    UnicodeDecodeError,
-    RecursionError,
-    SafetensorError,
-    pickle.UnpicklingError,
-    EOFError,
-)
+    json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError,
+    pickle.UnpicklingError, EOFError,
+)  # fmt: skip
 _WEIGHTS = (  # in the order in which transformers looks for them
     "model.safetensors",
     "model.safetensors.index.json",
@@ -156,17 +141,23 @@ def hub_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in _HUB_OPTIONS if name in options}
 
 
-def read_config(source: str | PathLike, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of config.json of a folder or hub name.
+def cached(source: str | PathLike, name: str, options: dict[str, Any]) -> Path | None:
+    """Return a file of a folder or hub name, fetched if needed; None if there is no such file.
 
     options: options of `from_pretrained`; see `hub_options`.
     """
-    config: Any = PretrainedConfig.get_config_dict(source, **hub_options(options))[0]
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"config.json of {fspath(source)!r} holds no object; expected the settings of a model"
-        )
-    return config
+    hub = hub_options(options)
+    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if file is None else Path(file)
+
+
+def read_json(source: str | PathLike, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a JSON file as `cached` finds it; empty if there is none."""
+    file = cached(source, name, options)
+    content = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} of {fspath(source)!r} holds no object; expected settings")
+    return content
 
 
 def is_plain_clip(config: dict[str, Any]) -> bool:
@@ -188,8 +179,10 @@ def resolve(
             options["config"] = infer_config(options["state_dict"], source, **video)
             _check_size(options["config"], source, options)
         return None, options, frozenset()
-    plain = is_plain_clip(read_config(source, options))
-    _refuse_adapter(source, options)
+    plain = is_plain_clip(read_json(source, "config.json", options))
+    if cached(source, "adapter_config.json", options) is not None:
+        # With peft, transformers would load the model that the adapter names.
+        raise ValueError("it holds an adapter; merge it into the model")
     if options.get("config") is None:
         video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
         shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)
@@ -242,19 +235,14 @@ class SameDraws(TorchDispatchMode):
 
 
 def check_fit(
-    source: Any,
-    info: dict[str, Any],
-    added: frozenset[str],
-    strict: bool,
-    ignore_mismatched_sizes: bool,
+    source: Any, info: dict[str, Any], added: frozenset[str], strict: bool, any_shape: bool
 ) -> None:
     """Raise ValueError with a list of the checkpoint's keys that do not fit the model."""
     problems = []
     if strict:
         for word in ("missing", "unexpected"):
-            keys = sorted(set(info[f"{word}_keys"]) - added)
-            problems += [f"{word}: {key}" for key in keys]
-    if not ignore_mismatched_sizes:
+            problems += [f"{word}: {key}" for key in sorted(set(info[f"{word}_keys"]) - added)]
+    if not any_shape:
         problems += [
             f"shape: {key} is {list(given)} in the checkpoint, {list(expected)} in the model"
             for key, given, expected in sorted(info["mismatched_keys"])
@@ -298,13 +286,6 @@ def failed_writes() -> Iterator[None]:
         raise OSError("a file could not be written completely") from error
 
 
-def _refuse_adapter(source: str | PathLike, options: dict[str, Any]) -> None:
-    """Raise ValueError for an adapter: with peft, transformers would load the model it names."""
-    file, hub = "adapter_config.json", hub_options(options)
-    if cached_file(source, file, _raise_exceptions_for_missing_entries=False, **hub) is not None:
-        raise ValueError("it holds an adapter; merge it into the model")
-
-
 def _check_size(config: CLIPViPConfig, source: str | PathLike, options: dict[str, Any]) -> None:
     """Raise ValueError if a configuration has more weights than the model's files have bytes.
 
@@ -322,19 +303,18 @@ def _check_size(config: CLIPViPConfig, source: str | PathLike, options: dict[str
 
 def _weight_bytes(source: str | PathLike, options: dict[str, Any]) -> int | None:
     """Bytes of the weights of a folder or hub name; None if their files have unusual names."""
-    hub = hub_options(options)
     for name in _WEIGHTS:
-        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        file = cached(source, name, options)
         if file is None:
             continue
-        files = [file]
-        if name.endswith(".json"):
-            index = json.loads(Path(file).read_text(encoding="utf-8"))
-            if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-                raise ValueError(f"{name} holds no index of weights")
-            parts = set(map(str, index["weight_map"].values()))
-            if outside := [part for part in parts if Path(part).name != part]:
-                raise ValueError(f"{name} names {shown(outside[0])!r}, a file in another folder")
-            files = [str(cached_file(source, part, **hub)) for part in sorted(parts)]
-        return sum(Path(file).stat().st_size for file in files)
+        if file.suffix != ".json":
+            return file.stat().st_size
+        weights = read_json(source, name, options).get("weight_map")
+        if not isinstance(weights, dict):
+            raise ValueError(f"{name} holds no index of weights")
+        parts = sorted(set(map(str, weights.values())))
+        if outside := [part for part in parts if Path(part).name != part]:
+            raise ValueError(f"{name} names {shown(outside[0])!r}, a file in another folder")
+        hub = hub_options(options)
+        return sum(os.path.getsize(str(cached_file(source, part, **hub))) for part in parts)
     return None

@@ -17,15 +17,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from clipvip.data.video import check_sampling, read_frames, rgb_of
+from clipvip.inputs import send, tokenize
 from clipvip.model.authors import infer_config, is_authors_file, read_authors_checkpoint
 from clipvip.model.configuration import CLIPViPConfig
-from clipvip.model.pretrained import found
+from clipvip.model.pretrained import found, read_json
 from clipvip.ops.resize_crop import check_resize, resize_frames
-from clipvip.text import tokenize
-from clipvip.transfer import send
 
 logger = logging.get_logger(__name__)
 
@@ -247,20 +246,14 @@ def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     """
     if is_authors_file(source):
         shapes = infer_config(read_authors_checkpoint(source), source).vision_config
-        return {
-            "image_size": shapes.image_size,
-            "num_frames": shapes.num_frames,
-            **AUTHORS_READING,
-        }
-    own = _read_json(source, PROCESSOR_CONFIG, hub)
+        return {"image_size": shapes.image_size, "num_frames": shapes.num_frames, **AUTHORS_READING}
+    own = read_json(source, PROCESSOR_CONFIG, hub)
     if "image_size" not in own:
-        clip = own.get("image_processor") or _read_json(source, "preprocessor_config.json", hub)
+        clip = own.get("image_processor") or read_json(source, "preprocessor_config.json", hub)
         return _settings_of_clip(clip, source)
     settings = {name: own[name] for name in _SAVED if name in own}
-    # Older models keep how clips are read in a file of its own.
-    earlier = Path(source, hub.get("subfolder") or "", "reading.json")
-    if "sampling" not in own and earlier.is_file():
-        settings |= json.loads(earlier.read_text(encoding="utf-8"))
+    if "sampling" not in own:  # older models keep how clips are read in a file of its own
+        settings |= read_json(source, "reading.json", hub)
     return settings
 
 
@@ -338,15 +331,6 @@ def _are_channels(values: Any) -> bool:
         and len(values) == 3
         and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
     )
-
-
-def _read_json(source: str | os.PathLike, name: str, hub: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a JSON file of a folder or hub name; empty if there is no such file."""
-    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-    content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no object; expected the settings of a processor")
-    return content
 
 
 def _as_list_of_videos(videos: Any) -> Sequence[Video]:

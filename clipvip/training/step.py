@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from clipvip import distributed
+from clipvip.inputs import send
 from clipvip.training import caching, parallel
 from clipvip.training.optimization import schedule
 from clipvip.training.state import Run
 from clipvip.training.task import Batch, Features
-from clipvip.transfer import send
 
 MAX_LOGIT_SCALE = math.log(200)
 

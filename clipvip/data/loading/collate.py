@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clipvip.data.loading.samples import TRIES, Report, Sample
-from clipvip.text import tokenize
+from clipvip.inputs import tokenize
 
 Batch = dict[str, Tensor]
 

@@ -24,8 +24,8 @@ from clipvip.data.loading.loader import ClipLoader, build_loader
 from clipvip.data.loading.options import LoaderOptions
 from clipvip.data.loading.workers import WorkerError
 from clipvip.data.video import open_clip, read_frames
+from clipvip.inputs import tokenize
 from clipvip.ops.resize_crop import RESIZES
-from clipvip.text import tokenize
 
 SIZE = 16
 Load = Callable[..., ClipLoader]

@@ -1,9 +1,10 @@
-"""Texts to tokens, in one way for training, evaluation and search."""
+"""Prepare what a model reads: tokens of texts, and tensors on its device."""
 
 import html
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # A text of megabytes would take seconds and much memory, and no model reads that far.
@@ -26,3 +27,15 @@ def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Te
         return_tensors="pt",
     )
     return tokens["input_ids"], tokens["attention_mask"]
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to `device` without waiting; return the tensor itself if it is there already.
+
+    The copy goes through page-locked memory: from any other memory, the host would wait until the
+    GPU has finished all earlier work.
+    """
+    device = torch.device(device)
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

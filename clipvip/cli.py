@@ -1,7 +1,5 @@
 """The command `clipvip`: parse, call, print."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -47,6 +45,8 @@ DecodeWith = Annotated[
     Decoder,
     arg(help="Video decoder. auto uses DALI if it is installed and there is a GPU, else PyAV."),
 ]
+DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]
+Suite = Literal["ops", "model", "train", "decode", "growth", "all"]
 WorkerCount = Annotated[int | None, arg(help="Number of processes; by default one per core.")]
 
 
@@ -176,12 +176,7 @@ def search(
 
 
 def prepare(
-    kind: Annotated[
-        Positional[
-            Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]
-        ],
-        arg(metavar="SET"),
-    ],
+    kind: Annotated[Positional[DataSet], arg(metavar="SET")],
     source: Annotated[Positional[Path], arg(metavar="SRC")],
     out: Annotated[Positional[Path], arg(metavar="OUT.jsonl")],
     split: Literal[
@@ -334,10 +329,7 @@ def verify(
 
 
 def bench(
-    suite: Annotated[
-        Positional[Literal["ops", "model", "train", "decode", "growth", "all"]],
-        arg(metavar="SUITE"),
-    ] = "all",
+    suite: Annotated[Positional[Suite], arg(metavar="SUITE")] = "all",
     device: Literal["auto", "cuda", "cpu"] = "auto",
     quick: bool = False,
     only: Annotated[str, arg(metavar="REGEX")] = "",

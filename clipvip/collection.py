@@ -19,20 +19,18 @@ import os
 import sys
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from clipvip.data.annotations import AnnotationError, Clip, load_annotations, parse_line
+from clipvip.data.annotations import AnnotationError, Clip, LeftOut, load_annotations
 from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from clipvip.files import NOT_A_FILE, files_in, shown
 
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 3  # sources or suffixes in a message
-LeftOut = Callable[[str, str], None]  # called with a path that is left out, and the reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +53,7 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
 
     A file that two sources name, or that is also reached through a linked folder, is listed once.
     Pipes, unreadable folders and lists, and bad lines of annotations are left out and returned as
-    {"path", "reason"} each.
-
-    Raises ValueError if a source matches nothing or is a folder without videos, and if all sources
-    together contain no clip.
+    {"path", "reason"} each. Raises ValueError if a source, or all together, contain no clip.
     """
     if not sources:
         raise ValueError("no videos were named; expected files, folders, patterns or lists of them")
@@ -94,11 +89,11 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
     if skipped:
         print(shown(_counted(skipped)), file=sys.stderr)
     reasons = dict(left)
+    bad_files = []
     for path, reason in reasons.items():
         logger.warning("left out %s: %s", shown(path), shown(reason))
-    return list(clips.values()), [
-        {"path": os.path.abspath(path), "reason": reason} for path, reason in reasons.items()
-    ]
+        bad_files.append({"path": os.path.abspath(path), "reason": reason})
+    return list(clips.values()), bad_files
 
 
 def listed(names: Sequence[str]) -> str:
@@ -140,7 +135,10 @@ def _clips_of_one(source: str, skipped: Counter[str], left_out: LeftOut) -> Iter
     elif path.exists() and not path.is_file():
         left_out(source, NOT_A_FILE)
     elif suffix == ".jsonl":
-        yield from _annotated(path, left_out)
+        try:
+            yield from load_annotations(path, left_out)
+        except AnnotationError as error:
+            left_out(str(path), str(error))
     elif suffix == ".txt":
         yield from map(Clip, _in_list(path, left_out))
     elif suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
@@ -160,40 +158,19 @@ def _matches(pattern: str) -> list[str]:
     return [os.fspath(file) for file in files if file.match(name or "*")]
 
 
-def _annotated(path: Path, left_out: LeftOut) -> list[Clip]:
-    """Read the clips of annotations, and leave out bad lines, or the file if all are bad."""
-    try:
-        return load_annotations(path)
-    except AnnotationError as error:
-        clips: list[Clip] = []
-        bad: list[tuple[str, str]] = []
-        with suppress(OSError):
-            for number, line in enumerate(_lines(path), start=1):
-                try:
-                    clips += [parse_line(line, path.parent, number)] if line.strip() else []
-                except ValueError as reason:
-                    bad.append((f"{path}:{number}", str(reason)))
-        for place, why in bad if clips else [(str(path), str(error))]:
-            left_out(place, why)
-        return clips
-
-
 def _in_list(path: Path, left_out: LeftOut) -> list[Path]:
     """Read the files that a list names, one path per line. If none exists, leave the list out."""
     try:
-        files = [path.parent / os.fsdecode(line) for line in _lines(path) if line.strip()]
+        lines = path.read_bytes().removeprefix(BOM_UTF8).splitlines()
     except OSError as error:
         left_out(str(path), error.strerror or str(error))
         return []
+    files = [path.parent / os.fsdecode(line) for line in lines if line.strip()]
     if any(map(os.path.lexists, files)):
         return files
     first = f", not {files[0].name[:100]!r}" if files else ""
     left_out(str(path), f"names no file; expected the path of one video per line{first}")
     return []
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().removeprefix(BOM_UTF8).splitlines()
 
 
 def _no_videos(where: str, skipped: Counter[str]) -> str:

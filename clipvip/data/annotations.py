@@ -29,7 +29,7 @@ import os
 from array import array
 from bisect import bisect_right
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 KEYS = ("video", "start", "end", "text", "subtitle", "caption", "image")
 MAX_REPORTED = 5
+LeftOut = Callable[[str, str], None]  # called with a place that is left out, and the reason
 REPAIRED = "a text holds half a character (a lone surrogate), replaced by U+FFFD"
 
 
@@ -65,19 +66,21 @@ class Clip:
     repaired: bool = field(default=False, compare=False, repr=False)
 
 
-def load_annotations(path: str | Path) -> list[Clip]:
+def load_annotations(path: str | Path, left_out: LeftOut | None = None) -> list[Clip]:
     """Read every clip of a JSON Lines file, in order.
 
-    Raises AnnotationError if the file is missing, has no clip, or has bad lines; it names five.
+    left_out: called with place and reason of each bad line, unless all are bad; such lines are
+        skipped. Without it, AnnotationError names the first five.
+    Raises AnnotationError if the file is missing or has no clip.
     """
-    return [clip for _, clip in _scan(Path(path))]
+    return [clip for _, clip in _scan(Path(path), left_out)]
 
 
 class Annotations:
     """The clips of a JSON Lines file as a sequence that parses each clip on access.
 
-    It takes eight bytes of memory per clip, so a hundred million clips fit. The file must not
-    change meanwhile. Raises AnnotationError like load_annotations.
+    It takes eight bytes of memory per clip, so a hundred million fit. Raises AnnotationError like
+    load_annotations, and if the file changes meanwhile.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,9 +109,9 @@ class Annotations:
             ) from error
 
 
-def _scan(path: Path) -> Iterator[tuple[int, Clip]]:
+def _scan(path: Path, left_out: LeftOut | None = None) -> Iterator[tuple[int, Clip]]:
     """Yield every clip, and the offset of its line, with one line in memory at a time."""
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     number = clips = bad = repaired = first_repaired = 0
     name = shown(path)
     try:
@@ -120,7 +123,8 @@ def _scan(path: Path) -> Iterator[tuple[int, Clip]]:
                     clip = parse_line(line, path.parent, number)
                 except ValueError as error:
                     bad += 1
-                    problems += [f"{name}:{number}: {shown(error)}"] * (bad <= MAX_REPORTED)
+                    if left_out or bad <= MAX_REPORTED:
+                        problems.append((f"{path}:{number}", str(error)))
                     continue
                 clips += 1
                 if clip.repaired:
@@ -129,10 +133,14 @@ def _scan(path: Path) -> Iterator[tuple[int, Clip]]:
                 yield offset, clip
     except OSError as error:
         raise AnnotationError(f"{name}: {error.strerror}; expected a JSON Lines file") from error
-    if problems:
+    if left_out and clips:
+        for place, reason in problems:
+            left_out(place, reason)
+    elif problems:
+        first = "; ".join(shown(": ".join(problem)) for problem in problems[:MAX_REPORTED])
         tail = f"; and {bad - MAX_REPORTED} more bad lines" if bad > MAX_REPORTED else ""
         tail += "" if clips else "; expected JSON Lines, one object per clip and line"
-        raise AnnotationError("; ".join(problems) + tail)
+        raise AnnotationError(first + tail)
     if not clips:
         raise AnnotationError(f"{name}: holds no clips; expected one JSON object per line")
     if repaired:

@@ -47,8 +47,6 @@ class Blob:
 
 
 Media = str | Path | Blob
-
-
 IMAGE_SUFFIXES = frozenset(
     f".{name}"
     for name in ("avif", "bmp", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp")
@@ -64,48 +62,30 @@ VIDEO_SUFFIXES = frozenset(
         *("xvid", "y4m"),
     )
 )
-
-
 # libav's formats that hold video in one file. libav also recognises others, by a file's content and
 # whatever its name. Left out are those that read other files (playlists: hls, dash, concat, imf;
 # numbered images; films in parts: mlv) or listen to the network (session descriptions: sdp), and
 # devices. Images are left to Pillow, which limits how much a text in an image may expand.
-FORMATS = ",".join(
-    (
-        *("3dostr", "4xm", "apv", "asf", "asf_o", "av1", "avi", "avs", "avs2", "avs3"),
-        *("bethsoftvid", "bfi", "bink", "bmv", "c93", "cavsvideo", "cdxl", "cine", "dfa", "dhav"),
-        *("dirac", "dnxhd", "dv", "dxa", "ea", "evc", "film_cpk", "flic", "flv", "gdv", "gif"),
-        *("gxf", "h261", "h263", "h264", "hevc", "hxvs", "idcin", "iff", "ipu", "ivf", "ivr", "jv"),
-        *("kux", "live_flv", "lmlm4", "lxf", "m4v", "matroska", "mjpeg", "mjpeg_2000", "mm"),
-        *("moflex", "mov", "mpeg", "mpegts", "mpegtsraw", "mpegvideo", "mpjpeg", "mtv", "mv"),
-        *("mvi", "mxf", "mxg", "nsv", "nut", "nuv", "obu", "ogg", "pmp", "pva", "rl2", "rm", "roq"),
-        *("rpl", "ser", "sga", "siff", "smjpeg", "smk", "smush", "swf", "thp", "tmv", "ty", "usm"),
-        *("vc1", "vc1test", "vividas", "vivo", "vmd", "vvc", "wc3movie", "webm", "wsvqa", "wtv"),
-        *("xmv", "yop", "yuv4mpegpipe"),
-    )
+FORMATS = (
+    "3dostr,4xm,apv,asf,asf_o,av1,avi,avs,avs2,avs3,bethsoftvid,bfi,bink,bmv,c93,cavsvideo,cdxl,"
+    "cine,dfa,dhav,dirac,dnxhd,dv,dxa,ea,evc,film_cpk,flic,flv,gdv,gif,gxf,h261,h263,h264,hevc,"
+    "hxvs,idcin,iff,ipu,ivf,ivr,jv,kux,live_flv,lmlm4,lxf,m4v,matroska,mjpeg,mjpeg_2000,mm,moflex,"
+    "mov,mpeg,mpegts,mpegtsraw,mpegvideo,mpjpeg,mtv,mv,mvi,mxf,mxg,nsv,nut,nuv,obu,ogg,pmp,pva,rl2,"
+    "rm,roq,rpl,ser,sga,siff,smjpeg,smk,smush,swf,thp,tmv,ty,usm,vc1,vc1test,vividas,vivo,vmd,vvc,"
+    "wc3movie,webm,wsvqa,wtv,xmv,yop,yuv4mpegpipe"
 )
-
-
 MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
-
-
 SEEKABLE = frozenset({MP4, MATROSKA})
 
-
 PYAV = int(av.__version__.split(".")[0])
-
-
 # Titles need not be UTF-8. PyAV 19 and newer accepts any title and has no such option.
 _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}
-
-
 # Otherwise PyAV looks for an encoder with the decoder's name, and libdav1d is only a decoder.
 _AS_IT_IS: dict[str, Any] = {"opaque": True} if PYAV >= 15 else {}
 PLAIN = {"fflags": "+bitexact"}  # for writing: no random identifiers
 
+# --- the largest picture --------------------------------------------------------------------
 
-# A few bytes can claim a picture of a billion pixels. Larger frames and images than MAX_PIXELS are
-# refused before memory is allocated. Pillow refuses 179 million pixels and more in any case.
 VARIABLE = "CLIPVIP_MAX_MEGAPIXELS"
 
 
@@ -120,7 +100,10 @@ def _megapixels() -> float:
     return megapixels
 
 
+# A few bytes can claim a picture of a billion pixels. Larger ones than this are refused before
+# memory is allocated. Pillow refuses 179 million pixels and more in any case.
 MAX_PIXELS = int(_megapixels() * 1e6)  # a decoder holds up to 17 frames
+BOUNDS = {"max_pixels": str(MAX_PIXELS)}
 
 
 def too_large(width: int, height: int) -> str | None:
@@ -133,7 +116,7 @@ def too_large(width: int, height: int) -> str | None:
     )
 
 
-BOUNDS = {"max_pixels": str(MAX_PIXELS)}
+# --- opening a file -------------------------------------------------------------------------
 
 
 class File(NamedTuple):
@@ -182,8 +165,22 @@ class Video:
 
 @contextmanager
 def open_file(file: File) -> Iterator[Video]:
-    """Open a file and find its video, by one decoding thread. libav's errors pass unchanged."""
-    with _container(file) as container:
+    """Open a file and find its video, by one decoding thread. libav's errors pass unchanged.
+
+    libav reads no other file, and allocates no more than the file's bytes can hold.
+    """
+    with file.binary() as opened:
+        check_claims(opened)
+    # "file:" keeps a colon in a name from being read as a protocol.
+    given = f"file:{file.path}" if file.data is None else file.readable()
+    protocols = "file" if file.data is None else "none"
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": protocols, **BOUNDS}
+    try:
+        container = av.open(given, mode="r", options=options, **_LENIENT)
+    except av.ArgumentError:
+        reason = "not a video: an image, sound, text, a playlist or another format that holds none"
+        raise DecodeError(file.path, reason) from None
+    with container:
         yield Video(file, container, _video_stream(container, file.path))
 
 
@@ -192,22 +189,6 @@ def open_video(media: Media) -> Iterator[Video]:
     """Open a file and find its video; any error within is raised as a DecodeError."""
     with as_decode_errors(media), open_file(file_of(media)) as video:
         yield video
-
-
-def _container(file: File) -> InputContainer:
-    """Open a container such that libav reads no other file, and allocates no more than the file's
-    bytes can hold."""
-    with file.binary() as opened:
-        check_claims(opened)
-    # "file:" keeps a colon in a name from being read as a protocol.
-    given = f"file:{file.path}" if file.data is None else file.readable()
-    protocols = "file" if file.data is None else "none"
-    options = {"format_whitelist": FORMATS, "protocol_whitelist": protocols, **BOUNDS}
-    try:
-        return av.open(given, mode="r", options=options, **_LENIENT)
-    except av.ArgumentError:
-        reason = "not a video: an image, sound, text, a playlist or another format that holds none"
-        raise DecodeError(file.path, reason) from None
 
 
 @contextmanager
@@ -271,6 +252,8 @@ def is_image(media: Media) -> bool:
     return file_of(media).path.suffix.lower() in IMAGE_SUFFIXES
 
 
+# --- packets --------------------------------------------------------------------------------
+
 _LATEST = 1 << 62  # the most ticks that libav counts to
 
 
@@ -278,13 +261,11 @@ def packets_from(video: Video, start: float | None) -> Iterator[Packet]:
     """Yield packets from the keyframe at or before `start` seconds, or from the first packet where
     the format is not in SEEKABLE. Raises Unseekable where seeking fails; to read all packets then,
     open the file again."""
-    stream = video.stream
-    known = stream.start_time is not None and stream.time_base
-    if not (start and known and video.format in SEEKABLE):
+    stream, zero = video.stream, video.stream.start_time
+    if not start or zero is None or not stream.time_base or video.format not in SEEKABLE:
         return demux(video)
-    assert stream.start_time is not None and stream.time_base is not None
-    first = min(stream.start_time + int(start / float(stream.time_base)), _LATEST)
-    for offset in (first, stream.start_time):
+    first = min(zero + int(start / float(stream.time_base)), _LATEST)
+    for offset in (first, zero):
         try:
             video.container.seek(offset, stream=stream)
         except av.FFmpegError:

@@ -29,7 +29,7 @@ def check_claims(file: BinaryIO) -> None:
     Boxes are searched where libav reads them, in damaged files too. Other formats pass.
     """
     length = file.seek(0, os.SEEK_END)
-    _Claims(file, length, length).check(0, length)
+    _Claims(file, length).check(0, length)
 
 
 # Boxes in which libav reads other boxes, and how deep.
@@ -66,13 +66,11 @@ class _Track:
 class _Claims:
     """Walk through boxes as libav does, and add up their claims.
 
-    end: bytes of `file`. length: bytes that the claims are compared with; more than `end` where
-    `file` holds tables that were compressed.
+    length: bytes that the claims are compared with.
     """
 
-    def __init__(self, file: BinaryIO, end: int, length: int) -> None:
+    def __init__(self, file: BinaryIO, length: int) -> None:
         self.file = file
-        self.end = end
         self.length = length
         self.total = 0
         self.track = _Track()
@@ -80,12 +78,11 @@ class _Claims:
     def check(self, start: int, stop: int, depth: int = 0) -> None:
         if depth > _DEEPEST:  # libav gives up
             return
-        for name, at, size in self._boxes(start, stop):
+        for name, at, size in _boxes(self.file, start, stop):
             if name == b"trak":
                 self.track = _Track()
-            if name in _HOLDERS or (
-                name == b"free" and self._peek(at + 4, 4) in (b"mvhd", b"cmov")
-            ):
+            freed = name == b"free" and self._peek(at + 4, 4) in (b"mvhd", b"cmov")
+            if name in _HOLDERS or freed:
                 self.check(at, at + size, depth + 1)
             elif name == b"meta":
                 handler = self._peek(at, size).find(b"hdlr")
@@ -97,25 +94,6 @@ class _Claims:
                 self._note(name, at, size)
             if name == b"trak":
                 self._close()
-
-    def _boxes(self, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
-        """Yield name, start and size of the content of each box; a size beyond the end is cut."""
-        at = start
-        while at + 8 <= stop:
-            head = self._peek(at, 16)
-            if len(head) < 8:
-                return
-            size, name = struct.unpack_from(">I4s", head)
-            header = 8
-            if size == 1 and at + 16 <= stop and len(head) == 16:
-                (size,) = struct.unpack_from(">Q", head, 8)
-                header = 16
-            size = (size or stop - at) - header
-            if size < 0:
-                return
-            size = min(size, stop - at - header)
-            yield name, at + header, size
-            at += header + size
 
     def _peek(self, at: int, size: int) -> bytes:
         self.file.seek(at)
@@ -160,7 +138,7 @@ class _Claims:
 
     def _check_inflated(self, at: int, size: int) -> None:
         """Check a movie box that is compressed (QuickTime)."""
-        for name, inside, length in self._boxes(at, at + size):
+        for name, inside, length in _boxes(self.file, at, at + size):
             if name == b"cmvd":
                 (claimed,) = _words(self._peek(inside, 4), 1)
                 self._refuse_above(_MOST_INFLATED, name, claimed)
@@ -170,8 +148,8 @@ class _Claims:
                     )
                 except zlib.error:  # for libav too
                     return
-                whole = self.length + len(unpacked)
-                _Claims(BytesIO(unpacked), len(unpacked), whole).check(0, len(unpacked))
+                inflated = _Claims(BytesIO(unpacked), self.length + len(unpacked))
+                inflated.check(0, len(unpacked))
 
     def _add(self, count: int, name: bytes) -> None:
         self.total += count
@@ -190,6 +168,9 @@ def _words(data: bytes, count: int) -> tuple[int, ...]:
     return struct.unpack(f">{count}I", data[: 4 * count].ljust(4 * count, b"\0"))
 
 
+# --- when samples are shown -----------------------------------------------------------------
+
+
 def composition_offsets(file: BinaryIO, track: int, samples: int) -> NDArray[np.int64] | None:
     """Return time of showing minus time of decoding of each sample of a track, in its ticks.
 
@@ -197,26 +178,39 @@ def composition_offsets(file: BinaryIO, track: int, samples: int) -> NDArray[np.
     number of samples.
     """
     try:
-        movie = _movie(file)
-        if next(_inside(movie, b"mvex"), None) is not None:
-            return None  # fragments describe their own samples
-        for trak in _inside(movie, b"trak"):
-            header = next(_inside(trak, b"tkhd"))
+        movie = next(_inside(file, (0, file.seek(0, os.SEEK_END)), b"moov"))
+        if movie[1] - movie[0] > MAX_TABLES or next(_inside(file, movie, b"mvex"), None):
+            return None  # fragments ("mvex") describe their own samples
+        for trak in _inside(file, movie, b"trak"):
+            header = _content(file, next(_inside(file, trak, b"tkhd")))
             # version and flags, two times of 4 or 8 bytes, then the track's number
             (number,) = struct.unpack_from(">I", header, 20 if header[0] else 12)
             if number == track:
-                table = trak
+                box = trak
                 for name in (b"mdia", b"minf", b"stbl"):
-                    table = next(_inside(table, name))
-                return _offsets(next(_inside(table, b"ctts"), None), samples)
+                    box = next(_inside(file, box, name))
+                table = next(_inside(file, box, b"ctts"), None)
+                if table is None:
+                    return np.zeros(0, np.int64)
+                return _offsets(_content(file, table), samples)
     except (OSError, ValueError, StopIteration, IndexError, struct.error):
         pass
     return None
 
 
-def _offsets(table: memoryview | None, samples: int) -> NDArray[np.int64]:
-    if table is None:
-        return np.zeros(0, np.int64)
+def _inside(file: BinaryIO, span: tuple[int, int], wanted: bytes) -> Iterator[tuple[int, int]]:
+    """Yield start and end of the content of each `wanted` box that lies directly in `span`."""
+    for name, start, size in _boxes(file, *span, strict=True):
+        if name == wanted:
+            yield start, start + size
+
+
+def _content(file: BinaryIO, span: tuple[int, int]) -> bytes:
+    file.seek(span[0])
+    return file.read(span[1] - span[0])
+
+
+def _offsets(table: bytes, samples: int) -> NDArray[np.int64]:
     (count,) = struct.unpack_from(">I", table, 4)
     runs = np.frombuffer(table, ">i4", 2 * count, 8).reshape(-1, 2)
     if runs[:, 0].min(initial=0) < 0 or runs[:, 0].sum(dtype=np.int64) != samples:
@@ -226,54 +220,37 @@ def _offsets(table: memoryview | None, samples: int) -> NDArray[np.int64]:
 
 def is_whole_in_fragments(file: BinaryIO) -> bool:
     """Return whether samples are in fragments, and the file ends where its last box does."""
-    names = set()
     try:
-        for name, _, _ in _outermost(file):
-            names.add(name)
-    except (OSError, ValueError, struct.error):
+        boxes = _boxes(file, 0, file.seek(0, os.SEEK_END), strict=True)
+        return b"moof" in {name for name, _, _ in boxes}
+    except (OSError, ValueError):
         return False
-    return b"moof" in names
 
 
-def _movie(file: BinaryIO) -> memoryview:
-    """Return the box of all tables, wherever it lies among the outermost boxes."""
-    for name, start, size in _outermost(file):
-        if name == b"moov":
-            if size > MAX_TABLES:
-                break
-            file.seek(start)
-            return memoryview(file.read(size))
-    raise ValueError("no tables")
+def _boxes(
+    file: BinaryIO, start: int, stop: int, strict: bool = False
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, start and size of the content of each box.
 
-
-def _outermost(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, start and size of the content of each outermost box."""
-    end = file.seek(0, os.SEEK_END)
-    at = 0
-    while at + 8 <= end:
+    A size beyond `stop` is cut, and a size that cannot be ends the list; with `strict`, both raise
+    ValueError.
+    """
+    at = start
+    while at + 8 <= stop:
         file.seek(at)
-        size, name, header = _box(file.read(16), end - at)
-        yield name, at + header, size - header
-        at += size
-
-
-def _inside(box: memoryview, wanted: bytes) -> Iterator[memoryview]:
-    at = 0
-    while at + 8 <= len(box):
-        size, name, header = _box(box[at : at + 16], len(box) - at)
-        if name == wanted:
-            yield box[at + header : at + size]
-        at += size
-
-
-def _box(head: bytes | memoryview, left: int) -> tuple[int, bytes, int]:
-    """Return (size, name, bytes of the header). left: bytes to the end, which a size of 0 means."""
-    size, name = struct.unpack_from(">I4s", head)
-    header = 8
-    if size == 1:
-        (size,) = struct.unpack_from(">Q", head, 8)
-        header = 16
-    size = size or left
-    if size < header or size > left:
-        raise ValueError("a box of no possible size")
-    return size, name, header
+        head = file.read(16)
+        if len(head) < 8:
+            return
+        size, name = struct.unpack_from(">I4s", head)
+        header = 8
+        if size == 1 and at + 16 <= stop and len(head) == 16:
+            (size,) = struct.unpack_from(">Q", head, 8)
+            header = 16
+        left = stop - at - header
+        size = size - header if size else left
+        if strict and not 0 <= size <= left:
+            raise ValueError("a box of no possible size")
+        if size < 0:
+            return
+        yield name, at + header, min(size, left)
+        at += header + min(size, left)

@@ -61,9 +61,8 @@ def json_line(record: Any) -> bytes:
 def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
     """Write a file whole or not at all.
 
-    The data are flushed to disk before the file gets its name, and then the name is flushed.
-    Processes may write the same file at the same time: the last one wins. What a killed process
-    leaves behind is deleted when the same file is next written.
+    Data and then name are flushed to disk. If several processes write the same file, the last one
+    wins. What a killed process leaves behind is deleted when the same file is next written.
 
     path: a link is followed. data: text is encoded as UTF-8; an iterable is written piece by piece.
     Raises OSError, which names `path`.
@@ -78,9 +77,8 @@ def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:
 
 
 def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a file that does not exist yet, and flush it and its name.
+    """Write and flush a file that does not exist yet; on an error, delete it.
 
-    If it cannot be written whole, it is deleted, unless this process is killed.
     Raises FileExistsError if it exists, else OSError, which names `path`.
     """
     _write(path, data, lambda path: path.open("xb"))
@@ -130,9 +128,9 @@ def read_own(path: Path, most: int = sys.maxsize) -> bytes:
 def _open_partial(path: Path) -> BinaryIO:
     """Create and lock a partial file, to be renamed to `path` once it is whole.
 
-    A hash in its name keeps it short, and distinct from other files. An existing partial file that
-    is not locked was left behind by a killed process.
+    An existing partial file that is not locked was left behind by a killed process.
     """
+    # The hash keeps the name short, and distinct from those of other files.
     name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     for number in itertools.count():
         partial = path.with_name(f".{name}-{number}.partial")
@@ -212,9 +210,9 @@ def files_in(
         here = folders.pop() if folders else links.pop(0)
         try:
             status = os.stat(here)
-            if (status.st_dev, status.st_ino) in entered:
+            if (identity := (status.st_dev, status.st_ino)) in entered:
                 continue
-            entered.add((status.st_dev, status.st_ino))
+            entered.add(identity)
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as error:
             left_out(here, error.strerror or str(error))
@@ -240,10 +238,10 @@ def _may_be_file(entry: os.DirEntry[str]) -> bool:
 
 
 def decode_text(data: bytes) -> tuple[str, bool]:
-    """Decode a text of unknown encoding. Return it, and whether an encoding was guessed.
+    """Decode a text as its byte-order mark says, else as UTF-8.
 
-    The encoding is that of the byte-order mark, else UTF-8. Lines that are not UTF-8 are decoded as
-    Windows-1252, else Latin-1; that is a guess. Raises ValueError if the data are no text.
+    Lines that are not UTF-8 are decoded as Windows-1252, else Latin-1; then the bool is True, as
+    that is a guess. Raises ValueError if the data are no text.
     """
 
     def guess(line: bytes) -> str:
@@ -266,11 +264,8 @@ def decode_text(data: bytes) -> tuple[str, bool]:
 
 
 def shown(name: object) -> str:
-    """Make a name or text from elsewhere safe to print.
-
-    Control characters, bytes that are not UTF-8 and marks that change the reading order become
-    escapes.
-    """
+    """Escape what is not safe to print in a name or text from elsewhere: control characters, bytes
+    that are not UTF-8, and marks that change the reading order."""
 
     def escape(letter: str) -> str:
         if "\udc80" <= letter <= "\udcff":
@@ -290,10 +285,8 @@ def only_run(folder: Path, what: str, error: type[ValueError] = OtherRunError) -
     out. A file `.lock` whose content is not one of our notes is locked, but not written to.
 
     what: the work, such as "trains"; it follows "another run" in the message.
-
-    Raises:
-        error: another process of any machine, or another caller in this one, holds the folder; or
-            its `.lock` is a link, a pipe or a device.
+    Raises `error` if another process of any machine, or another caller in this one, holds the
+    folder, or if its `.lock` is a link, a pipe or a device.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -302,12 +295,9 @@ def only_run(folder: Path, what: str, error: type[ValueError] = OtherRunError) -
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     _locks.add(lock)
     try:
-        holder = _take(lock)
-        if holder is not None:
-            who = f" ({holder})" if holder else ""
-            raise error(
-                f"{shown(folder)}: another run {what} there{who}; wait for it or give another out"
-            )
+        if (holder := _take(lock)) is not None:
+            other = f"another run {what} there" + (f" ({holder})" if holder else "")
+            raise error(f"{shown(folder)}: {other}; wait for it or give another out")
         yield
     finally:
         _locks.discard(lock)
@@ -319,9 +309,8 @@ _locks: set[int] = set()  # descriptors of this process
 
 def _leave_locks() -> None:
     """Leave the locks to the parent process: a worker may outlive it by a moment."""
-    for lock in _locks:
-        os.close(lock)
-    _locks.clear()
+    while _locks:
+        os.close(_locks.pop())
 
 
 os.register_at_fork(after_in_child=_leave_locks)

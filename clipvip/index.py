@@ -81,9 +81,8 @@ class Index(StoredIndex):
 
     @torch.inference_mode()
     def search(self, query: str, k: int = 10) -> list[Hit]:
-        """Return the k clips nearest to the query, best first; all clips if there are fewer.
+        """Return the k clips nearest to the query, best first. The first search loads the model.
 
-        The first search loads the model and keeps it.
         Raises ValueError for a query that is empty or not text, for k < 1, and for a model that has
         changed or moved.
         """
@@ -332,10 +331,7 @@ def _fingerprint(model: Any, processor: Any) -> str:
 
 
 def _model_here(model: str, sources: Sequence[str]) -> str:
-    """Return the folder of an index's model: its absolute path, or its place in the hub's cache.
-
-    Raises ValueError if it is not on this machine.
-    """
+    """Return the folder of an index's model, its own or in the hub's cache. Raises ValueError."""
     if os.path.isabs(model):
         if not os.path.exists(model):
             raise ValueError(
@@ -347,8 +343,7 @@ def _model_here(model: str, sources: Sequence[str]) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        # hf_hub_download may contact the hub even with local_files_only. With the path of a folder
-        # transformers does not.
+        # With the path of a folder, unlike with a name, transformers never contacts the hub.
         config = try_to_load_from_cache(model, "config.json")
     except ValueError:
         raise ValueError(

@@ -9,10 +9,9 @@ An index is a folder:
     bad_files.jsonl            files that could not be decoded, and why
 
 A save replaces index.json twice, each time atomically: first to list the new data files as spare,
-and after writing them to put them in use. So a reader never sees half a save, and a build that is
-killed resumes from its last save. The files that it leaves behind are known by name: only data
-files that index.json names are ever deleted. A reader whose data files are replaced while it reads
-starts again.
+and after writing them to put them in use. So a reader never sees half a save, a killed build
+resumes from its last save, and only data files that index.json names are ever deleted. A reader
+whose data files are replaced while it reads starts again.
 
 An index may come from a stranger. So every value in its files is checked before use, data files
 have names as above and lie in the folder itself, and links are not followed. `clipvip.index`
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor
 
 from clipvip.collection import MOST_NAMED, IndexedClip
+from clipvip.data.annotations import parse_json
 from clipvip.files import json_line, read_own, shown, write_new, write_whole
 
 FORMAT = 2
@@ -47,10 +47,7 @@ _CLIPS = re.compile(r"clips-[0-9a-f]{16}\.jsonl")
 
 
 class DamagedIndexError(ValueError):
-    """A data file of an index is missing or damaged; one line says which, why, and what to do.
-
-    damage: the first part of that line: which file, and why.
-    """
+    """A data file of an index is missing or damaged. damage: which file, and why."""
 
     def __init__(self, damage: str, remedy: str) -> None:
         super().__init__(f"{damage}; {remedy}")
@@ -167,10 +164,8 @@ def _read_data(folder: Path, head: Head, embeddings_name: str, clips_name: str) 
     from safetensors.torch import load
 
     def damaged(name: str, why: object) -> DamagedIndexError:
-        again = embed_command(head.model, head.sources, folder)
-        return DamagedIndexError(
-            f"{shown(folder / name)} is damaged ({why})", f"to embed its clips again: {again}"
-        )
+        again = f"to embed its clips again: {embed_command(head.model, head.sources, folder)}"
+        return DamagedIndexError(f"{shown(folder / name)} is damaged ({why})", again)
 
     def content(name: str) -> bytes:
         try:
@@ -216,18 +211,12 @@ def _parse_clip(line: bytes) -> IndexedClip:
 
 
 def _read_bad_files(folder: Path) -> list[dict[str, str]]:
-    """Read bad_files.jsonl; [] if there is none.
-
-    Raises OSError, and ValueError if it is not that of an index but, say, of a training run.
-    """
+    """Read bad_files.jsonl, if any. Raises OSError, and ValueError if another command wrote it."""
     try:
         lines = read_own(folder / _BAD_FILES, LIST_BYTES).splitlines()
     except FileNotFoundError:
         return []
-    try:
-        files = [json.loads(line) for line in lines]
-    except RecursionError:
-        files = [None]
+    files = [parse_json(line.decode()) for line in lines]
     if not all(
         isinstance(file, dict)
         and file.keys() == {"path", "reason"}

@@ -15,9 +15,7 @@ from clipvip.files import shown
 def one_line_errors(alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Print an error that the user can correct as one line, and exit with status 1.
 
-    With CLIPVIP_TRACEBACK set in the environment such an error is raised as usual. An interrupt
-    (Ctrl-C) exits with status 130.
-
+    CLIPVIP_TRACEBACK in the environment lets it through. An interrupt (Ctrl-C) exits with 130.
     alike: types of errors that every rank of a training run raises; only rank 0 prints them.
     """
     try:
@@ -59,9 +57,9 @@ def safe_output() -> Iterator[None]:
     """Keep printing from raising errors.
 
     Characters that the terminal cannot show become escapes, and output that cannot be written is
-    dropped. A reader that closes its pipe early, such as `| head -1`, is no error. After any other
-    loss of output, such as on a full disk, print one line on stderr and exit with status 1.
-    Streams that something else replaced, such as a test, are not touched.
+    dropped. After a loss of output, such as on a full disk, print one line on stderr and exit with
+    status 1; but a reader may close its pipe early, as `| head -1` does. Streams that something
+    else replaced, such as a test, are not touched.
     """
     _open_standard_files()
     replaced = {name: getattr(sys, name) for name in ("stdout", "stderr")}
@@ -96,11 +94,8 @@ def safe_output() -> Iterator[None]:
 
 
 def _open_standard_files() -> None:
-    """Open /dev/null in place of a closed stdin, stdout or stderr.
-
-    Otherwise the next file opened, such as an index, would get its descriptor, and libraries would
-    print into that file.
-    """
+    """Open /dev/null for a closed stdin, stdout or stderr, or libraries would print into the next
+    file opened, such as an index, which gets its descriptor."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

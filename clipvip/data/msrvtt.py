@@ -136,7 +136,7 @@ def _read_list(
 
 
 def _warn_of_shared(request: Request, listed: _Listed, makers: dict[str, _Listed]) -> None:
-    """Note which videos are in both training and evaluation splits, such as those of val in 9k."""
+    """Warn of videos in both training and evaluation splits, such as those of val in 9k."""
     videos = set(map(bare_name, listed.texts))
     trains = listed.split.startswith("train")
     for split in LISTS:
@@ -165,10 +165,7 @@ JOINS = frozenset(
 
 
 def _numbers(data: bytes) -> dict[str, int]:
-    """Read numbers by names from a pickle without executing it.
-
-    Executing it could run any code and allocate any memory.
-    """
+    """Read numbers by names from a pickle; executing it could run any code, use any memory."""
     values = []
     for operation, value, _ in pickletools.genops(data):
         if operation.name in VALUES:

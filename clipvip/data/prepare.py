@@ -11,8 +11,7 @@
 | folder | videos and images, each with a .txt file beside it | one text per line |
 
 Videos are found by name anywhere in the source's folder, with any video suffix. Several texts of a
-clip become a list: alternatives, or one paragraph if `data.paragraph` is true. A line, entry or
-file that cannot be used is skipped; the others are kept.
+clip become a list: alternatives, or one paragraph if `data.paragraph` is true.
 """  # noqa: E501
 
 import os
@@ -32,7 +31,6 @@ from clipvip.data.published import (
     PrepareError,
     Request,
     as_kind,
-    bare_name,
     is_media,
     is_video,
     lines_in,
@@ -43,7 +41,7 @@ from clipvip.data.published import (
     texts_of,
     value_of,
 )
-from clipvip.files import TEXT_BYTES, files_in
+from clipvip.files import TEXT_BYTES
 
 SPLITS = ("train", "val", "test")
 NOWHERE = Path()  # stands for a video that was searched for and not found
@@ -58,9 +56,7 @@ def prepare(
     split: str = "train",
     first_30s: bool = False,
 ) -> Prepared:
-    """Write the annotations of one split.
-
-    Clips without a video or without any text are left out.
+    """Write the annotations of one split, without clips that lack a video or any text.
 
     videos: folder of the videos, if it is not the source.
     first_30s: end each clip after 30 seconds; for DiDeMo, whose annotators saw no more of a video.
@@ -78,24 +74,25 @@ def prepare(
     folder = videos or (source if source.is_dir() else source.parent)
     if not folder.is_dir():
         raise PrepareError(f"{folder}: no such folder of videos")
-    find, done = _Finder(folder), Prepared()
-    items = SETS[kind](Request(source, split, folder, out, done))
+    done = Prepared()
+    request = Request(source, split, folder, out, done)
+    items = SETS[kind](request)
 
     def clips() -> Iterator[Clip]:
         for item in items:
-            clip = _clip(item._replace(end=30.0) if first_30s else item, find, done)
-            if clip is not None:
+            if clip := _clip(item._replace(end=30.0) if first_30s else item, request):
                 done.clips += 1
                 yield clip
         if not done.clips:
-            raise PrepareError(f"{source}: no clip is left; " + "; ".join(_losses(done, folder)))
+            raise PrepareError(f"{source}: no clip is left; {_losses(done, folder)}")
 
     write_annotations(out, clips())
     return done
 
 
-def _clip(item: Item, find: "_Finder", done: Prepared) -> Clip | None:
-    """Return the clip of an item, or None and note the reason in `done`."""
+def _clip(item: Item, request: Request) -> Clip | None:
+    """Return the clip of an item, or None and note the reason."""
+    done = request.done
     texts = [text.strip() for text in item.texts]
     record = {
         "start": item.start,
@@ -104,7 +101,7 @@ def _clip(item: Item, find: "_Finder", done: Prepared) -> Clip | None:
         "subtitle": (item.subtitle or "").strip() or None,
         "caption": (item.caption or "").strip() or None,
     }
-    video = find(item.key) if item.video is None else item.video
+    video = request.video(item.key) if item.video is None else item.video
     if not (record["text"] or record["subtitle"] or record["caption"]):
         done.mute.append(item.key)
     elif video in (None, NOWHERE):
@@ -119,36 +116,14 @@ def _clip(item: Item, find: "_Finder", done: Prepared) -> Clip | None:
     return None
 
 
-def _losses(done: Prepared, folder: Path) -> Iterator[str]:
-    for lost, what in (
-        (done.missing, f"videos were not found in {folder}"),
-        (done.mute, "clips have no text"),
-        (done.bad, "lines or files cannot be used"),
-    ):
-        if lost:
-            yield f"{len(lost)} {what}, the first: {lost[0]}"
-    if not (done.missing or done.mute or done.bad):
-        yield "the source names no clips"
-
-
-class _Finder:
-    """Find videos of a folder by the names that data sets give them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.names: dict[str, Path] | None = None
-
-    def __call__(self, key: str) -> Path | None:
-        if is_media(key) and os.path.isfile(self.folder / key):
-            return self.folder / key
-        if self.names is None:  # only if needed: there may be a hundred million files
-            self.names = {}
-            for path in files_in(self.folder, is_video):
-                for name in (path.name, path.stem):
-                    self.names.setdefault(name, path)
-        name, bare = key.rpartition("/")[2], bare_name(key)
-        found = (self.names.get(name) for name in (name, bare, bare.removeprefix("v_")))
-        return next((path for path in found if path is not None), None)
+def _losses(done: Prepared, folder: Path) -> str:
+    lost = {
+        f"videos were not found in {folder}": done.missing,
+        "clips have no text": done.mute,
+        "lines or files cannot be used": done.bad,
+    }
+    reasons = [f"{len(some)} {what}, the first: {some[0]}" for what, some in lost.items() if some]
+    return "; ".join(reasons) or "the source names no clips"
 
 
 def _captions(request: Request) -> Iterator[Item]:

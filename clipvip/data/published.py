@@ -108,11 +108,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Request:
-    """What to prepare.
-
-    videos: folder of the videos. out: the file to write, which may exist since an earlier run, even
-    in the source's folder, and is never read.
-    """
+    """What to prepare. videos: their folder. out: the file to write, which may lie in the source's
+    folder since an earlier run, and is never read."""
 
     source: Path
     split: str
@@ -131,11 +128,25 @@ class Request:
         out = self.out.absolute()
         return [path for path in files_in(folder, keep) if path.absolute() != out]
 
-    def find(self, *patterns: str) -> list[Path]:
-        """Find files in the source's folder by patterns of names, in order of preference.
+    @cached_property
+    def _videos(self) -> dict[str, Path]:
+        """Videos by their names with and without suffix; there may be a hundred million."""
+        names: dict[str, Path] = {}
+        for path in files_in(self.videos, is_video):
+            for name in (path.name, path.stem):
+                names.setdefault(name, path)
+        return names
 
-        If the source itself is such a file, it comes first.
-        """
+    def video(self, key: str) -> Path | None:
+        """Find a video by the name that the data set gives it."""
+        if is_media(key) and os.path.isfile(self.videos / key):
+            return self.videos / key
+        name, bare = key.rpartition("/")[2], bare_name(key)
+        found = (self._videos.get(name) for name in (name, bare, bare.removeprefix("v_")))
+        return next((path for path in found if path is not None), None)
+
+    def find(self, *patterns: str) -> list[Path]:
+        """Find files by patterns, in order of preference; if the source is a file, it is first."""
         found = [p for pattern in patterns for p in self._lists if fnmatch(p.name, pattern)]
         return sorted(found, key=lambda path: path != self.source)
 
@@ -170,7 +181,7 @@ def reason_of(error: Exception) -> str:
 
 @contextmanager
 def needed(path: Path) -> Iterator[None]:
-    """Turn an error inside the block into PrepareError: this file is required."""
+    """Turn an error in reading a required file into PrepareError."""
     try:
         yield
     except Exception as error:

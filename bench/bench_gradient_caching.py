@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig
 
 from clipvip.losses import contrastive_loss
 from clipvip.model import CLIPViPConfig, CLIPViPModel
-from clipvip.training import caching
+from clipvip.training.step import forward_backward_in_parts
 
 BATCHES = (64, 256, 1024, 4096)
 MICRO_BATCH, FRAMES, TOKENS = 32, 4, 16
@@ -65,7 +65,7 @@ def step(model, embed, batch, micro_batch):
         loss = loss_of(embed(batch))
         loss.backward()
     else:
-        loss = caching.forward_backward(
+        loss = forward_backward_in_parts(
             *(embed, loss_of, batch, micro_batch),
             backward=torch.Tensor.backward,
             without_sync=nullcontext,

@@ -1,4 +1,7 @@
-"""A run's model and processor, from a checkpoint, from model.name, or new from model.config."""
+"""What a run is built from: its clips, and its model and processor.
+
+The model comes from a checkpoint, from model.name, or new from model.config.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +12,68 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
+from clipvip import distributed
+from clipvip.data.annotations import Clip, load_annotations
+from clipvip.data.loading import ClipLoader, LoaderOptions, build_loader
+from clipvip.data.shards import Shards, Source, build_shard_loader, is_shards
+from clipvip.embedding import join_texts
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
 from clipvip.model.pretrained import found
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
 from clipvip.ops import proxy_attention
 from clipvip.training import parallel
-from clipvip.training.config import ConfigError, TrainConfig, refuse_unknown_key
+from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.optimization import freeze
+from clipvip.training.task import task_of
+
+
+def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
+    """Load training and validation clips; the latter are empty if data.validation is not given.
+
+    Raises ConfigError or ShardError if they lack the texts that the task or validation needs.
+    """
+    data = config.data
+    validation = load_annotations(data.validation) if data.validation else []
+    if validation and not any(clip.text for clip in validation):
+        raise ConfigError(f"{data.validation}: no clip has a text to search with")
+    clips: list[Clip] | Shards
+    if data.train is None or is_shards(data.train):
+        sources = data.sources or [SourceConfig(str(data.train))]
+        clips = Shards([Source(source.shards, source.ratio) for source in sources])
+    else:
+        clips = load_annotations(data.train)
+    task_of(config).check(clips, data.train)
+    return clips, validation
+
+
+def training_loader(
+    config: TrainConfig, clips: list[Clip] | Shards, processor: CLIPViPProcessor
+) -> ClipLoader:
+    """Build this rank's loader of micro-batches."""
+    micro, data = config.batch_size // config.accumulation, config.data
+    if len(clips) < micro:
+        given = data.train or "data.sources"
+        raise ConfigError(
+            f"{given} holds {len(clips)} clips, fewer than one micro-batch of {micro}"
+        )
+    options = LoaderOptions(
+        tokenizer=processor.tokenizer,
+        task=config.task,
+        batch_size=micro // distributed.world_size(),
+        seed=config.seed,
+        num_workers=data.num_workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        max_bad_share=data.max_bad_share,
+        bad_files=Path(config.out) / "bad_files.jsonl",
+        decoder=data.decoder,
+        **processor.loading(),
+    )
+    paragraph = processor.paragraph
+    if isinstance(clips, Shards):
+        return build_shard_loader(clips, options, paragraph=paragraph, shuffle=data.shuffle)
+    return build_loader(join_texts(clips, paragraph), options, training=True)
 
 
 def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel, CLIPViPProcessor]:
@@ -34,7 +91,11 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
                 source, attention_backend=config.backend, dtype=torch.float32
             )
     else:
-        model = _new_model(config)
+        shapes = _new_config(config, _tokenizer(config))
+        try:
+            model = CLIPViPModel(shapes)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.config: {error}") from None
     processor = build_processor(config, model.config, resumed)
     if config.model.gradient_checkpointing:
         # transformers renamed it within version 5
@@ -125,16 +186,12 @@ def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:
             refuse_unknown_key(name, keys, "model.config")
 
     text = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
+    text["vocab_size"] = len(tokenizer)
     given["text_config"] = text | dict(given.get("text_config") or {})
-    given["vision_config"] = {
-        **(given.get("vision_config") or {}),
-        "attention_backend": config.backend,
-    }
+    vision = given.get("vision_config") or {}
+    given["vision_config"] = {**vision, "attention_backend": config.backend}
     try:
         shapes = CLIPViPConfig(**given)
     except Exception as error:  # validators raise errors of their own
@@ -156,11 +213,3 @@ def _check_heads(key: str, shapes: CLIPViPConfig, backend: str) -> None:
             f"num_attention_heads {heads}), which the compiled attention does not support "
             f"({reason}); give backend=reference, which supports any, or other shapes"
         ) from None
-
-
-def _new_model(config: TrainConfig) -> CLIPViPModel:
-    shapes = _new_config(config, _tokenizer(config))
-    try:
-        return CLIPViPModel(shapes)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.config: {error}") from None

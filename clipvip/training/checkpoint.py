@@ -1,13 +1,12 @@
-"""Checkpoints on disk that are whole or absent, and logs that agree with them.
+"""The folder of a run: who may write to it, and its checkpoints, which are whole or absent.
 
 A checkpoint is a folder `step-00000123`. It is written under a temporary name, flushed to disk and
 then renamed, so a folder of that name was complete, whatever killed the process or cut the power.
-`point` moves a link in the same way. Damage that happens later is detected by the sizes and
+Links are moved in the same way. Damage that happens later is detected by the sizes and
 checksums in the checkpoint's manifest.json.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -15,14 +14,18 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipvip.files import flush_folder, shown, write_whole
+from omegaconf import OmegaConf
+
+from clipvip import distributed
+from clipvip.files import LOCK, flush_folder, only_run, read_own, sha256_of, shown, write_whole
 from clipvip.model.pretrained import failed_writes
-from clipvip.training.config import TrainingError
+from clipvip.training.config import ConfigError, TrainConfig, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +38,92 @@ REQUIRED = (  # one file of each group; earlier versions and transformers wrote 
     ("model/tokenizer_config.json",),
     ("model/processor_config.json", "model/reading.json", "model/preprocessor_config.json"),
 )
+_WRITTEN = "# written by clipvip train\n"  # first line of a run's config.yaml
+_OVERWRITTEN = (
+    "config.yaml", "metrics.jsonl", "bad_files.jsonl", "trackers.json", "last", "best", "last.new",
+    "best.new",
+)  # fmt: skip
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = ".unfinished-"
 _DAMAGED = "damaged-"
 _LEFTOVER = re.compile(re.escape(_TEMPORARY) + r"(old-)?step-[0-9]{8}")
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other runs out of a run's folder, and out of its checkpoints if a link leads to them.
+
+    Raises ConfigError, before anything is written, if another run is there, if a file that no run
+    wrote would be overwritten, or if the folder cannot be written to.
+    """
+    _refuse_foreign(out)
+    with ExitStack() as locks:
+        try:
+            for folder in (out, out / "checkpoints"):
+                locks.enter_context(only_run(folder, "trains", ConfigError))
+        except OSError as error:
+            raise ConfigError(
+                f"out is {shown(out)}, where no run can be written ({error.strerror}: "
+                f"{shown(error.filename)}); give a folder that can be created and written to"
+            ) from None
+        yield
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise ConfigError if a run would overwrite or delete files that no run wrote.
+
+    A run's folder has a config.yaml with a certain first line, written before all else, and a lock
+    beside it, which a copy of that file lacks. Runs of earlier versions lack that line; they are
+    recognized by their checkpoints, which find_resumed checks.
+    """
+    there = [shown(name) for name in _OVERWRITTEN if os.path.lexists(out / name)]
+    if not there or checkpoints(out / "checkpoints"):
+        return
+    try:
+        marked = read_own(out / "config.yaml", most=1 << 24).startswith(_WRITTEN.encode())
+        ours = marked and (out / LOCK).exists()
+    except OSError:
+        ours = False
+    if not ours:
+        raise ConfigError(
+            f"out is {shown(out)}, which holds {', '.join(there)} but no run of clipvip train; a "
+            f"run would overwrite or delete that; give another out, such as {shown(out / 'run')}"
+        )
+
+
+def find_resumed(config: TrainConfig) -> Path | None:
+    """Return the checkpoint to resume from, or None for a new run.
+
+    Raises ConfigError if the folder holds a run that must not be resumed, or if ranks see different
+    folders; TrainingError if all checkpoints are damaged.
+    """
+    folder = Path(config.out) / "checkpoints"
+    found = distributed.first_does(lambda: checkpoints(folder))
+    if config.resume == "never" and found:
+        raise ConfigError(
+            f"{config.out} already holds a run (step {checkpoint_step(found[-1])}): "
+            "resume=latest resumes it; for a new run give another out"
+        )
+    newest = distributed.first_does(lambda: newest_good(folder))
+    same = appears(newest) if newest else not checkpoints(folder)
+    if not all(distributed.all_gather_objects(same)):
+        raise ConfigError(f"{config.out} is not the same folder for all ranks; use shared storage")
+    return newest
+
+
+def write_settings(config: TrainConfig) -> None:
+    """Write OUT/config.yaml, before any other file, as it marks a run's folder.
+
+    Raises ConfigError if it cannot be written.
+    """
+    path = Path(config.out) / "config.yaml"
+    try:
+        write_whole(path, _WRITTEN + OmegaConf.to_yaml(OmegaConf.structured(config)))
+    except OSError as error:
+        raise ConfigError(
+            f"{shown(path)} cannot be written: {error.strerror}; free some space there or give "
+            "another out"
+        ) from error
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -58,7 +143,9 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
         OSError: it cannot be written, for instance because the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder)
+    for leftover in folder.glob(_TEMPORARY + "*"):  # by a killed process; other files stay
+        if _LEFTOVER.fullmatch(leftover.name):
+            _remove(leftover)
     final = checkpoint_path(folder, step)
     temporary = folder / (_TEMPORARY + final.name)
     try:
@@ -86,8 +173,8 @@ def save_with_room(
     keep: int,
     protect: Collection[int | None] = (),
 ) -> None:
-    """Save a checkpoint. If the disk is full, delete those that `prune` would delete next, and
-    retry once. Arguments and errors are those of `save` and `prune`."""
+    """Save a checkpoint like `save`. If the disk is full, delete those that `prune` would delete
+    next, and retry once."""
     try:
         save(folder, step, write)
     except OSError as error:
@@ -116,8 +203,7 @@ def newest_good(folder: Path) -> Path | None:
         TrainingError: all are damaged.
     """
     damaged: dict[Path, str] = {}
-    found = checkpoints(folder)
-    for path in reversed(found):
+    for path in reversed(checkpoints(folder)):
         problem = damage(path)
         if problem is None:
             for worse, reason in damaged.items():
@@ -127,13 +213,13 @@ def newest_good(folder: Path) -> Path | None:
                 logger.warning("%s: %s; set aside, resuming from %s", worse, reason, path.name)
             return path
         damaged[path] = problem
-    if found:
-        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-        raise TrainingError(
-            f"all checkpoints in {folder} are damaged ({reasons}); restore one from a copy, or "
-            "give another out to start a new run"
-        )
-    return None
+    if not damaged:
+        return None
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+    raise TrainingError(
+        f"all checkpoints in {folder} are damaged ({reasons}); restore one from a copy, or give "
+        "another out to start a new run"
+    )
 
 
 def appears(path: Path, within: float = 60.0) -> bool:
@@ -159,7 +245,7 @@ def damage(path: Path) -> str | None:
                 return f"{shown(name)} is not a file"
             if status.st_size != entry["bytes"]:
                 return f"{shown(name)} has {status.st_size} bytes of {entry['bytes']}"
-        found = _checksums(path / name for name in manifest)
+        found = _in_threads(sha256_of, [path / name for name in manifest])
         for (name, entry), checksum in zip(manifest.items(), found, strict=True):
             if checksum != entry["sha256"]:
                 return f"{shown(name)} is not what was written (its checksum differs)"
@@ -186,15 +272,10 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError("not a file")
     manifest = json.loads(file.read_text(encoding="utf-8"))
     for name, entry in manifest.items():
-        inside = PurePosixPath(name)
-        fits = (
-            name == str(inside)
-            and not inside.is_absolute()
-            and ".." not in inside.parts
-            and type(entry["bytes"]) is int
-            and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
-        )
-        if not fits:
+        there = PurePosixPath(name)
+        inside = name == str(there) and not there.is_absolute() and ".." not in there.parts
+        hashed = re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        if not (inside and hashed and type(entry["bytes"]) is int):
             raise ValueError(name)
     return manifest
 
@@ -218,32 +299,22 @@ def whole_or_none(folder: Path, step: int | None) -> int | None:
 
 def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:
     """Flush all files of a folder to disk; return the size and checksum of each."""
+
+    def flush(path: Path) -> str:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return sha256_of(path)
+
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
-        for path, checksum in zip(paths, _checksums(paths, flush=True), strict=True)
+        for path, checksum in zip(paths, _in_threads(flush, paths), strict=True)
     }
 
 
-def _checksums(paths: Iterable[Path], flush: bool = False) -> list[str]:
-    def checksum(path: Path) -> str:
-        result = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                result.update(chunk)
-            if flush:
-                os.fsync(file.fileno())
-        return result.hexdigest()
-
+def _in_threads(checksum: Callable[[Path], str], paths: Iterable[Path]) -> list[str]:
     with ThreadPoolExecutor() as threads:  # reading and hashing release Python's lock
         return list(threads.map(checksum, paths))
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a killed writer left behind; files of other names stay."""
-    for leftover in folder.glob(_TEMPORARY + "*"):
-        if _LEFTOVER.fullmatch(leftover.name):
-            _remove(leftover)
 
 
 def _remove(path: Path) -> None:
@@ -287,11 +358,10 @@ def _delete(path: Path) -> None:
         logger.warning("%s could not be deleted: %s", shown(path), error.strerror)
 
 
-def point(link: Path, target: Path) -> None:
+def _point(link: Path, target: Path) -> None:
     """Make a symbolic link point to target, by a relative path, in one atomic step.
 
-    Raises:
-        OSError: the link cannot be created, or a file or folder has its name, which stays.
+    Raises OSError if it cannot be created, or if a file or folder has its name, which stays.
     """
     temporary = link.with_name(link.name + ".new")
     _check_link(link)
@@ -332,7 +402,7 @@ def move_links(out: Path, step: int, best_step: int | None) -> None:
     for link, target in ((out / "last", step), (out / "best", best_step)):
         try:
             if target is not None:
-                point(link, checkpoint_path(out / "checkpoints", target) / "model")
+                _point(link, checkpoint_path(out / "checkpoints", target) / "model")
             else:
                 _unlink(link)
         except OSError as error:

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from clipvip.model import CLIPViPConfig, CLIPViPModel
-from clipvip.training.build import build_processor, model_config, settled
-from clipvip.training.clips import load_clips
+from clipvip.training.build import build_processor, load_clips, model_config, settled
 from clipvip.training.config import ConfigError, TrainConfig, check_batch
 from clipvip.training.optimization import freeze, run_steps
 from clipvip.training.plan import plan

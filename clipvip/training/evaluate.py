@@ -83,18 +83,16 @@ def evaluate(
 
     if not videos:
         raise ValueError(f"none of the {len(clips)} clips could be read")
-    seen = sorted(videos)
-    row_of_clip = {clip: row for row, clip in enumerate(seen)}
+    row_of_clip = {clip: row for row, clip in enumerate(sorted(videos))}
+    features = torch.stack([videos[clip] for clip in row_of_clip])
     asked = [i for i, (clip, _) in enumerate(texts) if clip in row_of_clip]
     video_of_text = torch.tensor([row_of_clip[texts[i][0]] for i in asked])
     # The first rank computes them for all: whether all save a best checkpoint depends on them.
     tables = distributed.first_does(
-        lambda: both_directions(
-            torch.stack([videos[clip] for clip in seen]), sentences[asked], video_of_text
-        )
+        lambda: both_directions(features, sentences[asked], video_of_text)
     )
-    missing = [str(clip.video) for index, clip in enumerate(clips) if index not in row_of_clip]
-    return {**tables, "clips": len(seen), "texts": len(asked), "missing": missing}
+    missing = [str(clip.video) for index, clip in enumerate(clips) if index not in videos]
+    return {**tables, "clips": len(videos), "texts": len(asked), "missing": missing}
 
 
 def evaluate_checkpoint(
@@ -102,29 +100,24 @@ def evaluate_checkpoint(
     annotations: str | Path,
     *,
     out: str | Path | None = None,
-    num_frames: int | None = None,
-    text_length: int | None = None,
     backend: str = "native",
     print_table: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     """Load a model, evaluate it, print a table and write JSON, as `clipvip eval` does.
 
-    Under torchrun the clips are shared out over the ranks.
+    Under torchrun each rank reads a share of the clips.
 
     Args:
         checkpoint: model that load_for_embedding accepts.
         annotations: JSON Lines, whose texts are the queries.
         out: JSON file for the result, written whole or not at all.
-        num_frames, text_length: by default those of the checkpoint's processor.
         options: options of `evaluate`: batch_size, num_workers, max_bad_share, decoder.
     """
     state = distributed.start(TrainConfig.timeout)
     with watch.Watch(TrainConfig.lost_after):
         clips = load_annotations(annotations)
         model, processor = load_for_embedding(checkpoint, attention_backend=backend)
-        processor.num_frames = num_frames or processor.num_frames
-        processor.text_length = text_length or processor.text_length
         result = evaluate(model.to(state.device), clips, processor, **options)
     result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
     if state.is_main_process:
@@ -162,10 +155,8 @@ def _of_all_ranks(
 ) -> dict[int, Tensor]:
     """Collect the features of all ranks' clips: index → [P], fp32 on the CPU."""
     own: dict[int, Tensor] = {}
-    stopped = asked_to_stop()
-    while not stopped and (batch := next(batches, None)) is not None:
+    while not (stopped := asked_to_stop()) and (batch := next(batches, None)) is not None:
         own.update(batch)
-        stopped = asked_to_stop()
     if any(distributed.all_gather_objects(stopped)):
         raise Preempted("SIGTERM: the evaluation ends before its last clip")
     features = torch.stack(list(own.values())) if own else torch.empty(0)  # sent as one tensor

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,8 @@ class Reporter:
     seconds_between_lines = 10.0
 
     def __init__(self, accelerator: Accelerator, out: Path, step: int, total: int) -> None:
+        from rich import progress as rich
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
 
         self.active = accelerator.is_main_process
         self.accelerator = accelerator
@@ -44,14 +38,14 @@ class Reporter:
         self.last_line = -math.inf
         self.pending, self.failing = b"", False
         self.console = Console(quiet=not self.active, soft_wrap=True, highlight=False)
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} clips/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        self.bar = rich.Progress(
+            rich.TextColumn("{task.description}", markup=False),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TextColumn("loss {task.fields[loss]:.4f} · {task.fields[rate]:.1f} clips/s"),
+            rich.TimeElapsedColumn(),
+            rich.TextColumn("left"),
+            rich.TimeRemainingColumn(),
             console=self.console,
             disable=not (self.active and self.console.is_terminal),
         )
@@ -91,9 +85,8 @@ class Reporter:
             self.accelerator.log(row, step=step)
         except Exception as error:  # trackers raise errors of their own
             if not self.failing:
-                logger.warning(
-                    "step %d: a row of metrics could not be written: %s", step, shown(error)
-                )
+                said = "step %d: a row of metrics could not be written: %s"
+                logger.warning(said, step, shown(error))
             self.failing = True
         else:
             self.failing = False
@@ -108,19 +101,13 @@ class Reporter:
             self.last_line = now
             left = (now - self.started) / (step - self.first) * (self.total - step)
             self.say(
-                f"step {step}/{self.total} · loss {loss:.4f} · lr {row['lr']:.2e} · "
-                f"{rate:.1f} clips/s · waiting for data {row['data_wait']:.0%} · "
-                f"{_duration(left)} left"
+                f"step {step}/{self.total} · loss {loss:.4f} · lr {row['lr']:.2e} · {rate:.1f} "
+                f"clips/s · waiting for data {row['data_wait']:.0%} · "
+                f"{timedelta(seconds=round(left))} left"
             )
 
     def say(self, text: str) -> None:
         self.console.print(shown(text), markup=False)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def known_trackers(config: TrainConfig) -> list[str | LoggerType]:

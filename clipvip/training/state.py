@@ -61,8 +61,7 @@ class RunState:
     def unset_best(self) -> None:
         """Return to the best before this step, if this step was made the best."""
         if self.best_step == self.step and self.best_before is not None:
-            self.best_step = self.best_before["best_step"]
-            self.best_metric = self.best_before["best_metric"]
+            vars(self).update(self.best_before)
 
 
 @dataclass
@@ -97,19 +96,19 @@ def save_state(run: Run) -> None:
     """Write a checkpoint, whole or not at all, and move the links OUT/last and OUT/best to it.
 
     Its model is the one that is validated: the average, if there is one. If the checkpoint cannot
-    be written, a warning is logged and the run continues, since the next one may succeed. All ranks
-    must call.
-
-    Raises:
-        TrainingError: the final checkpoint cannot be written; on all ranks.
+    be written, a warning is logged and the run continues, since the next one may succeed; if it is
+    the final one, raises TrainingError on all ranks. All ranks must call.
     """
     state, average = run.state, run.average
-    random_states = distributed.all_gather_objects(random_state())
-    moments = parallel.whole_moments(run.model, run.optimizer)
     weights = parallel.whole_weights(run.model)
-    live = {}
+    whole = {
+        **asdict(state),
+        **({"weights": weights} if average else {}),
+        "optimizer": parallel.whole_moments(run.model, run.optimizer),
+        "random": distributed.all_gather_objects(random_state()),
+        "course": course(run.config, run.accelerator.num_processes),
+    }
     if average:
-        live = {"weights": weights}
         with average.in_place():
             weights = parallel.whole_weights(run.model)
 
@@ -117,13 +116,6 @@ def save_state(run: Run) -> None:
         # A copy, as transformers empties it and the write may be retried.
         run.model.save_pretrained(folder / "model", state_dict=dict(weights))
         run.processor.save_pretrained(folder / "model")
-        whole = {
-            **asdict(state),
-            **live,
-            "optimizer": moments,
-            "random": random_states,
-            "course": course(run.config, run.accelerator.num_processes),
-        }
         with (folder / "state.pt").open("wb") as file:  # its errors say why; torch's do not
             torch.save(whole, file)
 
@@ -166,8 +158,7 @@ def load_state(
     `model` was built from the checkpoint already. It is the average if the checkpoint holds other
     weights too; then those are loaded into it. Prints what has changed in the configuration.
 
-    Raises:
-        TrainingError: state.pt does not hold the state of a run of this model.
+    Raises TrainingError if state.pt does not hold the state of a run of this model.
     """
     try:
         saved = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)

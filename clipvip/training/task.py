@@ -24,39 +24,32 @@ Features = dict[str, Tensor]
 
 
 class Task:
-    """A training objective.
+    """A training objective."""
 
-    name: the task's name in configurations and for loaders.
-    texts: names of the texts of a clip that are embedded.
-    with_image: whether the image of each clip is embedded too.
-    pairs: number of pairs of features whose similarities the loss computes.
-    lacks: what a useless clip has none of, for the error message.
-    """
-
-    name: str
-    texts: tuple[str, ...]
-    with_image = False
-    pairs = 1
-    lacks: str
+    name: str  # in configurations and for loaders
+    texts: tuple[str, ...]  # names of the texts of a clip that are embedded
+    with_image = False  # whether the image of each clip is embedded too
+    pairs = 1  # number of pairs of features whose similarities the loss computes
+    lacks: str  # what a useless clip has none of, for the error message
 
     def __init__(self, config: TrainConfig) -> None:
         self.backend = config.backend
 
     def towers(self, model: CLIPViPModel, processor: CLIPViPProcessor) -> "Towers":
-        """The module that turns a batch into features; data parallelism wraps it."""
+        """Make the module that turns a batch into features; data parallelism wraps it."""
         return Towers(model, processor, self)
 
     def loss(self, features: Features, batch: Batch) -> Tensor:
-        """Loss over the clips of all ranks, 0-d, the same on every rank.
+        """Compute the loss over the clips of all ranks, 0-d, the same on every rank.
 
-        features: those of all clips of this rank, from the towers.
-        batch: the batch of a ClipLoader. Its presence masks, bool [n], are on the host: they
-            decide the logits' shapes, which the host must know.
+        features: features of all clips of this rank, from the towers.
+        batch: batch of a ClipLoader. Its presence masks, bool [n], are on the host, since they
+            decide the logits' shapes.
         """
         raise NotImplementedError
 
     def is_useless(self, clip: Clip) -> bool:
-        """Whether a clip has no text to train on."""
+        """Say whether a clip has no text to train on."""
         raise NotImplementedError
 
     def check(self, clips: list[Clip] | Shards, where: object) -> None:
@@ -123,15 +116,18 @@ class Omnisource(Task):
         compares, so that the loss would be 0. Warn if only some of its terms would be 0."""
         super().check(clips, where)
         if isinstance(clips, Shards):
-            subtitles = sum(source.subtitles for source in clips.sources)
-            captions = sum(source.captions for source in clips.sources)
+            there = {
+                "subtitle": any(source.subtitles for source in clips.sources),
+                "caption": any(source.captions for source in clips.sources),
+            }
         else:
-            subtitles = sum(clip.subtitle is not None for clip in clips)
-            captions = sum(clip.caption is not None for clip in clips)
-        used = {"s": ("subtitle", subtitles), "c": ("caption", captions)}
-        counts = [used[letter] for letter in used if letter in self.variant]
-        absent = ", no ".join(name for name, count in counts if not count)
-        if not any(count for _, count in counts):
+            there = {
+                "subtitle": any(clip.subtitle is not None for clip in clips),
+                "caption": any(clip.caption is not None for clip in clips),
+            }
+        used = [name for name in there if name[0] in self.variant]
+        absent = ", no ".join(name for name in used if not there[name])
+        if not any(there[name] for name in used):
             others = ", ".join(name for name in VARIANTS if "c" in name)
             raise ConfigError(
                 f"variant={self.variant} compares videos with subtitles alone, and no clip has a "
@@ -148,7 +144,7 @@ TASKS = {task.name: task for task in (Omnisource, Retrieval)}
 
 
 def task_of(config: TrainConfig) -> Task:
-    """The task that a configuration names, with its options."""
+    """Make the task that a configuration names, with its options."""
     return TASKS[config.task](config)
 
 

@@ -18,11 +18,10 @@ from clipvip.data.loading import ClipLoader, counted
 from clipvip.files import shown
 from clipvip.retrieval import TABLES
 from clipvip.training import checkpoint, parallel, watch
-from clipvip.training.build import build_model, settled
-from clipvip.training.clips import load_clips, training_loader
+from clipvip.training.build import build_model, load_clips, settled, training_loader
+from clipvip.training.checkpoint import alone_in, find_resumed, write_settings
 from clipvip.training.config import Preempted, TrainConfig, TrainingError, check, check_batch
 from clipvip.training.evaluate import evaluate
-from clipvip.training.folder import alone_in, find_resumed, write_settings
 from clipvip.training.optimization import adamw, run_steps
 from clipvip.training.plan import TERA, peak_tera, plan
 from clipvip.training.preemption import Preemption

@@ -2,16 +2,16 @@
 
 import os
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
 from clipvip import distributed
+from clipvip.terminal import print_error
 
 
 class LostRankError(RuntimeError):
@@ -53,12 +53,7 @@ class Watch:
             self._threads[-1].start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self._threads:
             return
         if isinstance(error, dist.DistError) or (kind is RuntimeError and "gloo" in str(error)):
@@ -114,7 +109,7 @@ class Watch:
                 if host == self._ranks[self._rank][0] and _is_gone(process):
                     name = self._name(rank)
                     self._tell(name)
-                    raise LostRankError(_said_of(name)) from error
+                    raise _lost(name) from error
             time.sleep(0.05)
 
     def _tell(self, name: str) -> None:
@@ -128,13 +123,14 @@ class Watch:
     def _end(self, name: str, silent: bool = False) -> None:
         """End the process from a thread, as the main thread waits in a collective."""
         if not silent:
-            who = "clipvip" if self._rank == 0 else f"clipvip, rank {self._rank}"
-            print(f"{who}: error: {_said_of(name)}", file=sys.stderr, flush=True)
+            print_error(_lost(name))
         os._exit(1)
 
 
-def _said_of(name: str) -> str:
-    return f"{name} is lost; the run ends; resume=latest resumes from the last checkpoint"
+def _lost(name: str) -> LostRankError:
+    return LostRankError(
+        f"{name} is lost; the run ends; resume=latest resumes from the last checkpoint"
+    )
 
 
 def _is_gone(process: int) -> bool:

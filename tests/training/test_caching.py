@@ -5,9 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from clipvip.training import caching
 from clipvip.training.build import build_model
-from clipvip.training.step import to_device
+from clipvip.training.step import forward_backward_in_parts, to_device
 from clipvip.training.task import task_of
 from clipvip.training.trainer import train
 
@@ -60,7 +59,7 @@ def run(towers, config, micro_batch, device="cpu", bf16=False):
         loss = loss_of(embed(whole))
         loss.backward()
     else:
-        loss = caching.forward_backward(
+        loss = forward_backward_in_parts(
             *(embed, loss_of, whole, micro_batch),
             backward=torch.Tensor.backward,
             without_sync=nullcontext,

@@ -17,8 +17,8 @@ import pytest
 
 from clipvip import files
 from clipvip.files import OtherRunError, only_run
+from clipvip.training.checkpoint import alone_in
 from clipvip.training.config import ConfigError
-from clipvip.training.folder import alone_in
 from clipvip.training.trainer import train
 
 HOLD = """

@@ -135,7 +135,7 @@ def test_utilisation_is_that_of_the_plans_operations(make_config, monkeypatch):
 def test_a_variant_that_the_data_have_nothing_for_is_refused(make_config, world, tmp_path, caplog):
     """Its loss would be 0, and the run would go through without a word."""
     from clipvip.data.shards import write_shards
-    from clipvip.training.clips import load_clips
+    from clipvip.training.build import load_clips
 
     rows = [json.loads(line) for line in (world / "annotations.jsonl").read_text().splitlines()]
     for row in rows:
@@ -274,12 +274,10 @@ def test_a_run_of_an_earlier_version_goes_on(make_config):
 
 
 def test_a_disk_that_is_full_at_the_start_is_told_in_one_line(make_config, monkeypatch):
-    from clipvip.training import folder
-
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(folder, "write_whole", full)
+    monkeypatch.setattr(checkpoint, "write_whole", full)
     config = make_config("max_steps=1")
     with pytest.raises(ConfigError) as error:
         train(config)

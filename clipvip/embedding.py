@@ -17,7 +17,7 @@ from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile, LoaderOptions, build_loader
 from clipvip.inputs import tokenize
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
-from clipvip.model.pretrained import found, hub_options, is_plain_clip, read_json
+from clipvip.model.pretrained import found, hub_options, read_json
 from clipvip.model.processing import normalize_frames
 
 
@@ -39,7 +39,7 @@ def load_for_embedding(
         processor = CLIPViPProcessor.from_pretrained(source, **hub_options(options))
         config = read_json(source, "config.json", options)
         given = {**config, **(config.get("vision_config") or {}), **options}
-        if is_plain_clip(config) and "frame_pooling" not in given:
+        if config.get("model_type") != "clipvip" and "frame_pooling" not in given:
             options = {"frame_pooling": "mean", "num_proxies": 1, **options}
         model = CLIPViPModel.from_pretrained(source, **options)
         processor.fit(model.config)
@@ -65,7 +65,7 @@ def embed_clips(
     out; after the last batch, their files are appended to bad_files.
 
     batch_size: clips per batch. num_workers, decoder: see clipvip.data.loading.LoaderOptions.
-    rank, world_size: this rank and the number of ranks that share the clips; by default one.
+    rank, world_size: this rank and the number of ranks that share the clips.
     """
     options = LoaderOptions(
         task="video",

@@ -84,11 +84,8 @@ def infer_config(
     patch = shape("vision_model.embeddings.patch_embedding.weight")[-1]
     patches = shape("vision_model.embeddings.position_embedding.weight")[0] - 1
     projection = shape("visual_projection.weight")[0]
-    added = state_dict.get("vision_model.embeddings.added_cls")
-    shapes = {
-        "num_proxies": 1 if added is None else len(added) + 1,
-        "num_frames": shape("vision_model.embeddings.temporal_embedding")[1],
-    }
+    frames = shape("vision_model.embeddings.temporal_embedding")[1]
+    added = state_dict.get("vision_model.embeddings.added_cls", ())
     return CLIPViPConfig(
         text_config={
             **tower("text_model"),
@@ -107,7 +104,7 @@ def infer_config(
             "image_size": patch * round(patches**0.5),
         },
         projection_dim=projection,
-        **{**shapes, **options},
+        **{"num_proxies": len(added) + 1, "num_frames": frames, **options},
     )
 
 

@@ -17,10 +17,6 @@ from clipvip.files import shown
 
 logger = logging.get_logger(__name__)
 
-PROXY_INITS = ("class_token", "normal")
-FRAME_POOLINGS = ("proxy", "mean")
-ATTENTION_BACKENDS = ("native", "reference")
-
 
 @strict
 class CLIPViPVisionConfig(CLIPVisionConfig):
@@ -53,9 +49,9 @@ class CLIPViPVisionConfig(CLIPVisionConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name, known in (
-            ("proxy_init", PROXY_INITS),
-            ("frame_pooling", FRAME_POOLINGS),
-            ("attention_backend", ATTENTION_BACKENDS),
+            ("proxy_init", ("class_token", "normal")),
+            ("frame_pooling", ("proxy", "mean")),
+            ("attention_backend", ("native", "reference")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {known}")
@@ -70,19 +66,10 @@ VIDEO_OPTIONS = ("num_proxies", "num_frames", "proxy_init", "frame_pooling", "at
 """Settings of CLIPViPVisionConfig that users may override when they load a model."""
 
 _SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    "projection_dim",
-    "num_proxies",
-    "num_frames",
-)
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+    "max_position_embeddings", "image_size", "patch_size", "num_channels", "projection_dim",
+    "num_proxies", "num_frames",
+)  # fmt: skip
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Those with "_dict" are from before transformers 4.24 and override those without it.
 _TOWERS = ("text_config", "vision_config", "text_config_dict", "vision_config_dict")

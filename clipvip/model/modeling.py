@@ -29,7 +29,7 @@ from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.pretrained import SameDraws, check_finite, check_fit, found, key_report, resolve
 from clipvip.model.vision import (
-    CLIPViPEncoder,
+    CLIPViPEncoderLayer,
     CLIPViPVisionEmbeddings,
     proxy_starts,
     video_of_frame,
@@ -40,21 +40,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class CLIPViPOutput(ModelOutput):
-    """
-    Output of CLIPViPModel.
+    """Output of CLIPViPModel; without return_loss, the loss is None."""
 
-    loss: 0-d, sum of the contrastive losses of both directions; None without return_loss.
-    logits_per_video: [B, n], exp(logit_scale) · cosine.
-    logits_per_text: [n, B], its transpose.
-    video_embeds: [B, P], unit vectors.
-    text_embeds: [n, P], unit vectors.
-    """
-
-    loss: Tensor | None = None
-    logits_per_video: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    video_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
+    loss: Tensor | None = None  # 0-d, sum of the contrastive losses of both directions
+    logits_per_video: Tensor | None = None  # [B, n], exp(logit_scale) · cosine
+    logits_per_text: Tensor | None = None  # [n, B], its transpose
+    video_embeds: Tensor | None = None  # [B, P], unit vectors
+    text_embeds: Tensor | None = None  # [n, P], unit vectors
 
 
 class CLIPViPPreTrainedModel(CLIPPreTrainedModel):
@@ -103,7 +95,11 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
         self.embeddings = CLIPViPVisionEmbeddings(config)
         self.patches_per_frame = self.embeddings.num_patches
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = CLIPViPEncoder(config, self.patches_per_frame)
+        layers = [
+            CLIPViPEncoderLayer(config, self.patches_per_frame)
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})  # as CLIP names them
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -115,7 +111,8 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
         first proxy of each video.
         """
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, frame_offsets))
-        hidden_states = self.encoder(hidden_states, frame_offsets)
+        for layer in self.encoder["layers"]:
+            hidden_states = layer(hidden_states, frame_offsets)
         first = proxy_starts(frame_offsets, self.config.num_proxies, self.patches_per_frame)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[first])
@@ -148,20 +145,18 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
     ) -> Any:
         """Load a model, or raise an error that lists the weights that do not fit.
 
-        pretrained_model_name_or_path: one of
-            - a folder that `save_pretrained` wrote;
-            - the folder or hub name of a CLIP checkpoint: proxies and a temporal embedding are
-              added to it, and a warning says so;
-            - an authors' file (.pt): the configuration is inferred from its shapes.
-        strict: if False, missing weights keep their initial values and unexpected weights are
-            ignored; otherwise either raises ValueError.
-        ignore_mismatched_sizes: if True, weights of another shape keep their initial values;
-            otherwise they raise ValueError.
+        pretrained_model_name_or_path: a folder that `save_pretrained` wrote; the folder or hub
+            name of a CLIP checkpoint, to which proxies and a temporal embedding are added, with a
+            warning; or an authors' file (.pt), from whose shapes the configuration is inferred.
+        strict: whether missing or unexpected weights raise ValueError; else the missing keep their
+            initial values and the unexpected are ignored.
+        ignore_mismatched_sizes: whether weights of another shape keep their initial values; else
+            they raise ValueError.
         kwargs: any of VIDEO_OPTIONS (num_proxies=…, attention_backend=…) overrides the
             configuration; all others go to transformers' `from_pretrained`.
 
-        Weights that a checkpoint lacks are drawn from a fixed seed: the same files give the same
-        model. Raises FileNotFoundError if there is no such folder, file or hub name.
+        Missing weights are drawn from a fixed seed: the same files give the same model.
+        Raises FileNotFoundError if there is no such folder, file or hub name.
         """
         source = pretrained_model_name_or_path
         subfolder = kwargs.get("subfolder") or ""
@@ -195,13 +190,13 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         Returns [B, P].
         """
         pixel_values, frame_offsets = pack_frames(pixel_values, frame_offsets)
-        if self.config.vision_config.frame_pooling == "proxy":
-            return self.visual_projection(
-                self.vision_model(pixel_values, frame_offsets).pooler_output
-            )
-        frames = len(pixel_values)
-        one_each = torch.arange(frames + 1, dtype=torch.int32, device=pixel_values.device)
-        features = self.visual_projection(self.vision_model(pixel_values, one_each).pooler_output)
+        frames, offsets = len(pixel_values), frame_offsets
+        one_per_video = self.config.vision_config.frame_pooling == "mean"
+        if one_per_video:
+            offsets = torch.arange(frames + 1, dtype=torch.int32, device=pixel_values.device)
+        features = self.visual_projection(self.vision_model(pixel_values, offsets).pooler_output)
+        if not one_per_video:
+            return features
         features = F.normalize(features, dim=-1)
         total = features.new_zeros(len(frame_offsets) - 1, features.shape[1])
         total = total.index_add(0, video_of_frame(frame_offsets, frames), features)

@@ -67,8 +67,7 @@ def found(
 ) -> Iterator[None]:
     """Run a load of `source`, and turn its errors into one line that says what is wrong.
 
-    transformers takes everything that is no folder for a hub name, and its errors speak of the
-    hub alone.
+    transformers takes all that is no folder for a hub name, and its errors speak of the hub alone.
 
     what: subject of the message, such as "the model" or the name of a setting.
     error: raised if `source` does not exist. It may derive from OSError, so that callers can tell
@@ -96,9 +95,8 @@ def found(
             f"(it does not exist there, needs a login, or this machine is offline); {wanted}"
         ) from failed
     except BaseException as failed:
-        # A panic in Rust is a BaseException.
         if not isinstance(failed, Exception) and type(failed).__name__ != "PanicException":
-            raise
+            raise  # but not for a panic in Rust, which is a BaseException
         if holds_code(failed):
             raise ValueError(
                 f"{what} is {value!r}, which is refused because it holds more than weights (code, "
@@ -107,14 +105,13 @@ def found(
         if isinstance(failed, error) or (type(failed) is ValueError and value in str(failed)):
             raise  # it names the source already
         reason = " ".join(str(failed).split()).partition(". ")[0][:300] or type(failed).__name__
-        # tokenizers raises a bare Exception.
-        if type(failed) is Exception or isinstance(failed, _DAMAGED):
-            reason = f"but one of its files is damaged ({reason}); save or fetch it again"
+        if type(failed) is Exception or isinstance(failed, _DAMAGED):  # the first by tokenizers
+            said = f"one of its files is damaged ({reason}); save or fetch it again"
+        elif isinstance(failed, ValueError | RuntimeError | TypeError):
+            said = f"it cannot be loaded: {reason}"
         else:
-            if not isinstance(failed, ValueError | RuntimeError | TypeError):
-                reason = f"{type(failed).__name__}: {reason}"
-            reason = f"but it cannot be loaded: {reason}"
-        raise ValueError(f"{what} is {value!r}, {reason}") from failed
+            said = f"it cannot be loaded: {type(failed).__name__}: {reason}"
+        raise ValueError(f"{what} is {value!r}, but {said}") from failed
 
 
 def holds_code(error: BaseException | None) -> bool:
@@ -160,11 +157,6 @@ def read_json(source: str | PathLike, name: str, options: dict[str, Any]) -> dic
     return content
 
 
-def is_plain_clip(config: dict[str, Any]) -> bool:
-    """Whether a config.json is that of an image model, which has no video weights."""
-    return config.get("model_type") != "clipvip"
-
-
 def resolve(
     source: str | PathLike | None, options: dict[str, Any]
 ) -> tuple[str | PathLike | None, dict[str, Any], frozenset[str]]:
@@ -179,7 +171,7 @@ def resolve(
             options["config"] = infer_config(options["state_dict"], source, **video)
             _check_size(options["config"], source, options)
         return None, options, frozenset()
-    plain = is_plain_clip(read_json(source, "config.json", options))
+    model_type = read_json(source, "config.json", options).get("model_type")
     if cached(source, "adapter_config.json", options) is not None:
         # With peft, transformers would load the model that the adapter names.
         raise ValueError("it holds an adapter; merge it into the model")
@@ -187,15 +179,14 @@ def resolve(
         video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
         shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)
         _check_size(shapes, source, options)
-    return source, options, frozenset(ADDED_TO_CLIP if plain else ())
+    return source, options, frozenset(() if model_type == "clipvip" else ADDED_TO_CLIP)
 
 
 @contextmanager
 def key_report(*, logged: bool) -> Iterator[None]:
     """Choose whether transformers logs its table of keys that do not fit.
 
-    The table repeats what our error lists, and reports the weights that plain CLIP lacks as a
-    fault.
+    It repeats what our error lists, and reports the weights that plain CLIP lacks as a fault.
     """
 
     def wanted(record: LogRecord) -> bool:
@@ -212,8 +203,8 @@ def key_report(*, logged: bool) -> Iterator[None]:
 class SameDraws(TorchDispatchMode):
     """Context in which normal_ draws the same numbers each time it is entered.
 
-    It leaves the global generators alone. The numbers are drawn in double precision on the CPU and
-    then rounded, so that they depend neither on the processor nor on a tensor's dtype or device.
+    It leaves the global generators alone. Numbers are drawn in double precision on the CPU and then
+    rounded, so that they depend neither on the processor nor on a tensor's dtype or device.
     """
 
     def __init__(self) -> None:
@@ -256,11 +247,8 @@ def check_fit(
 
 def check_finite(source: Any, model: nn.Module) -> None:
     """Raise ValueError if weights are NaN or infinite, which damaged files cause."""
-    wrong = [
-        name
-        for name, weight in model.named_parameters()
-        if not weight.is_meta and not weight.isfinite().all()
-    ]
+    weights = {name: each for name, each in model.named_parameters() if not each.is_meta}
+    wrong = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if wrong:
         raise ValueError(
             f"the model is {str(source)!r}, but one of its files is damaged ({len(wrong)} weights "
@@ -274,10 +262,9 @@ def failed_writes() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise OSError(str(error)) from error
     except RuntimeError as error:
         if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise

@@ -69,24 +69,18 @@ class CLIPViPProcessor(ProcessorMixin):
         resize: str = CLIP_READING["resize"],
     ) -> None:
         super().__init__(tokenizer)
-        for name, value in (("image_mean", image_mean), ("image_std", image_std)):
-            if not _are_channels(value) or (name == "image_std" and not min(value) > 0):
-                raise ValueError(
-                    f"{name} is {value!r}; expected three finite numbers, one per channel"
-                )
-        counts = {"image_size": image_size, "num_frames": num_frames, "text_length": text_length}
-        for name, count in counts.items():
-            fits = type(count) is int and 0 < count <= MOST
-            if not fits and not (name == "text_length" and count is None):
-                raise ValueError(f"{name} is {count!r}; expected an integer of 1 to {MOST}")
-        kinds = {
-            "sampling": (sampling, str),
-            "resize": (resize, str),
-            "paragraph": (paragraph, bool),
-        }
-        for name, (given, kind) in kinds.items():
-            if not isinstance(given, kind):
-                raise ValueError(f"{name} is {given!r}; expected a {kind.__name__}")
+        channels, count = "three finite numbers, one per channel", f"an integer of 1 to {MOST}"
+        for name, value, fits, expected in (
+            ("image_mean", image_mean, _are_channels(image_mean), channels),
+            ("image_std", image_std, _are_channels(image_std) and min(image_std) > 0, channels),
+            ("image_size", image_size, _is_count(image_size), count),
+            ("num_frames", num_frames, _is_count(num_frames), count),
+            ("text_length", text_length, text_length is None or _is_count(text_length), count),
+            ("paragraph", paragraph, isinstance(paragraph, bool), "a bool"),
+            ("sampling", sampling, isinstance(sampling, str), "a str"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {value!r}; expected {expected}")
         check_sampling(sampling)
         check_resize(resize)
         self.image_size = image_size
@@ -143,10 +137,9 @@ class CLIPViPProcessor(ProcessorMixin):
         *,
         text_length: int | None = None,
     ) -> BatchFeature:
-        """Make a batch of texts, of videos, or of both.
+        """Make a batch of one or more texts, of one or more videos, or of both.
 
-        text: one or more; HTML entities are resolved.
-        videos: one or more, of any lengths; see `Video`.
+        text: HTML entities are resolved. videos: of any lengths; see `Video`.
         text_length: overrides that of the processor.
         Returns input_ids and attention_mask int64 [n, longest], and pixel_values fp32
         [F, 3, image_size, image_size] with frame_offsets int32 [B+1].
@@ -240,7 +233,7 @@ def normalize_frames(
 
 
 def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
-    """Return the arguments of CLIPViPProcessor that are saved with a model, except the tokenizer.
+    """Return the arguments of CLIPViPProcessor, except the tokenizer, that are saved with a model.
 
     source: folder, hub name or authors' file. hub: transformers' hub options.
     """
@@ -258,10 +251,7 @@ def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
 
 
 def save_settings(folder: str | os.PathLike, **settings: Any) -> None:
-    """Save arguments of CLIPViPProcessor in a folder without a tokenizer.
-
-    `from_pretrained` finds them once a tokenizer is there.
-    """
+    """Save arguments of CLIPViPProcessor where it will find them once a tokenizer is there."""
     whole = {"processor_class": CLIPViPProcessor.__name__, **settings}
     Path(folder, PROCESSOR_CONFIG).write_text(json.dumps(whole, indent=2) + "\n")
 
@@ -296,11 +286,10 @@ def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
 
 def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[str, Any]:
     """Convert settings of a CLIPImageProcessor; use the nearest and warn if there is no equal."""
-    settings: dict[str, Any] = {
-        name: clip[name] for name in ("image_mean", "image_std") if name in clip
-    }
-    size, crop = clip.get("size"), clip.get("crop_size")
-    crop = crop if clip.get("do_center_crop", True) else None
+    colours = ("image_mean", "image_std")
+    settings: dict[str, Any] = {name: clip[name] for name in colours if name in clip}
+    size = clip.get("size")
+    crop = clip.get("crop_size") if clip.get("do_center_crop", True) else None
     for given in (crop, size):
         if not isinstance(given, int | dict | None):
             raise ValueError(f"{source} resizes frames to {given!r}; expected a size in pixels")
@@ -323,6 +312,10 @@ def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[s
             f"resize='crop', with {sides[0]} for both"
         )
     return settings
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MOST
 
 
 def _are_channels(values: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The video tower: from packed frames to tokens, and through the encoder's layers.
+"""The video tower's parts: from packed frames to tokens, and an encoder layer.
 
 `clipvip.model.modeling` builds CLIPViPVisionModel from these and describes the packed format.
 """
@@ -127,21 +127,6 @@ class CLIPViPEncoderLayer(CLIPEncoderLayer):
         if type(mlp) is CLIPMLP and mlp.config.hidden_act == "quick_gelu" and bare(mlp):
             return residual_mlp(hidden_states, self.layer_norm2, mlp.fc1, mlp.fc2)
         return hidden_states + mlp(self.layer_norm2(hidden_states))
-
-
-class CLIPViPEncoder(nn.Module):
-    """The layers, named as in CLIP's checkpoints."""
-
-    def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            CLIPViPEncoderLayer(config, patches_per_frame) for _ in range(config.num_hidden_layers)
-        )
-
-    def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, frame_offsets)
-        return hidden_states
 
 
 def video_of_frame(frame_offsets: Tensor, num_frames: int) -> Tensor:

@@ -162,6 +162,11 @@ class Video:
             raise DecodeError(self.path, "no time base in it")
         return float(self.stream.time_base)
 
+    @property
+    def frame_time(self) -> float:
+        """Seconds per frame that the header states, else 1/25."""
+        return float(1 / self.stream.average_rate) if self.stream.average_rate else 0.04
+
 
 @contextmanager
 def open_file(file: File) -> Iterator[Video]:
@@ -262,9 +267,9 @@ def packets_from(video: Video, start: float | None) -> Iterator[Packet]:
     the format is not in SEEKABLE. Raises Unseekable where seeking fails; to read all packets then,
     open the file again."""
     stream, zero = video.stream, video.stream.start_time
-    if not start or zero is None or not stream.time_base or video.format not in SEEKABLE:
+    if not start or zero is None or video.format not in SEEKABLE:
         return demux(video)
-    first = min(zero + int(start / float(stream.time_base)), _LATEST)
+    first = min(zero + int(start / video.tick), _LATEST)
     for offset in (first, zero):
         try:
             video.container.seek(offset, stream=stream)

@@ -91,7 +91,7 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
     positions = clip.chosen.positions
     wanted = clip.index.shown[positions]
     # Half a tick later, or rounding could lead to the keyframe before.
-    first = clip.index.times[positions.min()] + float(clip.video.stream.time_base or 0) / 2
+    first = clip.index.times[positions.min()] + clip.video.tick / 2
     with open_file(clip.video.file) as video:
         stream = video.stream
         stated = stream.codec_context.width, stream.codec_context.height

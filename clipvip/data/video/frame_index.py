@@ -41,6 +41,10 @@ PACKED = re.compile(rb"DivX\d+b(?:uild)?\d+p", re.IGNORECASE)
 MISSING_END = (1.0, 0.05)
 OWN_LENGTHS = frozenset({MP4, "avi", MATROSKA})  # formats that state each stream's own length
 
+Integers = NDArray[np.int64]
+Seconds = NDArray[Any]  # float64
+Flags = NDArray[np.bool_]
+
 
 class Trust(IntEnum):
     """The source of an index, the most reliable last."""
@@ -62,16 +66,16 @@ class Index:
     all were decoded.
     """
 
-    pts: NDArray[np.int64]
-    dts: NDArray[np.int64]
-    keyframe: NDArray[np.bool_]
-    shown: NDArray[np.int64]
-    times: NDArray[np.float64]
+    pts: Integers
+    dts: Integers
+    keyframe: Flags
+    shown: Integers
+    times: Seconds
     duration: float
     by_count: bool
     trust: Trust
     lost: tuple[tuple[float, float], ...] = ()
-    damaged: NDArray[np.bool_] | None = None
+    damaged: Flags | None = None
 
     @property
     def bytes(self) -> int:
@@ -86,9 +90,7 @@ class Index:
         return [int(keys[position]) if position >= 0 else 0 for position in found]
 
 
-def window_of(
-    times: NDArray[np.float64], start: float | None, end: float | None, path: Path
-) -> slice:
+def window_of(times: Seconds, start: float | None, end: float | None, path: Path) -> slice:
     """Return the range of frames shown in [start, end). Raises DecodeError where it is empty."""
     first = 0 if start is None else int(np.searchsorted(times, start + 1e-6, side="right")) - 1
     first = max(first, 0)
@@ -98,6 +100,21 @@ def window_of(
     return slice(first, max(stop, first + 1))
 
 
+# --- packets and their stamps ---------------------------------------------------------------
+
+Stamp = tuple[int, int, int, bool, bool, bool]  # one packet's entries of Packets
+
+
+def stamp_of(packet: Packet, stream: VideoStream) -> Stamp:
+    hidden = packet.is_discard
+    if stream.codec_context.name == "vp8":  # a bit says whether the frame is shown (RFC 6386, 9.1)
+        hidden = hidden or not memoryview(packet)[0] & 0x10
+    elif packet.size <= SMALL:
+        hidden = hidden or not holds_picture(packet, stream)
+    pts, dts = (NO_TIME if stamp is None else stamp for stamp in (packet.pts, packet.dts))
+    return pts, dts, packet.duration or 0, packet.is_keyframe, hidden, packet.is_corrupt
+
+
 class Packets(NamedTuple):
     """Facts about packets, in decoding order, without their data.
 
@@ -105,93 +122,64 @@ class Packets(NamedTuple):
     lost: bool [P]. hidden: gives no frame to show. lost: came damaged, or could not be decoded.
     """
 
-    pts: NDArray[np.int64]
-    dts: NDArray[np.int64]
-    duration: NDArray[np.int64]
-    keyframe: NDArray[np.bool_]
-    hidden: NDArray[np.bool_]
-    lost: NDArray[np.bool_]
+    pts: Integers
+    dts: Integers
+    duration: Integers
+    keyframe: Flags
+    hidden: Flags
+    lost: Flags
+
+    @classmethod
+    def of(cls, stamps: list[Stamp]) -> "Packets":
+        pts, dts, duration, *flags = np.array(stamps, np.int64).reshape(-1, 6).T
+        return cls(pts, dts, duration, *(flag != 0 for flag in flags))
 
     @property
-    def filled(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def filled(self) -> tuple[Integers, Integers]:
         """pts and dts, where a missing dts is the pts and a missing pts is 0."""
         pts = np.where(self.pts == NO_TIME, 0, self.pts)
         return pts, np.where(self.dts == NO_TIME, pts, self.dts)
 
+    def may_be_dts(self, stream: VideoStream) -> bool:
+        """Return whether pts rise in decoding order although the codec may reorder frames. Then
+        they may be dts, as in a file that keeps only those."""
+        in_order = len(self.pts) > 1 and (np.diff(self.pts) >= 0).all()
+        return bool(in_order and stream.codec_context.has_b_frames)
 
-Stamp = tuple[int, int, int, bool, bool, bool]
+    def tell_apart(self, video: Video) -> bool:
+        """Return whether each packet has a pts of its own, such that pts identify frames."""
+        if video.format == "avi" or (self.pts == NO_TIME).any():
+            return False
+        if PACKED.search(video.stream.codec_context.extradata or b""):
+            return False
+        visible = np.sort(self.pts[~self.hidden])
+        return not (np.diff(visible) == 0).any() and not self.new_starts(video).any()
 
+    def in_one_order(self) -> bool:
+        """Return whether all packets have a pts, all have a dts, or none has either."""
+        pts, dts = self.pts != NO_TIME, self.dts != NO_TIME
+        return bool(pts.all() or dts.all() or not (pts.any() or dts.any()))
 
-def stamp_of(packet: Packet, stream: VideoStream) -> Stamp:
-    """Return one packet's entries of Packets."""
-    pts, dts = packet.pts, packet.dts
-    hidden = packet.is_discard
-    if stream.codec_context.name == "vp8":  # a bit says whether the frame is shown (RFC 6386, 9.1)
-        hidden = hidden or not memoryview(packet)[0] & 0x10
-    elif packet.size <= SMALL:
-        hidden = hidden or not holds_picture(packet, stream)
-    return (
-        NO_TIME if pts is None else pts,
-        NO_TIME if dts is None else dts,
-        packet.duration or 0,
-        packet.is_keyframe,
-        hidden,
-        packet.is_corrupt,
-    )
+    def new_starts(self, video: Video) -> Flags:
+        """Return, for each packet, whether stamps start again there, as where files were joined.
 
-
-def gathered(stamps: list[Stamp]) -> Packets:
-    pts, dts, duration, keyframe, hidden, lost = np.array(stamps, np.int64).reshape(-1, 6).T
-    return Packets(pts, dts, duration, keyframe != 0, hidden != 0, lost != 0)
-
-
-# --- whether stamps can be trusted ----------------------------------------------------------
-
-
-def may_be_dts(stream: VideoStream, packets: Packets) -> bool:
-    """Return whether pts rise in decoding order although the codec may reorder frames. Then they
-    may be dts, as in a file that keeps only those."""
-    in_order = len(packets.pts) > 1 and (np.diff(packets.pts) >= 0).all()
-    return bool(in_order and stream.codec_context.has_b_frames)
-
-
-def tell_apart(video: Video, packets: Packets) -> bool:
-    """Return whether each packet has a pts of its own, such that pts identify frames."""
-    pts = packets.pts
-    if video.format == "avi" or (pts == NO_TIME).any():
-        return False
-    if PACKED.search(video.stream.codec_context.extradata or b""):
-        return False
-    visible = np.sort(pts[~packets.hidden])
-    return not (np.diff(visible) == 0).any() and not new_starts(video, packets).any()
+        They do where time runs back by more than BACK seconds, or back to a keyframe that is shown
+        before an earlier packet, or jumps ahead by more than LONGEST_GAP. Smaller steps back are
+        inaccuracies of the program that wrote the file.
+        """
+        known, second = self.dts != NO_TIME, 1 / video.tick  # a second in ticks
+        step = np.diff(self.dts[known])
+        latest = np.maximum.accumulate(self.pts[known])[:-1]
+        again = self.keyframe[known][1:] & (self.pts[known][1:] <= latest)
+        new = ((step < 0) & again) | (step < -BACK * second)
+        if video.format in DISCONTINUOUS:
+            new |= step > LONGEST_GAP * second
+        starts = np.zeros(len(known), np.bool_)
+        starts[np.flatnonzero(known)[1:]] = new
+        return starts
 
 
-def in_one_order(packets: Packets) -> bool:
-    """Return whether all packets have a pts, all have a dts, or none has either."""
-    return any((stamps != NO_TIME).all() for stamps in (packets.pts, packets.dts)) or bool(
-        (packets.pts == NO_TIME).all() and (packets.dts == NO_TIME).all()
-    )
-
-
-def new_starts(video: Video, packets: Packets) -> NDArray[np.bool_]:
-    """Return, for each packet, whether stamps start again there, as where files were joined.
-
-    They do where time runs back by more than BACK seconds, or back to a keyframe that is shown
-    before an earlier packet, or jumps ahead by more than LONGEST_GAP. Smaller steps back are
-    inaccuracies of the program that wrote the file.
-    """
-    dts, known = packets.dts, packets.dts != NO_TIME
-    starts, second = np.zeros(len(dts), np.bool_), 1 / float(video.stream.time_base or 1)
-    step = np.diff(dts[known])
-    latest = np.maximum.accumulate(packets.pts[known])[:-1]
-    again = packets.keyframe[known][1:] & (packets.pts[known][1:] <= latest)
-    starts[np.flatnonzero(known)[1:]] = ((step < 0) & again) | (step < -BACK * second)
-    if video.format in DISCONTINUOUS:
-        starts[np.flatnonzero(known)[1:]] |= step > LONGEST_GAP * second
-    return starts
-
-
-def made_up(video: Video, pts: NDArray[np.int64]) -> bool:
+def made_up(video: Video, pts: Integers) -> bool:
     """Return whether the pts of packets, in decoding order, are shifted dts. AVI keeps dts alone,
     from which libav makes pts where it detects reordering."""
     return video.format == "avi" and not (np.diff(pts) < 0).any()
@@ -200,36 +188,29 @@ def made_up(video: Video, pts: NDArray[np.int64]) -> bool:
 # --- times ----------------------------------------------------------------------------------
 
 
-def frame_time(stream: VideoStream) -> float:
-    """Return the seconds per frame that the header states, else 1/25."""
-    return float(1 / stream.average_rate) if stream.average_rate else 0.04
-
-
-def spacing(times: NDArray[Any], stream: VideoStream) -> float:
+def spacing(times: Seconds, video: Video) -> float:
     """Return the median of seconds between frames."""
-    return float(np.median(np.diff(times))) if len(times) > 1 else frame_time(stream)
+    return float(np.median(np.diff(times))) if len(times) > 1 else video.frame_time
 
 
-def evened(
-    stamps: NDArray[np.int64], stream: VideoStream, tick: float
-) -> tuple[NDArray[np.float64], int]:
+def evened(stamps: Integers, video: Video) -> tuple[Seconds, int]:
     """Return seconds from the first stamp to each, and the first stamp.
 
     stamps: in increasing order. A missing (NO_TIME) or repeated stamp gets a time between its
-    neighbours'; at the ends, one by the frame rate. tick: seconds per tick.
+    neighbours'; at the ends, one by the frame rate.
     """
     highest = np.maximum.accumulate(stamps)
     places = np.flatnonzero(highest > np.append(NO_TIME, highest[:-1]))
     every = np.arange(len(stamps), dtype=np.float64)
     if not len(places):
-        return every * frame_time(stream), 0
-    times = np.interp(every, places, (stamps[places] - stamps[places[0]]) * tick)
-    times += np.minimum(every - places[0], 0) * frame_time(stream)
-    times += np.maximum(every - places[-1], 0) * frame_time(stream)
+        return every * video.frame_time, 0
+    times = np.interp(every, places, (stamps[places] - stamps[places[0]]) * video.tick)
+    times += np.minimum(every - places[0], 0) * video.frame_time
+    times += np.maximum(every - places[-1], 0) * video.frame_time
     return times - times[0], int(stamps[places[0]])
 
 
-def first_pts(video: Video, shown: NDArray[np.int64]) -> int:
+def first_pts(video: Video, shown: Integers) -> int:
     """Return the pts of the file's first frame, also where only a later part was read.
 
     shown: pts of the frames that were read, increasing.
@@ -240,13 +221,11 @@ def first_pts(video: Video, shown: NDArray[np.int64]) -> int:
     return int(shown[0])
 
 
-def stretches(seconds: NDArray[Any]) -> tuple[tuple[float, float], ...]:
+def stretches(seconds: Seconds) -> tuple[tuple[float, float], ...]:
     """Return (first, last) of each group of seconds that lie within a second of each other."""
-    if not len(seconds):
-        return ()
     seconds = np.sort(seconds)
     parts = np.split(seconds, np.flatnonzero(np.diff(seconds) > 1.0) + 1)
-    return tuple((float(part[0]), float(part[-1])) for part in parts)
+    return tuple((float(part[0]), float(part[-1])) for part in parts if len(part))
 
 
 # --- files that are cut off ------------------------------------------------------------------

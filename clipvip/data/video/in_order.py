@@ -6,13 +6,11 @@ frames are damaged.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 import av
 import numpy as np
 from av.packet import Packet
 from av.video.frame import VideoFrame
-from numpy.typing import NDArray
 
 from clipvip.data.video.container import (
     SEEKABLE,
@@ -27,21 +25,20 @@ from clipvip.data.video.frame_index import (
     LONGEST_GAP,
     MISSING_END,
     NO_TIME,
+    Flags,
     Index,
+    Integers,
     Packets,
+    Seconds,
     Stamp,
     Trust,
     check_whole,
     evened,
     first_pts,
-    frame_time,
-    gathered,
     made_up,
-    new_starts,
     spacing,
     stamp_of,
     stretches,
-    tell_apart,
 )
 
 MARGIN = 1.0  # seconds decoded past the end of a part, for frames that come out of order
@@ -55,7 +52,8 @@ class InOrder:
     lost: numbers of packets that came damaged or could not be decoded. doubtful: numbers of packets
     whose frames the decoder marks as corrupt. keys: numbers of packets that are keyframes, by the
     container or by the decoder. seconds: length of what was fed so far, without jumps. unstamped:
-    whether no packet so far had a dts.
+    whether no packet so far had a dts. stopped: set it to feed no more packets; only frames that
+    wait in the decoder follow.
     """
 
     def __init__(self, video: Video) -> None:
@@ -69,14 +67,10 @@ class InOrder:
         self.unstamped = True
         self._stamps: list[Stamp] = []
 
-    def stop(self) -> None:
-        """Feed no more packets; only frames that wait in the decoder follow."""
-        self.stopped = True
-
     @property
     def packets(self) -> Packets:
         """The packets fed so far."""
-        return gathered(self._stamps)
+        return Packets.of(self._stamps)
 
     def pts(self, number: int) -> int:
         return self._stamps[number][0]
@@ -113,8 +107,7 @@ class InOrder:
 
     def _note(self, packet: Packet, number: int) -> None:
         """Record what is known of a packet before it is decoded."""
-        stream = self.video.stream
-        stamp = stamp_of(packet, stream)
+        stamp = stamp_of(packet, self.video.stream)
         if packet.is_corrupt:
             self.lost.add(number)
         if packet.is_keyframe:
@@ -122,9 +115,9 @@ class InOrder:
         self.unstamped &= stamp[1] == NO_TIME
         step = -1.0
         if self._stamps and NO_TIME not in (stamp[1], self._stamps[-1][1]):
-            step = (stamp[1] - self._stamps[-1][1]) * float(stream.time_base or 0)
+            step = (stamp[1] - self._stamps[-1][1]) * self.video.tick
         # A jump to where stamps start again is no passing of time.
-        self.seconds += step if 0 <= step <= LONGEST_GAP else frame_time(stream)
+        self.seconds += step if 0 <= step <= LONGEST_GAP else self.video.frame_time
         self._stamps.append(stamp)
 
     def _numbered(self, frame: VideoFrame) -> tuple[int, VideoFrame]:
@@ -138,7 +131,7 @@ class InOrder:
         return number, frame
 
 
-# --- the index ---
+# --- the index ------------------------------------------------------------------------------
 
 
 def index_by_decoding(file: File, end: float | None) -> Index:
@@ -147,9 +140,9 @@ def index_by_decoding(file: File, end: float | None) -> Index:
         reader = InOrder(video)
         numbers = _decoded(reader, end)
         packets = reader.packets
-        starts = new_starts(video, packets)
-        shown, times, by_count = _timeline(video, reader, numbers, starts)
-        between = spacing(times, video.stream)
+        starts = packets.new_starts(video)
+        shown, times, by_count = _timeline(reader, numbers, starts)
+        between = spacing(times, video)
         duration = float(times[-1]) + between
         if not reader.stopped and not starts.any():
             check_whole(video, Packets._make(each[numbers] for each in packets), duration)
@@ -173,16 +166,16 @@ def index_by_decoding(file: File, end: float | None) -> Index:
     )
 
 
-def _decoded(reader: InOrder, end: float | None) -> NDArray[np.int64]:
+def _decoded(reader: InOrder, end: float | None) -> Integers:
     """Decode frames in order, at least those before `end` seconds, and return the numbers of their
     packets. Raises DecodeError where there is none."""
-    found, stream = [], reader.video.stream
+    found = []
     for number, _ in reader:
         found.append(number)
         # Packets without stamps tell no time: each may hold only half a frame.
-        past = len(found) * frame_time(stream) if reader.unstamped else reader.seconds
+        past = len(found) * reader.video.frame_time if reader.unstamped else reader.seconds
         if end is not None and past > end + MARGIN:
-            reader.stop()
+            reader.stopped = True
     if not found:
         reason = "no frame could be decoded"
         error = reader.error and reader.error.strerror
@@ -193,22 +186,20 @@ def _decoded(reader: InOrder, end: float | None) -> NDArray[np.int64]:
 # --- times ----------------------------------------------------------------------------------
 
 
-def _timeline(
-    video: Video, reader: InOrder, numbers: NDArray[np.int64], starts: NDArray[np.bool_]
-) -> tuple[NDArray[Any], NDArray[Any], bool]:
+def _timeline(reader: InOrder, numbers: Integers, starts: Flags) -> tuple[Integers, Seconds, bool]:
     """Return how frames are identified (their pts or their count), their times in seconds, and
     whether it is by count.
 
-    numbers: the frames' packets, in the order of showing. starts: as of new_starts.
+    numbers: the frames' packets, in the order of showing. starts: see Packets.new_starts.
     """
-    packets = reader.packets
+    video, packets = reader.video, reader.packets
     pts = packets.pts[numbers]
     rising = (pts != NO_TIME).all() and (np.diff(pts) > 0).all()
     # Other files may be joined: a jump to where stamps start again is no passing of time.
     joined = video.format not in SEEKABLE and starts.any()
     if rising and not joined and not made_up(video, packets.pts[np.sort(numbers)]):
         times = (pts - first_pts(video, pts)) * video.tick
-        if tell_apart(video, _all_packets(reader)):
+        if _all_packets(reader).tell_apart(video):
             return pts, times, False
     else:
         times = _stitched(video, packets, numbers, starts)
@@ -220,13 +211,11 @@ def _all_packets(reader: InOrder) -> Packets:
     decoded may have the stamps of others that were."""
     if reader.stopped and reader.video.format not in SEEKABLE:
         with suppress(av.FFmpegError), open_file(reader.video.file) as video:
-            return gathered([stamp_of(p, video.stream) for p in demux(video) if p.size])
+            return Packets.of([stamp_of(p, video.stream) for p in demux(video) if p.size])
     return reader.packets
 
 
-def _stitched(
-    video: Video, packets: Packets, numbers: NDArray[np.int64], starts: NDArray[np.bool_]
-) -> NDArray[Any]:
+def _stitched(video: Video, packets: Packets, numbers: Integers, starts: Flags) -> Seconds:
     """Return seconds from the first frame to each, in the order of showing, where stamps start
     again in between, are those of decoding, or are missing."""
     part_of = np.maximum.accumulate(np.cumsum(starts)[numbers])
@@ -240,18 +229,16 @@ def _stitched(
             stamps = pts
         else:
             stamps = np.sort(pts if NO_TIME in dts else dts)
-        times, _ = evened(stamps, video.stream, float(video.stream.time_base or 0))
+        times, _ = evened(stamps, video)
         parts.append(times + offset)
-        offset = float(parts[-1][-1]) + spacing(times, video.stream)
+        offset = float(parts[-1][-1]) + spacing(times, video)
     return np.concatenate(parts)
 
 
 # --- damage ---------------------------------------------------------------------------------
 
 
-def _lost(
-    reader: InOrder, numbers: NDArray[np.int64], starts: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], int]:
+def _lost(reader: InOrder, numbers: Integers, starts: Flags) -> tuple[Integers, int]:
     """Return the numbers of lost packets, sorted, and how many frames at the beginning refer to
     missing ones."""
     # At a joint libav misses the packet that would have followed, and marks one of the last two
@@ -267,9 +254,7 @@ def _lost(
     return np.array(sorted(lost), np.int64), head
 
 
-def _damaged(
-    numbers: NDArray[np.int64], lost: NDArray[np.int64], keys: NDArray[np.int64]
-) -> NDArray[np.bool_]:
+def _damaged(numbers: Integers, lost: Integers, keys: Integers) -> Flags:
     """Return, for the frame of each packet in `numbers`, whether it is lost or may refer to a lost
     one: to any since the keyframe before it or, where it is shown before that keyframe, since the
     keyframe before that."""
@@ -281,13 +266,7 @@ def _damaged(
     return np.searchsorted(lost, first) < np.searchsorted(lost, numbers, side="right")
 
 
-def _kept(
-    numbers: NDArray[np.int64],
-    times: NDArray[Any],
-    damaged: NDArray[np.bool_],
-    head: int,
-    between: float,
-) -> NDArray[np.bool_]:
+def _kept(numbers: Integers, times: Seconds, damaged: Flags, head: int, between: float) -> Flags:
     """Return which frames the index lists: all, if none is whole; else all except for damaged ones
     that nobody misses, at the beginning, at the end, or between whole frames.
 
@@ -305,7 +284,7 @@ def _kept(
     return kept | (not kept.any())
 
 
-def _alone(damaged: NDArray[np.bool_], times: NDArray[Any], between: float) -> NDArray[np.bool_]:
+def _alone(damaged: Flags, times: Seconds, between: float) -> Flags:
     """Return which damaged frames their neighbours can replace in any sampling: those between
     undamaged frames that lie as close as if FEW were missing between them."""
     (whole,) = np.nonzero(~damaged)

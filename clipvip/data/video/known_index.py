@@ -15,7 +15,6 @@ from typing import Any
 
 import av
 import numpy as np
-from numpy.typing import NDArray
 
 from clipvip.data.video.container import (
     MATROSKA,
@@ -37,15 +36,10 @@ from clipvip.data.video.frame_index import (
     check_whole,
     evened,
     first_pts,
-    gathered,
-    in_one_order,
     made_up,
-    may_be_dts,
-    new_starts,
     spacing,
     stamp_of,
     stretches,
-    tell_apart,
 )
 from clipvip.data.video.in_order import InOrder, index_by_decoding
 from clipvip.data.video.mp4 import composition_offsets
@@ -85,11 +79,7 @@ os.register_at_fork(after_in_child=lambda: setattr(_known, "lock", threading.Loc
 
 
 def known_index(
-    video: Video,
-    start: float | None = None,
-    end: float | None = None,
-    *,
-    trust: Trust = Trust.TABLES,
+    video: Video, start: float | None = None, end: float | None = None, trust: Trust = Trust.TABLES
 ) -> Index:
     """Return the index of the frames shown in [start, end), at least as reliable as `trust`.
 
@@ -97,10 +87,9 @@ def known_index(
     """
     if video.file.data is not None:
         return _read(video, start, end, trust)
-    path = video.path
-    status = os.stat(path)
-    identity = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    key = (*identity, start, end)
+    status = os.stat(video.path)
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    key = (str(video.path), *identity, start, end)
     index = _known.get(key)
     if index is None or index.trust < trust:
         index = _read(video, start, end, trust)
@@ -111,10 +100,9 @@ def known_index(
 
 
 def _read(video: Video, start: float | None, end: float | None, trust: Trust) -> Index:
-    if trust is Trust.TABLES and start is None and end is None:  # of a part, packets are read
-        index = index_by_tables(video)
-        if index is not None:
-            return index
+    of_all = start is None and end is None  # of a part, packets are read
+    if trust is Trust.TABLES and of_all and (index := index_by_tables(video)) is not None:
+        return index
     if trust <= Trust.PACKETS:
         with suppress(av.FFmpegError):  # where reading stops midway, earlier frames can be decoded
             if video.format != MATROSKA or video.file.data is not None:
@@ -126,7 +114,7 @@ def _read(video: Video, start: float | None, end: float | None, trust: Trust) ->
     return index_by_decoding(video.file, end)
 
 
-# --- from tables and packets ---
+# --- from tables and packets ----------------------------------------------------------------
 
 
 def index_by_tables(video: Video) -> Index | None:
@@ -150,10 +138,10 @@ def index_by_tables(video: Video) -> Index | None:
     duration = np.diff(dts, append=2 * dts[-1] - dts[max(len(dts) - 2, 0)])
     nothing = np.zeros(len(dts), np.bool_)
     packets = Packets(pts, dts, duration, flags != 0, nothing, nothing)
-    if may_be_dts(stream, packets) or not tell_apart(video, packets):
+    if packets.may_be_dts(stream) or not packets.tell_apart(video):
         return None
     packets = _without_lost_leaders(packets, video.file, None)
-    index = _by_pts(video, packets)
+    index = _index(video, packets)
     check_whole(video, packets, index.duration)
     return replace(index, trust=Trust.TABLES)
 
@@ -168,17 +156,17 @@ def index_by_packets(video: Video, start: float | None = None, end: float | None
     except Unseekable:
         start = None
         packets, whole = _packets_from_first(video.file, end)
-    doubt = may_be_dts(video.stream, packets)
+    doubt = packets.may_be_dts(video.stream)
     if doubt and start and video.format in SEEKABLE:  # a part may have no B-frames
-        doubt = may_be_dts(video.stream, _packets_from_first(video.file, BEGINNING)[0])
-    if not doubt and tell_apart(video, packets):
-        index = _by_pts(video, _without_lost_leaders(packets, video.file, start))
-    elif new_starts(video, packets).any() or not in_one_order(packets):
+        doubt = _packets_from_first(video.file, BEGINNING)[0].may_be_dts(video.stream)
+    if not doubt and packets.tell_apart(video):
+        index = _index(video, _without_lost_leaders(packets, video.file, start))
+    elif packets.new_starts(video).any() or not packets.in_one_order():
         return index_by_decoding(video.file, end)
     else:
         if start:  # frames are counted from the first
             packets, whole = _packets_from_first(video.file, end)
-        index = _by_count(video, packets)
+        index = _index(video, packets, by_count=True)
     if whole:
         check_whole(video, packets, index.duration)
     return index
@@ -202,11 +190,11 @@ def _packets(video: Video, start: float | None, end: float | None) -> tuple[Pack
     Of a part of a video only that part is read, where the format is in SEEKABLE.
     """
     last, stream = math.inf, video.stream
-    if video.format in SEEKABLE and stream.start_time is not None and stream.time_base:
+    if video.format in SEEKABLE and stream.start_time is not None:
         head = next(demux(video), None) if start else None
         if head is not None and (head.pts is None or head.pts < stream.start_time):
             raise Unseekable(video.path, "its first stamps are missing")
-        last = math.inf if end is None else stream.start_time + end / float(stream.time_base)
+        last = math.inf if end is None else stream.start_time + end / video.tick
     whole, found = True, []
     for packet in packets_from(video, start):
         dts = packet.dts
@@ -215,7 +203,7 @@ def _packets(video: Video, start: float | None, end: float | None) -> tuple[Pack
         if dts is not None and dts > last:
             whole = False
             break
-    return gathered(found), whole
+    return Packets.of(found), whole
 
 
 def _packets_from_first(file: File, end: float | None) -> tuple[Packets, bool]:
@@ -254,43 +242,26 @@ def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> 
 # --- from packets to an index ---------------------------------------------------------------
 
 
-def _by_pts(video: Video, packets: Packets) -> Index:
-    """Return the index of packets whose pts identify their frames."""
-    visible = packets.pts[~packets.hidden]
-    if not len(visible):
-        raise DecodeError(video.path, "no frames in it")
-    shown = np.sort(visible)
-    zero = first_pts(video, shown)
-    times = (shown - zero) * video.tick
-    last = packets.duration[~packets.hidden][visible.argmax()]
-    duration = float(times[-1] + last * video.tick)
-    return _index(video, packets, shown, times, duration, zero=zero)
+def _index(video: Video, packets: Packets, *, by_count: bool = False) -> Index:
+    """Return the index of packets whose pts identify their frames.
 
-
-def _by_count(video: Video, packets: Packets) -> Index:
-    """Return the index of packets that give a frame each, in an order that their stamps do not
-    tell: the n-th frame shown gets the n-th of all times."""
+    by_count: they give a frame each, in an order that their stamps do not tell; the n-th frame
+    shown gets the n-th of all times.
+    """
     visible = ~packets.hidden
     if not visible.any():
         raise DecodeError(video.path, "no frames in it")
     pts, dts = packets.pts[visible], packets.dts[visible]
-    by_dts = (made_up(video, pts) or NO_TIME in pts) and NO_TIME not in dts
-    times, zero = evened(np.sort(dts if by_dts else pts), video.stream, video.tick)
-    duration = float(times[-1] + spacing(times, video.stream))
-    return _index(video, packets, np.arange(len(times)), times, duration, zero=zero, by_count=True)
-
-
-def _index(
-    video: Video,
-    packets: Packets,
-    shown: NDArray[np.int64],
-    times: NDArray[Any],
-    duration: float,
-    *,
-    zero: int,
-    by_count: bool = False,
-) -> Index:
-    """Return an index; zero: the stamp at time 0."""
+    if by_count:
+        by_dts = (made_up(video, pts) or NO_TIME in pts) and NO_TIME not in dts
+        times, zero = evened(np.sort(dts if by_dts else pts), video)
+        shown, last = np.arange(len(times)), spacing(times, video)
+    else:
+        shown = np.sort(pts)
+        zero = first_pts(video, shown)
+        times = (shown - zero) * video.tick
+        last = packets.duration[visible][pts.argmax()] * video.tick
+    duration = float(times[-1] + last)
     pts, dts = packets.filled
     lost = stretches((dts[packets.lost] - zero) * video.tick)
     return Index(pts, dts, packets.keyframe, shown, times, duration, by_count, Trust.PACKETS, lost)

@@ -171,7 +171,7 @@ def in_order(video: Video, index: Index, wanted: Positions) -> Decoded:
             yield position, frame
             due += 1
             if due == len(wanted):
-                reader.stop()
+                reader.stopped = True
                 if not count_all:
                     return
     if due < len(wanted) or (count_all and given != (~reader.packets.hidden).sum()):

@@ -174,7 +174,7 @@ def _shown(media: Media, start: float | None, end: float | None) -> _Shown:
         context = clip.video.stream.codec_context
         pictures = clip.decode(max(min(context.width, context.height), 1)).frames
         times = clip.index.times[window_of(clip.index.times, start, end, clip.path)]
-        return _Shown(times - times[0], pictures, float(clip.video.stream.time_base or 0))
+        return _Shown(times - times[0], pictures, clip.video.tick)
 
 
 def _alike(one: _Shown, other: _Shown) -> bool:

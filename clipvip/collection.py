@@ -9,8 +9,8 @@
     a pattern such as "clips/**/*.mkv" that matches any of these
 
 A name that exists is taken literally, even if it looks like a pattern. Files with other suffixes
-are skipped and counted on standard error. Nothing is decoded here. A broken video, or a missing one
-that a list or annotations name, is listed too; reading it fails later.
+are skipped and counted on standard error. Broken and missing videos are listed too; reading them
+fails later.
 """
 
 import glob
@@ -53,7 +53,8 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
 
     A file that two sources name, or that is also reached through a linked folder, is listed once.
     Pipes, unreadable folders and lists, and bad lines of annotations are left out and returned as
-    {"path", "reason"} each. Raises ValueError if a source, or all together, contain no clip.
+    {"path", "reason"} each. Raises ValueError if a source matches nothing or is a folder without
+    videos, or if no source has a clip.
     """
     if not sources:
         raise ValueError("no videos were named; expected files, folders, patterns or lists of them")
@@ -103,7 +104,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _state(path: str) -> tuple[int, int]:
-    """Return size and modification time of a file; zeros if there is none, as reading will say."""
+    """Return size and modification time of a file; zeros on an error, which reading will report."""
     try:
         state = os.stat(path)
     except (OSError, ValueError):

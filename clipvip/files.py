@@ -87,7 +87,8 @@ def write_new(path: Path, data: bytes | Iterable[bytes]) -> None:
 def _write(
     path: Path, data: str | bytes | Iterable[bytes], create: Callable[[Path], BinaryIO]
 ) -> None:
-    """Write and flush the file that `create` opens, and name it `path`; on an error, delete it."""
+    """Write and flush the file that `create` opens, and rename it to `path` if it has another name;
+    on an error, delete it."""
     if isinstance(data, str):
         data = data.encode()
     try:
@@ -179,7 +180,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def check_is_file(path: str | Path) -> None:
-    """Raise OSError for a folder, pipe or device, of which opening or reading may never end."""
+    """Raise OSError for a folder, pipe or device: opening or reading those may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"a folder, {NOT_A_FILE.removeprefix('a ')}")
 
@@ -238,10 +239,10 @@ def _may_be_file(entry: os.DirEntry[str]) -> bool:
 
 
 def decode_text(data: bytes) -> tuple[str, bool]:
-    """Decode a text as its byte-order mark says, else as UTF-8.
+    """Decode a text by its byte-order mark, else as UTF-8. Return it, and whether that was a guess.
 
-    Lines that are not UTF-8 are decoded as Windows-1252, else Latin-1; then the bool is True, as
-    that is a guess. Raises ValueError if the data are no text.
+    Guessed are lines that are not UTF-8: they are decoded as Windows-1252, else Latin-1.
+    Raises ValueError if the data are no text.
     """
 
     def guess(line: bytes) -> str:
@@ -334,11 +335,10 @@ def _take(lock: int) -> str | None:
             return None
     note = f"{here}process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}\n"
     with suppress(OSError):  # the disk may be full
-        if not _NOTE.fullmatch(os.pread(lock, 1000, 0).decode(errors="replace")):
-            return None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, note.encode(), 0)
-        os.fsync(lock)  # for readers on other machines
+        if _NOTE.fullmatch(os.pread(lock, 1000, 0).decode(errors="replace")):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, note.encode(), 0)
+            os.fsync(lock)  # for readers on other machines
     return None
 
 

@@ -70,8 +70,8 @@ class Index(StoredIndex):
 
     @cached_property
     def _encoder(self) -> tuple[Any, Any]:
-        here = _model_here(self.model, self.sources)
-        model, processor = _load(here, "cpu", local_files_only=True)
+        folder = _model_here(self.model, self.sources)
+        model, processor = _load(folder, "cpu", local_files_only=True)
         if _fingerprint(model, processor) != self.fingerprint:
             raise ValueError(
                 f"the model {shown(self.model)} has changed since this index was made with it; "
@@ -108,8 +108,7 @@ class Index(StoredIndex):
                 f"the index is damaged: its embeddings have {self.embeddings.shape[-1]} values "
                 f"each, those of its model {features.shape[-1]}; make it again with clipvip embed"
             )
-        scores = self.embeddings @ features[0]
-        best = scores.topk(min(k, len(self.clips)))
+        best = (self.embeddings @ features[0]).topk(min(k, len(self.clips)))
         return [
             Hit(score, Path(self.clips[row].path), self.clips[row].start, self.clips[row].end)
             for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)

@@ -91,8 +91,8 @@ class Head:
 
 def read_index(folder: Path) -> StoredIndex:
     """Read an index. Raises ValueError if there is none, DamagedIndexError if it is damaged."""
-    damaged, before = None, None
-    for _ in range(READS):
+    before = None
+    for attempt in range(READS):
         head = read_head(folder)
         if head is None:
             raise ValueError(
@@ -104,14 +104,13 @@ def read_index(folder: Path) -> StoredIndex:
                 f"{shown(folder)} holds no clips yet: its first build is running, or stopped "
                 "before it saved any; wait, or run the same clipvip embed again"
             )
-        if damaged and head == before:
-            break
         try:
             return _read_data(folder, head, *head.data)
-        except DamagedIndexError as error:  # or its files were replaced meanwhile
-            damaged, before = error, head
-    assert damaged is not None
-    raise damaged
+        except DamagedIndexError:  # or its files were replaced meanwhile
+            if head == before or attempt == READS - 1:
+                raise
+            before = head
+    raise AssertionError
 
 
 def read_head(folder: Path) -> Head | None:
@@ -143,11 +142,10 @@ def _is_sound(head: dict[str, Any]) -> bool:
     """Whether values of index.json have the right types, and it names only files of an index."""
     sources, spare = head.get("sources"), head.get("spare", [])
     data = head.get("embeddings"), head.get("clips")
-    if not (isinstance(sources, list) and isinstance(spare, list)):
-        return False
-    texts = head.get("model"), head.get("fingerprint"), *sources
     return (
-        all(isinstance(text, str) for text in texts)
+        isinstance(sources, list)
+        and isinstance(spare, list)
+        and all(isinstance(x, str) for x in (head.get("model"), head.get("fingerprint"), *sources))
         and all(_is_name(name, _EMBEDDINGS) or _is_name(name, _CLIPS) for name in spare)
         and not any(name in spare for name in data)
         and (data == (None, None) or (_is_name(data[0], _EMBEDDINGS) and _is_name(data[1], _CLIPS)))

@@ -33,8 +33,8 @@ def one_line_errors(alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
 def print_error(error: Exception) -> None:
     """Print an error as one line on stderr, with the rank of this process if it is not 0."""
     rank = os.environ.get("RANK", "0")
-    of_rank = "" if rank == "0" else f", rank {rank}"
-    print(shown(f"clipvip{of_rank}: error: {' '.join(str(error).split())}"), file=sys.stderr)
+    name = "clipvip" if rank == "0" else f"clipvip, rank {rank}"
+    print(shown(f"{name}: error: {' '.join(str(error).split())}"), file=sys.stderr)
 
 
 class _Output(io.FileIO):

@@ -69,9 +69,9 @@ class Clip:
 def load_annotations(path: str | Path, left_out: LeftOut | None = None) -> list[Clip]:
     """Read every clip of a JSON Lines file, in order.
 
-    left_out: called with place and reason of each bad line, unless all are bad; such lines are
-        skipped. Without it, AnnotationError names the first five.
-    Raises AnnotationError if the file is missing or has no clip.
+    left_out: called with place and reason of each bad line, which is skipped.
+    Raises AnnotationError if the file is missing or has no clip and, without `left_out`, if it has
+    bad lines; the error names the first five.
     """
     return [clip for _, clip in _scan(Path(path), left_out)]
 
@@ -159,7 +159,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(line: bytes, folder: Path, number: int = 0) -> Clip:
-    """Return the clip of one line; its paths start from `folder`. Raises ValueError."""
+    """Return the clip of one line; its paths are relative to `folder`. Raises ValueError."""
     try:
         # From bytes, json.loads would also accept encoded halves of characters, as if in names.
         text = line.decode("utf-8-sig")

@@ -83,7 +83,13 @@ def msrvtt_items(request: Request) -> Iterator[Item]:
     for video, said in listed.texts.items():
         said = texts.get(bare_name(video), []) if said is None else said
         with done.tolerate(f"{listed.path}: {video}"):
-            yield Item(video, said if picked is None else [_pick(said, picked.get(video))])
+            if picked is not None:
+                if video not in picked:
+                    raise ValueError("the number of its caption is missing")
+                if not 0 <= (number := picked[video]) < len(said):
+                    raise ValueError(f"caption {number} of {len(said)}")
+                said = [said[number]]
+            yield Item(video, said)
 
 
 def _read_captions(
@@ -197,14 +203,6 @@ def _read_picked(request: Request) -> dict[str, int]:
             f"{path}: expected the number of a caption by video, but {reason}; put the published "
             f"file there, {instead}"
         ) from error
-
-
-def _pick(said: list[str], number: int | None) -> str:
-    if number is None:
-        raise ValueError("the number of its caption is missing")
-    if not 0 <= number < len(said):
-        raise ValueError(f"caption {number} of {len(said)}")
-    return said[number]
 
 
 def _rows(path: Path, done: Prepared) -> Iterator[tuple[str, str | None]]:

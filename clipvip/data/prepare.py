@@ -228,10 +228,7 @@ def _hdvila_video(videos: Path, key: str) -> Path | None:
 
 
 def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], str | None]:
-    """Return a function from clip_id to its text in the LMDB with `name` in its folder's name.
-
-    The function returns None if there is no such LMDB, or no such clip_id in it.
-    """
+    """Return a function from clip_id to its text, if any, in the LMDB with `name` in its folder."""
     files = [path for path in request.find("data.mdb") if os.path.isfile(path)]
     folder = next((path.parent for path in files if name in path.parent.name), None)
     if folder is None:
@@ -283,8 +280,7 @@ def _folder(request: Request) -> Iterator[Item]:
             texts[stem] = path
         else:
             others[suffix.lower() or "without a suffix"] += 1
-    alone = len(texts.keys() - {os.path.splitext(path)[0] for path in media})
-    if alone:
+    if alone := len(texts.keys() - {os.path.splitext(path)[0] for path in media}):
         others[".txt"] = alone
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())

@@ -26,7 +26,8 @@ from clipvip.data import DECODERS
 from clipvip.data.video.container import Blob
 from clipvip.data.video.decode import Frames, open_clip
 from clipvip.data.video.encode import CPU, GPU, Encoded, Engine, encode
-from clipvip.ops.resize_crop import Axis, Turn, on_black, placed, resize_frames
+from clipvip.data.video.pixels import turned
+from clipvip.ops.resize_crop import Axis, on_black, placed, resize_frames
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class DaliDecoder:
             return [*self._decode(clips[:half]), *self._decode(clips[half:])]
         parts = packed.split([len(clip.chosen.positions) for clip in clips])
         return [
-            Frames(*clip.chosen.split(_turned(part, clip.turn)))
+            Frames(*clip.chosen.split(turned(part, clip.turn)))
             for part, clip in zip(parts, clips, strict=True)
         ]
 
@@ -261,13 +262,6 @@ def _part(clip: Encoded, axes: tuple[Axis, Axis]) -> dict[str, NDArray[np.float3
     whole, first, kept, _ = np.array(tuple(zip(*axes, strict=True)), np.float32)
     unit = np.array([clip.height, clip.width], np.float32) / whole
     return {"size": kept, "begin": first * unit, "end": (first + kept) * unit}
-
-
-def _turned(frames: Tensor, turn: Turn) -> Tensor:
-    swapped, mirrored_x, mirrored_y = turn
-    frames = frames.transpose(2, 3) if swapped else frames
-    axes = [axis for axis, mirrored in ((3, mirrored_x), (2, mirrored_y)) if mirrored]
-    return frames.flip(axes) if axes else frames
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ Refused is raised for clips that DALI cannot decode, or would decode wrong: fram
 colours other than BT.601's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,17 +19,12 @@ import numpy as np
 import torch
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from torch import Tensor
 
-from clipvip.data.video.container import (
-    DecodeError,
-    Stamps,
-    open_file,
-    packets_from,
-    remux,
-)
+from clipvip.data.video.container import DecodeError, Stamps, open_file, packets_from, remux
 from clipvip.data.video.decode import OpenClip
-from clipvip.data.video.headers import CHANGED, difference, resets
+from clipvip.data.video.headers import CHANGED, difference, is_reset
 from clipvip.data.video.pixels import MATRIX_NAMES, orientation
 from clipvip.data.video.sampling import Choice
 from clipvip.ops.resize_crop import Turn
@@ -95,7 +90,7 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
     with open_file(clip.video.file) as video:
         stream = video.stream
         stated = stream.codec_context.width, stream.codec_context.height
-        packets = _needed(packets_from(video, first), set(wanted.tolist()), resets(stream))
+        packets = _needed(packets_from(video, first), set(wanted.tolist()), stream)
         if packets and (problem := difference(stream, packets)):
             raise Refused(path, problem)
         frame = _first_frame(packets)
@@ -146,20 +141,18 @@ def _check_colours(path: Path, number: int) -> None:
         raise Refused(path, f"{name or 'other'} colours")
 
 
-def _needed(
-    packets: Iterator[Packet], wanted: set[int], is_reset: Callable[[Packet], bool]
-) -> list[Packet]:
+def _needed(packets: Iterator[Packet], wanted: set[int], stream: VideoStream) -> list[Packet]:
     """Return packets in decoding order, from the first keyframe to the last wanted packet, without
     the stretches between resets in which none is wanted. Return none if a wanted one is missing.
 
-    wanted: their pts. is_reset: see headers.resets.
+    wanted: their pts.
     """
     needed: list[Packet] = []
     stretch, used = 0, False  # where the packets since the last reset begin, if any is wanted
     for packet in packets:
         if not packet.size or packet.pts is None:
             continue
-        if is_reset(packet):
+        if is_reset(packet, stream):
             if not used:
                 del needed[stretch:]
             stretch, used = len(needed), False

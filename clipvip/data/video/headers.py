@@ -21,28 +21,25 @@ CLOSED = frozenset({"vp8", "vp9", "av1", "mjpeg"})  # no frame refers to one bef
 # Types of NAL units that are IDR pictures, and of the parameter sets that state the size.
 IDR = {"h264": (5,), "hevc": (19, 20)}
 SEQUENCES = {"h264": 7, "hevc": 33}
+# Header of a video object layer of MPEG-4.
+LAYER = re.compile(rb"\x00\x00\x01[\x20-\x2f].*?(?=\x00\x00\x01|\Z)", re.DOTALL)
 
 CHANGED = "its frames change size or format"
 UNPAIRED = "packets hold no frame to show, or several"
 UNREADABLE = "headers of its frames cannot be read"
 
 
-def resets(stream: VideoStream) -> Callable[[Packet], bool]:
-    """Return a test for packets at which decoding can start: no packet from there on, in decoding
-    order, refers to an earlier one.
+def is_reset(packet: Packet, stream: VideoStream) -> bool:
+    """Return whether decoding can start at a packet: no packet from there on, in decoding order,
+    refers to an earlier one.
 
     For the codecs in CLOSED these are keyframes. For H.264 and HEVC they are IDR pictures, since in
     open groups of pictures some refer to the group before. For other codecs they are unknown.
     """
     codec = stream.codec_context.codec.canonical_name
-    if codec not in IDR:
-        return lambda packet: packet.is_keyframe and codec in CLOSED
-
-    def is_idr(packet: Packet) -> bool:
-        units = nal_units(packet, stream) if packet.is_keyframe else ()
-        return any(kind in IDR[codec] for kind, _ in units)
-
-    return is_idr
+    if not packet.is_keyframe or codec not in IDR:
+        return packet.is_keyframe and codec in CLOSED
+    return any(kind in IDR[codec] for kind, _ in nal_units(packet, stream))
 
 
 def difference(stream: VideoStream, packets: Sequence[Packet]) -> str | None:
@@ -55,16 +52,28 @@ def difference(stream: VideoStream, packets: Sequence[Packet]) -> str | None:
         if codec in NAL:
             if not all(packet.size > SMALL or holds_picture(packet, stream) for packet in packets):
                 return UNPAIRED
-            return _of_sets(head, [_sequences(packet, stream) for packet in keyframes], packets)
+            units = (unit for packet in keyframes for unit in nal_units(packet, stream))
+            sets = {bytes(unit).rstrip(b"\0") for kind, unit in units if kind == SEQUENCES[codec]}
+            return _of_sets(head, sets, packets)
         if codec == "mpeg4":
-            return _of_sets(head, [_layers(bytes(packet)) for packet in keyframes], packets)
-        return _of_frames(_reader(codec, head), packets)
+            sets = {layer for packet in keyframes for layer in LAYER.findall(bytes(packet))}
+            return _of_sets(head, sets, packets)
+        reader = _Av1(head) if codec == "av1" else {"vp8": _vp8, "vp9": _vp9, "mjpeg": _jpeg}[codec]
+        return _of_frames(reader, packets)
     except (ValueError, LookupError):
         return UNREADABLE
 
 
-def _reader(codec: str, head: bytes) -> "Callable[[bytes], list[_Frame]]":
-    return _Av1(head) if codec == "av1" else {"vp8": _vp8, "vp9": _vp9, "mjpeg": _jpeg}[codec]
+def _of_sets(head: bytes, sets: set[bytes], packets: Sequence[Packet]) -> str | None:
+    """Return CHANGED unless all parameter sets are the same: in the packets (`sets`), in the
+    codec's extradata (`head`) if any, and in extradata that an MP4 file has for later packets."""
+    alike = len(sets) <= 1 and (not head or all(parameters in head for parameters in sets))
+    return None if alike and not any(map(has_new_head, packets)) else CHANGED
+
+
+def has_new_head(packet: Packet) -> bool:
+    """Return whether an MP4 file has other extradata from this packet on."""
+    return hasattr(packet, "has_sidedata") and packet.has_sidedata("new_extradata")  # PyAV 16
 
 
 class _Frame(NamedTuple):
@@ -97,33 +106,6 @@ class _Bits:
         if self.left < 0:
             raise ValueError("a header that is cut off")
         return self.value >> self.left & (1 << count) - 1
-
-
-# --- H.264, HEVC, MPEG-4 --------------------------------------------------------------------
-
-
-def _sequences(packet: Packet, stream: VideoStream) -> list[bytes]:
-    wanted = SEQUENCES[stream.codec_context.codec.canonical_name]
-    units = nal_units(packet, stream)
-    return [bytes(unit).rstrip(b"\0") for kind, unit in units if kind == wanted]
-
-
-def _layers(data: bytes) -> list[bytes]:
-    """Headers of MPEG-4's video object layers."""
-    return re.findall(rb"\x00\x00\x01[\x20-\x2f].*?(?=\x00\x00\x01|\Z)", data, re.DOTALL)
-
-
-def _of_sets(head: bytes, found: list[list[bytes]], packets: Sequence[Packet]) -> str | None:
-    """Return CHANGED unless all parameter sets are the same: in the packets (`found`), in the
-    codec's extradata (`head`) if any, and in extradata that an MP4 file has for later packets."""
-    sets = {parameters for each in found for parameters in each}
-    alike = len(sets) <= 1 and (not head or all(parameters in head for parameters in sets))
-    return None if alike and not any(map(has_new_head, packets)) else CHANGED
-
-
-def has_new_head(packet: Packet) -> bool:
-    """Return whether an MP4 file has other extradata from this packet on."""
-    return hasattr(packet, "has_sidedata") and packet.has_sidedata("new_extradata")  # PyAV 16
 
 
 # --- JPEG, VP8, VP9 -------------------------------------------------------------------------

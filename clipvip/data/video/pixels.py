@@ -109,6 +109,14 @@ def orientation(frame: VideoFrame) -> Turn:
     return True, c < 0, b < 0
 
 
+def turned(frames: Tensor, turn: Turn) -> Tensor:
+    """Return frames, or planes, [N, ..., H, W], turned upright."""
+    swapped, mirrored_x, mirrored_y = turn
+    frames = frames.mT if swapped else frames
+    axes = [axis for axis, mirrored in ((-1, mirrored_x), (-2, mirrored_y)) if mirrored]
+    return frames.flip(axes) if axes else frames
+
+
 def _display_matrix(frame: VideoFrame) -> Any:
     """Return the frame's display matrix; None where it has none.
 

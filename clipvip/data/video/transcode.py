@@ -36,8 +36,8 @@ from clipvip.data.video.container import (
 from clipvip.data.video.decode import decode_clip, open_clip
 from clipvip.data.video.frame_index import window_of
 from clipvip.data.video.headers import has_new_head
-from clipvip.data.video.pixels import MATRIX_NAMES, ONE_THREAD, orientation
-from clipvip.ops.resize_crop import UPRIGHT, Turn, resized, to_rgb
+from clipvip.data.video.pixels import MATRIX_NAMES, ONE_THREAD, orientation, turned
+from clipvip.ops.resize_crop import UPRIGHT, resized, to_rgb
 
 # Containers for the packets of each format (PyAV's names), the best first. QuickTime takes codecs
 # that MP4 does not; Matroska rounds times to milliseconds.
@@ -48,6 +48,7 @@ TICKS = Fraction(1, 90000)
 # x264's macroblock tree, a clip's bytes would depend on the clips that the process encoded before.
 CODING = {"crf": "20", "preset": "fast", "threads": "1", "g": "25", "mbtree": "0"}
 BT601 = 6  # the matrix's number in H.273
+BICUBIC = Interpolation.BICUBIC
 
 
 class Cut(NamedTuple):
@@ -90,16 +91,13 @@ def cut(path: Path, start: float | None, end: float | None) -> Cut:
     except DecodeError as error:
         known = isinstance(error, _Impossible)
         reason = error.reason if known else "their packets cannot be read by themselves"
-        return whole(path, start, end)._replace(instead=f"stored whole: {reason}")
-    shown = _shown(path, start, end)
-    try:
-        same = _alike(shown, _shown(part.blob, part.start, part.end))
-    except DecodeError:
-        same = False
-    if not same:
+    else:
+        shown = _shown(path, start, end)
+        with suppress(DecodeError):
+            if _alike(shown, _shown(part.blob, part.start, part.end)):
+                return part._replace(compared=True)
         reason = "their packets show other frames by themselves"
-        return whole(path, start, end)._replace(instead=f"stored whole: {reason}")
-    return part._replace(compared=True)
+    return whole(path, start, end)._replace(instead=f"stored whole: {reason}")
 
 
 def _copied(path: Path, start: float | None, end: float | None) -> Cut:
@@ -202,17 +200,13 @@ def reencode(path: Path, size: int, start: float | None = None, end: float | Non
             data = _coded(path, size, short, start, end)
             return Cut(Blob(path.with_suffix(".mp4").name, data))
         except _Larger as larger:
-            short = larger.side
+            (short,) = larger.args
         except _Impossible as error:
             return cut(path, start, end)._replace(instead=f"not re-encoded: {error.reason}")
 
 
 class _Larger(Exception):
-    """A frame has a longer shortest side, `side`, than the frames encoded so far."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__(side)
-        self.side = side
+    """A frame has a longer shortest side, the argument, than the frames encoded so far."""
 
 
 def _coded(
@@ -282,8 +276,8 @@ class _Shrink:
             colours = {"dst_colorspace": BT601, "dst_color_range": ColorRange.MPEG}
             small = self._reformat(rgb, width, height, "yuv444p", **colours)
         if small.format.name != "yuv420p":
-            planes = _turned(_in_bt601(small.to_ndarray(), matrix, full), turn)
-            upright = VideoFrame.from_ndarray(planes, format="yuv444p")
+            planes = turned(torch.from_numpy(_in_bt601(small.to_ndarray(), matrix, full)), turn)
+            upright = VideoFrame.from_ndarray(planes.contiguous().numpy(), format="yuv444p")
             small = self._reformat(upright, upright.width, upright.height, "yuv420p")
         small.pict_type = PictureType.NONE  # for the encoder to choose
         return small
@@ -295,13 +289,7 @@ class _Shrink:
         now = (frame.format.name, frame.colorspace, frame.color_range, pixels)
         reformatter = self.reformatters.setdefault(now, VideoReformatter())
         return reformatter.reformat(
-            frame,
-            width,
-            height,
-            pixels,
-            interpolation=Interpolation.BICUBIC,
-            **colours,
-            **ONE_THREAD,
+            frame, width, height, pixels, interpolation=BICUBIC, **colours, **ONE_THREAD
         )
 
 
@@ -317,10 +305,3 @@ def _in_bt601(planes: NDArray[Any], matrix: str, full_range: bool) -> NDArray[np
     changed = np.tensordot(change.astype(np.float32), planes.astype(np.float32), 1)
     changed += offset.astype(np.float32)[:, None, None]
     return np.clip(np.rint(changed), 0, 255).astype(np.uint8)
-
-
-def _turned(planes: NDArray[np.uint8], turn: Turn) -> NDArray[np.uint8]:
-    """Turn planes, [3, H, W], upright."""
-    swapped, mirrored_x, mirrored_y = turn
-    upright = planes.transpose(0, 2, 1) if swapped else planes
-    return np.ascontiguousarray(upright[:, :: -1 if mirrored_y else 1, :: -1 if mirrored_x else 1])

@@ -6,8 +6,7 @@ the gradient of the loss. The mean that data parallelism takes over ranks is the
 gradient of the loss in a single process, for the encoders and logit_scale alike.
 """
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,8 +77,8 @@ class _Sharded(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         layout = _Layout(b)
         rows: list[Tensor] = []
-        for step, (span, part) in enumerate(_parts(b, layout)):
-            own = step == 0
+        for span, part in _parts(b, layout):
+            own = span == layout.own
             row, column, at = block_forward(a, part, scale, diagonal if own else len(part), backend)
             if own:
                 columns = column.new_empty(layout.total)
@@ -97,18 +96,17 @@ class _Sharded(torch.autograd.Function):
     def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_positive: Tensor) -> Any:
         a, b, scale, row_lse, col_lse = ctx.saved_tensors
         layout = ctx.layout
-        parts, work = _start_gather(grad_col, layout)
-        work.wait()
-        grad_cols = layout.joined(parts)
+        grad_cols = _start_gather(grad_col, layout)()
         no_positive = torch.zeros_like(grad_positive)
         exact = torch.promote_types(a.dtype, torch.float32)
         grad_a, grad_scale = torch.zeros_like(a, dtype=exact), torch.zeros_like(scale)
         grad_b = b.new_empty(layout.total, *b.shape[1:], dtype=exact)
-        for step, (span, part) in enumerate(_parts(b, layout)):
-            own = step == 0
+        for span, part in _parts(b, layout):
+            own = span == layout.own
             part_a, part_b, part_scale = block_gradients(
                 *(a, part, scale, ctx.diagonal if own else len(part), row_lse, col_lse[span]),
-                *(grad_row, grad_cols[span], grad_positive if own else no_positive, ctx.backend),
+                *(grad_row, grad_cols[span], grad_positive if own else no_positive),
+                backend=ctx.backend,
             )
             grad_a += part_a
             grad_scale += part_scale
@@ -125,34 +123,34 @@ class _Layout:
         counts = [torch.empty_like(own) for _ in range(world_size())]
         dist.all_gather(counts, own)
         self.counts: list[int] = torch.cat(counts).tolist()
-        ends = list(itertools.accumulate(self.counts))
-        self.total, end = ends[-1], ends[rank()]
-        self.most = max(self.counts)
-        self.own = slice(end - len(columns), end)
-
-    def joined(self, parts: Tensor) -> Tensor:
-        """Drop the padding of every rank's rows: [world, most, …] → [total, …]."""
-        if min(self.counts) == self.most:
-            return parts.flatten(0, 1)
-        return torch.cat([part[:n] for part, n in zip(parts, self.counts, strict=True)])
+        self.total, self.most = sum(self.counts), max(self.counts)
+        before = sum(self.counts[: rank()])
+        self.own = slice(before, before + len(columns))
 
 
 def _parts(tensor: Tensor, layout: _Layout) -> Iterator[tuple[slice, Tensor]]:
     """Yield all ranks' columns and where they are: the rank's own first, while others travel."""
-    parts, work = _start_gather(tensor, layout)
+    gathered = _start_gather(tensor, layout)
     yield layout.own, tensor
-    work.wait()
-    whole = layout.joined(parts)
+    whole = gathered()
     for others in (slice(0, layout.own.start), slice(layout.own.stop, layout.total)):
         if others.start < others.stop:
             yield others, whole[others]
 
 
-def _start_gather(tensor: Tensor, layout: _Layout) -> tuple[Tensor, Any]:
-    """Start to gather every rank's rows, padded to the most of any rank: [world, most, …]."""
+def _start_gather(tensor: Tensor, layout: _Layout) -> Callable[[], Tensor]:
+    """Start to gather every rank's rows; return a function that waits for them: [total, …]."""
     tensor = _padded(tensor, layout.most)
     parts = tensor.new_empty(len(layout.counts), *tensor.shape)
-    return parts, dist.all_gather(list(parts.unbind()), tensor, async_op=True)
+    work: Any = dist.all_gather(list(parts.unbind()), tensor, async_op=True)
+
+    def gathered() -> Tensor:
+        work.wait()
+        if min(layout.counts) == layout.most:
+            return parts.flatten(0, 1)
+        return torch.cat([part[:n] for part, n in zip(parts, layout.counts, strict=True)])
+
+    return gathered
 
 
 def _sum_to_owners(whole: Tensor, layout: _Layout) -> Tensor:

@@ -111,7 +111,7 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
         first proxy of each video.
         """
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, frame_offsets))
-        for layer in self.encoder["layers"]:
+        for layer in self.encoder["layers"].children():
             hidden_states = layer(hidden_states, frame_offsets)
         first = proxy_starts(frame_offsets, self.config.num_proxies, self.patches_per_frame)
         return BaseModelOutputWithPooling(

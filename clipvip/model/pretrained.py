@@ -23,12 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import cached_file
 
 from clipvip.files import shown
-from clipvip.model.authors import (
-    AUTHORS_SUFFIXES,
-    infer_config,
-    is_authors_file,
-    read_authors_checkpoint,
-)
+from clipvip.model import authors
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
 
 ADDED_TO_CLIP = ("vision_model.embeddings.added_cls", "vision_model.embeddings.temporal_embedding")
@@ -80,7 +75,7 @@ def found(
     if not value.strip():
         raise error(f"{what} is empty; {wanted}")
     check_name(what, value)
-    named = _HUB_NAME.fullmatch(value) and path.suffix not in AUTHORS_SUFFIXES
+    named = _HUB_NAME.fullmatch(value) and path.suffix not in authors.AUTHORS_SUFFIXES
     if not path.exists() and not named:
         raise error(f"{what} is {value!r}, which does not exist; {wanted}")
     if path.is_dir() and kind == "model" and not (path / subfolder / "config.json").is_file():
@@ -164,11 +159,11 @@ def resolve(
     names of weights that the source may lack."""
     if source is None:
         return None, options, frozenset()
-    if is_authors_file(source):
-        options = {**options, "state_dict": read_authors_checkpoint(source)}
+    if authors.is_authors_file(source):
+        options = {**options, "state_dict": authors.read_authors_checkpoint(source)}
         if options.get("config") is None:
             video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
-            options["config"] = infer_config(options["state_dict"], source, **video)
+            options["config"] = authors.infer_config(options["state_dict"], source, **video)
             _check_size(options["config"], source, options)
         return None, options, frozenset()
     model_type = read_json(source, "config.json", options).get("model_type")

@@ -1,7 +1,6 @@
 """Turn videos and texts into the inputs of CLIPViPModel.
 
-The processor alone decides how videos and texts are read; training, evaluation and search ask it.
-It is saved with the model.
+The processor, saved with the model, decides how videos and texts are read for the whole package.
 """
 
 import json
@@ -201,7 +200,7 @@ class CLIPViPProcessor(ProcessorMixin):
 
         tokenizer: folder or hub name of the tokenizer; by default that of the model.
         kwargs: transformers' hub options (revision, cache_dir, local_files_only, …).
-        Raises NoTokenizer if there is no tokenizer.
+        Raises NoTokenizer if there is none.
         """
         for name in ("trust_remote_code", "_from_auto"):
             kwargs.pop(name, None)
@@ -218,18 +217,15 @@ class CLIPViPProcessor(ProcessorMixin):
 
 
 def normalize_frames(
-    frames: Tensor,
-    mean: Sequence[float] = OPENAI_CLIP_MEAN,
-    std: Sequence[float] = OPENAI_CLIP_STD,
-    dtype: torch.dtype = torch.float32,
+    frames: Tensor, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD
 ) -> Tensor:
-    """Normalise uint8 frames [..., 3, H, W] on their device: (frames/255 - mean)/std in `dtype`."""
+    """Normalise uint8 frames [..., 3, H, W] on their device: (frames/255 - mean)/std in fp32."""
     if frames.dtype != torch.uint8:
         raise TypeError(f"frames are {frames.dtype}; expected uint8")
     scale = 1 / (255 * torch.tensor(std))
     shift = 255 * torch.tensor(mean) * scale
     scale, shift = (send(x[:, None, None], frames.device) for x in (scale, shift))
-    return (frames * scale - shift).to(dtype)
+    return frames * scale - shift
 
 
 def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:

@@ -61,14 +61,11 @@ class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
 
         # Before frame f of video v stand v + 1 groups of proxies and f frames.
         length = patches.shape[1]
-        video = video_of_frame(frame_offsets, frames)
-        first = (video + 1) * self.num_proxies + torch.arange(
-            0, frames * length, length, device=video.device
-        )
-        rows = first[:, None] + torch.arange(length, device=video.device)
-        proxy_rows = proxy_starts(frame_offsets, self.num_proxies, length)[:, None] + torch.arange(
-            self.num_proxies, device=video.device
-        )
+        video, device = video_of_frame(frame_offsets, frames), frame_offsets.device
+        first = (video + 1) * self.num_proxies + torch.arange(frames, device=device) * length
+        rows = first[:, None] + torch.arange(length, device=device)
+        starts = proxy_starts(frame_offsets, self.num_proxies, length)
+        proxy_rows = starts[:, None] + torch.arange(self.num_proxies, device=device)
         tokens = patches.new_empty(videos * self.num_proxies + frames * length, self.embed_dim)
         tokens = tokens.index_copy_(0, rows.flatten(), patches.flatten(0, 1))
         return tokens.index_copy_(0, proxy_rows.flatten(), proxies.flatten(0, 1))

@@ -29,6 +29,8 @@ from clipvip.training.config import ConfigError, TrainConfig, TrainingError
 
 logger = logging.getLogger(__name__)
 
+Steps = Collection[int | None]
+
 MANIFEST = "manifest.json"
 REQUIRED = (  # one file of each group; earlier versions and transformers wrote the later names
     ("state.pt",),
@@ -137,10 +139,8 @@ def checkpoint_step(path: Path) -> int:
 def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Let `write` fill an empty folder, then make it the checkpoint of that step.
 
-    On failure, the folder is removed and other checkpoints stay as they are.
-
-    Raises:
-        OSError: it cannot be written, for instance because the disk is full.
+    On failure, the folder is removed and other checkpoints stay. Raises OSError if it cannot be
+    written, for instance because the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(_TEMPORARY + "*"):  # by a killed process; other files stay
@@ -167,11 +167,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
 
 
 def save_with_room(
-    folder: Path,
-    step: int,
-    write: Callable[[Path], None],
-    keep: int,
-    protect: Collection[int | None] = (),
+    folder: Path, step: int, write: Callable[[Path], None], keep: int, protect: Steps = ()
 ) -> None:
     """Save a checkpoint like `save`. If the disk is full, delete those that `prune` would delete
     next, and retry once."""
@@ -197,10 +193,7 @@ def newest_good(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint; None if there are no checkpoints.
 
     Newer ones that are damaged are logged and renamed to damaged-step-*, since the resumed run
-    writes those steps again.
-
-    Raises:
-        TrainingError: all are damaged.
+    writes those steps again. Raises TrainingError if all are damaged.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(folder)):
@@ -325,16 +318,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int, protect: Collection[int | None] = ()) -> None:
+def prune(folder: Path, keep: int, protect: Steps = ()) -> None:
     """Delete all checkpoints except for the last `keep` and those of the protected steps."""
     for path in checkpoints(folder)[:-keep]:
         if checkpoint_step(path) not in protect:
             _delete(path)
 
 
-def make_room(
-    folder: Path, error: OSError, keep: int, protect: Collection[int | None] = ()
-) -> list[Path]:
+def make_room(folder: Path, error: OSError, keep: int, protect: Steps = ()) -> list[Path]:
     """After a save that failed on a full disk, delete the checkpoints that `prune` would delete
     after it, and return them. The newest undamaged checkpoint stays; if there is none, all stay."""
     if error.errno not in _NO_ROOM:
@@ -358,29 +349,6 @@ def _delete(path: Path) -> None:
         logger.warning("%s could not be deleted: %s", shown(path), error.strerror)
 
 
-def _point(link: Path, target: Path) -> None:
-    """Make a symbolic link point to target, by a relative path, in one atomic step.
-
-    Raises OSError if it cannot be created, or if a file or folder has its name, which stays.
-    """
-    temporary = link.with_name(link.name + ".new")
-    _check_link(link)
-    _unlink(temporary)
-    temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
-    temporary.replace(link)
-
-
-def _check_link(path: Path) -> None:
-    """Raise FileExistsError if something other than a link is there; no run created it."""
-    if os.path.lexists(path) and not path.is_symlink():
-        raise FileExistsError(errno.EEXIST, f"{path.name} is not a link; move it away", str(path))
-
-
-def _unlink(link: Path) -> None:
-    _check_link(link)
-    link.unlink(missing_ok=True)
-
-
 def truncate_jsonl(path: Path, step: int) -> None:
     """Remove the rows of later steps, which a resumed run writes again, and lines that are not
     rows, such as a half-written last one."""
@@ -400,11 +368,19 @@ def move_links(out: Path, step: int, best_step: int | None) -> None:
     """Point OUT/last and OUT/best to the models of these steps; without a best step, OUT/best is
     removed. If a link cannot be moved, a warning is logged: the checkpoints do not need it."""
     for link, target in ((out / "last", step), (out / "best", best_step)):
+        new = link.with_name(link.name + ".new")
         try:
-            if target is not None:
-                _point(link, checkpoint_path(out / "checkpoints", target) / "model")
+            for path in (link, new):
+                if os.path.lexists(path) and not path.is_symlink():  # no run created it
+                    said = f"{path.name} is not a link; move it away"
+                    raise FileExistsError(errno.EEXIST, said, str(path))
+            new.unlink(missing_ok=True)
+            if target is None:
+                link.unlink(missing_ok=True)
             else:
-                _unlink(link)
+                model = checkpoint_path(out / "checkpoints", target) / "model"
+                new.symlink_to(os.path.relpath(model, out), target_is_directory=True)
+                new.replace(link)
         except OSError as error:
             logger.warning(
                 "%s could not be moved to step %s: %s", shown(link), target, error.strerror

@@ -47,35 +47,23 @@ def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
 
     config: configuration with all settings of how clips are read.
     """
-    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1}
-    given = shapes.to_dict()
+    given = {**shapes.to_dict(), "projection_dim": 32}
     for tower in ("text_config", "vision_config"):
+        narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1}
         given[tower] = {**given[tower], **narrow}
-    given = {**given, "projection_dim": 32}
     for key in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"):
         given.pop(key, None)
     source = config.model.tokenizer or config.model.name
+    model = replace(config.model, name=None, config=given, tokenizer=source)
     assert config.data.num_frames is not None
     clips = 2 * config.accumulation
     with tempfile.TemporaryDirectory() as folder:
-        annotations = _made_up(Path(folder), clips, config.data.num_frames)
-        yield replace(
-            config,
-            out=str(Path(folder) / "run"),
-            model=replace(config.model, name=None, config=given, tokenizer=source),
-            data=replace(
-                config.data,
-                train=str(annotations),
-                sources=[],
-                validation=str(annotations),
-                num_workers=min(config.data.num_workers, 1),
-            ),
-            batch_size=clips,
-            micro_batch=config.micro_batch and 1,
-            epochs=None,
-            max_steps=1,
-            resume="never",
-        )
+        path = str(_made_up(Path(folder), clips, config.data.num_frames))
+        workers = min(config.data.num_workers, 1)
+        data = replace(config.data, train=path, sources=[], validation=path, num_workers=workers)
+        config = replace(config, batch_size=clips, micro_batch=config.micro_batch and 1)
+        config = replace(config, epochs=None, max_steps=1, resume="never")
+        yield replace(config, out=f"{folder}/run", model=model, data=data)
 
 
 def _made_up(folder: Path, clips: int, frames: int) -> Path:

@@ -13,13 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -49,10 +43,7 @@ def compile_layers(model: CLIPViPModel) -> None:
 def distribute(
     towers: nn.Module, model: CLIPViPModel, kind: str, accelerator: Accelerator
 ) -> nn.Module:
-    """Move towers, which wrap model, to the device and distribute them over the ranks.
-
-    kind: "ddp" or "fsdp".
-    """
+    """Move towers, which wrap model, to the device, and distribute them. kind: "ddp" or "fsdp"."""
     if kind == "ddp" or world_size() == 1:
         return accelerator.prepare(towers)
     towers.to(accelerator.device)
@@ -81,10 +72,11 @@ def clip_gradients(model: CLIPViPModel, limit: float) -> Tensor:
         scale /= world_size()
     parameters = [p for p in model.parameters() if p.grad is not None]
     norms = [
-        _whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
+        nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
         for group in _kinds(parameters)
     ]
-    norm = torch.stack(norms).norm()
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = torch.stack(whole).norm()
     for group in _kinds(parameters):
         nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm
@@ -113,38 +105,39 @@ def whole_on_each_rank(model: CLIPViPModel) -> Iterator[None]:
             module.set_reshard_after_forward(module is not model, recurse=False)
 
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
     """Copy all weights to the CPU, by name; for shards the result is empty on all ranks except for
     the first. All ranks must call."""
     if is_sharded(model):
-        return get_model_state_dict(model, options=_WHOLE)
+        return states.get_model_state_dict(model, options=_WHOLE)
     return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
 
 
 def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Copy the optimizer's state like whole_weights, by parameter name. All ranks must call."""
-    return get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    return states.get_optimizer_state_dict(model, optimizer, options=_WHOLE)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
     """Load the result of whole_weights, given on every rank, into the model."""
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    states.set_model_state_dict(
+        model, weights, options=states.StateDictOptions(full_state_dict=True)
+    )
 
 
 def load_moments(
     model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Any]
 ) -> None:
-    """Load the result of whole_moments, given on every rank, into the optimizer.
-
-    Parameter groups and their settings stay those of the optimizer. Parameters that were frozen
-    when the moments were saved start without moments.
-    """
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_optimizer_state_dict(model, optimizer, {**moments, "param_groups": groups}, options=options)
+    """Load the result of whole_moments, given on every rank, into the optimizer. Its groups and
+    their settings stay. Parameters that were frozen when it was saved start without moments."""
+    groups = states.get_optimizer_state_dict(model, optimizer)["param_groups"]
+    options = states.StateDictOptions(full_state_dict=True, strict=False)
+    states.set_optimizer_state_dict(
+        model, optimizer, {**moments, "param_groups": groups}, options=options
+    )
 
 
 class Average:
@@ -190,7 +183,3 @@ def _kinds(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         kinds[isinstance(tensor, DTensor)].append(tensor)
     return [kind for kind in kinds if kind]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

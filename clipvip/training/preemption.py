@@ -16,8 +16,7 @@ SAME_SIGNAL_SECONDS = 5.0
 def leave_on_sigterm() -> None:
     """Let SIGTERM end the process with EXIT_STATUS at once, as long as there is nothing to save.
 
-    Call this before importing libraries, which takes seconds. Outside the main thread it does
-    nothing.
+    Call this before slow imports. Outside the main thread it does nothing.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _leave)
@@ -37,10 +36,9 @@ class Preemption:
     thread, which cannot receive signals, the context does nothing.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._since: float | None = None
-        self._before: Any = None
+    asked = False
+    _since: float | None = None
+    _before: Any = None
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():

@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 class Reporter:
     """Writer of metrics to OUT/metrics.jsonl and to the accelerator's trackers, and of progress: on
     a terminal a bar with rate and remaining time, otherwise at most one line per
-    `seconds_between_lines`. It is silent on all ranks except for the first.
-    """
+    `seconds_between_lines`. It is silent on all ranks except for the first."""
 
     seconds_between_lines = 10.0
 

@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import set_seed
 
 from clipvip import distributed
-from clipvip.data.annotations import Clip
-from clipvip.data.loading import ClipLoader
 from clipvip.data.shards import is_shards
 from clipvip.files import shown
-from clipvip.model import CLIPViPModel
 from clipvip.model.pretrained import holds_code
-from clipvip.model.processing import CLIPViPProcessor
 from clipvip.training import checkpoint, parallel
+from clipvip.training.build import build_model, load_clips, settled, training_loader
 from clipvip.training.config import TrainConfig, TrainingError, flat
+from clipvip.training.optimization import adamw, run_steps
+from clipvip.training.plan import TERA, peak_tera, plan
 from clipvip.training.preemption import Preemption
-from clipvip.training.reporting import Reporter
-from clipvip.training.task import Task
+from clipvip.training.reporting import Reporter, start_trackers
+from clipvip.training.task import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,32 +63,38 @@ class RunState:
             vars(self).update(self.best_before)
 
 
-@dataclass
 class Run:
-    """The parts that a run trains with."""
+    """The parts that a run trains with, built from its newest checkpoint if it resumes."""
 
-    config: TrainConfig  # with the settings that it left to the processor filled in
-    accelerator: Accelerator
-    preemption: Preemption  # says whether SIGTERM asked this rank to stop
-    task: Task
-    model: CLIPViPModel
-    processor: CLIPViPProcessor
-    towers: nn.Module  # the task's towers around `model`, distributed over ranks
-    optimizer: torch.optim.Optimizer
-    average: parallel.Average | None  # of the weights; None if config.ema is
-    loader: ClipLoader
-    clips: int  # number of clips to train on
-    validation: list[Clip]  # empty for none
-    state: RunState
-    reporter: Reporter
-    epoch_steps: int  # optimizer steps per epoch
-    total_steps: int
-    step_tera: float  # 10¹² operations per step, over all ranks
-    peak_tera: float | None  # 10¹² operations per second of a rank's device; None if not known
-
-    @property
-    def out(self) -> Path:
-        return Path(self.config.out)
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, preemption: Preemption
+    ) -> None:
+        self.out = Path(config.out)
+        self.accelerator = accelerator
+        self.preemption = preemption  # says whether SIGTERM asked this rank to stop
+        resumed = checkpoint.find_resumed(config)
+        set_seed(config.seed)
+        clips, self.validation = load_clips(config)  # validation: empty for none
+        self.clips = len(clips)
+        self.model, self.processor = build_model(config, resumed)
+        # From here on with the settings that it left to the processor.
+        self.config = config = settled(config, self.processor)
+        self.loader = training_loader(config, clips, self.processor)
+        self.epoch_steps, self.total_steps = run_steps(config, len(self.loader))  # optimizer steps
+        cost = plan(self.model, config, accelerator.num_processes)
+        self.step_tera = cost.step_flops / TERA  # 10¹² operations per step, over all ranks
+        self.peak_tera = peak_tera(accelerator.device)
+        self.task = task_of(config)
+        self.towers = parallel.distribute(  # the task's towers around the model
+            self.task.towers(self.model, self.processor), self.model, config.parallel, accelerator
+        )
+        self.optimizer = adamw(self.model, config.optimizer)
+        self.average = parallel.Average(self.model, config.ema) if config.ema else None
+        set_seed(config.seed, device_specific=True)
+        self.state = load_state(self, resumed) if resumed else RunState()
+        distributed.first_does(lambda: checkpoint.write_settings(config))
+        distributed.first_does(lambda: start_trackers(accelerator, config, self.state.step))
+        self.reporter = Reporter(accelerator, self.out, self.state.step, self.total_steps)
 
 
 def save_state(run: Run) -> None:
@@ -146,25 +151,20 @@ def save_state(run: Run) -> None:
         logger.warning("%s; the run continues, and the next save tries again", said)
 
 
-def load_state(
-    resumed: Path,
-    config: TrainConfig,
-    model: CLIPViPModel,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-) -> RunState:
+def load_state(run: Run, resumed: Path) -> RunState:
     """Restore the optimizer and random generators from a checkpoint, and return its counters.
 
-    `model` was built from the checkpoint already. It is the average if the checkpoint holds other
+    The model was built from the checkpoint already. It is the average if the checkpoint holds other
     weights too; then those are loaded into it. Prints what has changed in the configuration.
 
     Raises TrainingError if state.pt does not hold the state of a run of this model.
     """
+    config, accelerator = run.config, run.accelerator
     try:
         saved = torch.load(resumed / "state.pt", map_location="cpu", weights_only=True)
-        parallel.load_moments(model, optimizer, saved["optimizer"])
+        parallel.load_moments(run.model, run.optimizer, saved["optimizer"])
         if "weights" in saved:
-            parallel.load_weights(model, saved["weights"])
+            parallel.load_weights(run.model, saved["weights"])
         random_states = saved["random"]
         if len(random_states) == accelerator.num_processes:
             set_random_state(random_states[accelerator.process_index])
@@ -177,13 +177,12 @@ def load_state(
             f"{shown(resumed / 'state.pt')} does not hold the state of a run of this model "
             f"({_reason(error)}); give another out to start a new run"
         ) from error
-    best = distributed.first_does(
-        lambda: checkpoint.whole_or_none(Path(config.out) / "checkpoints", state.best_step)
-    )
+    folder, step = run.out / "checkpoints", state.best_step
+    best = distributed.first_does(lambda: checkpoint.whole_or_none(folder, step))
     if best is None:
         state.best_step = state.best_metric = None
     if accelerator.is_main_process:
-        checkpoint.move_links(Path(config.out), state.step, best)
+        checkpoint.move_links(run.out, state.step, best)
         for change in changes(then, config, accelerator.num_processes):
             print(change, flush=True)
     return state

@@ -11,24 +11,21 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration
 
 from clipvip import distributed
 from clipvip.data.loading import ClipLoader, counted
 from clipvip.files import shown
 from clipvip.retrieval import TABLES
 from clipvip.training import checkpoint, parallel, watch
-from clipvip.training.build import build_model, load_clips, settled, training_loader
-from clipvip.training.checkpoint import alone_in, find_resumed, write_settings
+from clipvip.training.checkpoint import alone_in
 from clipvip.training.config import Preempted, TrainConfig, TrainingError, check, check_batch
 from clipvip.training.evaluate import evaluate
-from clipvip.training.optimization import adamw, run_steps
-from clipvip.training.plan import TERA, peak_tera, plan
 from clipvip.training.preemption import Preemption
-from clipvip.training.reporting import Reporter, known_trackers, start_trackers
-from clipvip.training.state import Run, RunState, load_state, save_state
+from clipvip.training.reporting import known_trackers
+from clipvip.training.state import Run, save_state
 from clipvip.training.step import StepResult, train_step
-from clipvip.training.task import Batch, task_of
+from clipvip.training.task import Batch
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -57,7 +54,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         watch.Watch(config.lost_after),
         distributed.first_enters(alone_in(Path(config.out))),
     ):
-        run = set_up(config, accelerator, preemption)
+        run = Run(config, accelerator, preemption)
         with run.reporter:
             run_loop(run)
     state = run.state
@@ -81,49 +78,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     check_batch(config, accelerator.num_processes)
     return accelerator
-
-
-def set_up(config: TrainConfig, accelerator: Accelerator, preemption: Preemption) -> Run:
-    """Build all parts of a run, from its newest checkpoint if it resumes."""
-    resumed = find_resumed(config)
-    set_seed(config.seed)
-    clips, validation = load_clips(config)
-    model, processor = build_model(config, resumed)
-    config = settled(config, processor)
-    loader = training_loader(config, clips, processor)
-    epoch_steps, total_steps = run_steps(config, len(loader))
-    step_flops = plan(model, config, accelerator.num_processes).step_flops
-    task = task_of(config)
-    towers = parallel.distribute(task.towers(model, processor), model, config.parallel, accelerator)
-    optimizer = adamw(model, config.optimizer)
-    average = parallel.Average(model, config.ema) if config.ema else None
-    set_seed(config.seed, device_specific=True)
-    state = RunState()
-    if resumed:
-        state = load_state(resumed, config, model, optimizer, accelerator)
-    distributed.first_does(lambda: write_settings(config))
-    distributed.first_does(lambda: start_trackers(accelerator, config, state.step))
-    reporter = Reporter(accelerator, Path(config.out), state.step, total_steps)
-    return Run(
-        config=config,
-        accelerator=accelerator,
-        preemption=preemption,
-        task=task,
-        model=model,
-        processor=processor,
-        towers=towers,
-        optimizer=optimizer,
-        average=average,
-        loader=loader,
-        clips=len(clips),
-        validation=validation,
-        state=state,
-        reporter=reporter,
-        epoch_steps=epoch_steps,
-        total_steps=total_steps,
-        step_tera=step_flops / TERA,
-        peak_tera=peak_tera(accelerator.device),
-    )
 
 
 def run_loop(run: Run) -> None:

@@ -21,28 +21,26 @@ class LostRankError(RuntimeError):
 class Watch:
     """Context in which the loss of a rank ends the other ranks with an error that names it.
 
-    If a process is killed or its machine is switched off, the others may wait for it in a
-    collective until the process group's timeout, which must be long because a rank may be slow.
-    Therefore a thread of each rank writes signs of life to the store in which the ranks met, and
-    reads those of the next rank. After `patience` seconds of silence it announces that this rank is
-    lost, and all ranks end. A process that is stopped counts as lost; one that is busy for any
-    length of time does not.
+    Without it, the others may wait in a collective until the process group's timeout, which must
+    be long because a rank may be slow. So a thread of each rank writes signs of life to the store
+    in which the ranks met, and reads those of the next rank. After `patience` seconds of silence it
+    announces that this rank is lost, and all ranks end. A stopped process counts as lost; one that
+    is busy for any length of time does not.
     """
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.interval = patience / 10
-        self._left = threading.Event()
-        self._heard = threading.Event()
+        self._left, self._heard = threading.Event(), threading.Event()
         self._reached = False
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watch":
-        rank, world = distributed.rank(), distributed.world_size()
         store = distributed.meeting_store()
         if store is None:
             return self
-        self._rank, self._next = rank, (rank + 1) % world
+        self._rank = rank = distributed.rank()
+        self._next = (rank + 1) % distributed.world_size()
         self._ranks = distributed.all_gather_objects((socket.gethostname(), os.getpid()))
         self._store = dist.PrefixStore("watch", store.clone())  # type: ignore[attr-defined]
         self._store.set(f"sign-{rank}", "0")

@@ -33,7 +33,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
 import clipvip.files
-import clipvip.training.trainer
+import clipvip.training.state
 from clipvip.training.__main__ import main
 from clipvip.training.checkpoint import checkpoints
 from clipvip.training.config import load_config
@@ -152,14 +152,14 @@ def lose_a_rank(arguments):
 
 
 def the_second_is_lost_early(sent, arguments):
-    trainer, build_model = clipvip.training.trainer, clipvip.training.trainer.build_model
+    state, build_model = clipvip.training.state, clipvip.training.state.build_model
 
     def lost(*given):
         os.kill(os.getpid(), sent)
         return build_model(*given)
 
     if os.environ["RANK"] == "1":
-        trainer.build_model = lost
+        state.build_model = lost
     main(arguments)
 
 

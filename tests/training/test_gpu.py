@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from clipvip import losses
 from clipvip.model import CLIPViPModel, modeling, processing
+from clipvip.training import state, trainer
 from clipvip.training import step as steps
 from clipvip.training import task as tasks
-from clipvip.training import trainer
 from clipvip.training.build import build_model
 from clipvip.training.trainer import train
 
@@ -153,7 +153,7 @@ def test_what_waits_for_a_gpu_is_counted(waiting):
 )
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_reads_its_device_at_most_twice(task, overrides, make_config, monkeypatch):
-    waits, counts, make = Waits(), [], trainer.adamw
+    waits, counts, make = Waits(), [], state.adamw
 
     def adamw(model, optim):
         waits.mark([*model.parameters(), *model.buffers()])
@@ -163,7 +163,7 @@ def test_a_step_reads_its_device_at_most_twice(task, overrides, make_config, mon
         counts.append(list(waits.found))
         waits.found.clear()
 
-    monkeypatch.setattr(trainer, "adamw", adamw)
+    monkeypatch.setattr(state, "adamw", adamw)
     for module in (steps, losses, processing):
         monkeypatch.setattr(module, "send", waits.send)
     # It checks frames' offsets where they are on the CPU.
@@ -303,7 +303,7 @@ def train_on_made_up_batches(make_config, monkeypatch, clips, layers, steps, pin
     for _ in range(2):
         batch = made_up(clips, "cpu") | {"clip_index": torch.arange(clips)}
         batches.append({k: v.pin_memory() for k, v in batch.items()} if pinned else batch)
-    monkeypatch.setattr(trainer, "training_loader", lambda *given: InMemory(batches))
+    monkeypatch.setattr(state, "training_loader", lambda *given: InMemory(batches))
     monkeypatch.setattr(trainer, "save_state", lambda *given: None)
     assert WORDS < END - 1
     text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}

@@ -112,7 +112,7 @@ def test_a_run_leaves_what_it_promises(make_config, world):
 
 
 def test_utilisation_is_that_of_the_plans_operations(make_config, monkeypatch):
-    from clipvip.training import trainer
+    from clipvip.training import state
     from clipvip.training.plan import plan
 
     planned = []
@@ -121,8 +121,8 @@ def test_utilisation_is_that_of_the_plans_operations(make_config, monkeypatch):
         planned.append(plan(*given))
         return planned[-1]
 
-    monkeypatch.setattr(trainer, "plan", noting)
-    monkeypatch.setattr(trainer, "peak_tera", lambda device: 0.5)
+    monkeypatch.setattr(state, "plan", noting)
+    monkeypatch.setattr(state, "peak_tera", lambda device: 0.5)
     config = make_config("max_steps=2", "accumulation=2")
     train(config)
     for row in rows(config.out):

@@ -4,9 +4,9 @@
            opens it    its frames'   which      decode       to RGB
                        times         frames     them         squares
 
-decode.py goes this way by PyAV. encode.py and dali.py part it between a worker, which chooses
-frames and copies their packets, and DALI, which decodes them. transcode.py stores clips in shards.
-The names below are for the rest of the package; all others are private to this folder.
+decode.py goes this way by PyAV; dali.py divides it between workers, which choose frames and copy
+their packets, and DALI, which decodes them; transcode.py stores clips in shards. The names below
+are for the rest of the package; all others are private to this folder.
 """
 
 from clipvip.data.video.container import (
@@ -18,16 +18,22 @@ from clipvip.data.video.container import (
     as_decode_errors,
     is_image,
 )
-from clipvip.data.video.dali import DaliDecoder, choose_engine, start_engine
+from clipvip.data.video.dali import (
+    DaliDecoder,
+    Encoded,
+    Engine,
+    Refused,
+    choose_engine,
+    encode,
+    start_engine,
+)
 from clipvip.data.video.decode import (
     Frames,
     OpenClip,
     check_decodes,
-    decode_clip,
     open_clip,
     read_frames,
 )
-from clipvip.data.video.encode import Encoded, Engine, Refused, encode
 from clipvip.data.video.pixels import rgb_of
 from clipvip.data.video.sampling import check_sampling
 from clipvip.data.video.transcode import CODING, Cut, cut, reencode, whole
@@ -51,7 +57,6 @@ __all__ = [
     "check_sampling",
     "choose_engine",
     "cut",
-    "decode_clip",
     "encode",
     "is_image",
     "open_clip",

@@ -23,9 +23,8 @@ from clipvip.data.loading import Batch, ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, write_shards
 from clipvip.data.video import dali
 from clipvip.data.video.container import Blob, Media
-from clipvip.data.video.dali import DaliDecoder, DaliError, choose_engine
+from clipvip.data.video.dali import DaliDecoder, DaliError, Refused, choose_engine, encode
 from clipvip.data.video.decode import Frames, open_clip, read_frames
-from clipvip.data.video.encode import Refused, encode
 from clipvip.data.video.sampling import Choice
 from clipvip.ops.resize_crop import RESIZES
 
@@ -465,8 +464,8 @@ def test_who_decoded_what_is_told(load: Load, clips: list[Clip], tmp_path: Path,
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(picture)
     list(load([*clips, Clip(picture, text=("a",))], training=False))
     assert caplog.messages == [
-        "decoding a clip by PyAV (h264 on the CPU); further ones are counted",
-        "decoding a clip by PyAV (an image); further ones are counted",
+        "decoding a clip by PyAV (h264 on the CPU); later ones are only counted",
+        "decoding a clip by PyAV (an image); later ones are only counted",
         "clips decoded by: DALI 12, PyAV (h264 on the CPU) 6, PyAV (an image) 1",
     ]
 

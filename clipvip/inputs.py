@@ -14,17 +14,13 @@ MOST_CHARACTERS = 20_000
 def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, int64 [len(texts), longest], padded to the longest text.
 
-    HTML entities are resolved first, as in CLIP's own tokenizer. Only the first MOST_CHARACTERS of
-    a text are read.
+    HTML entities are resolved first, as in CLIP's own tokenizer. Only MOST_CHARACTERS are read.
 
     text_length: number of tokens at which texts are cut off, start and end token included.
     """
+    texts = [html.unescape(html.unescape(text[:MOST_CHARACTERS])) for text in texts]
     tokens = tokenizer(
-        [html.unescape(html.unescape(text[:MOST_CHARACTERS])) for text in texts],
-        padding=True,
-        truncation=True,
-        max_length=text_length,
-        return_tensors="pt",
+        texts, padding=True, truncation=True, max_length=text_length, return_tensors="pt"
     )
     return tokens["input_ids"], tokens["attention_mask"]
 

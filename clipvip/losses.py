@@ -171,14 +171,12 @@ def _means(pairs: list[_Pair]) -> Iterator[tuple[Tensor, int]]:
 
 
 def _check(first: _Features, *others: _Features) -> None:
-    if first.features.ndim != 2:
-        raise ValueError(f"{first.name} is {list(first.features.shape)}, expected [n, D]")
+    shape = list(first.features.shape)
+    if len(shape) != 2:
+        raise ValueError(f"{first.name} is {shape}, expected [n, D]")
     for name, features, present in (first, *others):
-        if features.shape != first.features.shape:
-            expected = list(first.features.shape)
-            raise ValueError(
-                f"{name} is {list(features.shape)}, expected {expected} as {first.name}"
-            )
+        if list(features.shape) != shape:
+            raise ValueError(f"{name} is {list(features.shape)}, expected {shape} as {first.name}")
         if present is not None and present.dtype != torch.bool:
             raise TypeError(f"{name}_present is {present.dtype}, expected torch.bool")
         if present is not None and present.is_meta and not features.is_meta:

@@ -102,14 +102,12 @@ def both_directions(
     videos = torch.arange(len(video_embeds), device=similarity.device)
     video_of_text = video_of_text.to(similarity.device)
     asked = torch.isin(videos, video_of_text)
+    to_video = similarity, video_of_text, videos
+    to_text = similarity.T[asked], videos[asked], video_of_text
     tables = {}
     for suffix, dsl in (("", False), ("_dsl", True)):
-        tables["text_to_video" + suffix] = retrieval_metrics(
-            similarity, video_of_text, videos, dsl=dsl
-        )
-        tables["video_to_text" + suffix] = retrieval_metrics(
-            similarity.T[asked], videos[asked], video_of_text, dsl=dsl
-        )
+        tables["text_to_video" + suffix] = retrieval_metrics(*to_video, dsl=dsl)
+        tables["video_to_text" + suffix] = retrieval_metrics(*to_text, dsl=dsl)
     return tables
 
 

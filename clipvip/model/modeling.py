@@ -163,13 +163,8 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         with nullcontext() if source is None else found("the model", source, subfolder):
             location, kwargs, added = resolve(source, kwargs)
             with SameDraws(), key_report(logged=not strict or ignore_mismatched_sizes):
-                loaded: Any = super().from_pretrained(
-                    location,
-                    *model_args,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **kwargs,
-                )
+                kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+                loaded: Any = super().from_pretrained(location, *model_args, **kwargs)
         model, info = loaded
         model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
         check_fit(source, info, added, strict, ignore_mismatched_sizes)

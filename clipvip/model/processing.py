@@ -95,17 +95,14 @@ class CLIPViPProcessor(ProcessorMixin):
         """Raise ValueError if the tokenizer has more tokens or another end token than the model."""
         known, vocabulary = config.text_config.vocab_size, self.tokenizer.get_vocab()
         tokens = max(len(self.tokenizer), 1 + max(vocabulary.values(), default=0))
+        wanted = "expected the tokenizer that the model was trained with"
         if tokens > known:
-            raise ValueError(
-                f"the tokenizer has {tokens} tokens, the model {known}; expected the tokenizer "
-                "that the model was trained with"
-            )
+            raise ValueError(f"the tokenizer has {tokens} tokens, the model {known}; {wanted}")
         # A text's feature is read at its end token. OpenAI's models say 2 and mean the highest id.
         end, own = config.text_config.eos_token_id, self.tokenizer.eos_token_id
         if end not in (2, own):
             raise ValueError(
-                f"the tokenizer ends texts with token {own}, the model with {end}; expected the "
-                "tokenizer that the model was trained with"
+                f"the tokenizer ends texts with token {own}, the model with {end}; {wanted}"
             )
 
     def fit(self, config: CLIPViPConfig) -> None:
@@ -121,13 +118,8 @@ class CLIPViPProcessor(ProcessorMixin):
 
     def loading(self) -> dict[str, Any]:
         """Return the fields of clipvip.data.loading.LoaderOptions that say how clips are read."""
-        return {
-            "image_size": self.image_size,
-            "num_frames": self.num_frames,
-            "text_length": self.longest_text,
-            "sampling": self.sampling,
-            "resize": self.resize,
-        }
+        names = ("image_size", "num_frames", "sampling", "resize")
+        return {name: getattr(self, name) for name in names} | {"text_length": self.longest_text}
 
     def __call__(  # type: ignore[override]
         self,

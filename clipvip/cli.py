@@ -303,11 +303,10 @@ def verify(
         source: Annotations (.jsonl), or shards: a folder, a pattern of tars, or an fsspec URL.
             The checksums of shards are verified too.
         clean: Write the annotations of the readable clips to this file.
-        manifest: Write a manifest of the tars to this file.
-            Training needs one, and tars that another tool made have none.
+        manifest: Write a manifest of the tars to this file; SOURCE must be a pattern of tars.
+            Training needs a manifest, and tars that another tool made have none.
     """
-    from clipvip.data.shards import is_shards, verify_shards
-    from clipvip.data.verify import verify_files
+    from clipvip.data.shards import is_shards, verify_files, verify_shards
 
     if is_shards(source) or manifest is not None:
         clips, bad = verify_shards(source, clean, manifest, num_workers=workers)

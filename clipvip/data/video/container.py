@@ -84,8 +84,6 @@ _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if PYAV < 19 else {}
 _AS_IT_IS: dict[str, Any] = {"opaque": True} if PYAV >= 15 else {}
 PLAIN = {"fflags": "+bitexact"}  # for writing: no random identifiers
 
-# --- the largest picture --------------------------------------------------------------------
-
 VARIABLE = "CLIPVIP_MAX_MEGAPIXELS"
 
 
@@ -256,8 +254,6 @@ def is_image(media: Media) -> bool:
     """Return whether the name has an image's suffix."""
     return file_of(media).path.suffix.lower() in IMAGE_SUFFIXES
 
-
-# --- packets --------------------------------------------------------------------------------
 
 _LATEST = 1 << 62  # the most ticks that libav counts to
 

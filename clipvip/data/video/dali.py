@@ -58,16 +58,10 @@ class Engine(NamedTuple):
     pixels: frozenset[str]
 
 
-CPU = Engine(
-    "cpu",
-    frozenset({"vp8", "vp9", "mjpeg"}),
-    frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}),
-)
-GPU = Engine(
-    "gpu",
-    frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}),
-    frozenset({"yuv420p", "yuvj420p"}),
-)
+YUV420 = frozenset({"yuv420p", "yuvj420p"})
+YUV = YUV420 | {"yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
+CPU = Engine("cpu", frozenset({"vp8", "vp9", "mjpeg"}), YUV)
+GPU = Engine("gpu", frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg4"}), YUV420)
 
 
 # --- which engine ---------------------------------------------------------------------------
@@ -105,10 +99,8 @@ def choose_engine(decoder: str) -> Engine | None:
 
 
 def start_engine(decoder: str) -> Engine | None:
-    """Return the engine that choose_engine chooses, after DALI has decoded a small clip on it.
-
-    If it cannot, "auto" falls back to PyAV (None) and logs why; "dali" raises DaliError.
-    """
+    """Return the engine that choose_engine chooses, after DALI has decoded a small clip on it. If
+    it cannot, "auto" falls back to PyAV (None) and logs why; "dali" raises DaliError."""
     engine = choose_engine(decoder)
     problem = None if engine is None else _problem(engine)
     if problem is None:
@@ -166,8 +158,7 @@ class Encoded:
     """Frames of a clip, not decoded yet.
 
     data: uint8 [bytes], a Matroska file. chosen: the wanted frames, int32 [N], counted in the file
-    in the order of showing. width, height: of the stored frames. turn: turns them upright, see
-    pixels.orientation.
+    in the order of showing. width, height: of the stored frames. turn: turns them upright.
     """
 
     data: Tensor
@@ -217,13 +208,9 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
         ]
         data = remux(stream, packets, stamps, TICKS, "matroska")
     numbers, middle = clip.chosen.split(np.searchsorted(shown, wanted).astype(np.int32))
-    return Encoded(
-        torch.frombuffer(data, dtype=torch.uint8),
-        Choice(numbers, None if middle is None else int(middle)),
-        frame.width,
-        frame.height,
-        orientation(frame),
-    )
+    chosen = Choice(numbers, None if middle is None else int(middle))
+    file = torch.frombuffer(data, dtype=torch.uint8)
+    return Encoded(file, chosen, frame.width, frame.height, orientation(frame))
 
 
 def _check_picture(path: Path, frame: VideoFrame, engine: Engine) -> None:
@@ -249,11 +236,8 @@ def _check_colours(path: Path, number: int) -> None:
 
 
 def _needed(packets: Iterator[Packet], wanted: set[int], stream: VideoStream) -> list[Packet]:
-    """Return packets in decoding order, from the first keyframe to the last wanted packet, without
-    the stretches between resets in which none is wanted. Return none if a wanted one is missing.
-
-    wanted: their pts.
-    """
+    """Return packets in decoding order, from the first keyframe to the last wanted pts, without the
+    stretches between resets in which none is wanted. Return none if a wanted one is missing."""
     needed: list[Packet] = []
     stretch, used = 0, False  # where the packets since the last reset begin, if any is wanted
     for packet in packets:
@@ -343,39 +327,34 @@ class DaliDecoder:
         axes = [
             placed(clip.height, clip.width, self.size, self.resize, clip.turn) for clip in clips
         ]
-        inputs: dict[str, list[NDArray[Any]]] = {
-            "data": [clip.data.numpy() for clip in clips],
-            "frames": [clip.chosen.positions for clip in clips],
-        }
+        positions = [clip.chosen.positions for clip in clips]
+        inputs = {"data": [clip.data.numpy() for clip in clips], "frames": positions}
         if self.resize != "squash":
             parts = [_part(clip, sides) for clip, sides in zip(clips, axes, strict=True)]
             inputs |= {name: [part[name] for part in parts] for name in PART}
         (given,) = self._pipeline.run(**inputs)
         frames = [torch.from_dlpack(given[i]).permute(0, 3, 1, 2) for i in range(len(clips))]
-        counts = [len(part) for part in frames]
-        wanted = [len(clip.chosen.positions) for clip in clips]
+        counts, wanted = list(map(len, frames)), list(map(len, positions))
         if counts != wanted:
             raise RuntimeError(f"gave {counts} frames of {wanted}")
-        packed = torch.cat(list(map(self._squares, frames, axes)))
+        if self.resize == "squash":
+            packed = torch.cat([resize_frames(each, self.size, self.resize) for each in frames])
+        else:
+            packed = torch.cat(
+                [on_black(*each, self.size) for each in zip(frames, axes, strict=True)]
+            )
         if self._stream is not None:
             self._stream.synchronize()  # the next run overwrites the pipeline's frames
         return packed
-
-    def _squares(self, frames: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
-        if self.resize == "squash":
-            return resize_frames(frames, self.size, self.resize)
-        return on_black(frames, axes, self.size)
 
     def _build(self, most: int) -> Any:
         """Build DALI's pipeline for up to `most` clips at once."""
         from nvidia.dali import Pipeline, fn, types
 
         gpu = self._stream is not None
+        device = self.device.index if isinstance(self.device, torch.device) else None
         pipeline = Pipeline(
-            batch_size=most,
-            num_threads=self._threads,
-            device_id=self.device.index if isinstance(self.device, torch.device) else None,
-            prefetch_queue_depth=1,
+            batch_size=most, num_threads=self._threads, device_id=device, prefetch_queue_depth=1
         )
         with pipeline:
             data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, no_copy=True)

@@ -6,11 +6,8 @@ means, whatever the frame rate does. The second pass decodes those frames, and c
 decoder gives with what the first pass found (strategies.py). Where the two differ, a more reliable
 first pass is made and frames are chosen again.
 
-Only wanted frames are converted, in one pass from the decoder's planes to RGB at the target size
-(pixels.py). Sizes are those of stored pixels (the pixel aspect ratio is not applied);
-rotation and mirroring flags are.
-
-Times are seconds from the video's first frame.
+Only wanted frames are converted to RGB (pixels.py). Rotation and mirroring flags are applied, the
+pixel aspect ratio is not. Times are seconds from the video's first frame.
 """
 
 from collections.abc import Callable, Iterator

@@ -185,9 +185,6 @@ def made_up(video: Video, pts: Integers) -> bool:
     return video.format == "avi" and not (np.diff(pts) < 0).any()
 
 
-# --- times ----------------------------------------------------------------------------------
-
-
 def spacing(times: Seconds, video: Video) -> float:
     """Return the median of seconds between frames."""
     return float(np.median(np.diff(times))) if len(times) > 1 else video.frame_time
@@ -226,9 +223,6 @@ def stretches(seconds: Seconds) -> tuple[tuple[float, float], ...]:
     seconds = np.sort(seconds)
     parts = np.split(seconds, np.flatnonzero(np.diff(seconds) > 1.0) + 1)
     return tuple((float(part[0]), float(part[-1])) for part in parts if len(part))
-
-
-# --- files that are cut off ------------------------------------------------------------------
 
 
 def check_whole(video: Video, packets: Packets, duration: float) -> None:

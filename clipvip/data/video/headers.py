@@ -2,9 +2,9 @@
 
 DALI sets up its decoder by the first frame. If a later frame has another size or format, pictures
 come out black or garbled without an error. If a packet holds no picture to show, or more than one,
-all later pictures are mistaken for others. Both are detected here from headers alone, which are
-parsed as the codecs' specifications say: RFC 6386 (VP8), the VP9 and AV1 bitstream specifications,
-ISO/IEC 14496-2 (MPEG-4), 14496-15 (H.264 and HEVC in files), 10918-1 (JPEG).
+all later pictures are mistaken for others. Both are detected here from headers alone, by RFC 6386
+(VP8), the VP9 and AV1 bitstream specifications, ISO/IEC 14496-2 (MPEG-4), 14496-15 (H.264 and HEVC
+in files) and 10918-1 (JPEG).
 """
 
 import re
@@ -170,15 +170,13 @@ def _vp9_frame(bits: _Bits) -> _Frame:
     return _Frame(shown, (None, bits.take(32)))
 
 
-def _vp9_colours(bits: _Bits, profile: int) -> tuple[int, ...]:
-    found = [bits.take(1)] if profile >= 2 else []
-    found.append(bits.take(3))
-    if found[-1] != 7:
-        found.append(bits.take(1))
-        found.append(bits.take(3) if profile & 1 else 0)
-    else:
+def _vp9_colours(bits: _Bits, profile: int) -> tuple[int | None, ...]:
+    depth = bits.take(1) if profile >= 2 else None
+    space = bits.take(3)
+    if space == 7:  # RGB
         bits.take(profile & 1)
-    return tuple(found)
+        return depth, space
+    return depth, space, bits.take(1), bits.take(3 if profile & 1 else 0)
 
 
 # --- AV1 ------------------------------------------------------------------------------------

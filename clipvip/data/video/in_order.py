@@ -1,8 +1,4 @@
-"""Decoding every frame of a file in order, from its start, and the index made of what comes out.
-
-InOrder gives the frames with the packets that they come from. index_by_decoding also tells which
-frames are damaged.
-"""
+"""Decoding every frame of a file in order, from its start, and the index made of what comes out."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -151,18 +147,12 @@ def index_by_decoding(file: File, end: float | None) -> Index:
     damaged = _damaged(numbers, lost, np.array(sorted(reader.keys), np.int64))
     kept = _kept(numbers, times, damaged, head, between)
     order = np.argsort(numbers, kind="stable")
+    holes = stretches(np.interp(lost, numbers[order], times[order]))
+    shown, times, damaged = shown[kept], times[kept], damaged[kept]
+    times = times - times[0] if from_first else times
     pts, dts = packets.filled
     return Index(
-        pts,
-        dts,
-        packets.keyframe,
-        shown[kept],
-        times[kept] - (times[kept][0] if from_first else 0.0),
-        duration,
-        by_count,
-        Trust.DECODER,
-        stretches(np.interp(lost, numbers[order], times[order])),
-        damaged[kept],
+        pts, dts, packets.keyframe, shown, times, duration, by_count, Trust.DECODER, holes, damaged
     )
 
 
@@ -181,9 +171,6 @@ def _decoded(reader: InOrder, end: float | None) -> Integers:
         error = reader.error and reader.error.strerror
         raise DecodeError(reader.video.path, f"{reason} ({error})" if error else reason)
     return np.array(found, np.int64)
-
-
-# --- times ----------------------------------------------------------------------------------
 
 
 def _timeline(reader: InOrder, numbers: Integers, starts: Flags) -> tuple[Integers, Seconds, bool]:
@@ -233,9 +220,6 @@ def _stitched(video: Video, packets: Packets, numbers: Integers, starts: Flags) 
         parts.append(times + offset)
         offset = float(parts[-1][-1]) + spacing(times, video)
     return np.concatenate(parts)
-
-
-# --- damage ---------------------------------------------------------------------------------
 
 
 def _lost(reader: InOrder, numbers: Integers, starts: Flags) -> tuple[Integers, int]:

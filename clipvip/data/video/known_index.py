@@ -81,10 +81,8 @@ os.register_at_fork(after_in_child=lambda: setattr(_known, "lock", threading.Loc
 def known_index(
     video: Video, start: float | None = None, end: float | None = None, trust: Trust = Trust.TABLES
 ) -> Index:
-    """Return the index of the frames shown in [start, end), at least as reliable as `trust`.
-
-    It is kept for later epochs, for as long as the file stays unchanged.
-    """
+    """Return the index of the frames shown in [start, end), at least as reliable as `trust`. It is
+    kept for later epochs, for as long as the file stays unchanged."""
     if video.file.data is not None:
         return _read(video, start, end, trust)
     status = os.stat(video.path)
@@ -175,20 +173,13 @@ def index_by_packets(video: Video, start: float | None = None, end: float | None
 def _is_edited(video: Video) -> bool:
     """Return whether an MP4's edit lists leave samples out, or show them in another order. Seeking
     then does not lead where times say."""
-    if video.format != MP4:
-        return False
     entries = getattr(video.stream, "index_entries", None) or ()
-    return any(entry.flags & ~KEYFRAME for entry in entries)
-
-
-# --- reading packets ------------------------------------------------------------------------
+    return video.format == MP4 and any(entry.flags & ~KEYFRAME for entry in entries)
 
 
 def _packets(video: Video, start: float | None, end: float | None) -> tuple[Packets, bool]:
-    """Return packets in decoding order, and whether they reach to the end of the file.
-
-    Of a part of a video only that part is read, where the format is in SEEKABLE.
-    """
+    """Return packets in decoding order, and whether they reach to the end of the file. Where the
+    format is in SEEKABLE, only the part from `start` to `end` is read."""
     last, stream = math.inf, video.stream
     if video.format in SEEKABLE and stream.start_time is not None:
         head = next(demux(video), None) if start else None
@@ -212,16 +203,14 @@ def _packets_from_first(file: File, end: float | None) -> tuple[Packets, bool]:
 
 
 def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> Packets:
-    """Hide the packets shown before the first keyframe that refer to earlier, missing frames.
-
-    They cannot be decoded. Others, as in a closed group of pictures, can; decoding tells which.
-    """
-    leading = ~packets.hidden
-    if packets.keyframe.any():
-        key = int(packets.keyframe.argmax())
-        leading &= packets.pts < packets.pts[key]
-        leading[:key] = ~packets.hidden[:key]
-    if not packets.keyframe.any() or not leading.any():
+    """Hide the packets shown before the first keyframe that cannot be decoded, since they refer to
+    missing frames. Others, as in a closed group of pictures, can; decoding tells which."""
+    if not packets.keyframe.any():
+        return packets
+    key = int(packets.keyframe.argmax())
+    leading = ~packets.hidden & (packets.pts < packets.pts[key])
+    leading[:key] = ~packets.hidden[:key]
+    if not leading.any():
         return packets
     come_out: set[int] = set()
     # Where a part begins with a keyframe, packets shown before it do not belong to the part.
@@ -237,9 +226,6 @@ def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> 
     hidden = packets.hidden.copy()
     hidden[lost] = True
     return packets._replace(hidden=hidden)
-
-
-# --- from packets to an index ---------------------------------------------------------------
 
 
 def _index(video: Video, packets: Packets, *, by_count: bool = False) -> Index:

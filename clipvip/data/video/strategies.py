@@ -29,9 +29,6 @@ class Mismatch(Exception):
     """A way of decoding gives other frames than the index says."""
 
 
-# --- by seeking -----------------------------------------------------------------------------
-
-
 def by_seeking(video: Video, index: Index, wanted: Positions) -> Decoded:
     """Decode only what the wanted frames need.
 
@@ -62,13 +59,10 @@ def _goes_in_order_only(video: Video) -> bool:
 
 @dataclass(slots=True)
 class _Group:
-    """The frames that come out of the decoder after one seek.
+    """The frames that come out of the decoder after one seek."""
 
-    first: pts of the keyframe. last: pts of the frame that came out last.
-    """
-
-    first: int
-    last: int = NO_TIME
+    first: int  # pts of the keyframe
+    last: int = NO_TIME  # pts of the frame that came out last
 
     def check(self, frame: VideoFrame) -> None:
         """Raise Mismatch for a frame that is out of order or damaged."""
@@ -142,9 +136,6 @@ def _seek(video: Video, index: Index, key: int) -> Iterator[Packet]:
                 raise Mismatch
             return packets
     raise Mismatch
-
-
-# --- in order -------------------------------------------------------------------------------
 
 
 def in_order(video: Video, index: Index, wanted: Positions) -> Decoded:

@@ -155,19 +155,14 @@ def _stamps(packets: list[Packet]) -> list[Stamps]:
 
 
 class _Shown(NamedTuple):
-    """A clip as a reader sees it.
+    """A clip as a reader sees it."""
 
-    times: seconds from its first frame to each. pictures: its first, middle and last frame. tick:
-    seconds to which its times are exact.
-    """
-
-    times: NDArray[np.float64]
-    pictures: Tensor
-    tick: float
+    times: NDArray[np.float64]  # seconds from its first frame to each
+    pictures: Tensor  # its first, middle and last frame
+    tick: float  # seconds to which its times are exact
 
 
 def _shown(media: Media, start: float | None, end: float | None) -> _Shown:
-    """Read a clip. Raises DecodeError."""
     with open_clip(media, 3, start=start, end=end) as clip:
         context = clip.video.stream.codec_context
         pictures = clip.decode(max(min(context.width, context.height), 1)).frames

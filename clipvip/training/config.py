@@ -189,14 +189,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Where two settings exclude each other, the one in a higher layer replaces the other.
 
-    Args:
-        path: a YAML file, or the name of a packaged configuration such as "msrvtt".
-        overrides: "key=value" with dotted keys, such as "optimizer.lr=1e-5".
-
-    Raises:
-        ConfigError: a key is unknown (the message suggests the nearest one), a value has another
-            type, a required key is missing, or values contradict each other, such as epochs and
-            max_steps in one layer.
+    path: a YAML file, or the name of a packaged configuration such as "msrvtt".
+    overrides: "key=value" with dotted keys, such as "optimizer.lr=1e-5".
+    Raises ConfigError if a key is unknown (the message suggests the nearest one), a value has
+    another type, a required key is missing, or values contradict each other.
     """
     for override in overrides:
         if "=" not in override:
@@ -342,8 +338,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, DictConf
 
 def _without_replaced(below: DictConfig, layer: DictConfig, source: str) -> DictConfig:
     """Return the layers below without the settings that this layer replaces by their other form."""
-    given = _settings(layer)
-    kept = copy.deepcopy(below)
+    given, kept = _settings(layer), copy.deepcopy(below)
     for pair in _EXCLUSIVE:
         here = [key for key in pair if given.get(key)]
         if len(here) > 1:

@@ -75,11 +75,11 @@ def _made_up(folder: Path, clips: int, frames: int) -> Path:
         stream = container.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
         stream.time_base = Fraction(1, 25)
-        noise = np.random.default_rng(0).integers(0, 256, (15, 20, 3), np.uint8)
-        picture = noise.repeat(16, 0).repeat(16, 1)
+        picture = np.random.default_rng(0).integers(0, 256, (15, 20, 3), np.uint8)
+        picture = picture.repeat(16, 0).repeat(16, 1)
         for t in range(2 * frames):
-            image = np.ascontiguousarray(np.roll(picture, 4 * t, 1))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, 4 * t, 1), format="rgb24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     path = folder / "clips.jsonl"
     row = {"video": video.name, "text": "a", "subtitle": "a b", "caption": "a b c"}

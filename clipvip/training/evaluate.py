@@ -14,8 +14,7 @@ from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loading import BadFile, LoaderError
 from clipvip.embedding import embed_clips, embed_texts, join_texts, load_for_embedding
 from clipvip.files import shown, write_whole
-from clipvip.model import CLIPViPModel
-from clipvip.model.processing import CLIPViPProcessor
+from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.retrieval import METRICS, TABLES, both_directions
 from clipvip.training import watch
 from clipvip.training.config import Preempted, TrainConfig
@@ -39,25 +38,20 @@ def evaluate(
     the results. A clip that cannot be decoded is listed in `missing`; it and its texts are left out
     of the tables.
 
-    Args:
-        clips: clips to rank; those without a text are candidates in text→video only.
-        processor: processor of the model, which decides how clips and texts are read.
-        batch_size: clips or texts that a rank embeds at a time.
-        num_workers: worker processes per rank.
-        max_bad_share: share of clips that may be unreadable.
-        decoder: see clipvip.data.loading.LoaderOptions.
-        dtype: autocast dtype of the towers; None to compute in the weights' dtype.
-        asked_to_stop: function called before each batch; True ends the evaluation.
+    clips: clips to rank; those without a text are candidates in text→video only.
+    processor: processor of the model, which decides how clips and texts are read.
+    batch_size: clips or texts that a rank embeds at a time, with num_workers processes that decode.
+    max_bad_share: share of clips that may be unreadable.
+    decoder: see clipvip.data.loading.LoaderOptions.
+    dtype: autocast dtype of the towers; None to compute in the weights' dtype.
+    asked_to_stop: function called before each batch; True ends the evaluation.
 
-    Returns:
-        {"text_to_video", "video_to_text", "text_to_video_dsl", "video_to_text_dsl": {"R@1",
-        "R@5", "R@10" in percent, "median_rank", "mean_rank"}, "clips", "texts": numbers of those
-        compared, "missing": paths}; the same on every rank.
+    Returns, the same on every rank, {"text_to_video", "video_to_text", "text_to_video_dsl",
+    "video_to_text_dsl": {"R@1", "R@5", "R@10" in percent, "median_rank", "mean_rank"}, "clips",
+    "texts": numbers of those compared, "missing": paths}.
 
-    Raises:
-        Preempted: a rank was asked to stop; on all ranks.
-        LoaderError: too many clips cannot be decoded.
-        ValueError: there is no clip or no text to compare.
+    Raises Preempted on all ranks if one was asked to stop, LoaderError if too many clips cannot be
+    decoded, and ValueError if there is no clip or no text to compare.
     """
     clips = join_texts(clips, processor.paragraph)
     texts = [(index, text) for index, clip in enumerate(clips) for text in clip.text]
@@ -108,11 +102,10 @@ def evaluate_checkpoint(
 
     Under torchrun each rank reads a share of the clips.
 
-    Args:
-        checkpoint: model that load_for_embedding accepts.
-        annotations: JSON Lines, whose texts are the queries.
-        out: JSON file for the result, written whole or not at all.
-        options: options of `evaluate`: batch_size, num_workers, max_bad_share, decoder.
+    checkpoint: model that load_for_embedding accepts.
+    annotations: JSON Lines, whose texts are the queries.
+    out: JSON file for the result, written whole or not at all.
+    options: options of `evaluate`: batch_size, num_workers, max_bad_share, decoder.
     """
     state = distributed.start(TrainConfig.timeout)
     with watch.Watch(TrainConfig.lost_after):

@@ -51,10 +51,8 @@ def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[s
         for name, parameter in module.named_parameters(recurse=False)
         if isinstance(module, nn.LayerNorm) or name in ("bias", "logit_scale")
     }
-    depths = {
-        "text": len(model.text_model.encoder.layers),
-        "vision": len(model.vision_model.encoder.layers),
-    }
+    towers = {"text": model.text_model, "vision": model.vision_model}
+    depths = {name: len(tower.encoder.layers) for name, tower in towers.items()}
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -69,10 +67,7 @@ def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[s
 
 
 def height(name: str, depths: dict[str, int]) -> int:
-    """Count the layers from the projections (0) down to a parameter.
-
-    depths: number of layers by tower, "text" and "vision".
-    """
+    """Count the layers from the projections (0) down to a parameter. depths: layers per tower."""
     if layer := _LAYER.match(name):
         return depths[layer["tower"]] - int(layer["number"])
     if name.startswith(_BELOW_LAYERS):

@@ -18,18 +18,10 @@ TERA, GIB = 1e12, 2.0**30
 # Peak rate of dense 16-bit products of a GPU, in 10¹² operations per second, as stated by its maker
 # (half of the rate with sparsity). The first name that the device's name contains counts.
 PEAKS = {
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "H200 NVL": 835.5,
-    "H200": 989.4,
-    "H100 NVL": 835.5,
-    "H100 PCIe": 756.5,
-    "H100": 989.4,
-    "H800 PCIe": 756.5,
-    "H800": 989.4,
-    "A100": 312.0,
-    "L40S": 362.0,
-}
+    "GB200": 2500.0, "B200": 2250.0, "H200 NVL": 835.5, "H200": 989.4,
+    "H100 NVL": 835.5, "H100 PCIe": 756.5, "H100": 989.4, "H800 PCIe": 756.5, "H800": 989.4,
+    "A100": 312.0, "L40S": 362.0,
+}  # fmt: skip
 
 # Bytes per token and channel that a layer keeps for the backward pass: in fp32, and under bf16
 # autocast, which keeps the residual stream and LayerNorms in fp32.
@@ -80,10 +72,7 @@ class Plan:
 
 
 def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
-    """Plan the training of a model, which may be on the meta device.
-
-    config: configuration with all settings of how clips are read.
-    """
+    """Plan the training of a model, which may be on the meta device, by a settled configuration."""
     task, vision = task_of(config), model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     frames, length, proxies = config.data.num_frames, config.data.text_length, vision.num_proxies
@@ -104,14 +93,13 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
     logits = config.accumulation * negatives**2
     loss_flops = 2.0 * task.pairs * logits * model.config.projection_dim
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     state = 4.0 * (parameters + trained * (3 + (config.ema is not None)))
     if config.parallel == "fsdp":
         state /= processes
 
-    at_once = negatives // processes
-    at_once = min(config.micro_batch or at_once, at_once)
+    at_once = min(config.micro_batch or negatives, negatives // processes)
     tokens = {"vision": video_tokens + image_tokens, "text": text_tokens}
     kept = [tower.kept(tokens[kind], config) for kind, tower in towers.items()]
     per_clip = sum(throughout for throughout, _ in kept) + max(in_a_layer for _, in_a_layer in kept)

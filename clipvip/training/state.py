@@ -21,7 +21,7 @@ from clipvip.training import checkpoint, parallel
 from clipvip.training.build import build_model, load_clips, settled, training_loader
 from clipvip.training.config import TrainConfig, TrainingError, flat
 from clipvip.training.optimization import adamw, run_steps
-from clipvip.training.plan import TERA, peak_tera, plan
+from clipvip.training.plan import peak_tera, plan
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import Reporter, start_trackers
 from clipvip.training.task import task_of
@@ -45,7 +45,7 @@ class RunState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "RunState":
-        """Read the counters in state.pt; earlier versions wrote only some of them.
+        """Read the counters in state.pt, of which earlier versions wrote only some.
 
         Raises LookupError, TypeError or ValueError if it is not the state of a run.
         """
@@ -81,8 +81,7 @@ class Run:
         self.config = config = settled(config, self.processor)
         self.loader = training_loader(config, clips, self.processor)
         self.epoch_steps, self.total_steps = run_steps(config, len(self.loader))  # optimizer steps
-        cost = plan(self.model, config, accelerator.num_processes)
-        self.step_tera = cost.step_flops / TERA  # 10¹² operations per step, over all ranks
+        self.cost = plan(self.model, config, accelerator.num_processes)
         self.peak_tera = peak_tera(accelerator.device)
         self.task = task_of(config)
         self.towers = parallel.distribute(  # the task's towers around the model
@@ -197,8 +196,7 @@ def _reason(error: Exception) -> str:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of this process's random generators, in types that torch.load reads without
-    pickle."""
+    """Return this process's random state, in types that torch.load reads without pickle."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),

@@ -132,13 +132,10 @@ def forward_backward_in_parts(
     state, to pass the gradients of its features on to the weights. The memory does not grow with
     the batch; the price is one more forward pass.
 
-    Args:
-        embed: towers, with autocast; moves a part to their device.
-        loss_of: loss of the features of the whole batch.
-        batch: a batch of a ClipLoader.
-        part_size: number of clips to embed at a time.
-        backward: computes gradients from a loss, which it may scale.
-        without_sync: context for all parts but the last: ranks do not exchange gradients in it.
+    embed: towers, with autocast; moves a part of the batch, of part_size clips, to their device.
+    loss_of: loss of the features of the whole batch.
+    backward: computes gradients from a loss, which it may scale.
+    without_sync: context for all parts but the last, in which ranks do not exchange gradients.
     """
     parts = split(batch, part_size)
     with torch.no_grad():
@@ -172,15 +169,12 @@ def forward_backward_in_parts(
 
 def split(batch: Batch, clips: int) -> list[Batch]:
     """Split a training batch into parts of `clips` clips; the last may be smaller."""
-    offsets = batch["frame_offsets"]
-    count = len(offsets) - 1
     parts = []
-    for first in range(0, count, clips):
-        after = min(first + clips, count)
-        frames = slice(int(offsets[first]), int(offsets[after]))
-        part = {key: value[first:after] for key, value in batch.items()}
-        part["pixel_values"] = batch["pixel_values"][frames]
-        part["frame_offsets"] = offsets[first : after + 1] - offsets[first]
+    for first in range(0, len(batch["frame_offsets"]) - 1, clips):
+        part = {key: value[first : first + clips] for key, value in batch.items()}
+        offsets = batch["frame_offsets"][first : first + clips + 1]
+        part["pixel_values"] = batch["pixel_values"][offsets[0] : offsets[-1]]
+        part["frame_offsets"] = offsets - offsets[0]
         parts.append(part)
     return parts
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from clipvip.data.annotations import Clip
 from clipvip.data.shards import Shards
 from clipvip.losses import VARIANTS, contrastive_loss, omnisource_loss
-from clipvip.model import CLIPViPModel
-from clipvip.model.processing import CLIPViPProcessor, normalize_frames
+from clipvip.model import CLIPViPModel, CLIPViPProcessor
+from clipvip.model.processing import normalize_frames
 from clipvip.training.config import ConfigError, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -116,15 +116,12 @@ class Omnisource(Task):
         compares, so that the loss would be 0. Warn if only some of its terms would be 0."""
         super().check(clips, where)
         if isinstance(clips, Shards):
-            there = {
-                "subtitle": any(source.subtitles for source in clips.sources),
-                "caption": any(source.captions for source in clips.sources),
-            }
+            subtitles = any(source.subtitles for source in clips.sources)
+            captions = any(source.captions for source in clips.sources)
         else:
-            there = {
-                "subtitle": any(clip.subtitle is not None for clip in clips),
-                "caption": any(clip.caption is not None for clip in clips),
-            }
+            subtitles = any(clip.subtitle is not None for clip in clips)
+            captions = any(clip.caption is not None for clip in clips)
+        there = {"subtitle": subtitles, "caption": captions}
         used = [name for name in there if name[0] in self.variant]
         absent = ", no ".join(name for name in used if not there[name])
         if not any(there[name] for name in used):

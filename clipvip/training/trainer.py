@@ -18,9 +18,9 @@ from clipvip.data.loading import ClipLoader, counted
 from clipvip.files import shown
 from clipvip.retrieval import TABLES
 from clipvip.training import checkpoint, parallel, watch
-from clipvip.training.checkpoint import alone_in
 from clipvip.training.config import Preempted, TrainConfig, TrainingError, check, check_batch
 from clipvip.training.evaluate import evaluate
+from clipvip.training.plan import TERA
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import known_trackers
 from clipvip.training.state import Run, save_state
@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with (
         Preemption() as preemption,
         watch.Watch(config.lost_after),
-        distributed.first_enters(alone_in(Path(config.out))),
+        distributed.first_enters(checkpoint.alone_in(Path(config.out))),
     ):
         run = Run(config, accelerator, preemption)
         with run.reporter:
@@ -83,11 +83,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 def run_loop(run: Run) -> None:
     """Take all remaining steps, with their reports, validations and checkpoints."""
     config, state, total = run.config, run.state, run.total_steps
-    announce(run)
+    ranks, device = run.accelerator.num_processes, run.accelerator.device
+    run.reporter.say(
+        f"{config.task} · {run.cost.parameters / 1e6:.1f} M parameters · {run.clips} clips · steps "
+        f"{state.step + 1} to {total} of {config.batch_size} clips on {ranks} × {device.type}"
+    )
     if run.validation and state.unmeasured:
         validate(run)
         distributed.first_does(lambda: checkpoint.move_links(run.out, state.step, state.best_step))
-    if distributed.on_any(torch.tensor([run.preemption.asked], device=run.accelerator.device))[0]:
+    if distributed.on_any(torch.tensor([run.preemption.asked], device=device))[0]:
         raise preempted(run)
 
     batches = endless(run.loader, state.clips // (config.batch_size // config.accumulation))
@@ -197,16 +201,6 @@ def skip_or_stop(run: Run, step: int, result: StepResult) -> None:
     run.reporter.say(f"{said}; skipped; its clips: {names}")
 
 
-def announce(run: Run) -> None:
-    """Say what is about to run."""
-    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    run.reporter.say(
-        f"{run.config.task} · {millions:.1f} M parameters · {run.clips} clips · steps "
-        f"{run.state.step + 1} to {run.total_steps} of {run.config.batch_size} clips on "
-        f"{run.accelerator.num_processes} × {run.accelerator.device.type}"
-    )
-
-
 def report(run: Run, step: int, result: StepResult) -> None:
     """Log the metrics of a step and show progress."""
     row = {
@@ -217,7 +211,7 @@ def report(run: Run, step: int, result: StepResult) -> None:
         "epoch": step / run.epoch_steps,
         "clips_per_second": run.config.batch_size / result.seconds,
         "data_wait": result.waited / result.seconds,
-        "tera_flops": run.step_tera / result.seconds / run.accelerator.num_processes,
+        "tera_flops": run.cost.step_flops / TERA / result.seconds / run.accelerator.num_processes,
         "skipped_steps": run.state.skipped_steps,
     }
     if run.peak_tera:  # model FLOP/s utilization

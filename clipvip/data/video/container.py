@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -75,7 +75,7 @@ FORMATS = (
     "wc3movie,webm,wsvqa,wtv,xmv,yop,yuv4mpegpipe"
 )
 MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
-SEEKABLE = frozenset({MP4, MATROSKA})
+_LATEST = 1 << 62  # the most ticks that libav counts to
 
 PYAV = int(av.__version__.split(".")[0])
 # Titles need not be UTF-8. PyAV 19 and newer accepts any title and has no such option.
@@ -138,7 +138,7 @@ def file_of(media: Media) -> File:
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """An opened video: its file, container and video stream. `open_file` opens the file again."""
+    """An opened video: its file, container and video stream."""
 
     file: File
     container: InputContainer
@@ -164,6 +164,46 @@ class Video:
     def frame_time(self) -> float:
         """Seconds per frame that the header states, else 1/25."""
         return float(1 / self.stream.average_rate) if self.stream.average_rate else 0.04
+
+    @property
+    def seekable(self) -> bool:
+        """Whether seeking in the container leads where its stamps say."""
+        return self.format in (MP4, MATROSKA)
+
+    def reopened(self) -> AbstractContextManager["Video"]:
+        return open_file(self.file)
+
+    def packets(self) -> Iterator[Packet]:
+        """Yield the stream's packets from where the container stands."""
+        # PyAV's own generator leaks a packet if it is left early and never closed. This one closes
+        # it when the last reference to it is gone.
+        while True:
+            try:
+                yield from self.container.demux(self.stream)
+                return
+            except IndexError:  # by PyAV, once for a stream that begins in the middle of a file
+                continue
+
+    def packets_from(self, start: float | None) -> Iterator[Packet]:
+        """Yield packets from the keyframe at or before `start` seconds, or from the first packet
+        where the video is not seekable. Raises Unseekable where seeking fails; to read all packets
+        then, open the file again."""
+        zero = self.stream.start_time
+        if not start or zero is None or not self.seekable:
+            return self.packets()
+        first = min(zero + int(start / self.tick), _LATEST)
+        for offset in (first, zero):
+            try:
+                self.container.seek(offset, stream=self.stream)
+            except av.FFmpegError:
+                raise Unseekable(self.path, "it does not support seeking") from None
+            packets = self.packets()
+            head = next(packets, None)
+            if head is None:
+                raise Unseekable(self.path, "seeking leads to its end")
+            if head.is_keyframe and head.pts is not None and head.pts <= first:
+                return itertools.chain([head], packets)
+        raise Unseekable(self.path, "seeking leads to no earlier keyframe")
 
 
 @contextmanager
@@ -253,43 +293,6 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
 def is_image(media: Media) -> bool:
     """Return whether the name has an image's suffix."""
     return file_of(media).path.suffix.lower() in IMAGE_SUFFIXES
-
-
-_LATEST = 1 << 62  # the most ticks that libav counts to
-
-
-def packets_from(video: Video, start: float | None) -> Iterator[Packet]:
-    """Yield packets from the keyframe at or before `start` seconds, or from the first packet where
-    the format is not in SEEKABLE. Raises Unseekable where seeking fails; to read all packets then,
-    open the file again."""
-    stream, zero = video.stream, video.stream.start_time
-    if not start or zero is None or video.format not in SEEKABLE:
-        return demux(video)
-    first = min(zero + int(start / video.tick), _LATEST)
-    for offset in (first, zero):
-        try:
-            video.container.seek(offset, stream=stream)
-        except av.FFmpegError:
-            raise Unseekable(video.path, "it does not support seeking") from None
-        packets = demux(video)
-        head = next(packets, None)
-        if head is None:
-            raise Unseekable(video.path, "seeking leads to its end")
-        if head.is_keyframe and head.pts is not None and head.pts <= first:
-            return itertools.chain([head], packets)
-    raise Unseekable(video.path, "seeking leads to no earlier keyframe")
-
-
-def demux(video: Video) -> Iterator[Packet]:
-    """Yield the stream's packets from where the container stands."""
-    # PyAV's own generator leaks a packet if it is left early and never closed. This one closes it
-    # when the last reference to it is gone.
-    while True:
-        try:
-            yield from video.container.demux(video.stream)
-            return
-        except IndexError:  # raised by PyAV, once for a stream that begins in the middle of a file
-            continue
 
 
 class Stamps(NamedTuple):

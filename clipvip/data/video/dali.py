@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data import DECODERS
-from clipvip.data.video.container import Blob, DecodeError, Stamps, open_file, packets_from, remux
+from clipvip.data.video.container import Blob, DecodeError, Stamps, remux
 from clipvip.data.video.decode import Frames, OpenClip, open_clip
 from clipvip.data.video.headers import CHANGED, difference, is_reset
 from clipvip.data.video.pixels import MATRIX_NAMES, orientation, turned
@@ -185,10 +185,10 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
     wanted = clip.index.shown[positions]
     # Half a tick later, or rounding could lead to the keyframe before.
     first = clip.index.times[positions.min()] + clip.video.tick / 2
-    with open_file(clip.video.file) as video:
+    with clip.video.reopened() as video:
         stream = video.stream
         stated = stream.codec_context.width, stream.codec_context.height
-        packets = _needed(packets_from(video, first), set(wanted.tolist()), stream)
+        packets = _needed(video.packets_from(first), set(wanted.tolist()), stream)
         if packets and (problem := difference(stream, packets)):
             raise Refused(path, problem)
         frame = _first_frame(packets)

@@ -29,7 +29,6 @@ from clipvip.data.video.container import (
     as_decode_errors,
     file_of,
     is_image,
-    open_file,
     open_video,
 )
 from clipvip.data.video.frame_index import Index, Trust, window_of
@@ -134,7 +133,7 @@ class OpenClip:
                     continue
                 # Where a seek leads depends on what its container has read.
                 if trust > self.index.trust or way is in_order:
-                    video = opened.enter_context(open_file(self.video.file))
+                    video = opened.enter_context(self.video.reopened())
                 if trust > self.index.trust:
                     self.index = known_index(video, self.start, self.end, trust=trust)
                     self.chosen = self.choose(self.index)

@@ -17,15 +17,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from clipvip.data.video.container import (
-    MATROSKA,
-    MP4,
-    SEEKABLE,
-    DecodeError,
-    Video,
-    holds_picture,
-    open_file,
-)
+from clipvip.data.video.container import MATROSKA, MP4, DecodeError, Video, holds_picture
 from clipvip.data.video.mp4 import is_whole_in_fragments
 
 SMALL = 64  # bytes of a packet that may hold no picture
@@ -213,7 +205,7 @@ def first_pts(video: Video, shown: Integers) -> int:
     shown: pts of the frames that were read, increasing.
     """
     start = video.stream.start_time  # libav may make one up while it reads, which may be later
-    if video.format in SEEKABLE and start is not None and start <= shown[0]:
+    if video.seekable and start is not None and start <= shown[0]:
         return start
     return int(shown[0])
 
@@ -265,7 +257,7 @@ def _stated_length(video: Video) -> float:
 
 def _last_of_all_streams(video: Video) -> float:
     """Return the seconds at which the last packet of any stream ends."""
-    with open_file(video.file) as again:
+    with video.reopened() as again:
         ends = [
             float((packet.dts + (packet.duration or 0)) * packet.time_base)
             for packet in again.container.demux()

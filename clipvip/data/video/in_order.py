@@ -8,15 +8,7 @@ import numpy as np
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
-from clipvip.data.video.container import (
-    SEEKABLE,
-    DecodeError,
-    File,
-    Video,
-    demux,
-    holds_picture,
-    open_file,
-)
+from clipvip.data.video.container import DecodeError, Video, holds_picture
 from clipvip.data.video.frame_index import (
     LONGEST_GAP,
     MISSING_END,
@@ -93,7 +85,7 @@ class InOrder:
 
     def _packets(self) -> Iterator[Packet]:
         try:
-            for packet in demux(self.video):
+            for packet in self.video.packets():
                 if self.stopped:
                     return
                 if packet.size:  # an empty one would end the decoding
@@ -130,9 +122,9 @@ class InOrder:
 # --- the index ------------------------------------------------------------------------------
 
 
-def index_by_decoding(file: File, end: float | None) -> Index:
+def index_by_decoding(video: Video, end: float | None) -> Index:
     """Return the index of the frames that decoding gives, at least those before `end` seconds."""
-    with open_file(file) as video:
+    with video.reopened() as video:
         reader = InOrder(video)
         numbers = _decoded(reader, end)
         packets = reader.packets
@@ -142,7 +134,7 @@ def index_by_decoding(file: File, end: float | None) -> Index:
         duration = float(times[-1]) + between
         if not reader.stopped and not starts.any():
             check_whole(video, Packets._make(each[numbers] for each in packets), duration)
-        from_first = by_count or video.format not in SEEKABLE
+        from_first = by_count or not video.seekable
     lost, head = _lost(reader, numbers, starts)
     damaged = _damaged(numbers, lost, np.array(sorted(reader.keys), np.int64))
     kept = _kept(numbers, times, damaged, head, between)
@@ -183,7 +175,7 @@ def _timeline(reader: InOrder, numbers: Integers, starts: Flags) -> tuple[Intege
     pts = packets.pts[numbers]
     rising = (pts != NO_TIME).all() and (np.diff(pts) > 0).all()
     # Other files may be joined: a jump to where stamps start again is no passing of time.
-    joined = video.format not in SEEKABLE and starts.any()
+    joined = not video.seekable and starts.any()
     if rising and not joined and not made_up(video, packets.pts[np.sort(numbers)]):
         times = (pts - first_pts(video, pts)) * video.tick
         if _all_packets(reader).tell_apart(video):
@@ -196,9 +188,9 @@ def _timeline(reader: InOrder, numbers: Integers, starts: Flags) -> tuple[Intege
 def _all_packets(reader: InOrder) -> Packets:
     """Return all packets that a seek may lead to. Where files were joined, packets that were not
     decoded may have the stamps of others that were."""
-    if reader.stopped and reader.video.format not in SEEKABLE:
-        with suppress(av.FFmpegError), open_file(reader.video.file) as video:
-            return Packets.of([stamp_of(p, video.stream) for p in demux(video) if p.size])
+    if reader.stopped and not reader.video.seekable:
+        with suppress(av.FFmpegError), reader.video.reopened() as video:
+            return Packets.of([stamp_of(p, video.stream) for p in video.packets() if p.size])
     return reader.packets
 
 

@@ -16,18 +16,7 @@ from typing import Any
 import av
 import numpy as np
 
-from clipvip.data.video.container import (
-    MATROSKA,
-    MP4,
-    SEEKABLE,
-    DecodeError,
-    File,
-    Unseekable,
-    Video,
-    demux,
-    open_file,
-    packets_from,
-)
+from clipvip.data.video.container import MATROSKA, MP4, DecodeError, Unseekable, Video
 from clipvip.data.video.frame_index import (
     NO_TIME,
     Index,
@@ -92,7 +81,7 @@ def known_index(
     if index is None or index.trust < trust:
         index = _read(video, start, end, trust)
         # In other formats libav seeks well only once it has read through the file.
-        if video.format in SEEKABLE or index.by_count or index.trust is Trust.DECODER:
+        if video.seekable or index.by_count or index.trust is Trust.DECODER:
             _known.keep(key, index)
     return index
 
@@ -107,9 +96,9 @@ def _read(video: Video, start: float | None, end: float | None, trust: Trust) ->
                 return index_by_packets(video, start, end)
             # Where a seek leads depends on what its container has read. Later reads find the index
             # kept and seek in a container that has read nothing, so this read does too.
-            with open_file(video.file) as again:
+            with video.reopened() as again:
                 return index_by_packets(again, start, end)
-    return index_by_decoding(video.file, end)
+    return index_by_decoding(video, end)
 
 
 # --- from tables and packets ----------------------------------------------------------------
@@ -138,7 +127,7 @@ def index_by_tables(video: Video) -> Index | None:
     packets = Packets(pts, dts, duration, flags != 0, nothing, nothing)
     if packets.may_be_dts(stream) or not packets.tell_apart(video):
         return None
-    packets = _without_lost_leaders(packets, video.file, None)
+    packets = _without_lost_leaders(packets, video, None)
     index = _index(video, packets)
     check_whole(video, packets, index.duration)
     return replace(index, trust=Trust.TABLES)
@@ -153,17 +142,17 @@ def index_by_packets(video: Video, start: float | None = None, end: float | None
         packets, whole = _packets(video, start, end)
     except Unseekable:
         start = None
-        packets, whole = _packets_from_first(video.file, end)
+        packets, whole = _packets_from_first(video, end)
     doubt = packets.may_be_dts(video.stream)
-    if doubt and start and video.format in SEEKABLE:  # a part may have no B-frames
-        doubt = _packets_from_first(video.file, BEGINNING)[0].may_be_dts(video.stream)
+    if doubt and start and video.seekable:  # a part may have no B-frames
+        doubt = _packets_from_first(video, BEGINNING)[0].may_be_dts(video.stream)
     if not doubt and packets.tell_apart(video):
-        index = _index(video, _without_lost_leaders(packets, video.file, start))
+        index = _index(video, _without_lost_leaders(packets, video, start))
     elif packets.new_starts(video).any() or not packets.in_one_order():
-        return index_by_decoding(video.file, end)
+        return index_by_decoding(video, end)
     else:
         if start:  # frames are counted from the first
-            packets, whole = _packets_from_first(video.file, end)
+            packets, whole = _packets_from_first(video, end)
         index = _index(video, packets, by_count=True)
     if whole:
         check_whole(video, packets, index.duration)
@@ -178,16 +167,16 @@ def _is_edited(video: Video) -> bool:
 
 
 def _packets(video: Video, start: float | None, end: float | None) -> tuple[Packets, bool]:
-    """Return packets in decoding order, and whether they reach to the end of the file. Where the
-    format is in SEEKABLE, only the part from `start` to `end` is read."""
+    """Return packets in decoding order, and whether they reach to the end of the file. Where it
+    is seekable, only the part from `start` to `end` is read."""
     last, stream = math.inf, video.stream
-    if video.format in SEEKABLE and stream.start_time is not None:
-        head = next(demux(video), None) if start else None
+    if video.seekable and stream.start_time is not None:
+        head = next(video.packets(), None) if start else None
         if head is not None and (head.pts is None or head.pts < stream.start_time):
             raise Unseekable(video.path, "its first stamps are missing")
         last = math.inf if end is None else stream.start_time + end / video.tick
     whole, found = True, []
-    for packet in packets_from(video, start):
+    for packet in video.packets_from(start):
         dts = packet.dts
         if packet.size:
             found.append(stamp_of(packet, stream))
@@ -197,12 +186,12 @@ def _packets(video: Video, start: float | None, end: float | None) -> tuple[Pack
     return Packets.of(found), whole
 
 
-def _packets_from_first(file: File, end: float | None) -> tuple[Packets, bool]:
-    with open_file(file) as video:
-        return _packets(video, None, end)
+def _packets_from_first(video: Video, end: float | None) -> tuple[Packets, bool]:
+    with video.reopened() as again:
+        return _packets(again, None, end)
 
 
-def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> Packets:
+def _without_lost_leaders(packets: Packets, video: Video, start: float | None) -> Packets:
     """Hide the packets shown before the first keyframe that cannot be decoded, since they refer to
     missing frames. Others, as in a closed group of pictures, can; decoding tells which."""
     if not packets.keyframe.any():
@@ -215,8 +204,8 @@ def _without_lost_leaders(packets: Packets, file: File, start: float | None) -> 
     come_out: set[int] = set()
     # Where a part begins with a keyframe, packets shown before it do not belong to the part.
     if not start or key:
-        with open_file(file) as video:
-            reader = InOrder(video)
+        with video.reopened() as again:
+            reader = InOrder(again)
             for number, _ in reader:
                 if number == key:
                     break

@@ -17,7 +17,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
-from clipvip.data.video.container import DecodeError, Video, demux, open_file
+from clipvip.data.video.container import DecodeError, Video
 from clipvip.data.video.frame_index import NO_TIME, Index, Trust
 from clipvip.data.video.in_order import InOrder
 
@@ -51,8 +51,8 @@ def _goes_in_order_only(video: Video) -> bool:
     context = video.stream.codec_context
     if context.name != "h264" or "444" not in (context.pix_fmt or ""):
         return False
-    with open_file(video.file) as again:
-        head = next(demux(again))
+    with video.reopened() as again:
+        head = next(again.packets())
     coder = re.search(rb"x264 - core (\d+)", bytes(head))
     return coder is not None and int(coder[1]) < 151
 
@@ -124,7 +124,7 @@ def _seek(video: Video, index: Index, key: int) -> Iterator[Packet]:
     """
     for offset in (index.pts[key], index.dts[key]):
         video.container.seek(int(offset), stream=video.stream)
-        packets = demux(video)
+        packets = video.packets()
         first = next(packets, None)
         if first is None or first.pts is None:
             continue

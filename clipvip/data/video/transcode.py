@@ -30,7 +30,6 @@ from clipvip.data.video.container import (
     Stamps,
     as_decode_errors,
     open_video,
-    packets_from,
     remux,
 )
 from clipvip.data.video.decode import decode_clip, open_clip
@@ -110,7 +109,7 @@ def _copied(path: Path, start: float | None, end: float | None) -> Cut:
         if tick is None or zero is None:
             raise _Impossible(path, "their times are not known")
         last = None if end is None else zero + end / float(tick)
-        packets = _needed(packets_from(video, start), last)
+        packets = _needed(video.packets_from(start), last)
         if not packets:
             raise DecodeError(path, "no frames in it")
         if any(map(has_new_head, packets)):

@@ -278,18 +278,6 @@ def _absent(manifest: Collection[str]) -> str | None:
     return next((names[0] for names in REQUIRED if not set(names) & set(manifest)), None)
 
 
-def whole_or_none(folder: Path, step: int | None) -> int | None:
-    """Return the step if its checkpoint exists undamaged; otherwise log that and return None."""
-    if step is None:
-        return None
-    path = checkpoint_path(folder, step)
-    problem = damage(path)
-    if problem is None:
-        return step
-    logger.warning("%s was the best, but %s; the next to be validated becomes it", path, problem)
-    return None
-
-
 def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:
     """Flush all files of a folder to disk; return the size and checksum of each."""
 

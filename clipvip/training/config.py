@@ -64,8 +64,7 @@ class DataConfig:
     """Clips to train and validate on, and how they are read."""
 
     # Annotations (JSON Lines); or shards as "clips/{00000..00099}.tar", their folder, or their
-    # manifest, also at any fsspec URL. Give this or `sources`; in layers of configurations, the
-    # higher layer's choice replaces the lower one's.
+    # manifest, also at any fsspec URL. Give this or `sources`.
     train: str | None = None
     sources: list[SourceConfig] = field(default_factory=list)  # sets of shards, mixed by ratios
     shuffle: int = 1024  # encoded clips from shards that each rank holds in memory to shuffle among
@@ -110,18 +109,14 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    # Clips per optimizer step, over all ranks and accumulated micro-batches. The negatives of a
-    # clip are the other clips of its backward pass, which holds batch_size / accumulation clips, at
-    # least 2.
+    # Clips per optimizer step, over all ranks and backward passes. The negatives of a clip are the
+    # others of its backward pass, which holds batch_size / accumulation clips, at least 2.
     batch_size: int = 128
     accumulation: int = 1  # backward passes per optimizer step
-    # Clips that a rank embeds at a time, while the negatives remain those of the whole backward
-    # pass (gradient caching). Memory then does not grow with the batch, at the price of one more
-    # forward pass.
+    # Clips that a rank embeds at a time (gradient caching). The negatives remain the same. Memory
+    # then does not grow with the batch, at the price of one more forward pass.
     micro_batch: int | None = None
-    # Passes over the clips. Give this or max_steps; in layers of configurations, the higher layer's
-    # choice replaces the lower one's.
-    epochs: float | None = None
+    epochs: float | None = None  # passes over the clips; give this or max_steps
     max_steps: int | None = None  # optimizer steps
     mixed_precision: str = "bf16"  # "bf16" (autocast over fp32 weights) or "no" (fp32)
     parallel: str = "ddp"  # each rank holds all weights ("ddp") or a share of them ("fsdp")
@@ -133,15 +128,14 @@ class TrainConfig:
     # Ask PyTorch for deterministic algorithms. On a GPU, only then does a resumed run equal an
     # uninterrupted one bit for bit; it is slower there.
     deterministic: bool = False
-    # Seconds of silence from the process of a rank after which the other ranks end and name it. A
-    # rank that is slow but alive is not silent.
+    # Seconds of silence from a rank after which the others end and name it. A rank that is slow but
+    # alive is not silent.
     lost_after: float = 20.0
     timeout: float = 1800.0  # seconds that ranks wait for a rank that is alive
     # What to do if a loss or gradient is NaN or infinite: "stop", or "skip" the optimizer step and
     # stop after ten such steps in a row. The clips of such a step are named.
     on_nonfinite: str = "stop"
-    # Where metrics go besides metrics.jsonl, by accelerate's names: tensorboard, wandb, mlflow,
-    # trackio, …
+    # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow or others of accelerate.
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     log_every: int = 1  # steps between rows of metrics
     eval_every: int | None = None  # steps between validations; by default one epoch
@@ -154,7 +148,7 @@ class TrainConfig:
     resume: str = "never"
 
 
-# Pairs of settings for one thing: in a higher layer, one replaces the other. model.name and
+# Pairs of settings for one thing: given in a higher layer, one replaces the other. model.name and
 # model.config are no such pair: a key of model.config above a name may be meant for the named
 # model, and would silently start a new one from random weights.
 _EXCLUSIVE = (("epochs", "max_steps"), ("data.train", "data.sources"))

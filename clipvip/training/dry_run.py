@@ -3,8 +3,6 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,23 +31,22 @@ def dry_run(config: TrainConfig, processes: int) -> None:
         model = CLIPViPModel(shapes)
     freeze(model, config.model.freeze, config.model.unfreeze)
     print(plan(model, config, processes).describe(clips, steps), flush=True)
-    with trial(config, shapes) as tried:
-        loss = train(tried)["loss"]
+    with tempfile.TemporaryDirectory() as folder:
+        loss = train(trial(config, shapes, Path(folder)))["loss"]
     print(f"one step with a 32-channel model of the same depth: loss {loss:.4f}; the run can start")
 
 
-@contextmanager
-def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
-    """Yield the configuration of one step through all parts of a run.
+def trial(config: TrainConfig, shapes: CLIPViPConfig, folder: Path) -> TrainConfig:
+    """Return the configuration of one step through all parts of a run, in this folder.
 
     The model has the layers, patches, frames and vocabulary of `shapes`, but 32 channels. The clips
-    are synthetic, two per micro-batch, and the folder is temporary.
+    are synthetic, two per micro-batch.
 
     config: configuration with all settings of how clips are read.
     """
     given = {**shapes.to_dict(), "projection_dim": 32}
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1}
     for tower in ("text_config", "vision_config"):
-        narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1}
         given[tower] = {**given[tower], **narrow}
     for key in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"):
         given.pop(key, None)
@@ -57,13 +54,12 @@ def trial(config: TrainConfig, shapes: CLIPViPConfig) -> Iterator[TrainConfig]:
     model = replace(config.model, name=None, config=given, tokenizer=source)
     assert config.data.num_frames is not None
     clips = 2 * config.accumulation
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(_made_up(Path(folder), clips, config.data.num_frames))
-        workers = min(config.data.num_workers, 1)
-        data = replace(config.data, train=path, sources=[], validation=path, num_workers=workers)
-        config = replace(config, batch_size=clips, micro_batch=config.micro_batch and 1)
-        config = replace(config, epochs=None, max_steps=1, resume="never")
-        yield replace(config, out=f"{folder}/run", model=model, data=data)
+    path = str(_made_up(folder, clips, config.data.num_frames))
+    workers = min(config.data.num_workers, 1)
+    data = replace(config.data, train=path, sources=[], validation=path, num_workers=workers)
+    config = replace(config, batch_size=clips, micro_batch=config.micro_batch and 1)
+    config = replace(config, epochs=None, max_steps=1, resume="never")
+    return replace(config, out=str(folder / "run"), model=model, data=data)
 
 
 def _made_up(folder: Path, clips: int, frames: int) -> Path:

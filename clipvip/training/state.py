@@ -176,12 +176,15 @@ def load_state(run: Run, resumed: Path) -> RunState:
             f"{shown(resumed / 'state.pt')} does not hold the state of a run of this model "
             f"({_reason(error)}); give another out to start a new run"
         ) from error
-    folder, step = run.out / "checkpoints", state.best_step
-    best = distributed.first_does(lambda: checkpoint.whole_or_none(folder, step))
-    if best is None:
-        state.best_step = state.best_metric = None
+    if state.best_step is not None:
+        path = checkpoint.checkpoint_path(run.out / "checkpoints", state.best_step)
+        if problem := distributed.first_does(lambda: checkpoint.damage(path)):
+            if accelerator.is_main_process:
+                said = "%s was the best, but %s; the next to be validated becomes it"
+                logger.warning(said, path, problem)
+            state.best_step = state.best_metric = None
     if accelerator.is_main_process:
-        checkpoint.move_links(run.out, state.step, best)
+        checkpoint.move_links(run.out, state.step, state.best_step)
         for change in changes(then, config, accelerator.num_processes):
             print(change, flush=True)
     return state

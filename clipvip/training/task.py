@@ -27,10 +27,10 @@ class Task:
     """A training objective."""
 
     name: str  # in configurations and for loaders
+    needs: tuple[str, ...]  # names of the texts of a clip, of which it must have at least one
     texts: tuple[str, ...]  # names of the texts of a clip that are embedded
     with_image = False  # whether the image of each clip is embedded too
     pairs = 1  # number of pairs of features whose similarities the loss computes
-    lacks: str  # what a useless clip has none of, for the error message
 
     def __init__(self, config: TrainConfig) -> None:
         self.backend = config.backend
@@ -48,10 +48,6 @@ class Task:
         """
         raise NotImplementedError
 
-    def is_useless(self, clip: Clip) -> bool:
-        """Say whether a clip has no text to train on."""
-        raise NotImplementedError
-
     def check(self, clips: list[Clip] | Shards, where: object) -> None:
         """Raise ConfigError or ShardError if clips lack the texts that this task trains on.
 
@@ -59,10 +55,15 @@ class Task:
         """
         if isinstance(clips, Shards):
             clips.check(self.name)
-        elif useless := [clip for clip in clips if self.is_useless(clip)]:
+            return
+        useless = [
+            clip for clip in clips if all(getattr(clip, name) in (None, ()) for name in self.needs)
+        ]
+        if useless:
             raise ConfigError(
-                f"{where}: {len(useless)} of {len(clips)} clips have no {self.lacks} for "
-                f"task={self.name}; the first is on line {useless[0].line}"
+                f"{where}: {len(useless)} of {len(clips)} clips have no "
+                f"{' and no '.join(self.needs)} for task={self.name}; the first is on line "
+                f"{useless[0].line}"
             )
 
 
@@ -70,27 +71,23 @@ class Retrieval(Task):
     """Fine-tuning: videos against their texts."""
 
     name = "retrieval"
-    texts = ("text",)
-    lacks = "text"
+    needs = texts = ("text",)
 
     def loss(self, features: Features, batch: Batch) -> Tensor:
         video, text, scale = features["video"], features["text"], features["scale"]
         return contrastive_loss(video, text, scale, sharded=True, backend=self.backend)
-
-    def is_useless(self, clip: Clip) -> bool:
-        return not clip.text
 
 
 class Omnisource(Task):
     """Post-pretraining: videos and images against subtitles and captions, in a loss variant."""
 
     name = "omnisource"
-    lacks = "subtitle and no caption"
+    needs = ("subtitle", "caption")
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         self.variant = config.variant
-        self.texts = ("subtitle",) if self.variant == "vs" else ("subtitle", "caption")
+        self.texts = self.needs[:1] if self.variant == "vs" else self.needs
         self.with_image = self.variant.endswith("fc")
         self.pairs = sum(len(term) - 1 for term in self.variant.split("_"))
 
@@ -107,9 +104,6 @@ class Omnisource(Task):
             sharded=True,
             backend=self.backend,
         )
-
-    def is_useless(self, clip: Clip) -> bool:
-        return clip.subtitle is None and clip.caption is None
 
     def check(self, clips: list[Clip] | Shards, where: object) -> None:
         """Check the clips as above; also raise ConfigError if no clip has a text that the variant

@@ -162,8 +162,8 @@ def _means(pairs: list[_Pair]) -> Iterator[tuple[Tensor, int]]:
     """
     negatives = [pair.row_lse for pair in pairs]
     for pair in pairs:
-        positive = pair.positive[pair.clips]
         for others in (negatives, [pair.col_lse]):
+            positive = pair.positive[pair.clips]
             loss = positive.new_zeros(())
             for other in others:
                 loss = torch.logaddexp(loss, other[pair.clips] - positive)

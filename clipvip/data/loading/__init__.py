@@ -5,12 +5,10 @@ loader.py gives the steps and where they are.
 """
 
 from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Failure, LoaderError
-from clipvip.data.loading.collate import Batch
 from clipvip.data.loading.in_worker import check_not_excluded, report_progress, set_place
 from clipvip.data.loading.loader import ClipLoader, build_loader, counted
-from clipvip.data.loading.options import LoaderOptions
 from clipvip.data.loading.reader import ClipReader, names_of
-from clipvip.data.loading.samples import Sample
+from clipvip.data.loading.samples import Batch, LoaderOptions, Sample
 from clipvip.data.loading.workers import Workers, worker_count
 
 __all__ = [

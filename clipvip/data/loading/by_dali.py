@@ -7,12 +7,12 @@ one of three paths to its batch:
     (one of num_workers)                                      (started when first needed)
 
     ClipReader.read
-      encode_or_decode
+      _encode_or_decode
         DALI can decode it:
           Encoded  ─────────► DecodeByDali
                                 DaliDecoder.decode
                                   decoded: frames on its device
-                                  failed: key, attempt ─────► read_again (without_dali)
+                                  failed: key, attempt ─────► read_sample, without DALI
                                                                 ClipReader.read
                                   frames  ◄───────────────────    frames by PyAV
         DALI cannot:
@@ -25,61 +25,43 @@ with the same random numbers.
 
 import logging
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipvip.data.loading.collate import Batch, Collate
-from clipvip.data.loading.options import LoaderOptions
-from clipvip.data.loading.samples import Report, Sample
+from clipvip.data.loading.reader import BatchReader
+from clipvip.data.loading.samples import Batch, Report, Sample, collate
 from clipvip.data.loading.workers import Workers
-from clipvip.data.video import DaliDecoder, Encoded, Engine, Frames, OpenClip, Refused, encode
+from clipvip.data.video import DaliDecoder, Encoded, Engine
 from clipvip.files import shown
 
 logger = logging.getLogger(__name__)
 
 
-def encode_or_decode(
-    clip: OpenClip, engine: Engine | None, options: LoaderOptions
-) -> tuple[Frames | Encoded, str]:
-    """Encode a clip's frames for DALI, or decode them by PyAV if there is no engine or it cannot
-    decode them. Return them with Sample.decoder."""
-    decoder = "PyAV"
-    if engine is not None:
-        try:
-            return encode(clip, engine), "DALI"
-        except Exception as error:
-            reason = error.reason if isinstance(error, Refused) else "packets cannot be cut out"
-            decoder = f"PyAV ({reason})"
-    return clip.decode(options.image_size, resize=options.resize), decoder
-
-
 class DecodeByDali:
     """Turn the samples of a batch from a worker into the batch, in the main process.
 
-    read_again: work of the second worker process, BatchReader.read_sample without DALI.
     name: description of a place for the log.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        options: LoaderOptions,
-        collate: Collate,
-        read_again: Callable[[tuple[Any, int], frozenset[int]], Sample],
-        name: Callable[[int], str],
+        self, batch_reader: BatchReader, engine: Engine, name: Callable[[int], str]
     ) -> None:
-        self.collate = collate
-        self.decoder = DaliDecoder(options.image_size, engine, options.num_workers, options.resize)
-        self._read_again = read_again
-        self._processes = min(options.num_workers, 1)
+        self.options = batch_reader.reader.options
+        self.decoder = DaliDecoder(
+            self.options.image_size, engine, self.options.num_workers, self.options.resize
+        )
+        self._without_dali = copy(batch_reader)
+        self._without_dali.reader = replace(batch_reader.reader, engine=None)
         self._name = name
         self._workers: Workers[tuple[Any, int], Sample] | None = None
 
     def __call__(self, samples: list[Sample]) -> tuple[Batch | None, Report]:
         with self.decoder.apart():
-            batch, report = self.collate(self._decode(samples))
+            batch, report = collate(self._decode(samples), self.options)
         for value in (batch or {}).values():
             if value.is_cuda:  # made on another stream than the one it is used on
                 value.record_stream(torch.cuda.default_stream(value.device))
@@ -110,7 +92,8 @@ class DecodeByDali:
             shown(reason),
         )
         if self._workers is None:
-            self._workers = Workers(self._read_again, self._processes, self._name)
+            processes = min(self.options.num_workers, 1)
+            self._workers = Workers(self._without_dali.read_sample, processes, self._name)
         ((_, again),) = self._workers.run([(sample.key, sample.attempt)])
         again.tried = sample.tried[:-1] + again.tried
         again.failures = sample.failures + again.failures

@@ -15,7 +15,7 @@ A batch is made in these steps:
 
     Order                     which clips are in a batch             loader.py, shards' plan.py
     BatchReader, ClipReader   clips → samples, in workers            reader.py, shards' stream.py
-    Collate                   samples → batch, in workers            collate.py
+    collate                   samples → batch, in workers            samples.py
     DecodeByDali              with DALI: the end of both, in the     by_dali.py
                               main process
     ClipLoader                runs these, counts unreadable clips    loader.py
@@ -34,17 +34,9 @@ import torch
 from clipvip.data.annotations import Clip
 from clipvip.data.loading.bad_files import BadFile, BadFiles
 from clipvip.data.loading.by_dali import DecodeByDali
-from clipvip.data.loading.collate import Batch, Collate
 from clipvip.data.loading.in_worker import set_place
-from clipvip.data.loading.options import LoaderOptions
-from clipvip.data.loading.reader import (
-    BatchReader,
-    ClipReader,
-    FileBatchReader,
-    names_of,
-    without_dali,
-)
-from clipvip.data.loading.samples import TRIES, Report
+from clipvip.data.loading.reader import BatchReader, ClipReader, FileBatchReader, names_of
+from clipvip.data.loading.samples import TRIES, Batch, LoaderOptions, Report, collate
 from clipvip.data.loading.workers import Workers
 from clipvip.data.video import start_engine
 from clipvip.files import shown
@@ -53,11 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_loader(
-    clips: Sequence[Clip],
-    options: LoaderOptions,
-    *,
-    training: bool,
-    drop_last: bool | None = None,
+    clips: Sequence[Clip], options: LoaderOptions, *, training: bool, drop_last: bool | None = None
 ) -> "ClipLoader":
     """Make a loader of one rank's batches from video and image files.
 
@@ -82,13 +70,8 @@ def build_loader(
             named = f"line {without.line} ({shown(without.video)})"
             raise ValueError(f"{named} has no 'text' to retrieve by")
     reader = ClipReader(options, training, start_engine(options.decoder))
-    return ClipLoader(
-        FileBatchReader(clips, reader),
-        _FileOrder(len(clips), options, training, drop_last),
-        options,
-        BadFiles(len(clips), options.max_bad_share, options.bad_files),
-        names_of(clips),
-    )
+    order = _FileOrder(len(clips), options, training, training if drop_last is None else drop_last)
+    return ClipLoader(FileBatchReader(clips, reader), order, len(clips), names_of(clips))
 
 
 class Order(Protocol):
@@ -109,35 +92,27 @@ class Order(Protocol):
 class ClipLoader:
     """Iterates over one epoch's batches of one rank. Made by build_loader or build_shard_loader.
 
+    count: number of places of the data.
     decoded: how many clips "DALI" decoded, and how many "PyAV"; if DALI was asked for, the latter
         as "PyAV (reason why not DALI)".
     name: describes a place, a value of clip_index, for logs.
     """
 
     def __init__(
-        self,
-        batch_reader: BatchReader,
-        order: Order,
-        options: LoaderOptions,
-        bad: BadFiles,
-        name: Callable[[int], str],
+        self, batch_reader: BatchReader, order: Order, count: int, name: Callable[[int], str]
     ) -> None:
+        options, engine = batch_reader.reader.options, batch_reader.reader.engine
         self.name = name
         self.decoded: Counter[str] = Counter()
         self._order = order
         self._epoch = 0
         self._skipped = 0
-        self._bad = bad
+        self._bad = BadFiles(count, options.max_bad_share, options.bad_files)
         self._finish: DecodeByDali | None = None
-        collate = Collate(options.tokenizer, options.text_length, options.task)
-        engine = batch_reader.reader.engine
-        work: Callable[[Any, frozenset[int]], Any]
-        if engine is None:
-            work = partial(_read_and_collate, batch_reader, collate)
-        else:
+        work: Callable[[Any, frozenset[int]], Any] = partial(_read_and_collate, batch_reader)
+        if engine is not None:
             work = batch_reader.read_batch
-            read_again = without_dali(batch_reader).read_sample
-            self._finish = DecodeByDali(engine, options, collate, read_again, name)
+            self._finish = DecodeByDali(batch_reader, engine, name)
         self._workers: Workers[Any, Any] = Workers(work, options.num_workers, name)
 
     @property
@@ -168,7 +143,10 @@ class ClipLoader:
         tasks = self._order.tasks(self._epoch, skipped)
         for _, result in self._workers.run(tasks, worker_of=self._order.worker_of):
             batch, report = result if self._finish is None else self._finish(result)
-            self._count(report.decoders)
+            for decoder in report.decoders:
+                if not self.decoded[decoder] and decoder not in ("DALI", "PyAV"):
+                    logger.warning("decoding a clip by %s; later ones are only counted", decoder)
+                self.decoded[decoder] += 1
             self._bad.note(report.tried, report.failures, report.damaged)
             if report.gave_up:
                 self._bad.stop(f"{TRIES} in a row, drawn at random")
@@ -177,12 +155,6 @@ class ClipLoader:
         counts = self.decoded - before
         if set(counts) - {"DALI", "PyAV"}:
             logger.warning("clips decoded by: %s", counted(counts))
-
-    def _count(self, decoders: list[str]) -> None:
-        for decoder in decoders:
-            if not self.decoded[decoder] and decoder not in ("DALI", "PyAV"):
-                logger.warning("decoding a clip by %s; later ones are only counted", decoder)
-            self.decoded[decoder] += 1
 
 
 def counted(decoded: Counter[str]) -> str:
@@ -213,39 +185,36 @@ class _FileOrder:
 
     worker_of = None
 
-    def __init__(
-        self, count: int, options: LoaderOptions, training: bool, drop_last: bool | None
-    ) -> None:
+    def __init__(self, count: int, options: LoaderOptions, training: bool, drop_last: bool) -> None:
         self.count = count
         self.batch_size = options.batch_size
-        self.rank = options.rank
+        self.first = options.rank * options.batch_size
         self.stride = options.batch_size * options.world_size
         self.training = training
         self.seed = options.seed
-        self.drop_last = training if drop_last is None else drop_last
-        if count == 0 or (self.drop_last and count < self.stride):
+        if count == 0 or (drop_last and count < self.stride):
             raise ValueError(
                 f"{count} clips make no batch of {self.batch_size} on {options.world_size} ranks; "
                 "give more clips, a smaller batch, or drop_last=False"
             )
+        self.batches = count // self.stride + (not drop_last and count % self.stride > self.first)
 
     def __len__(self) -> int:
-        tail = 0 if self.drop_last else self.count % self.stride > self.rank * self.batch_size
-        return self.count // self.stride + tail
+        return self.batches
 
     def tasks(self, epoch: int, skipped: int) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.count)
         if self.training:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-        for batch in range(skipped, len(self)):
-            start = batch * self.stride + self.rank * self.batch_size
+        for batch in range(skipped, self.batches):
+            start = batch * self.stride + self.first
             yield [(epoch, int(place)) for place in order[start : start + self.batch_size]]
 
 
 def _read_and_collate(
-    batch_reader: BatchReader, collate: Collate, task: Any, excluded: frozenset[int]
+    batch_reader: BatchReader, task: Any, excluded: frozenset[int]
 ) -> tuple[Batch | None, Report]:
     """Make a whole batch, in a worker."""
     samples = batch_reader.read_batch(task, excluded)
     set_place(-1)  # an error from here on is not the fault of the last clip
-    return collate(samples)
+    return collate(samples, batch_reader.reader.options)

@@ -2,20 +2,30 @@
 
 import traceback
 from collections.abc import Callable, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from clipvip.data.annotations import Annotations, Clip
-from clipvip.data.loading.bad_files import BadFile
-from clipvip.data.loading.by_dali import encode_or_decode
+from clipvip.data.loading.bad_files import BadFile, Failure
 from clipvip.data.loading.in_worker import check_not_excluded, set_place
-from clipvip.data.loading.options import LoaderOptions
-from clipvip.data.loading.samples import TRIES, Sample
-from clipvip.data.video import DecodeError, Engine, Frames, Media, is_image, open_clip, read_frames
+from clipvip.data.loading.samples import TRIES, LoaderOptions, Sample
+from clipvip.data.video import (
+    DecodeError,
+    Encoded,
+    Engine,
+    Frames,
+    Media,
+    OpenClip,
+    Refused,
+    encode,
+    is_image,
+    open_clip,
+    read_frames,
+)
 
 
 class BatchReader(Protocol):
@@ -31,16 +41,6 @@ class BatchReader(Protocol):
     def read_sample(self, task: tuple[Any, int], excluded: frozenset[int]) -> Sample:
         """Read one sample of a batch again. task: its key, and the attempt to start with."""
         ...
-
-
-_BatchReader = TypeVar("_BatchReader", bound=BatchReader)
-
-
-def without_dali(batch_reader: _BatchReader) -> _BatchReader:
-    """A batch reader that reads the same clips and frames by PyAV alone."""
-    copied = copy(batch_reader)
-    copied.reader = replace(batch_reader.reader, engine=None)
-    return copied
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,42 @@ class ClipReader:
         self,
         sample: Sample,
         clip: Clip,
+        video: Media,
+        image: Media | None,
         generator: np.random.Generator,
-        video: Media | None = None,
-        image: Media | None = None,
     ) -> None:
-        """Fill the sample. video, image: read instead of the clip's own files.
+        """Fill the sample. video, image: where the clip's are read.
 
         Raises DecodeError, whatever went wrong; the sample then has no frames.
         """
-        video = clip.video if video is None else video
-        image = clip.image if image is None else image
-        with_image = self.options.task == "omnisource"
         sample.texts, sample.subtitle, sample.caption = clip.text, clip.subtitle, clip.caption
         if self.training and clip.text:
             sample.texts = (clip.text[int(generator.integers(len(clip.text)))],)
+        with_middle = False
         try:
-            if with_image and image is not None:
-                sample.image = self._read_image(image)[0]
-            self._read_frames(sample, clip, video, generator, with_image and image is None)
+            if self.options.task == "omnisource":
+                with_middle = image is None
+                if image is not None:
+                    sample.image = self._read_image(image)[0]
+            if is_image(video):
+                frames = self._read_image(video)
+                sample.hold(Frames(frames, frames[0] if with_middle else None))
+                sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
+                return
+            with open_clip(
+                video,
+                self.options.num_frames,
+                start=clip.start,
+                end=clip.end,
+                sampling=self.options.sampling,
+                generator=generator if self.training else None,
+                with_middle=with_middle,
+            ) as opened:
+                decoded, decoder = self._encode_or_decode(opened)
+                if opened.damage is not None:
+                    sample.damaged.append(BadFile(str(opened.path), opened.damage, clip.line))
+            sample.hold(decoded)
+            sample.decoder = decoder
         except DecodeError:
             raise
         except Exception as error:  # one clip never ends a run; a large share of clips does
@@ -88,53 +106,35 @@ class ClipReader:
             reason = f"{type(error).__name__}: {error} ({Path(line.filename).name}:{line.lineno})"
             raise DecodeError(clip.video, reason) from error
 
-    def _read_image(self, image: Media) -> Any:
+    def _read_image(self, image: Media) -> Tensor:
         return read_frames(image, 1, size=self.options.image_size, resize=self.options.resize)
 
-    def _read_frames(
-        self,
-        sample: Sample,
-        clip: Clip,
-        video: Media,
-        generator: np.random.Generator,
-        with_middle: bool,
-    ) -> None:
-        if is_image(video):
-            frames = self._read_image(video)
-            sample.hold(Frames(frames, frames[0] if with_middle else None))
-            sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
-            return
-        with open_clip(
-            video,
-            self.options.num_frames,
-            start=clip.start,
-            end=clip.end,
-            sampling=self.options.sampling,
-            generator=generator if self.training else None,
-            with_middle=with_middle,
-        ) as opened:
-            decoded, decoder = encode_or_decode(opened, self.engine, self.options)
-            damage = opened.damage
-        if damage is not None:
-            sample.damaged.append(BadFile(str(opened.path), damage, clip.line))
-        sample.hold(decoded)
-        sample.decoder = decoder
+    def _encode_or_decode(self, clip: OpenClip) -> tuple[Frames | Encoded, str]:
+        """Encode a clip's frames for DALI, or decode them by PyAV if there is no engine or it
+        cannot decode them. Return them with Sample.decoder."""
+        decoder = "PyAV"
+        if self.engine is not None:
+            try:
+                return encode(clip, self.engine), "DALI"
+            except Exception as error:
+                reason = error.reason if isinstance(error, Refused) else "packets cannot be cut out"
+                decoder = f"PyAV ({reason})"
+        return clip.decode(self.options.image_size, resize=self.options.resize), decoder
 
 
+@dataclass
 class FileBatchReader:
     """Read batches from files. A task is a list of (epoch, place of the clip)."""
 
-    def __init__(self, clips: Sequence[Clip], reader: ClipReader) -> None:
-        self.clips = clips
-        self.reader = reader
+    clips: Sequence[Clip]
+    reader: ClipReader
 
     def read_batch(self, task: list[tuple[int, int]], excluded: frozenset[int]) -> list[Sample]:
         return [self.read_sample((key, 0), excluded) for key in task]
 
     def read_sample(self, task: tuple[tuple[int, int], int], excluded: frozenset[int]) -> Sample:
-        key, first = task
-        epoch, place = key
-        sample = Sample(key, place)
+        (epoch, place), first = task
+        sample = Sample((epoch, place), place)
         for attempt in range(first, self.reader.tries):
             generator = np.random.default_rng((self.reader.options.seed, epoch, place, attempt))
             sample.attempt = attempt
@@ -145,10 +145,11 @@ class FileBatchReader:
             set_place(sample.place)
             try:
                 check_not_excluded(sample.place, excluded, clip.video)
-                self.reader.read(sample, clip, generator)
+                self.reader.read(sample, clip, clip.video, clip.image, generator)
                 break
             except DecodeError as error:
-                sample.add_failure(str(error.path), error.reason, clip.line)
+                file = BadFile(str(error.path), error.reason, clip.line)
+                sample.failures.append(Failure(sample.place, file))
         return sample
 
 

@@ -1,15 +1,75 @@
-"""A clip as it passes from reading to a batch."""
+"""Settings of loaders, and a clip on its way from reading to a batch of tensors."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from clipvip.data.loading.bad_files import BadFile, Failure
-from clipvip.data.video import Encoded, Frames
+from clipvip.data.video import Encoded, Frames, check_sampling
+from clipvip.inputs import tokenize
+from clipvip.ops.resize_crop import check_resize
 
+TASKS = ("retrieval", "omnisource", "video")
 TRIES = 100  # clips tried in training in the place of an unreadable one
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """How clips become one rank's batches.
+
+    num_workers and decoder change the speed, not which clips, frames and texts are in a batch.
+
+    task: which texts and images a batch holds, see build_loader.
+    tokenizer: a transformers CLIPTokenizer; None for task "video".
+    batch_size: clips per batch of this rank.
+    image_size: side of the square frames, in pixels.
+    num_frames, sampling: frames per clip, and how they are chosen (clipvip.data.video.sampling).
+    resize: how frames are made square (clipvip.ops.resize_crop).
+    text_length: tokens at which texts are cut off.
+    seed: random seed for the order of clips and the choice of frames and texts.
+    num_workers: worker processes; 0 reads clips in this process.
+    rank, world_size: number of this rank, and of ranks that share the data.
+    max_bad_share: share of unreadable clips, among those tried, above which LoaderError is raised.
+    bad_files: file to append unreadable and damaged files to; None for none.
+    decoder: "pyav", "dali", or "auto" for DALI if there is a GPU on which it starts.
+
+    Raises ValueError for a setting out of its range.
+    """
+
+    task: str
+    tokenizer: Any
+    batch_size: int
+    image_size: int
+    num_frames: int
+    text_length: int
+    sampling: str = "uniform"
+    resize: str = "crop"
+    seed: int
+    num_workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+    max_bad_share: float = 0.05
+    bad_files: Path | None = None
+    decoder: str = "pyav"
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; expected one of {', '.join(TASKS)}")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected 0 or more")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank is {self.rank} of {self.world_size}; expected 0 ≤ rank < world_size"
+            )
+        check_sampling(self.sampling)
+        check_resize(self.resize)
 
 
 @dataclass(slots=True)
@@ -48,9 +108,6 @@ class Sample:
         if decoded.middle is not None:
             self.image = decoded.middle
 
-    def add_failure(self, path: str, reason: str, line: int) -> None:
-        self.failures.append(Failure(self.place, BadFile(path, reason, line)))
-
 
 class Report(NamedTuple):
     """How the samples of a batch were read. gave_up: TRIES clips in a row could not be read."""
@@ -60,3 +117,41 @@ class Report(NamedTuple):
     damaged: list[BadFile]
     decoders: list[str]
     gave_up: bool
+
+
+def collate(samples: list[Sample], options: LoaderOptions) -> tuple[Batch | None, Report]:
+    """Pack samples into a batch; None if none of them could be read.
+
+    build_loader lists the tensors.
+    """
+    read = [sample for sample in samples if sample.frames is not None]
+    report = Report(
+        [place for sample in samples for place in sample.tried],
+        [failure for sample in samples for failure in sample.failures],
+        [file for sample in samples for file in sample.damaged],
+        [sample.decoder for sample in read],
+        any(len(sample.failures) == TRIES for sample in samples),
+    )
+    return (_pack(read, options) if read else None), report
+
+
+def _pack(samples: list[Sample], options: LoaderOptions) -> Batch:
+    tokens = partial(tokenize, options.tokenizer, text_length=options.text_length)
+    frames = cast(list[Tensor], [sample.frames for sample in samples])
+    batch = {
+        "pixel_values": torch.cat(frames),
+        "frame_offsets": torch.tensor([0, *map(len, frames)]).cumsum(0).to(torch.int32),
+        "clip_index": torch.tensor([sample.place for sample in samples]),
+    }
+    if options.task == "retrieval":
+        texts = [text for sample in samples for text in sample.texts]
+        batch["text_ids"], batch["text_mask"] = tokens(texts)
+        owners = [sample.place for sample in samples for _ in sample.texts]
+        batch["text_clip"] = torch.tensor(owners)
+    elif options.task == "omnisource":
+        for name in ("subtitle", "caption"):
+            given = [getattr(sample, name) for sample in samples]
+            batch[f"{name}_ids"], batch[f"{name}_mask"] = tokens([text or "" for text in given])
+            batch[f"{name}_present"] = torch.tensor([text is not None for text in given])
+        batch["image"] = torch.stack([s.image for s in samples if s.image is not None])
+    return batch

@@ -9,7 +9,7 @@ it can then crash, block or fill.
 
 No worker outlives its parent, however the parent ends.
 
-The code inside the processes is in in_worker.py, their messages in messages.py.
+The code inside the processes, and their messages, are in in_worker.py.
 """
 
 import ctypes
@@ -31,9 +31,8 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Generic, TypeVar
 
-from clipvip.data.loading import messages
-from clipvip.data.loading.in_worker import STARTED, Key, Slot, WorkFailure, report_here, serve
-from clipvip.data.loading.messages import WorkerError
+from clipvip.data.loading import in_worker
+from clipvip.data.loading.in_worker import STARTED, Key, Slot, WorkerError, WorkFailure
 from clipvip.files import shown
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class Workers(Generic[Task, Result]):
 
     def __init__(
         self,
-        work: "Work[Task, Result]",
+        work: Work[Task, Result],
         count: int,
         name: Callable[[int], str] = str,
         on_progress: Callable[[int], None] = lambda clips: None,
@@ -120,7 +119,11 @@ class Workers(Generic[Task, Result]):
         while True:
             for number, task in islice(coming, ahead * len(self._workers) - len(given)):
                 given[number] = task
-                self._worker_for(task, worker_of).give(Key(run, number), task, self._excluded)
+                if worker_of is None:
+                    worker = min(self._workers, key=lambda worker: len(worker.tasks))
+                else:
+                    worker = self._workers[worker_of(task) % len(self._workers)]
+                worker.give(Key(run, number), task, self._excluded)
             if not given:
                 return
             ready = due if ordered else next(iter(done), -1)
@@ -134,18 +137,13 @@ class Workers(Generic[Task, Result]):
 
     def _run_here(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
         for task in tasks:
-            slot = report_here(self._on_progress)
+            slot = in_worker.report_here(self._on_progress)
             try:
                 result = self._work(task, frozenset())
             except Exception as error:
                 logger.error("%s %s", type(error).__name__, self._where(slot.place))
                 raise
             yield task, result
-
-    def _worker_for(self, task: Task, worker_of: Callable[[Task], int] | None) -> "_Worker":
-        if worker_of is None:
-            return min(self._workers, key=lambda worker: len(worker.tasks))
-        return self._workers[worker_of(task) % len(self._workers)]
 
     def _results(self) -> Iterator[tuple[Key, Result]]:
         """Wait for a message of any process; replace processes that died or hang."""
@@ -191,13 +189,16 @@ class Workers(Generic[Task, Result]):
         reason: why it was killed; None if it ended by itself.
         """
         worker.process.join(5)
-        place = worker.slot.place
+        place, code = worker.slot.place, worker.process.exitcode
+        if reason is None:
+            reason = f"ended with exit status {code}"
+            if code is not None and code < 0:
+                reason = f"was killed by {signal.Signals(-code).name}"
         event = (
-            f"worker {worker.number} (process {worker.process.pid}) "
-            f"{reason or _how_it_ended(worker.process.exitcode)} {self._where(place)}"
+            f"worker {worker.number} (process {worker.process.pid}) {reason} {self._where(place)}"
         )
         # A scheduler sends SIGTERM to all processes: the clip is not the cause.
-        own_fault = worker.process.exitcode != -signal.SIGTERM
+        own_fault = code != -signal.SIGTERM
         self._deaths_in_a_row += own_fault
         if self._deaths_in_a_row > DEATHS_IN_A_ROW:
             raise WorkerError(
@@ -228,10 +229,10 @@ class _Worker:
         self.tasks: dict[Key, Any] = {}
         self.last_message = self.slot.since
         self.started = False
-        with _starting, _interrupts_blocked(), _garbage_kept():
+        with _starting():
             self.connection, theirs = multiprocessing.Pipe()
             self.process: BaseProcess = multiprocessing.Process(
-                target=serve, args=(theirs, work, slots, number), daemon=True
+                target=in_worker.serve, args=(theirs, work, slots, number), daemon=True
             )
             self.process.start()
             theirs.close()
@@ -255,7 +256,7 @@ class _Worker:
     def receive(self) -> Any:
         """Return one message. Raises EOFError or OSError if the process died."""
         try:
-            message = messages.receive(self.connection)
+            message = in_worker.receive(self.connection)
         except (EOFError, OSError):
             raise
         except BaseException:  # ctrl-C too: the rest of a message cannot be read as one
@@ -282,37 +283,27 @@ def _shared_slots(count: int) -> Any:
     return kind.from_buffer(mmap.mmap(-1, max(ctypes.sizeof(kind), 1)))
 
 
-# One at a time, or a process would inherit, and keep open, the ends of another's pipe.
-_starting = threading.Lock()
+_lock = threading.Lock()
 
 
 @contextmanager
-def _garbage_kept() -> Iterator[None]:
-    """Collect no garbage in a new process before it sets the parent's objects apart: destructors
-    of a pool or pipeline would wait there for threads that only the parent has."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
+def _starting() -> Iterator[None]:
+    """Start one process at a time, or it would inherit, and keep open, the ends of another's pipe.
 
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Hold ctrl-C back: the handlers that logging and torch run around a fork ignore exceptions."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _how_it_ended(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with exit status {code}"
+    Ctrl-C is held back: the handlers that logging and torch run around a fork ignore exceptions.
+    No garbage is collected before the new process sets the parent's objects apart: destructors of
+    a pool or pipeline would wait there for threads that only the parent has.
+    """
+    with _lock:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop(workers: list[_Worker], owner: int) -> None:

@@ -1,4 +1,4 @@
-"""Write clips into WebDataset tars, verify tars, and make training batches from them.
+"""Write clips into WebDataset tars, verify them, and make training batches from tars.
 
 The names below are for the rest of the package; all others are private to this folder.
 """
@@ -6,7 +6,7 @@ The names below are for the rest of the package; all others are private to this 
 from clipvip.data.shards.manifest import Shard, ShardError, is_shards, load_manifest
 from clipvip.data.shards.plan import Shards, Source
 from clipvip.data.shards.stream import build_shard_loader
-from clipvip.data.shards.verify import verify_shards
+from clipvip.data.shards.verify import verify_files, verify_shards
 from clipvip.data.shards.write import write_shards
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "build_shard_loader",
     "is_shards",
     "load_manifest",
+    "verify_files",
     "verify_shards",
     "write_shards",
 ]

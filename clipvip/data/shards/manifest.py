@@ -99,20 +99,13 @@ def finished_shards(path: Path, names: Collection[str]) -> dict[str, Shard]:
         shards = _parse_manifest(text, str(path))
     except ShardError as error:
         raise ShardError(f"{error}; delete that line, and its shard is written again") from None
-    finished = {
-        shard.shard: shard
-        for shard in shards
-        if shard.shard in names and _size(path.parent / shard.shard) == shard.bytes
-    }
+    finished = {}
+    for shard in shards:
+        file = path.parent / shard.shard
+        if shard.shard in names and os.path.isfile(file) and file.stat().st_size == shard.bytes:
+            finished[shard.shard] = shard
     write_manifest(path, finished.values())
     return finished
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def load_manifest(source: str) -> list[tuple[str, Shard]]:

@@ -5,6 +5,7 @@ lanes, whose tars it reads from the start to the end of the lane's part, and hol
 encoded clips per lane to shuffle them.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,17 +14,17 @@ from typing import NamedTuple
 import numpy as np
 
 from clipvip.data.loading import (
-    BadFiles,
+    BadFile,
     ClipLoader,
     ClipReader,
+    Failure,
     LoaderOptions,
     Sample,
     check_not_excluded,
     set_place,
 )
-from clipvip.data.shards.members import unpack
 from clipvip.data.shards.plan import Plan, Shards
-from clipvip.data.shards.tars import Packed, open_url, read_samples, reason_of
+from clipvip.data.shards.tars import Packed, open_url, read_samples, reason_of, unpack
 from clipvip.data.video import DecodeError, start_engine
 
 RETRIES = (1.0, 4.0)  # seconds to wait before a tar is opened again
@@ -33,11 +34,7 @@ NEAR = 8
 
 
 def build_shard_loader(
-    shards: Shards,
-    options: LoaderOptions,
-    *,
-    paragraph: bool = False,
-    shuffle: int = 1024,
+    shards: Shards, options: LoaderOptions, *, paragraph: bool = False, shuffle: int = 1024
 ) -> ClipLoader:
     """Make a loader of one rank's training batches from shards; batches are build_loader's.
 
@@ -48,14 +45,9 @@ def build_shard_loader(
     """
     shards.check(options.task)
     plan = Plan(shards, options, max(shuffle, 1))
+    options = replace(options, num_workers=min(options.num_workers, plan.lanes))
     reader = ClipReader(options, training=True, engine=start_engine(options.decoder))
-    return ClipLoader(
-        _ShardBatchReader(plan, reader, paragraph),
-        plan,
-        replace(options, num_workers=min(options.num_workers, plan.lanes)),
-        BadFiles(len(shards), options.max_bad_share, options.bad_files),
-        shards.name,
-    )
+    return ClipLoader(_ShardBatchReader(plan, reader, paragraph), plan, len(shards), shards.name)
 
 
 class _Drawn(NamedTuple):
@@ -122,10 +114,11 @@ class _ShardBatchReader:
                     raise DecodeError(name, "no text")
                 if self.paragraph and clip.text:
                     clip = replace(clip, text=(" ".join(clip.text),))
-                self.reader.read(sample, clip, generator, stored.video, stored.image)
+                self.reader.read(sample, clip, stored.video, stored.image, generator)
                 break
             except DecodeError as error:
-                sample.add_failure(name, error.reason, line)
+                file = BadFile(name, error.reason, line)
+                sample.failures.append(Failure(sample.place, file))
         return sample
 
     def _other(self, number: int, generator: np.random.Generator, near: int) -> _Drawn:
@@ -169,28 +162,23 @@ class _Lane:
         return drawn
 
     def _stream(self, number: int, skipped: int) -> Iterator[_Drawn]:
-        """Yield a source's clips for this lane, pass after pass, without end."""
+        """Yield a source's clips for this lane, pass after pass, each shuffled, without end."""
         low, high = self.plan.span(number, self.lane)
-        pass_number, skipped = divmod(skipped, high - low)
-        while True:
-            yield from self._pass(number, pass_number, skipped)
-            pass_number, skipped = pass_number + 1, 0
-
-    def _pass(self, number: int, pass_number: int, skipped: int) -> Iterator[_Drawn]:
-        """Yield the clips of one pass, shuffled, without the first `skipped` of them."""
-        pieces = self.plan.pieces(number, pass_number, self.lane)
-        count = sum(end - begin for _, begin, end in pieces)
-        order = self.plan.shuffled(number, pass_number, self.lane, count)
-        given = np.zeros(count, bool)
-        given[order[:skipped]] = True
-        coming = self._in_sequence(number, pass_number, pieces, int(order[skipped:].min()))
-        held: dict[int, _Drawn] = {}
-        for wanted in order[skipped:].tolist():
-            while wanted not in held:
-                position, drawn = next(coming)
-                if not given[position]:
-                    held[position] = drawn
-            yield held.pop(wanted)
+        first, skipped = divmod(skipped, high - low)
+        for pass_number in itertools.count(first):
+            pieces = self.plan.pieces(number, pass_number, self.lane)
+            order = self.plan.shuffled(number, pass_number, self.lane, high - low)
+            given = np.zeros(high - low, bool)
+            given[order[:skipped]] = True
+            coming = self._in_sequence(number, pass_number, pieces, int(order[skipped:].min()))
+            held: dict[int, _Drawn] = {}
+            for wanted in order[skipped:].tolist():
+                while wanted not in held:
+                    position, drawn = next(coming)
+                    if not given[position]:
+                        held[position] = drawn
+                yield held.pop(wanted)
+            skipped = 0
 
     def _in_sequence(
         self, number: int, pass_number: int, pieces: list[tuple[int, int, int]], first: int

@@ -1,4 +1,4 @@
-"""Verify shards: the checksum of every tar, and frames of every clip."""
+"""Verify annotations and shards: frames of every clip, and the checksum of every tar."""
 
 import logging
 from array import array
@@ -13,7 +13,16 @@ from typing import NamedTuple
 import numpy as np
 
 from clipvip.data.annotations import Annotations, Clip, write_annotations
-from clipvip.data.loading import BadFile, Workers, check_not_excluded, set_place, worker_count
+from clipvip.data.loading import (
+    BadFile,
+    Failure,
+    Workers,
+    check_not_excluded,
+    names_of,
+    report_progress,
+    set_place,
+    worker_count,
+)
 from clipvip.data.shards.manifest import (
     MOST_CLIPS,
     Shard,
@@ -23,14 +32,64 @@ from clipvip.data.shards.manifest import (
     name_in,
     write_manifest,
 )
-from clipvip.data.shards.members import unpack
-from clipvip.data.shards.tars import Packed, open_url, read_samples, reason_of
-from clipvip.data.verify import Verified
+from clipvip.data.shards.tars import Packed, open_url, read_samples, reason_of, unpack
 from clipvip.data.video import DecodeError, check_decodes
 from clipvip.files import Hashed, shown
 from clipvip.terminal import progress
 
 logger = logging.getLogger(__name__)
+
+
+CLIPS_PER_TASK = 16
+
+
+class Verified(NamedTuple):
+    """The number of clips verified, and the files that cannot be read."""
+
+    clips: int
+    bad: list[BadFile]
+
+
+def verify_files(
+    annotations: Path, clean: Path | None = None, *, num_workers: int | None = None
+) -> Verified:
+    """Decode the first, middle and last frame of every clip, and its image.
+
+    clean: file to write the annotations of the readable clips to.
+    """
+    clips = Annotations(annotations)
+    kept = np.ones(len(clips), np.bool_)
+    bad: list[BadFile] = []
+    with progress(f"verifying {len(clips)} clips", len(clips)) as done:
+        workers: Workers[range, list[Failure]] = Workers(
+            partial(_verify_clips, clips),
+            worker_count(num_workers, len(clips)),
+            names_of(clips),
+            done,
+        )
+        places = range(len(clips))
+        tasks = (places[i : i + CLIPS_PER_TASK] for i in places[::CLIPS_PER_TASK])
+        for _, failures in workers.run(tasks):
+            bad += [failure.file for failure in failures]
+            kept[[failure.place for failure in failures]] = False
+    if clean is not None:
+        write_annotations(clean, (clips[int(place)] for place in np.flatnonzero(kept)))
+    return Verified(len(clips), bad)
+
+
+def _verify_clips(clips: Annotations, places: range, excluded: frozenset[int]) -> list[Failure]:
+    """Return those of the clips at some places that cannot be read."""
+    failures = []
+    for place in places:
+        set_place(place)
+        clip = clips[place]
+        try:
+            check_not_excluded(place, excluded, clip.video)
+            check_decodes(clip.video, clip.image, clip.start, clip.end)
+        except DecodeError as error:
+            failures.append(Failure(place, BadFile(str(error.path), error.reason, clip.line)))
+        report_progress(1)
+    return failures
 
 
 def verify_shards(
@@ -53,15 +112,27 @@ def verify_shards(
         from webdataset.shardlists import expand_urls
 
         shards = [(url, None) for url in expand_urls(source)]
+    counts = (MOST_CLIPS if shard is None else shard.clips for _, shard in shards)
+    firsts = np.cumsum([0, *counts]).tolist()
     found: list[_Checked] = []
     lines = array("q")
 
+    def name(place: int) -> str:
+        number = int(np.searchsorted(firsts, place, side="right")) - 1
+        return f"clip {place - firsts[number]} of {shards[number][0]}"
+
     def readable() -> Iterator[Clip]:
-        """Verify tar by tar; yield the annotations of the clips that can be read."""
-        for checked in _check(shards, num_workers):
-            lines.extend(clip.line for clip in checked.annotations)
-            yield from checked.annotations
-            found.append(checked._replace(annotations=[]))
+        """Verify the tars, several at a time; yield the annotations of the clips that can be read,
+        in the order of the tars."""
+        with progress(f"verifying {len(shards)} shards", len(shards)) as done:
+            workers: Workers[int, _Checked] = Workers(
+                partial(_verify_shard, shards, firsts), worker_count(num_workers, len(shards)), name
+            )
+            for _, checked in workers.run(range(len(shards)), ahead=1):
+                lines.extend(clip.line for clip in checked.annotations)
+                yield from checked.annotations
+                found.append(checked._replace(annotations=[]))
+                done(1)
 
     if clean is None:
         deque(readable(), maxlen=0)
@@ -100,26 +171,6 @@ class _Checked(NamedTuple):
     bad: list[BadFile]
     annotations: list[Clip]
     shard: Shard | None
-
-
-def _check(
-    shards: Sequence[tuple[str, Shard | None]], num_workers: int | None
-) -> Iterator["_Checked"]:
-    """Verify the tars in order, several at a time."""
-    counts = (MOST_CLIPS if shard is None else shard.clips for _, shard in shards)
-    firsts = np.cumsum([0, *counts]).tolist()
-
-    def name(place: int) -> str:
-        number = int(np.searchsorted(firsts, place, side="right")) - 1
-        return f"clip {place - firsts[number]} of {shards[number][0]}"
-
-    with progress(f"verifying {len(shards)} shards", len(shards)) as done:
-        workers: Workers[int, _Checked] = Workers(
-            partial(_verify_shard, shards, firsts), worker_count(num_workers, len(shards)), name
-        )
-        for _, checked in workers.run(range(len(shards)), ahead=1):
-            yield checked
-            done(1)
 
 
 def _verify_shard(

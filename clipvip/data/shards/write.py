@@ -7,7 +7,7 @@
     settings.json             the annotations and options that the shards were made from
     bad_files.jsonl           files left out, and why
 
-members.py says how a clip is stored. A tar is written under a temporary name, flushed, renamed, and
+tars.py says how a clip is stored. A tar is written under a temporary name, flushed, renamed, and
 then added to the manifest. So every shard in the manifest is whole, and a run that was killed
 resumes after the last one.
 """
@@ -47,7 +47,7 @@ from clipvip.data.shards.manifest import (
     on_disk,
     write_manifest,
 )
-from clipvip.data.shards.members import members_of
+from clipvip.data.shards.tars import members_of
 from clipvip.data.video import (
     CODING,
     Cut,

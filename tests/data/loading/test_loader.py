@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import collate, in_worker, reader, workers
+from clipvip.data.loading import in_worker, reader, samples, workers
 from clipvip.data.loading.bad_files import LoaderError
-from clipvip.data.loading.collate import Batch
 from clipvip.data.loading.loader import ClipLoader, build_loader
-from clipvip.data.loading.options import LoaderOptions
+from clipvip.data.loading.samples import Batch, LoaderOptions
 from clipvip.data.loading.workers import WorkerError
 from clipvip.data.video import open_clip, read_frames
 from clipvip.inputs import tokenize
@@ -448,10 +447,10 @@ def test_a_stuck_worker_is_replaced(load: Load, clips, tmp_path, monkeypatch, ca
 
 
 def test_an_error_in_a_worker_is_raised_with_its_traceback(load: Load, monkeypatch) -> None:
-    def fail(*given: Any) -> None:
+    def fail(*given: Any, **options: Any) -> None:
         raise KeyError("of the worker's own")
 
-    monkeypatch.setattr(collate, "tokenize", fail)
+    monkeypatch.setattr(samples, "tokenize", fail)
     with pytest.raises(KeyError, match="of the worker's own") as caught:
         list(load(num_workers=1))
     assert "in fail" in str(caught.value.__cause__)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipvip.data.loading import messages, workers
+from clipvip.data.loading import in_worker, workers
 from clipvip.data.loading.in_worker import report_progress, set_place
 from clipvip.data.loading.workers import WorkerError, Workers
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory without a name is Linux's")
-BIG = messages.SMALL * 4
+BIG = in_worker.SMALL * 4
 
 
 def results(work: Callable[..., Any], tasks: Any, count: int = 1, **options: Any) -> list[Any]:
@@ -129,7 +129,7 @@ TENSORS = [
 @pytest.mark.parametrize("named", [False, True])
 def test_tensors_arrive_as_they_were_and_can_be_written_to(named: bool, monkeypatch) -> None:
     if named:  # as on other systems than Linux
-        monkeypatch.setattr(messages, "_memory_file", None)
+        monkeypatch.setattr(in_worker, "_memory_file", None)
     alone = results(lambda task, excluded: TENSORS[task], range(len(TENSORS)))
     ((first, rest),) = results(lambda task, excluded: (TENSORS[0], {"rest": TENSORS[1:]}), [0])
     for got, sent in zip([first, *rest["rest"], *alone], TENSORS * 2, strict=True):
@@ -240,7 +240,7 @@ def test_no_room_for_a_result_is_an_error_that_says_what_to_do(monkeypatch) -> N
 def test_a_process_that_dies_while_it_passes_a_result_on_is_replaced(
     tmp_path: Path, monkeypatch
 ) -> None:
-    whole = messages.send
+    whole = in_worker.send
 
     def part(connection: Any, message: Any) -> None:
         if message.size and not (tmp_path / "died").exists():
@@ -248,21 +248,21 @@ def test_a_process_that_dies_while_it_passes_a_result_on_is_replaced(
             connection.send_bytes = lambda data: os.kill(os.getpid(), signal.SIGKILL)
         whole(connection, message)
 
-    monkeypatch.setattr(messages, "send", part)
+    monkeypatch.setattr(in_worker, "send", part)
     pool = Workers(lambda task, excluded: torch.full((BIG,), task), 1)
     assert [int(result[-1]) for _, result in pool.run(range(5))] == list(range(5))
     assert (tmp_path / "died").exists()
 
 
 def test_the_rest_of_an_interrupted_message_is_not_read(monkeypatch) -> None:
-    whole = messages._mapped
+    whole = in_worker._mapped
 
     def interrupted(files: list[int], size: int) -> Tensor:
-        monkeypatch.setattr(messages, "_mapped", whole)
+        monkeypatch.setattr(in_worker, "_mapped", whole)
         raise KeyboardInterrupt
 
     pool = Workers(lambda task, excluded: torch.full((BIG,), task), 1)
-    monkeypatch.setattr(messages, "_mapped", interrupted)
+    monkeypatch.setattr(in_worker, "_mapped", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(pool.run(range(5)))
     assert [int(result[-1]) for _, result in pool.run(range(5))] == list(range(5))

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 from clipvip.data.annotations import Clip, load_annotations, write_annotations
-from clipvip.data.shards import members, verify_shards
-from clipvip.data.shards.members import unpack
-from clipvip.data.shards.tars import read_samples
+from clipvip.data.shards import tars, verify_shards
+from clipvip.data.shards.tars import read_samples, unpack
 from clipvip.data.shards.write import write_shards
 
 NAME = os.fsdecode(b"caf\xe9 \xc3\xa9\n.mp4")
@@ -78,7 +77,7 @@ def sample(**files: bytes) -> dict:
 def test_texts_of_tars_from_elsewhere_are_decoded_or_repaired_and_logged_once(
     files: dict[str, bytes], text: str, fault: str | None, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr(members, "_warned", set())
+    monkeypatch.setattr(tars, "_warned", set())
     for _ in range(2):
         assert unpack(sample(jpg=b"", **files), "x.tar").clip.text == (text,)
     assert len(caplog.messages) == (fault is not None)

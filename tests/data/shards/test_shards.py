@@ -22,12 +22,10 @@ from PIL import Image
 from clipvip import cli, files
 from clipvip.data.annotations import load_annotations
 from clipvip.data.loading import LoaderError
-from clipvip.data.shards import members, verify_shards, write
+from clipvip.data.shards import tars, verify_files, verify_shards, write
 from clipvip.data.shards.manifest import ShardError, load_manifest
-from clipvip.data.shards.members import unpack
-from clipvip.data.shards.tars import read_samples
+from clipvip.data.shards.tars import read_samples, unpack
 from clipvip.data.shards.write import write_shards
-from clipvip.data.verify import verify_files
 from clipvip.data.video import read_frames
 from clipvip.files import only_run
 
@@ -292,7 +290,7 @@ def test_no_clip_ends_the_command(
 )
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(write, "whole"), (write, "members_of"), (members, "check_decodes")],
+    [(write, "whole"), (write, "members_of"), (tars, "check_decodes")],
 )
 def test_what_nobody_foresaw_of_a_clip_is_its_fault(
     module: Any,

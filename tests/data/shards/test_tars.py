@@ -16,10 +16,9 @@ import pytest
 from clipvip.data.loading import LoaderOptions
 from clipvip.data.shards import tars, verify_shards
 from clipvip.data.shards.manifest import ShardError, load_manifest
-from clipvip.data.shards.members import unpack
 from clipvip.data.shards.plan import Shards, Source
 from clipvip.data.shards.stream import build_shard_loader
-from clipvip.data.shards.tars import Packed, open_url, read_samples
+from clipvip.data.shards.tars import Packed, open_url, read_samples, unpack
 from clipvip.data.video import DecodeError
 
 Members = list[tuple[str, bytes]]

@@ -517,13 +517,13 @@ def test_shards_too_lose_only_the_bad_clip(
     clips: list[Clip], ruined: Path, tokenizer: Any, tmp_path: Path, numbers
 ) -> None:
     # Written by another tool: ours would have found it out.
-    from clipvip.data.shards import members as sharding
+    from clipvip.data.shards import tars
 
     lines = [{"video": str(c.video), "text": list(c.text)} for c in clips[:12]]
     lines[5]["video"] = str(ruined)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "check_decodes", lambda *args, **options: None)
+        patch.setattr(tars, "check_decodes", lambda *args, **options: None)
         write_shards(tmp_path / "a.jsonl", tmp_path / "out", clips_per_shard=5, num_workers=0)
     shards = Shards([Source(str(tmp_path / "out"))])
     settings: dict[str, Any] = {

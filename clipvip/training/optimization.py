@@ -91,6 +91,5 @@ def schedule(done: int, total: int, warmup: float) -> float:
 def run_steps(config: TrainConfig, batches: int) -> tuple[int, int]:
     """Return the optimizer steps per epoch of `batches` micro-batches, rounded down but at least 1,
     and of the whole run, rounded up."""
-    epoch = max(1, batches // config.accumulation)
-    passes = config.epochs or 0
-    return epoch, config.max_steps or math.ceil(passes * batches / config.accumulation)
+    steps = config.max_steps or math.ceil((config.epochs or 0) * batches / config.accumulation)
+    return max(1, batches // config.accumulation), steps

@@ -70,15 +70,12 @@ def clip_gradients(model: CLIPViPModel, limit: float) -> Tensor:
     if is_sharded(model) and scale is not None:  # the one gradient that FSDP does not average
         dist.all_reduce(scale)
         scale /= world_size()
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norms = [
-        nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-        for group in _kinds(parameters)
-    ]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = [nn.utils.get_total_norm(kind) for kind in _kinds(gradients)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = torch.stack(whole).norm()
-    for group in _kinds(parameters):
-        nn.utils.clip_grads_with_norm_(group, limit, norm)
+    for kind in _kinds(p for p in model.parameters() if p.grad is not None):
+        nn.utils.clip_grads_with_norm_(kind, limit, norm)
     return norm
 
 

@@ -129,8 +129,8 @@ def forward_backward_in_parts(
     This is gradient caching (arXiv 2101.06983). A contrastive loss needs the features of the whole
     batch, but not their graphs at the same time. So each part is embedded without a graph, and the
     loss gives the gradient of every feature. Then each part is embedded again, from the same random
-    state, to pass the gradients of its features on to the weights. The memory does not grow with
-    the batch; the price is one more forward pass.
+    state, to pass the gradients of its features on to the weights. The price is one more forward
+    pass.
 
     embed: towers, with autocast; moves a part of the batch, of part_size clips, to their device.
     loss_of: loss of the features of the whole batch.

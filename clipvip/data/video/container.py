@@ -208,10 +208,8 @@ class Video:
 
 @contextmanager
 def open_file(file: File) -> Iterator[Video]:
-    """Open a file and find its video, by one decoding thread. libav's errors pass unchanged.
-
-    libav reads no other file, and allocates no more than the file's bytes can hold.
-    """
+    """Open a file and find its video, by one decoding thread. libav reads no other file, allocates
+    no more than the file's bytes can hold, and its errors pass unchanged."""
     with file.binary() as opened:
         check_claims(opened)
     # "file:" keeps a colon in a name from being read as a protocol.

@@ -155,17 +155,13 @@ def _has_nvdec() -> bool:
 
 @dataclass(slots=True)
 class Encoded:
-    """Frames of a clip, not decoded yet.
+    """Frames of a clip, not decoded yet."""
 
-    data: uint8 [bytes], a Matroska file. chosen: the wanted frames, int32 [N], counted in the file
-    in the order of showing. width, height: of the stored frames. turn: turns them upright.
-    """
-
-    data: Tensor
-    chosen: Choice
-    width: int
+    data: Tensor  # uint8 [bytes], a Matroska file
+    chosen: Choice  # the wanted frames, int32 [N], counted in the file in the order of showing
+    width: int  # of the stored frames
     height: int
-    turn: Turn
+    turn: Turn  # turns them upright
 
 
 class Refused(DecodeError):

@@ -88,17 +88,14 @@ def read_frames(
 
 @dataclass(slots=True)
 class OpenClip:
-    """An opened video and the frames wanted in [start, end).
-
-    chosen: positions of the wanted frames in index.shown. choose: chooses them for an index.
-    Decoding replaces index and chosen where the decoder gives other frames than the index lists.
-    """
+    """An opened video and the frames wanted in [start, end). Decoding replaces `index` and `chosen`
+    where the decoder gives other frames than the index lists."""
 
     video: Video
     start: float | None
     end: float | None
     index: Index
-    chosen: Choice
+    chosen: Choice  # positions of the wanted frames in index.shown
     choose: Callable[[Index], Choice]
 
     @property

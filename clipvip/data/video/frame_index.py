@@ -48,26 +48,22 @@ class Trust(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The packets of a video, or of a part, and its frames.
+    """The packets of a video, or of a part, in decoding order, and its frames, in that of showing.
 
-    pts, dts, keyframe: of packets, in decoding order; ticks. times: seconds from the video's first
-    frame to each frame, in the order of showing. shown: how the decoder's frames are identified, in
-    the order of showing: by their pts or, with by_count, where pts do not tell frames apart, by
-    their count 0, 1, 2, … duration: seconds from the first frame to the end of the last. lost:
-    stretches of damaged packets, in seconds. damaged: whether each frame is damaged; None where not
-    all were decoded.
+    The decoder's frames are identified by their pts or, with by_count, where pts do not tell them
+    apart, by their count 0, 1, 2, …
     """
 
-    pts: Integers
+    pts: Integers  # of packets, in ticks
     dts: Integers
     keyframe: Flags
-    shown: Integers
-    times: Seconds
-    duration: float
+    shown: Integers  # by what each frame is identified
+    times: Seconds  # from the video's first frame to each
+    duration: float  # seconds from the first frame to the end of the last
     by_count: bool
     trust: Trust
-    lost: tuple[tuple[float, float], ...] = ()
-    damaged: Flags | None = None
+    lost: tuple[tuple[float, float], ...] = ()  # stretches of damaged packets, in seconds
+    damaged: Flags | None = None  # whether each frame is; None where not all were decoded
 
     @property
     def bytes(self) -> int:
@@ -108,18 +104,14 @@ def stamp_of(packet: Packet, stream: VideoStream) -> Stamp:
 
 
 class Packets(NamedTuple):
-    """Facts about packets, in decoding order, without their data.
+    """Facts about packets, in decoding order, without their data: each an array [P]."""
 
-    pts, dts, duration: int64 [P], in ticks; NO_TIME where a stamp is missing. keyframe, hidden,
-    lost: bool [P]. hidden: gives no frame to show. lost: came damaged, or could not be decoded.
-    """
-
-    pts: Integers
+    pts: Integers  # in ticks; NO_TIME where a stamp is missing
     dts: Integers
     duration: Integers
     keyframe: Flags
-    hidden: Flags
-    lost: Flags
+    hidden: Flags  # gives no frame to show
+    lost: Flags  # came damaged, or could not be decoded
 
     @classmethod
     def of(cls, stamps: list[Stamp]) -> "Packets":
@@ -200,10 +192,8 @@ def evened(stamps: Integers, video: Video) -> tuple[Seconds, int]:
 
 
 def first_pts(video: Video, shown: Integers) -> int:
-    """Return the pts of the file's first frame, also where only a later part was read.
-
-    shown: pts of the frames that were read, increasing.
-    """
+    """Return the pts of the file's first frame, also where only a later part was read. shown: pts
+    of the frames that were read, increasing."""
     start = video.stream.start_time  # libav may make one up while it reads, which may be later
     if video.seekable and start is not None and start <= shown[0]:
         return start
@@ -218,10 +208,8 @@ def stretches(seconds: Seconds) -> tuple[tuple[float, float], ...]:
 
 
 def check_whole(video: Video, packets: Packets, duration: float) -> None:
-    """Raise DecodeError where the packets end well before the length that the header states.
-
-    duration: seconds that the frames last.
-    """
+    """Raise DecodeError where the packets, and the `duration` of the frames in seconds, end well
+    before the length that the header states."""
     claimed = _stated_length(video)
     seconds_allowed, share_allowed = MISSING_END
     allowed = claimed - max(seconds_allowed, share_allowed * claimed)

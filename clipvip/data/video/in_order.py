@@ -35,24 +35,18 @@ FEW = 2  # damaged frames in a row that their neighbours can replace
 
 class InOrder:
     """Every frame of a file, from its start, in the order of showing, each with the number of its
-    packet in decoding order. A packet that cannot be decoded is skipped, as players do.
-
-    lost: numbers of packets that came damaged or could not be decoded. doubtful: numbers of packets
-    whose frames the decoder marks as corrupt. keys: numbers of packets that are keyframes, by the
-    container or by the decoder. seconds: length of what was fed so far, without jumps. unstamped:
-    whether no packet so far had a dts. stopped: set it to feed no more packets; only frames that
-    wait in the decoder follow.
-    """
+    packet in decoding order. A packet that cannot be decoded is skipped, as players do."""
 
     def __init__(self, video: Video) -> None:
         self.video = video
-        self.lost: set[int] = set()
-        self.doubtful: set[int] = set()
-        self.keys: set[int] = set()
+        # Numbers of packets:
+        self.lost: set[int] = set()  # that came damaged or could not be decoded
+        self.doubtful: set[int] = set()  # whose frames the decoder marks as corrupt
+        self.keys: set[int] = set()  # that are keyframes, by the container or by the decoder
         self.error: av.FFmpegError | None = None
-        self.stopped = False
-        self.seconds = 0.0
-        self.unstamped = True
+        self.stopped = False  # when set, no more packets are fed; frames in the decoder follow
+        self.seconds = 0.0  # length of what was fed so far, without jumps
+        self.unstamped = True  # no packet so far had a dts
         self._stamps: list[Stamp] = []
 
     @property

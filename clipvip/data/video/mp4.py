@@ -24,10 +24,8 @@ class Impossible(ValueError):
 
 
 def check_claims(file: BinaryIO) -> None:
-    """Raise Impossible where the tables of an MP4 claim more than its bytes can hold.
-
-    Boxes are searched where libav reads them, in damaged files too. Other formats pass.
-    """
+    """Raise Impossible where the tables of an MP4 claim more than its bytes can hold. Boxes are
+    searched where libav reads them, in damaged files too. Other formats pass."""
     length = file.seek(0, os.SEEK_END)
     _Claims(file, length).check(0, length)
 
@@ -64,10 +62,7 @@ class _Track:
 
 
 class _Claims:
-    """Walk through boxes as libav does, and add up their claims.
-
-    length: bytes that the claims are compared with.
-    """
+    """Walk through boxes as libav does, and add up their claims, to compare with `length` bytes."""
 
     def __init__(self, file: BinaryIO, length: int) -> None:
         self.file = file
@@ -230,11 +225,8 @@ def is_whole_in_fragments(file: BinaryIO) -> bool:
 def _boxes(
     file: BinaryIO, start: int, stop: int, strict: bool = False
 ) -> Iterator[tuple[bytes, int, int]]:
-    """Yield name, start and size of the content of each box.
-
-    A size beyond `stop` is cut, and a size that cannot be ends the list; with `strict`, both raise
-    ValueError.
-    """
+    """Yield name, start and size of the content of each box. A size beyond `stop` is cut, and an
+    impossible size ends the list; with `strict`, both raise ValueError."""
     at = start
     while at + 8 <= stop:
         file.seek(at)

@@ -208,8 +208,8 @@ def stretches(seconds: Seconds) -> tuple[tuple[float, float], ...]:
 
 
 def check_whole(video: Video, packets: Packets, duration: float) -> None:
-    """Raise DecodeError where the packets, and the `duration` of the frames in seconds, end well
-    before the length that the header states."""
+    """Raise DecodeError where the packets end well before the length that the header states.
+    duration: seconds that the frames last."""
     claimed = _stated_length(video)
     seconds_allowed, share_allowed = MISSING_END
     allowed = claimed - max(seconds_allowed, share_allowed * claimed)

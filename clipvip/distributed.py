@@ -34,7 +34,6 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 Result = TypeVar("Result")
-
 _store: dist.Store | None = None  # in which the ranks met
 
 

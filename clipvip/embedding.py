@@ -27,8 +27,8 @@ def load_for_embedding(
     """Load a model and its processor to embed videos and texts with, not to train.
 
     A plain CLIP has no trained proxies. Unless frame_pooling is given, here or in its config.json,
-    it is loaded without them: the feature of a video is then the mean of CLIP's own features of
-    its frames, and a warning says so.
+    it is loaded without them: a video's feature is then the mean of CLIP's own features of its
+    frames, and a warning says so.
 
     source: folder or hub name for `CLIPViPModel.from_pretrained`, which also holds a tokenizer.
     options: options of `CLIPViPModel.from_pretrained`, such as frame_pooling="proxy".
@@ -93,10 +93,7 @@ def embed_clips(
 def embed_texts(
     model: CLIPViPModel, processor: CLIPViPProcessor, texts: Sequence[str], batch_size: int
 ) -> Tensor:
-    """Embed texts, shared out over the ranks: unit features [n, P], fp32 on the CPU.
-
-    The rows are in the order of the texts, the same on every rank.
-    """
+    """Embed texts, shared out over the ranks: unit features [n, P], fp32 on the CPU, in order."""
     rank, world = distributed.rank(), distributed.world_size()
     # The batches do not depend on the number of ranks, so neither do the features.
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]

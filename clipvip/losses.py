@@ -163,7 +163,7 @@ def _means(pairs: list[_Pair]) -> Iterator[tuple[Tensor, int]]:
     negatives = [pair.row_lse for pair in pairs]
     for pair in pairs:
         for others in (negatives, [pair.col_lse]):
-            positive = pair.positive[pair.clips]
+            positive = pair.positive[pair.clips]  # per mean, which orders the sums of gradients
             loss = positive.new_zeros(())
             for other in others:
                 loss = torch.logaddexp(loss, other[pair.clips] - positive)

@@ -49,7 +49,6 @@ def sharded_logsumexp(
     Memory of a rank is O(M·D): the features of all ranks and, in backward, their gradients in
     fp32, twice while a tile is added, and a copy if ranks pass unequal numbers. For 32,768 clips
     at D = 512, all of it is below 0.3 GB.
-
     Raises what pairwise_logsumexp raises. If a rank dies, the others raise RuntimeError.
     """
     if world_size() == 1:

@@ -30,9 +30,8 @@ def read_authors_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read an authors' file (.pt) into a state dict with our names.
 
     A state dict nested under "model" or "state_dict" is unwrapped, the prefix "module." of wrapped
-    models is removed, and `position_ids` are dropped. Nothing in the file is executed.
-
-    Raises ValueError if the file holds something else.
+    models is removed, and `position_ids` are dropped. Nothing in the file is executed. Raises
+    ValueError if it holds something else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

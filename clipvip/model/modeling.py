@@ -93,12 +93,9 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
     def __init__(self, config: CLIPViPVisionConfig) -> None:
         super().__init__(config)
         self.embeddings = CLIPViPVisionEmbeddings(config)
-        self.patches_per_frame = self.embeddings.num_patches
+        self.patches_per_frame = patches = self.embeddings.num_patches
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        layers = [
-            CLIPViPEncoderLayer(config, self.patches_per_frame)
-            for _ in range(config.num_hidden_layers)
-        ]
+        layers = [CLIPViPEncoderLayer(config, patches) for _ in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})  # as CLIP names them
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -177,12 +174,11 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
     def get_video_features(
         self, pixel_values: Tensor, frame_offsets: Tensor | None = None
     ) -> Tensor:
-        """Project videos into the common space, without normalising them.
+        """Project videos into the common space, without normalising them: [B, P].
 
         pixel_values: floating point, normalised: [B, N, 3, H, W], or packed [F, 3, H, W] with
             frame_offsets.
         frame_offsets: int32 [B+1], the cumulative number of frames.
-        Returns [B, P].
         """
         pixel_values, frame_offsets = pack_frames(pixel_values, frame_offsets)
         frames, offsets = len(pixel_values), frame_offsets
@@ -198,10 +194,9 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         return total / frame_offsets.diff().clamp(min=1)[:, None]
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Project texts into the common space, without normalising them.
+        """Project texts into the common space, without normalising them: [n, P].
 
         input_ids, attention_mask: int64 [n, length], as CLIPTokenizer returns them.
-        Returns [n, P].
         """
         pooled = self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
         return self.text_projection(pooled)
@@ -233,13 +228,7 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
             backend = self.config.vision_config.attention_backend
             loss = contrastive_loss(video, text, scale, backend=backend)
         logits = scale * video @ text.T
-        return CLIPViPOutput(
-            loss=loss,
-            logits_per_video=logits,
-            logits_per_text=logits.T,
-            video_embeds=video,
-            text_embeds=text,
-        )
+        return CLIPViPOutput(loss, logits, logits.T, video_embeds=video, text_embeds=text)
 
 
 def pack_frames(pixel_values: Tensor, frame_offsets: Tensor | None) -> tuple[Tensor, Tensor]:

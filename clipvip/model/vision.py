@@ -93,10 +93,9 @@ class CLIPViPAttention(CLIPAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, norm: nn.LayerNorm, frame_offsets: Tensor
     ) -> Tensor:
-        """Add attention over normalised tokens to the tokens.
+        """Add attention over normalised tokens to the tokens: [T, C] → [T, C].
 
-        hidden_states: tokens [T, C]. norm: the LayerNorm before the projections.
-        frame_offsets: int32 [B+1]. Returns [T, C].
+        norm: the LayerNorm before the projections. frame_offsets: int32 [B+1].
         """
         qkv = norm_linear(hidden_states, norm, self.q_proj, self.k_proj, self.v_proj)
         attended = proxy_attention(

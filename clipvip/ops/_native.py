@@ -37,6 +37,19 @@ def module() -> ModuleType:
 # --- checks --------------------------------------------------------------------------------------
 
 
+def check_arguments(backend: str, **tensors: Any) -> None:
+    """Check the name of the backend, and that tensors have a floating dtype."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name} is {type_of(tensor)}, expected a tensor of floating dtype")
+    if backend not in ("native", "reference"):
+        raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
+
+
+def type_of(x: Any) -> torch.dtype | str:
+    return x.dtype if isinstance(x, Tensor) else type(x).__name__
+
+
 def check_kernels(name: str, tensor: Tensor, *others: Tensor) -> None:
     """Check that there are kernels for a tensor's dtype, and for the device of it and the others.
 
@@ -78,12 +91,17 @@ def _check_gpu(index: int) -> None:
         )
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast sets for a tensor's device, or None where it is off."""
-    kind = tensor.device.type
+@contextlib.contextmanager
+def without_autocast(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors in autocast's dtype, except for fp64 ones, and switch autocast off within."""
+    kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast has no meta device
-        return None
-    return torch.get_autocast_dtype(kind)
+        yield tensors
+        return
+    wide = tensors[0].dtype == torch.float64
+    dtype = torch.float64 if wide else torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield tuple(tensor.to(dtype) for tensor in tensors)
 
 
 # --- tensors as the kernels read them ------------------------------------------------------------
@@ -143,6 +161,13 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else copied(tensor)
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy, whose rows along the last dimension start on 16 bytes."""
+    unit = 16 // tensor.element_size()
+    whole = tensor.stride(-1) == 1 and all(step % unit == 0 for step in tensor.stride()[:-1])
+    return tensor if whole and tensor.data_ptr() % 16 == 0 else copied(tensor)
+
+
 # --- calls ---------------------------------------------------------------------------------------
 
 
@@ -155,37 +180,20 @@ def run(name: str, *arguments: Any) -> None:
     Raises ValueError for tensors on several devices; RuntimeError where there are no kernels for
     the GPU, which check_kernels does not find out during tracing; and the errors of `handle`.
     """
-    if not name.endswith("_cuda"):
-        _run(name, arguments, (torch.get_num_threads(),), _cpu_workspace)
-        return
-    with launch_context(arguments[0]) as where:
-        _run(name, arguments, where, functools.partial(_gpu_workspace, arguments[0]))
-
-
-def _run(
-    name: str,
-    arguments: tuple[Any, ...],
-    where: tuple[int, ...],
-    allocate: Callable[[int], tuple[Any, int]],
-) -> None:
-    function = getattr(module(), name)
-    given = [*_handles(arguments), *where]
-    if needed := function(*given, 0):
-        _memory, address = allocate(needed)  # the memory must live until the call returns
-        function(*given, address)
-
-
-def _handles(arguments: tuple[Any, ...]) -> Iterator[Any]:
-    device = None
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            here = argument.get_device()  # -1 on the CPU
-            if device is None:
-                device = here
-            elif here != device:
-                raise ValueError("tensors lie on several devices, expected one")
-            argument = handle(argument)
-        yield argument
+    if len({x.get_device() for x in arguments if isinstance(x, Tensor)}) > 1:  # -1 is the CPU
+        raise ValueError("tensors lie on several devices, expected one")
+    on_gpu = name.endswith("_cuda")
+    on_cpu = contextlib.nullcontext((torch.get_num_threads(),))
+    with launch_context(arguments[0]) if on_gpu else on_cpu as where:
+        function = getattr(module(), name)
+        given = *(handle(x) if isinstance(x, Tensor) else x for x in arguments), *where
+        if needed := function(*given, 0):
+            if on_gpu:
+                memory = arguments[0].new_empty(needed, dtype=torch.uint8)
+                address = memory.data_ptr()
+            else:
+                memory, address = _cpu_workspace(needed)
+            function(*given, address)  # memory must live until it returns
 
 
 @contextlib.contextmanager
@@ -219,12 +227,6 @@ def _cpu_workspace(needed: int) -> tuple[Any, int]:
     if needed <= _MOST_KEPT:
         _kept.workspace = workspace
     return workspace
-
-
-def _gpu_workspace(like: Tensor, needed: int) -> tuple[Tensor, int]:
-    """Return memory on a tensor's GPU and its address."""
-    memory = like.new_empty(needed, dtype=torch.uint8)
-    return memory, memory.data_ptr()
 
 
 # --- ops -----------------------------------------------------------------------------------------

@@ -133,14 +133,10 @@ def quicker_here(
             and each.dtype in DTYPES
             for each in (*rows, *parameters)
         )
-        and all(_fits(size) for each in parameters if each.ndim == 2 for size in each.shape)
+        and all(size and size % UNIT == 0 for x in parameters if x.ndim == 2 for size in x.shape)
         and _measured_processor()
         and _native.module().cpu_capability() == "avx512bf16"
     )
-
-
-def _fits(size: int) -> bool:
-    return size > 0 and size % UNIT == 0
 
 
 @functools.cache
@@ -190,34 +186,24 @@ def linear_forward(
         ValueError, TypeError: shapes, dtypes or device are not those above.
         NotImplementedError: a tensor requires a gradient.
     """
-    kind = _kind(norm, silu)
-    tokens, width, outer = *_size("x", x), _size("weight", weight)[0]
-    _check(operands, (width, outer), weight=(weight, (outer, width)), bias=(bias, (outer,)))
-    _check_norm(norm, width)
+    kind, x = _kind(norm, silu), _matrix("x", x)
+    tokens, width = x.shape
+    weight = _matrix("weight", weight, columns=width)
+    outer = len(weight)
+    _check(operands, width, outer)
+    norm_vectors, eps = _norm(norm, width), norm.eps if norm else 0.0
+    dtype = operands
     if residual is not None:
-        _check(operands, (), residual=(residual, (tokens, outer)))
-    dtype = operands if residual is None else torch.promote_types(operands, residual.dtype)
-    x, weight = _rows(x), _rows(weight)
-    out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+        residual = _matrix("residual", residual, tokens, outer)
+        dtype = torch.promote_types(operands, residual.dtype)
+    out = x.new_empty(tokens, outer, dtype=dtype)
     statistics: Statistics | None = None
     if norm:
-        mean, rstd = x.new_empty(2, x.shape[0], dtype=torch.float32)
+        mean, rstd = x.new_empty(2, tokens, dtype=torch.float32)
         statistics = mean, rstd
-    _run(
-        "linear_forward",
-        kind,
-        x,
-        weight,
-        _vector(bias),
-        None if residual is None else _rows(residual),
-        alpha,
-        beta,
-        *_norm(norm),
-        norm.eps if norm else 0.0,
-        *(statistics or (None, None)),
-        operands == torch.bfloat16,
-        out,
-    )
+    given = x, weight, _vector("bias", bias, outer), residual, alpha, beta, *norm_vectors, eps
+    results = *(statistics or (None, None)), operands == torch.bfloat16, out
+    _run("linear_forward", kind, *given, *results)
     return out, statistics
 
 
@@ -234,13 +220,15 @@ def linear_grad_input(
     grad: [T, N]; weight: [N, K]; before: [T, K]; operands as in `linear_forward`.
     Returns [T, K] in `dtype`, fp32 or bf16. Raises as `linear_forward` does.
     """
-    (tokens, outer), width = _size("grad", grad), _size("weight", weight)[1]
-    _check(operands, (width, outer), weight=(weight, (outer, width)))
+    grad = _matrix("grad", grad)
+    tokens, outer = grad.shape
+    weight = _matrix("weight", weight, rows=outer)
+    width = weight.shape[1]
+    _check(operands, width, outer)
     if before is not None:
-        _check(dtype, (), before=(before, (tokens, width)))
-    grad, weight = _rows(grad), _rows(weight)
-    out = grad.new_empty(grad.shape[0], weight.shape[1], dtype=dtype)
-    before = None if before is None else _rows(before)
+        _check(dtype)
+        before = _matrix("before", before, tokens, width)
+    out = grad.new_empty(tokens, width, dtype=dtype)
     _run("linear_grad_input", grad, weight, before, operands == torch.bfloat16, out)
     return out
 
@@ -260,33 +248,23 @@ def linear_grad_weight(
     grad: [T, N]; x: [T, K]; statistics: those of norm that `linear_forward` returned; operands as
     in `linear_forward`. Returns fp32 [N, K] and [N]. Raises as `linear_forward` does.
     """
-    kind = _kind(norm, silu)
-    (tokens, outer), width = _size("grad", grad), _size("x", x)[1]
-    _check(operands, (width, outer), x=(x, (tokens, width)))
-    _check_norm(norm, width)
+    kind, grad = _kind(norm, silu), _matrix("grad", grad)
+    tokens, outer = grad.shape
+    x = _matrix("x", x, rows=tokens)
+    width = x.shape[1]
+    _check(operands, width, outer)
+    norm_vectors = _norm(norm, width)
     if (norm is None) != (statistics is None):
         raise ValueError("norm and statistics belong together: give both or neither")
-    if statistics is not None:
-        mean, rstd = statistics
-        _check(operands, (), mean=(mean, (tokens,)), rstd=(rstd, (tokens,)))
-        statistics = _vector(mean), _vector(rstd)
+    mean, rstd = statistics or (None, None)
+    vectors = *norm_vectors, _vector("mean", mean, tokens), _vector("rstd", rstd, tokens)
+    sizes = (outer, width), (outer,)
     if tokens == 0:
-        return grad.new_zeros(outer, width).float(), grad.new_zeros(outer).float()
-    grad, x = _rows(grad), _rows(x)
-    product = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
-    total = grad.new_empty(grad.shape[1], dtype=torch.float32)
-    _run(
-        "linear_grad_weight",
-        kind,
-        grad,
-        x,
-        alpha,
-        *_norm(norm),
-        *(statistics or (None, None)),
-        operands == torch.bfloat16,
-        product,
-        total,
-    )
+        product, total = (grad.new_zeros(size, dtype=torch.float32) for size in sizes)
+        return product, total
+    product, total = (grad.new_empty(size, dtype=torch.float32) for size in sizes)
+    given = kind, grad, x, alpha, *vectors, operands == torch.bfloat16
+    _run("linear_grad_weight", *given, product, total)
     return product, total
 
 
@@ -296,51 +274,42 @@ def _kind(norm: Norm | None, silu: bool) -> int:
     return _NORMED if norm is not None else _SILU if silu else _PLAIN
 
 
-def _size(name: str, x: Tensor) -> tuple[int, int]:
+def _check(operands: torch.dtype, *widths: int) -> None:
+    if operands not in DTYPES:
+        raise TypeError(f"operands is {operands}, expected torch.float32 or torch.bfloat16")
+    for width in widths:
+        if width == 0 or width % UNIT:
+            raise ValueError(f"a width is {width}, expected a positive multiple of {UNIT}")
+
+
+def _norm(norm: Norm | None, width: int) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias, _ = norm or (None, None, 0.0)
+    return _vector("norm.weight", weight, width), _vector("norm.bias", bias, width)
+
+
+def _matrix(name: str, x: Tensor, rows: int | None = None, columns: int | None = None) -> Tensor:
+    """Check a matrix, and return it as the kernels read it: in memory, contiguous rows."""
     if x.ndim != 2 or x.dtype not in DTYPES or x.device.type != "cpu":
         raise TypeError(
             f"{name} is {x.dtype} {list(x.shape)} on {x.device}, expected a matrix of float32 or "
             "bfloat16 on the CPU; the reference takes others"
         )
-    return x.shape[0], x.shape[1]
-
-
-def _check(
-    operands: torch.dtype, widths: tuple[int, ...], **given: tuple[Tensor, tuple[int, ...]]
-) -> None:
-    """Check that the kernels take these operands and widths, and that shapes are as expected."""
-    if operands not in DTYPES:
-        raise TypeError(f"operands is {operands}, expected torch.float32 or torch.bfloat16")
-    for width in widths:
-        if not _fits(width):
-            raise ValueError(f"a width is {width}, expected a positive multiple of {UNIT}")
-    for name, (x, shape) in given.items():
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} is {list(x.shape)}, expected {list(shape)}")
-        if x.ndim == 2:
-            _size(name, x)
-
-
-def _check_norm(norm: Norm | None, width: int) -> None:
-    if norm is not None:
-        shapes = {"norm.weight": norm.weight, "norm.bias": norm.bias}
-        _check(torch.float32, (), **{name: (x, (width,)) for name, x in shapes.items()})
-
-
-def _norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
-    if norm is None:
-        return None, None
-    return _vector(norm.weight), _vector(norm.bias)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Return the matrix as the kernels read it: in memory, contiguous rows."""
+    rows, columns = (len(x) if rows is None else rows), (x.shape[1] if columns is None else columns)
+    _check_shape(name, x, rows, columns)
     return _native.rows(_resolved(x))
 
 
-def _vector(x: Tensor) -> Tensor:
-    """Return the vector as the kernels read it: contiguous, fp32."""
+def _vector(name: str, x: Tensor | None, size: int) -> Tensor | None:
+    """Check a vector, and return it as the kernels read it: contiguous, fp32."""
+    if x is None:
+        return None
+    _check_shape(name, x, size)
     return _native.dense(_resolved(x), torch.float32)
+
+
+def _check_shape(name: str, x: Tensor, *shape: int) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} is {list(x.shape)}, expected {list(shape)}")
 
 
 def _resolved(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Row and column log-sum-exps of a similarity matrix that is never stored."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,21 +69,22 @@ def pairwise_logsumexp_reference(
     return others.logsumexp(1), others.logsumexp(0), positive
 
 
-@contextmanager
 def without_autocast(
     a: Tensor, b: Tensor, scale: Tensor, diagonal: int, backend: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Check the arguments, yield a and b in autocast's dtype, and switch autocast off within."""
-    _check(a, b, scale, diagonal)
-    if backend not in ("native", "reference"):
-        raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
-    dtype = _native.autocast_dtype(a)
-    if dtype is None:
-        yield a, b
-        return
-    dtype = dtype if a.dtype != torch.float64 else a.dtype
-    with torch.autocast(a.device.type, enabled=False):
-        yield a.to(dtype), b.to(dtype)
+) -> AbstractContextManager[tuple[Tensor, ...]]:
+    """Check the arguments; the context gives a and b in autocast's dtype, and switches it off."""
+    _native.check_arguments(backend, a=a, b=b, scale=scale)
+    if not isinstance(diagonal, int | torch.SymInt):
+        raise TypeError(f"diagonal is {type(diagonal).__name__}, expected int")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] == 0:
+        raise ValueError(
+            f"a is {list(a.shape)} and b is {list(b.shape)}, expected [n, D] and [m, D] with D ≥ 1"
+        )
+    if scale.ndim != 0:
+        raise ValueError(f"scale is {list(scale.shape)}, expected a 0-d tensor")
+    if a.dtype != b.dtype:
+        raise TypeError(f"a is {a.dtype} but b is {b.dtype}, expected one dtype")
+    return _native.without_autocast(a, b)
 
 
 def block_forward(
@@ -97,25 +98,17 @@ def block_forward(
 
 
 def block_gradients(
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    diagonal: int,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    grad_row_lse: Tensor,
-    grad_col_lse: Tensor,
-    grad_positive: Tensor,
-    backend: str,
+    a: Tensor, b: Tensor, scale: Tensor, diagonal: int, *statistics: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of a, b and scale through scale·a·bᵀ, a block of a larger matrix.
 
-    row_lse [n], col_lse [m]: log-sum-exps over the larger matrix's rows and columns. The gradient
-    of a logit x off the diagonal is exp(x − row_lse)·grad_row_lse + exp(x − col_lse)·grad_col_lse.
+    statistics: row_lse [n] and col_lse [m], log-sum-exps over the larger matrix's rows and columns,
+    and the gradients of row_lse, col_lse and positive. The gradient of a logit x off the diagonal
+    is exp(x − row_lse)·grad_row_lse + exp(x − col_lse)·grad_col_lse.
     """
-    grads = grad_row_lse, grad_col_lse, grad_positive
     if backend == "native":
-        return _backward(a, b, scale, diagonal, row_lse, col_lse, *grads)
+        return _backward(a, b, scale, diagonal, *statistics)
+    row_lse, col_lse, grad_row_lse, grad_col_lse, grad_positive = statistics
     x, y, factor = a.to(row_lse.dtype), b.to(row_lse.dtype), scale.to(row_lse.dtype)
     products = x @ y.T
     logits = factor * products
@@ -132,38 +125,24 @@ def _within(diagonal: int, a: Tensor, b: Tensor) -> int:
     return max(-a.shape[0], min(diagonal, b.shape[0]))
 
 
-def _check(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> None:
-    for name, tensor in (("a", a), ("b", b), ("scale", scale)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} is {given}, expected a tensor of floating dtype")
-    if not isinstance(diagonal, int | torch.SymInt):
-        raise TypeError(f"diagonal is {type(diagonal).__name__}, expected int")
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] == 0:
-        raise ValueError(
-            f"a is {list(a.shape)} and b is {list(b.shape)}, expected [n, D] and [m, D] with D ≥ 1"
-        )
-    if scale.ndim != 0:
-        raise ValueError(f"scale is {list(scale.shape)}, expected a 0-d tensor")
-    if a.dtype != b.dtype:
-        raise TypeError(f"a is {a.dtype} but b is {b.dtype}, expected one dtype")
-
-
-def _prepared(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _native.rows(a), _native.rows(b), _native.dense(scale, torch.float32)
+def _aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy with zero columns added, whose rows start and end on 16 bytes."""
+    missing = -x.shape[1] % (16 // x.element_size())
+    if missing:
+        return torch.nn.functional.pad(x, (0, missing)).contiguous()
+    return _native.aligned(x)
 
 
 @_native.custom_op("pairwise_logsumexp")
 def _forward(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(a, b, scale, diagonal)
-    _native.run("pairwise_logsumexp_forward", *_prepared(a, b, scale), diagonal, *outputs)
+    outputs = _forward_like(a, b)
+    given = _native.rows(a), _native.rows(b), _native.dense(scale, torch.float32), diagonal
+    _native.run("pairwise_logsumexp_forward", *given, *outputs)
     return outputs
 
 
 @_forward.register_fake
-def _forward_fake(
-    a: Tensor, b: Tensor, scale: Tensor, diagonal: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_like(a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     n, m = a.shape[0], b.shape[0]
     row_lse, col_lse, positive = (a.new_empty(size, dtype=torch.float32) for size in (n, m, n))
     return row_lse, col_lse, positive
@@ -183,36 +162,20 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = (row_lse, col_lse, grad_row_lse, grad_col_lse, grad_positive)
     grads = [x.new_zeros(x.shape, dtype=torch.float32) for x in (a, b, scale)]
-    given = *_prepared(a, b, scale), diagonal, *map(_native.dense, statistics)
-    _native.run("pairwise_logsumexp_backward", *given, *grads)
+    given = _native.rows(a), _native.rows(b), _native.dense(scale, torch.float32), diagonal
+    _native.run("pairwise_logsumexp_backward", *given, *map(_native.dense, statistics), *grads)
     grad_a, grad_b, grad_scale = grads
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_scale.to(scale.dtype)
 
 
 @_backward.register_fake
-def _backward_fake(a, b, scale, diagonal, row_lse, col_lse, *grads):
+def _backward_like(a, b, scale, diagonal, row_lse, col_lse, *grads):
     return tuple(x.new_empty(x.shape) for x in (a, b, scale))
 
 
-# Rows or columns of a panel of a long matrix, and the logits in it.
-_PANEL_SIDE, _PANEL_SIZE = 1 << 13, 1 << 26
-_MAX_BLOCKS = 1 << 10  # thread blocks that each sum a part of scale's gradient; no GPU runs more
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy with zero columns added, whose rows start and end on 16 bytes."""
-    unit = 16 // x.element_size()
-    whole = x.stride(1) == 1 and x.stride(0) % unit == 0 and x.data_ptr() % 16 == 0
-    if whole and x.shape[1] % unit == 0:
-        return x
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % unit)).contiguous()
-
-
 @_forward.register_kernel("cuda")
-def _forward_cuda(
-    a: Tensor, b: Tensor, scale: Tensor, diagonal: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(a, b, scale, diagonal)
+def _forward_cuda(a: Tensor, b: Tensor, scale: Tensor, diagonal: int) -> tuple[Tensor, ...]:
+    outputs = _forward_like(a, b)
     given = _aligned(a), _aligned(b), scale.to(torch.float32), diagonal
     _native.run("pairwise_logsumexp_forward_cuda", *given, *outputs)
     return outputs
@@ -220,18 +183,9 @@ def _forward_cuda(
 
 @_backward.register_kernel("cuda")
 def _backward_cuda(
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    diagonal: int,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    grad_row_lse: Tensor,
-    grad_col_lse: Tensor,
-    grad_positive: Tensor,
+    a: Tensor, b: Tensor, scale: Tensor, diagonal: int, *statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [_native.dense(x) for x in (grad_row_lse, grad_col_lse, grad_positive)]
-    row_lse, col_lse = _native.dense(row_lse), _native.dense(col_lse)
+    row_lse, col_lse, *grads = map(_native.dense, statistics)
     diagonal = _within(diagonal, a, b)
     x, y, factor = _aligned(a), _aligned(b), scale.to(torch.float32)
     row_weight, col_weight = torch.empty_like(row_lse), torch.empty_like(col_lse)
@@ -262,6 +216,11 @@ def _backward_cuda(
     return grad_a, grad_b, (grad_scale.sum() * unit[3]).to(scale.dtype)
 
 
+# Rows or columns of a panel of a long matrix, and the logits in it.
+_PANEL_SIDE, _PANEL_SIZE = 1 << 13, 1 << 26
+_MAX_BLOCKS = 1 << 10  # thread blocks that each sum a part of scale's gradient; no GPU runs more
+
+
 def _panel_shape(n: int, m: int) -> tuple[int, int]:
     """Return a panel's rows and columns: square for a matrix long in both, and all of one size."""
 
@@ -287,12 +246,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(a, b, scale, row_lse, col_lse)
 
 
-def _differentiate(ctx, grad_row_lse, grad_col_lse, grad_positive):
+def _differentiate(ctx, *grads):
     a, b, scale, row_lse, col_lse = ctx.saved_tensors
-    grads = _backward(
-        a, b, scale, ctx.diagonal, row_lse, col_lse, grad_row_lse, grad_col_lse, grad_positive
-    )
-    return *grads, None
+    return *_backward(a, b, scale, ctx.diagonal, row_lse, col_lse, *grads), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,7 +1,7 @@
 """Proxy-guided masked attention (CLIP-ViP, section 3.2)."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,26 +68,20 @@ def proxy_attention(
 
     Source: CLIP-ViP (arXiv 2209.06430), section 3.2.
     """
+    _native.check_arguments(backend, qkv=qkv)
     _check(qkv, frame_offsets, num_proxies, patches_per_frame)
-    autocast = _native.autocast_dtype(qkv)
-    if autocast is not None and qkv.dtype != torch.float64:
-        qkv = qkv.to(autocast)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend == "reference":
+    with _native.without_autocast(qkv) as (qkv,):
         given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
-        if autocast is None:
+        if backend == "reference":
             return proxy_attention_reference(*given)
-        with torch.autocast(qkv.device.type, enabled=False):
-            return proxy_attention_reference(*given)
-    if backend != "native":
-        raise ValueError(f"backend is {backend!r}, expected 'native' or 'reference'")
-    _native.check_kernels("qkv", qkv, frame_offsets)
-    if not takes_heads_of(qkv.shape[-1]):
-        raise ValueError(
-            f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 16 up to 128; "
-            "backend='reference' takes others"
-        )
-    return _forward(qkv, frame_offsets, num_proxies, patches_per_frame, scale)[0]
+        _native.check_kernels("qkv", qkv, frame_offsets)
+        if not takes_heads_of(qkv.shape[-1]):
+            raise ValueError(
+                f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 16 up to 128; "
+                "backend='reference' takes others"
+            )
+        return _forward(*given)[0]
 
 
 def proxy_attention_reference(
@@ -119,12 +113,8 @@ def proxy_attention_reference(
 
 def _check(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int) -> None:
     """Check all that needs no values of frame_offsets."""
-    if not isinstance(qkv, Tensor) or not qkv.is_floating_point():
-        given: object = qkv.dtype if isinstance(qkv, Tensor) else type(qkv).__name__
-        raise TypeError(f"qkv is {given}, expected a tensor of floating dtype")
     if not isinstance(frame_offsets, Tensor) or frame_offsets.dtype != torch.int32:
-        tensor = isinstance(frame_offsets, Tensor)
-        given = frame_offsets.dtype if tensor else type(frame_offsets).__name__
+        given = _native.type_of(frame_offsets)
         raise TypeError(f"frame_offsets is {given}, expected an int32 tensor")
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv is {list(qkv.shape)}, expected [T, 3, H, D]")
@@ -174,15 +164,6 @@ def _check_saved(qkv: Tensor, grad_out: Tensor, out: Tensor, lse: Tensor) -> Non
             raise ValueError(f"{name} is {given}, expected {dtype} {shape}")
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy, whose rows of D elements each start on 16 bytes."""
-    unit = 16 // tensor.element_size()
-    whole = tensor.stride(-1) == 1 and all(step % unit == 0 for step in tensor.stride()[:-1])
-    if whole and tensor.data_ptr() % 16 == 0:
-        return tensor
-    return _native.copied(tensor)
-
-
 def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int) -> int:
     """Return the number of frames from qkv's size: reading frame_offsets would wait for the GPU."""
     tokens, videos = qkv.shape[0], len(frame_offsets) - 1
@@ -197,14 +178,15 @@ def _count_frames(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches:
     return frames
 
 
-def _kernel_sizes(
-    frames: int, frame_offsets: Tensor, num_proxies: int, patches: int
-) -> tuple[int, int]:
-    """Return num_proxies and patches for the kernel, 1 for either that the batch has none of.
-
-    The kernel sizes its memory by them, and an unused number may be huge.
-    """
-    return num_proxies if len(frame_offsets) > 1 else 1, patches if frames else 1
+def _batch(
+    cuda: bool, qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches: int, scale: float
+) -> tuple[Any, ...]:
+    """Check a batch, and return it as the kernels for a GPU or the CPU take it."""
+    count, readable = (_count_frames, _native.aligned) if cuda else (_check_offsets, _native.rows)
+    frames = count(qkv, frame_offsets, num_proxies, patches)
+    # Kernels size their memory by both numbers, and one that the batch does not use may be huge.
+    sizes = num_proxies if len(frame_offsets) > 1 else 1, patches if frames else 1
+    return readable(qkv), _native.dense(frame_offsets), *sizes, scale
 
 
 @_native.custom_op("proxy_attention_forward")
@@ -212,32 +194,16 @@ def _forward(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, D] and lse [H, T] (fp32), base 2: log2 of the sum of 2^(scaled logit · log2 e)."""
-    given = qkv, frame_offsets, num_proxies, patches_per_frame
-    frames = _check_offsets(*given)
-    return _run_forward("proxy_attention_forward", _native.rows, frames, *given, scale)
+    outputs = _forward_like(qkv)
+    batch = _batch(False, qkv, frame_offsets, num_proxies, patches_per_frame, scale)
+    _native.run("proxy_attention_forward", *batch, *outputs)
+    return outputs
 
 
 @_forward.register_kernel("cuda")
-def _forward_cuda(*given: Any) -> tuple[Tensor, Tensor]:
-    frames = _count_frames(*given[:4])
-    return _run_forward("proxy_attention_forward_cuda", _aligned, frames, *given)
-
-
-def _run_forward(
-    name: str,
-    readable: Callable[[Tensor], Tensor],
-    frames: int,
-    qkv: Tensor,
-    frame_offsets: Tensor,
-    num_proxies: int,
-    patches: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """readable: returns a tensor, or a copy, with strides that the kernel takes."""
-    outputs = _forward_like(qkv)
-    sizes = _kernel_sizes(frames, frame_offsets, num_proxies, patches)
-    given = readable(qkv), _native.dense(frame_offsets), *sizes, scale
-    _native.run(name, *given, *outputs)
+def _forward_cuda(*batch: Any) -> tuple[Tensor, Tensor]:
+    outputs = _forward_like(*batch)
+    _native.run("proxy_attention_forward_cuda", *_batch(True, *batch), *outputs)
     return outputs
 
 
@@ -260,37 +226,26 @@ def _backward(
     lse: Tensor,
 ) -> Tensor:
     """The gradient of qkv, [T, 3, H, D], from that of out and what forward returned."""
-    given = qkv, frame_offsets, num_proxies, patches_per_frame
-    frames = _check_offsets(*given)
-    name = "proxy_attention_backward"
-    return _run_backward(name, _native.rows, frames, grad_out, *given, scale, out, lse)
+    batch = qkv, frame_offsets, num_proxies, patches_per_frame, scale
+    return _run_backward(False, grad_out, batch, out, lse)
 
 
 @_backward.register_kernel("cuda")
-def _backward_cuda(*given: Any) -> Tensor:
-    frames = _count_frames(*given[1:5])
-    return _run_backward("proxy_attention_backward_cuda", _aligned, frames, *given)
+def _backward_cuda(grad_out: Tensor, *given: Any) -> Tensor:
+    *batch, out, lse = given
+    return _run_backward(True, grad_out, batch, out, lse)
 
 
 def _run_backward(
-    name: str,
-    readable: Callable[[Tensor], Tensor],
-    frames: int,
-    grad_out: Tensor,
-    qkv: Tensor,
-    frame_offsets: Tensor,
-    num_proxies: int,
-    patches: int,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
+    cuda: bool, grad_out: Tensor, batch: Sequence[Any], out: Tensor, lse: Tensor
 ) -> Tensor:
-    """readable: returns a tensor, or a copy, with strides that the kernel takes."""
-    _check_saved(qkv, grad_out, out, lse)
-    grad_qkv = _backward_like(grad_out, qkv)
-    sizes = _kernel_sizes(frames, frame_offsets, num_proxies, patches)
-    given = readable(grad_out), readable(qkv), _native.dense(frame_offsets), *sizes, scale
-    _native.run(name, *given, readable(out), _native.dense(lse), grad_qkv)
+    name, readable = "proxy_attention_backward", _native.rows
+    if cuda:
+        name, readable = f"{name}_cuda", _native.aligned
+    given = _batch(cuda, *batch)
+    _check_saved(batch[0], grad_out, out, lse)
+    grad_qkv = _backward_like(grad_out, batch[0])
+    _native.run(name, readable(grad_out), *given, readable(out), _native.dense(lse), grad_qkv)
     return grad_qkv
 
 

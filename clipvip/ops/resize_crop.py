@@ -67,6 +67,19 @@ Turn = tuple[bool, bool, bool]
 UPRIGHT: Turn = (False, False, False)
 
 
+class Axis(NamedTuple):
+    """The place of a frame's rows or columns in the square, in pixels."""
+
+    whole: int  # length after resizing
+    first: int  # first visible one
+    kept: int  # number of visible ones
+    at: int  # place of the first visible one in the square
+
+
+Axes = tuple[Axis, Axis]  # of rows and of columns
+Shape = tuple[int, ...]
+
+
 def check_resize(resize: str) -> None:
     """Raise ValueError unless resize is one of RESIZES."""
     if resize not in RESIZES:
@@ -121,15 +134,16 @@ def resize_crop(
             f"out is {out.dtype} {list(out.shape)}, expected uint8 [3, {size}, {size}], contiguous "
             "and writeable"
         )
-    filters = _filters(tuple(plane.shape for plane in planes), size, colours, resize, turn)
-    rows, columns = filters.axes
+    shapes = tuple(plane.shape for plane in planes)
+    axes, (*of_planes, of_colours), _memory = _filters(shapes, size, colours, resize, turn)
+    rows, columns = axes
     direct = not any(turn) and rows.kept == columns.kept == size
     part = out if direct else np.empty((3, rows.kept, columns.kept), np.uint8)
     planes = [plane if _readable(plane, part) else plane.copy() for plane in planes]
-    given = [_native.array_handle(plane) for plane in planes], filters.of_planes, filters.colours
-    _native.run("resize_crop", *given, _native.array_handle(part))
+    handles = [_native.array_handle(plane) for plane in planes]
+    _native.run("resize_crop", handles, of_planes, of_colours, _native.array_handle(part))
     if not direct:
-        _place(part, filters.axes, turn, out)
+        _place(part, axes, turn, out)
     return out
 
 
@@ -147,8 +161,8 @@ def resize_crop_reference(
     axes = placed(frame[0], frame[1], size, resize, turn)
     filtered = []
     for plane in planes:
-        rows, columns = _both_axes(plane.shape, frame, axes, colours, resize)
-        down, across = _dense(*rows, plane.shape[0]), _dense(*columns, plane.shape[1])
+        filters = _both_axes(plane.shape, frame, axes, colours, resize)
+        down, across = map(_dense, filters, plane.shape)
         filtered.append(down @ plane.astype(np.float64) @ across.T)
     matrix = _matrix(colours)
     rgb = np.tensordot(matrix[:, :3], np.stack(filtered), 1) + matrix[:, 3, None, None]
@@ -181,7 +195,7 @@ def resize_frames_by_torch(frames: Tensor, size: int, resize: str = "crop") -> T
     return on_black(part.round().clamp(0, 255).to(torch.uint8), axes, size)
 
 
-def on_black(part: Tensor, axes: "tuple[Axis, Axis]", size: int) -> Tensor:
+def on_black(part: Tensor, axes: Axes, size: int) -> Tensor:
     """Return black squares [..., size, size] that hold the visible part of frames, [..., H, W]."""
     rows, columns = axes
     sides = [(axis.at, size - axis.at - axis.kept) for axis in (columns, rows)]
@@ -191,24 +205,13 @@ def on_black(part: Tensor, axes: "tuple[Axis, Axis]", size: int) -> Tensor:
 # --- geometry ------------------------------------------------------------------------------------
 
 
-class Axis(NamedTuple):
-    """The place of a frame's rows or columns in the square, in pixels."""
-
-    whole: int  # length after resizing
-    first: int  # first visible one
-    kept: int  # number of visible ones
-    at: int  # place of the first visible one in the square
-
-
 def resized(height: int, width: int, size: int) -> tuple[int, int]:
     """Return height and width with the shortest side `size`; rounds the other down, as in CLIP."""
     short = min(height, width)
     return height * size // short, width * size // short
 
 
-def placed(
-    height: int, width: int, size: int, resize: str, turn: Turn = UPRIGHT
-) -> tuple[Axis, Axis]:
+def placed(height: int, width: int, size: int, resize: str, turn: Turn = UPRIGHT) -> Axes:
     """Return the places of a stored frame's rows and columns, for all code that reads frames.
 
     Centres are rounded towards the top left of the upright frame, as in CLIP, and so to the other
@@ -235,7 +238,7 @@ def _axis(whole: int, size: int, mirrored: bool) -> Axis:
     return Axis(whole, first, kept, at)
 
 
-def _place(part: NDArray[Any], axes: tuple[Axis, Axis], turn: Turn, out: NDArray[Any]) -> None:
+def _place(part: NDArray[Any], axes: Axes, turn: Turn, out: NDArray[Any]) -> None:
     """Write the visible part of a stored frame into the square, upright, on black."""
     rows, columns = axes
     swapped, mirrored_x, mirrored_y = turn
@@ -262,11 +265,7 @@ Filter = tuple[NDArray[np.int32], NDArray[np.float64]]
 
 
 def _both_axes(
-    plane: tuple[int, ...],
-    frame: tuple[int, ...],
-    axes: tuple[Axis, Axis],
-    colours: Colours,
-    resize: str,
+    plane: Shape, frame: Shape, axes: Axes, colours: Colours, resize: str
 ) -> tuple[Filter, Filter]:
     """Return the filters for rows and columns of a plane; plane, frame: their [height, width]."""
     if resize == "squash":
@@ -313,10 +312,9 @@ def _of_four(length: int, luma: int, axis: Axis) -> Filter:
     return first, joined
 
 
-def _dense(
-    first: NDArray[np.int32], weights: NDArray[np.float64], length: int
-) -> NDArray[np.float64]:
+def _dense(filter_: Filter, length: int) -> NDArray[np.float64]:
     """Return a filter as a matrix [size, length]."""
+    first, weights = filter_
     dense = np.zeros((len(first), length))
     np.put_along_axis(dense, first[:, None] + np.arange(weights.shape[1]), weights, 1)
     return dense
@@ -345,13 +343,6 @@ def _matrix(colours: Colours) -> NDArray[np.float64]:
 
 
 # --- arguments of the kernel ---------------------------------------------------------------------
-
-
-class _Filters(NamedTuple):
-    axes: tuple[Axis, Axis]
-    arrays: list[NDArray[Any]]  # own the memory of the handles below
-    of_planes: list[Any]
-    colours: Any
 
 
 def _check(planes: Sequence[Pixels], size: int, colours: Colours) -> None:
@@ -388,13 +379,13 @@ def _readable(plane: Pixels, out: NDArray[np.uint8]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _filters(
-    shapes: tuple[tuple[int, ...], ...], size: int, colours: Colours, resize: str, turn: Turn
-) -> _Filters:
+    shapes: tuple[Shape, ...], size: int, colours: Colours, resize: str, turn: Turn
+) -> tuple[Axes, list[Any], list[NDArray[Any]]]:
+    """Return the places, what the kernel takes, and the arrays that own the memory of that."""
     axes = placed(shapes[0][0], shapes[0][1], size, resize, turn)
     arrays: list[NDArray[Any]] = []
     for shape in shapes:
         for first, weights in _both_axes(shape, shapes[0], axes, colours, resize):
             arrays += [first, weights.astype(np.float32)]
     arrays.append(_matrix(colours).astype(np.float32))
-    *of_planes, of_colours = map(_native.array_handle, arrays)
-    return _Filters(axes, arrays, of_planes, of_colours)
+    return axes, list(map(_native.array_handle, arrays)), arrays

@@ -288,7 +288,7 @@ def test_many_rows_and_columns(dtype, device):
         rows = slice(i, i + block)
         given = wide[0][rows], *wide[1:], 5 + i, exact[0][rows], exact[1]
         own = of_rows[rows], of_columns, of_positive[rows]
-        grads.append(block_gradients(*given, *own, "reference"))
+        grads.append(block_gradients(*given, *own, backend="reference"))
     of_a, of_b, of_scale = zip(*grads, strict=True)
     exact += [torch.cat(of_a), torch.stack(of_b).sum(0), torch.stack(of_scale).sum()]
     for name, found, expected in zip(NAMES, ours, exact, strict=True):
@@ -388,7 +388,9 @@ def test_a_diagonal_far_outside_has_no_positives(backend, diagonal, device):
     a, b, scale = (x.detach() for x in tensors)
     statistics = found[0], found[1], found[0], found[1], torch.ones_like(found[2])
     given = [x.detach() for x in statistics]
-    far, near = (block_gradients(a, b, scale, each, *given, backend) for each in (diagonal, 40))
+    far, near = (
+        block_gradients(a, b, scale, each, *given, backend=backend) for each in (diagonal, 40)
+    )
     assert all(map(torch.equal, far, near))
 
 

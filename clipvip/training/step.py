@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +92,9 @@ def forward_backward(run: Run, batch: Batch) -> Tensor:
         with run.accelerator.autocast():
             return run.towers(part)
 
-    loss_of = partial(run.task.loss, batch=batch)
+    def loss_of(features: Features) -> Tensor:
+        return run.task.loss(features, batch)
+
     part_size = run.config.micro_batch
     if part_size is not None and part_size < len(batch["frame_offsets"]) - 1:
         return forward_backward_in_parts(

@@ -5,9 +5,9 @@ loader.py gives the steps and where they are.
 """
 
 from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Failure, LoaderError
-from clipvip.data.loading.in_worker import check_not_excluded, report_progress, set_place
+from clipvip.data.loading.in_worker import check_not_excluded, set_place
 from clipvip.data.loading.loader import ClipLoader, build_loader, counted
-from clipvip.data.loading.reader import ClipReader, names_of
+from clipvip.data.loading.reader import ClipReader, for_each_clip, names_of
 from clipvip.data.loading.samples import Batch, LoaderOptions, Sample
 from clipvip.data.loading.workers import Workers, worker_count
 
@@ -26,8 +26,8 @@ __all__ = [
     "build_loader",
     "check_not_excluded",
     "counted",
+    "for_each_clip",
     "names_of",
-    "report_progress",
     "set_place",
     "worker_count",
 ]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -81,21 +81,18 @@ class BadFiles:
             if self._state[place] < 2:
                 self._state[place] = 2
                 self.bad += 1
-            if self._is_new(file, damaged=False):
+            if self._list_new(file, damaged=False):
                 self.found.append(file)
                 logger.warning("left out %s: %s", shown(file.path), shown(file.reason))
         for file in damaged:
-            if self._is_new(file, damaged=True):
-                logger.warning(
-                    "damaged %s: %s; its other frames are used",
-                    shown(file.path),
-                    shown(file.reason),
-                )
+            if self._list_new(file, damaged=True):
+                note = "damaged %s: %s; its other frames are used"
+                logger.warning(note, shown(file.path), shown(file.reason))
         enough = final or self.tried >= min(COUNTED_FROM, self._count)
         if enough and self.bad > self._max_share * self.tried:
             self.stop(f"{self.bad / self.tried:.1%}, allowed {self._max_share:.1%}")
 
-    def _is_new(self, file: BadFile, damaged: bool) -> bool:
+    def _list_new(self, file: BadFile, damaged: bool) -> bool:
         """List a file that was not logged before. Return whether it is such a file."""
         key = (file.path, damaged)
         if key in self._logged:
@@ -134,9 +131,14 @@ class _List:
 
     def append(self, bad: BadFile, damaged: bool) -> None:
         """Add a line, unless the file has one with that path already."""
-        record = bad._asdict() | ({"damaged": True} if damaged else {})
         try:
-            self._append(record, (bad.path, damaged))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                with suppress(OSError):  # this file system has no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                self._read_further(file)
+                if (bad.path, damaged) not in self.listed:
+                    file.write(json_line(bad._asdict() | ({"damaged": True} if damaged else {})))
         except OSError as error:
             if not self.failed:
                 self.failed = True
@@ -146,23 +148,18 @@ class _List:
                     error.strerror or error,
                 )
 
-    def _append(self, record: dict[str, Any], key: tuple[str, bool]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            with suppress(OSError):  # this file system has no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, os.SEEK_END) < self.read_to:  # the file was replaced
-                self.read_to, self.listed = 0, set()
-            file.seek(self.read_to)
-            whole, end, rest = file.read().rpartition(b"\n")
-            self.read_to += len(whole + end)
-            if rest.startswith(_START) or _START.startswith(rest):
-                file.truncate(self.read_to)  # part of a line, from a run killed while writing
-            else:  # the last line of another program, without a line feed
-                file.write(b"\n")
-            for line in whole.splitlines():
-                with suppress(ValueError, TypeError, KeyError, RecursionError):
-                    known = json.loads(line)  # if it is damaged, its file may be listed twice
-                    self.listed.add((known["path"], bool(known.get("damaged"))))
-            if key not in self.listed:
-                file.write(json_line(record))
+    def _read_further(self, file: BinaryIO) -> None:
+        """Read the lines that were added, and end the last one."""
+        if file.seek(0, os.SEEK_END) < self.read_to:  # the file was replaced
+            self.read_to, self.listed = 0, set()
+        file.seek(self.read_to)
+        whole, end, rest = file.read().rpartition(b"\n")
+        self.read_to += len(whole + end)
+        if rest.startswith(_START) or _START.startswith(rest):
+            file.truncate(self.read_to)  # part of a line, from a run killed while writing
+        else:  # the last line of another program, without a line feed
+            file.write(b"\n")
+        for line in whole.splitlines():
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
+                known = json.loads(line)  # if it is damaged, its file may be listed twice
+                self.listed.add((known["path"], bool(known.get("damaged"))))

@@ -58,14 +58,7 @@ class Slot(ctypes.Structure):
     _fields_ = (("place", ctypes.c_longlong), ("since", ctypes.c_double))
 
 
-class Key(NamedTuple):
-    """A task: its run, and its number within the run."""
-
-    run: int
-    number: int
-
-
-STARTED = Key(-1, -1)  # key of the first message of each process
+Key = tuple[int, int]  # of a task: its run, and its number within the run
 
 
 class WorkFailure(NamedTuple):
@@ -104,25 +97,24 @@ def report_here(on_progress: Callable[[int], None]) -> Slot:
 
 
 def serve(connection: Connection, work: Any, slots: Any, number: int) -> None:
-    """Do tasks until the parent is gone. Messages are (key, result, failure); those about progress
-    have no key, and the number of clips for a result."""
+    """Do tasks until the parent is gone. Messages are (key, result or WorkFailure), or
+    (None, clips) for progress."""
     global _slot, _on_progress
 
     _set_up()
     _slot = slots[number]
-
-    _on_progress = lambda clips: send(connection, pack((None, clips, None)))  # noqa: E731
+    _on_progress = lambda clips: send(connection, pack((None, clips)))  # noqa: E731
     try:
-        send(connection, pack((STARTED, None, None)))
+        report_progress(0)  # says that this process has started
         while True:
             try:
                 key, task, excluded = connection.recv()
             except (EOFError, OSError):
                 break
             try:
-                message = pack((key, work(task, excluded), None))
+                message = pack((key, work(task, excluded)))
             except Exception as error:
-                message = pack((key, None, _failure(error)))
+                message = pack((key, _failure(error)))
             set_place(-1)
             send(connection, message)
     except ConnectionError:
@@ -147,8 +139,7 @@ def _set_up() -> None:
 
 
 def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
     os._exit(1)
 
@@ -210,7 +201,7 @@ def pack(value: Any) -> Message:
     pickler.dump(value)
     if not pickler.size:
         return Message(buffer.getvalue())
-    file = None
+    file = -1
     try:
         file = _memory_file(b"clipvip", CLOSE_ON_EXEC)
         if file < 0:
@@ -222,7 +213,7 @@ def pack(value: Any) -> Message:
                 written = os.pwrite(file, data, start)
                 start, data = start + written, data[written:]
     except OSError as error:
-        if file is not None and file >= 0:
+        if file >= 0:
             os.close(file)
         raise WorkerError(
             f"no room to pass on a result of {pickler.size / 1e6:.0f} MB ({error.strerror}); if "

@@ -1,7 +1,7 @@
-"""Read clips into samples, one batch at a time; unreadable clips are replaced in training."""
+"""Read the clips of a batch into samples; unreadable clips are replaced in training."""
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipvip.data.annotations import Annotations, Clip
 from clipvip.data.loading.bad_files import BadFile, Failure
-from clipvip.data.loading.in_worker import check_not_excluded, set_place
+from clipvip.data.loading.in_worker import check_not_excluded, report_progress, set_place
 from clipvip.data.loading.samples import TRIES, LoaderOptions, Sample
 from clipvip.data.video import (
     DecodeError,
@@ -151,6 +151,28 @@ class FileBatchReader:
                 file = BadFile(str(error.path), error.reason, clip.line)
                 sample.failures.append(Failure(sample.place, file))
         return sample
+
+
+def for_each_clip(
+    clips: Annotations,
+    places: Iterable[int],
+    excluded: frozenset[int],
+    work: Callable[[int, Clip], None],
+) -> list[Failure]:
+    """Call `work` with each place and clip, in a worker. Return those that raise DecodeError."""
+    failures = []
+    for place in places:
+        set_place(place)
+        clip = clips[place]
+        try:
+            check_not_excluded(place, excluded, clip.video)
+            work(place, clip)
+        except DecodeError as error:
+            # The path in an error about bytes in memory is only a name.
+            path = clip.image if error.path == clip.image else clip.video
+            failures.append(Failure(place, BadFile(str(path), error.reason, clip.line)))
+        report_progress(1)
+    return failures
 
 
 def names_of(clips: Sequence[Clip] | Annotations) -> Callable[[int], str]:

@@ -32,7 +32,7 @@ from multiprocessing.sharedctypes import RawArray
 from typing import Any, Generic, TypeVar
 
 from clipvip.data.loading import in_worker
-from clipvip.data.loading.in_worker import STARTED, Key, Slot, WorkerError, WorkFailure
+from clipvip.data.loading.in_worker import Key, Slot, WorkerError, WorkFailure
 from clipvip.files import shown
 
 logger = logging.getLogger(__name__)
@@ -44,13 +44,6 @@ DEATHS_IN_A_ROW = 10  # without a result in between: more is not the fault of a 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Work = Callable[[Task, frozenset[int]], Result]
-
-
-class RemoteTraceback(Exception):
-    """The traceback of an error in another process; it is the cause of the error raised here."""
-
-    def __str__(self) -> str:
-        return "\n" + str(self.args[0])
 
 
 def worker_count(num_workers: int | None, tasks: int) -> int:
@@ -123,7 +116,7 @@ class Workers(Generic[Task, Result]):
                     worker = min(self._workers, key=lambda worker: len(worker.tasks))
                 else:
                     worker = self._workers[worker_of(task) % len(self._workers)]
-                worker.give(Key(run, number), task, self._excluded)
+                worker.give((run, number), task, self._excluded)
             if not given:
                 return
             ready = due if ordered else next(iter(done), -1)
@@ -131,9 +124,9 @@ class Workers(Generic[Task, Result]):
                 due += 1
                 yield given.pop(ready), done.pop(ready)
                 continue
-            for key, result in self._results():
-                if key.run == run:
-                    done[key.number] = result
+            for (its_run, number), result in self._results():
+                if its_run == run:
+                    done[number] = result
 
     def _run_here(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
         for task in tasks:
@@ -154,17 +147,19 @@ class Workers(Generic[Task, Result]):
         for worker in busy:
             if worker.connection in ready:
                 try:
-                    key, value, failure = worker.receive()
+                    key, value = worker.receive()
                 except (EOFError, OSError):  # died
                     self._replace(worker)
                     continue
-                if key == STARTED:
-                    continue
-                if failure is not None and key in worker.tasks:
-                    self._fail(worker, failure)
                 if key is None:
-                    self._on_progress(value)
+                    if value:
+                        self._on_progress(value)
                     continue
+                if isinstance(value, WorkFailure) and key in worker.tasks:
+                    error, where = value.error, self._where(value.place)
+                    logger.error("%s %s, in worker %d", type(error).__name__, where, worker.number)
+                    trace = f"in worker {worker.number}, {where}:\n{value.trace}"
+                    raise error from RuntimeError(trace)
                 self._deaths_in_a_row = 0
                 worker.tasks.pop(key, None)
                 yield key, value
@@ -178,16 +173,9 @@ class Workers(Generic[Task, Result]):
     def _where(self, place: int) -> str:
         return "between two clips" if place < 0 else f"at {shown(self._name(place))}"
 
-    def _fail(self, worker: "_Worker", failure: WorkFailure) -> None:
-        error, where = failure.error, self._where(failure.place)
-        logger.error("%s %s, in worker %d", type(error).__name__, where, worker.number)
-        raise error from RemoteTraceback(f"In worker {worker.number}, {where}:\n{failure.trace}")
-
     def _replace(self, worker: "_Worker", reason: str | None = None) -> None:
-        """Start a process in the place of one that ended, with the same tasks.
-
-        reason: why it was killed; None if it ended by itself.
-        """
+        """Start a process in the place of one that ended, with the same tasks. reason: why it was
+        killed; None if it ended by itself."""
         worker.process.join(5)
         place, code = worker.slot.place, worker.process.exitcode
         if reason is None:
@@ -266,9 +254,6 @@ class _Worker:
         self.last_message = time.monotonic()
         self.started = True
         return message
-
-
-# --- starting and stopping processes --------------------------------------------------------
 
 
 def _forks() -> bool:

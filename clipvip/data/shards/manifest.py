@@ -32,8 +32,8 @@ class Shard:
 
     shard: name of the tar. bytes, sha256: size and checksum of its file.
     clips: number of clips in it. texts, subtitles, captions: number of them that have one.
-    bad: number of clips that could not be read when the tar was written, which are not in it, or
-        verified, which are.
+    bad: number of clips that could not be read when the tar was written (they are not in it), or
+        verified (they are).
     """
 
     shard: str
@@ -88,10 +88,8 @@ def append_to_manifest(path: Path, shard: Shard) -> None:
 
 
 def finished_shards(path: Path, names: Collection[str]) -> dict[str, Shard]:
-    """Return those of the named shards that are in a manifest and whole, and remove others from it.
-
-    The last line is dropped if it is incomplete, as a killed run leaves it.
-    """
+    """Return those of the named shards that are in a manifest and whole, and remove others from it,
+    as well as an incomplete last line, which a killed run leaves."""
     if not path.exists():
         return {}
     text, _, _ = path.read_bytes().rpartition(b"\n")
@@ -109,12 +107,10 @@ def finished_shards(path: Path, names: Collection[str]) -> dict[str, Shard]:
 
 
 def load_manifest(source: str) -> list[tuple[str, Shard]]:
-    """Return (URL, shard) of each tar that `source` names.
+    """Return (URL, shard) of each tar that `source` names. Raises ShardError.
 
     source: tars with braces ("clips/{00000..00099}.tar", several joined by "::"), a folder of
         shards, or a manifest; each a path or any fsspec URL.
-
-    Raises ShardError.
     """
     from webdataset.shardlists import expand_urls
 

@@ -66,23 +66,25 @@ class _Drawn(NamedTuple):
 class _ShardBatchReader:
     """Read batches from shards. A task is (epoch, number of the batch).
 
-    lanes: those that this process serves, at the batch after the last one it read of each.
+    lanes: batches of each lane that this process serves, and (epoch, step) of the next one.
     """
 
     def __init__(self, plan: Plan, reader: ClipReader, paragraph: bool) -> None:
         self.plan = plan
         self.reader = reader
         self.paragraph = paragraph
-        self.lanes: dict[int, _Lane] = {}
+        self.lanes: dict[int, tuple[tuple[int, int], Iterator[list[_Drawn]]]] = {}
 
     def read_batch(self, task: tuple[int, int], excluded: frozenset[int]) -> list[Sample]:
         epoch, batch = task
-        step, number = divmod(batch, self.plan.lanes)
-        lane = self.lanes.pop(number, None)  # opened again if this batch fails midway
-        if lane is None or (lane.epoch, lane.step) != (epoch, step):
-            lane = _Lane(self.plan, number, epoch, step)
-        samples = [self._sample(drawn, 0, excluded) for drawn in lane.batch()]
-        self.lanes[number] = lane
+        step, lane = divmod(batch, self.plan.lanes)
+        # Removed, so that the lane is opened again if this batch fails midway.
+        coming, batches = self.lanes.pop(lane, (None, iter(())))
+        if coming != (epoch, step):
+            batches = _batches(self.plan, lane, epoch, step)
+        samples = [self._sample(drawn, 0, excluded) for drawn in next(batches)]
+        last = step + 1 == self.plan.lane_batches(lane)
+        self.lanes[lane] = (epoch + 1, 0) if last else (epoch, step + 1), batches
         return samples
 
     def read_sample(self, task: tuple[tuple[int, int], int], excluded: frozenset[int]) -> Sample:
@@ -135,73 +137,61 @@ class _ShardBatchReader:
         return _Drawn(number, pass_number, place, source.urls[shard], sample)
 
 
-class _Lane:
-    """An open lane: the step and epoch of its next batch, and a stream of clips per source."""
+def _batches(plan: Plan, lane: int, epoch: int, step: int) -> Iterator[list[_Drawn]]:
+    """Yield the batches of a lane, from a step of an epoch on, without end."""
+    size = plan.batch_size
+    given = plan.picks(epoch, lane)[: step * size]
+    streams = [
+        _stream(plan, lane, number, epoch * int(quota) + int((given == number).sum()))
+        for number, quota in enumerate(plan.quotas(lane))
+    ]
+    while True:
+        picks = plan.picks(epoch, lane)
+        for first in range(step * size, len(picks), size):
+            yield [next(streams[number]) for number in picks[first : first + size].tolist()]
+        epoch, step = epoch + 1, 0
 
-    def __init__(self, plan: Plan, lane: int, epoch: int, step: int) -> None:
-        self.plan = plan
-        self.lane = lane
-        self.epoch = epoch
-        self.step = step
-        self.picks = plan.picks(epoch, lane)
-        given = self.picks[: step * plan.batch_size]
-        self.streams = [
-            self._stream(number, epoch * int(quota) + int((given == number).sum()))
-            for number, quota in enumerate(plan.quotas(lane))
-        ]
 
-    def batch(self) -> list[_Drawn]:
-        """Draw the clips of the next batch."""
-        size = self.plan.batch_size
-        picks = self.picks[self.step * size : (self.step + 1) * size]
-        drawn = [next(self.streams[number]) for number in picks.tolist()]
-        self.step += 1
-        if self.step == self.plan.lane_batches(self.lane):
-            self.epoch, self.step = self.epoch + 1, 0
-            self.picks = self.plan.picks(self.epoch, self.lane)
-        return drawn
+def _stream(plan: Plan, lane: int, number: int, skipped: int) -> Iterator[_Drawn]:
+    """Yield a source's clips for a lane, pass after pass, each shuffled, without end."""
+    low, high = plan.span(number, lane)
+    first, skipped = divmod(skipped, high - low)
+    for pass_number in itertools.count(first):
+        order = plan.shuffled(number, pass_number, lane, high - low)
+        given = np.zeros(high - low, bool)
+        given[order[:skipped]] = True
+        coming = _in_sequence(plan, lane, number, pass_number, int(order[skipped:].min()))
+        held: dict[int, _Drawn] = {}
+        for wanted in order[skipped:].tolist():
+            while wanted not in held:
+                position, drawn = next(coming)
+                if not given[position]:
+                    held[position] = drawn
+            yield held.pop(wanted)
+        skipped = 0
 
-    def _stream(self, number: int, skipped: int) -> Iterator[_Drawn]:
-        """Yield a source's clips for this lane, pass after pass, each shuffled, without end."""
-        low, high = self.plan.span(number, self.lane)
-        first, skipped = divmod(skipped, high - low)
-        for pass_number in itertools.count(first):
-            pieces = self.plan.pieces(number, pass_number, self.lane)
-            order = self.plan.shuffled(number, pass_number, self.lane, high - low)
-            given = np.zeros(high - low, bool)
-            given[order[:skipped]] = True
-            coming = self._in_sequence(number, pass_number, pieces, int(order[skipped:].min()))
-            held: dict[int, _Drawn] = {}
-            for wanted in order[skipped:].tolist():
-                while wanted not in held:
-                    position, drawn = next(coming)
-                    if not given[position]:
-                        held[position] = drawn
-                yield held.pop(wanted)
-            skipped = 0
 
-    def _in_sequence(
-        self, number: int, pass_number: int, pieces: list[tuple[int, int, int]], first: int
-    ) -> Iterator[tuple[int, _Drawn]]:
-        """Yield the clips of pieces with their positions, in the order of the tars, from position
-        `first` on."""
-        shards = self.plan.shards
-        source, position = shards.sources[number], 0
-        for shard, begin, end in pieces:
-            skipped = min(max(first - position, 0), end - begin)
-            position += skipped
-            url, place = source.urls[shard], shards.firsts[number] + int(source.firsts[shard])
-            for index, sample in _read(url, begin + skipped, end):
-                yield position, _Drawn(number, pass_number, place + index, url, sample)
-                position += 1
+def _in_sequence(
+    plan: Plan, lane: int, number: int, pass_number: int, first: int
+) -> Iterator[tuple[int, _Drawn]]:
+    """Yield a lane's clips of a pass with their positions, in the order of the tars, from position
+    `first` on."""
+    source, position = plan.shards.sources[number], 0
+    for shard, begin, end in plan.pieces(number, pass_number, lane):
+        skipped = min(max(first - position, 0), end - begin)
+        position += skipped
+        url, place = source.urls[shard], plan.shards.firsts[number] + int(source.firsts[shard])
+        for index, sample in _read(url, begin + skipped, end):
+            yield position, _Drawn(number, pass_number, place + index, url, sample)
+            position += 1
 
 
 def _read(url: str, first: int, end: int) -> Iterator[tuple[int, Packed | DecodeError]]:
     """Yield clips [first, end) of a tar with their indices; an error for each that is missing."""
-    reason = ""
     set_place(-1)  # a slow tar is not the fault of the last clip
     if first == end:
         return
+    reason = ""
     for wait in (0.0, *RETRIES) if "://" in url else (0.0,):
         time.sleep(wait)
         try:

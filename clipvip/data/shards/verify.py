@@ -18,8 +18,8 @@ from clipvip.data.loading import (
     Failure,
     Workers,
     check_not_excluded,
+    for_each_clip,
     names_of,
-    report_progress,
     set_place,
     worker_count,
 )
@@ -32,7 +32,7 @@ from clipvip.data.shards.manifest import (
     name_in,
     write_manifest,
 )
-from clipvip.data.shards.tars import Packed, open_url, read_samples, reason_of, unpack
+from clipvip.data.shards.tars import open_url, read_samples, reason_of, unpack
 from clipvip.data.video import DecodeError, check_decodes
 from clipvip.files import Hashed, shown
 from clipvip.terminal import progress
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 CLIPS_PER_TASK = 16
+Tars = list[tuple[str, Shard | None]]  # URLs of tars, with what their manifests say of them
 
 
 class Verified(NamedTuple):
@@ -61,12 +62,8 @@ def verify_files(
     kept = np.ones(len(clips), np.bool_)
     bad: list[BadFile] = []
     with progress(f"verifying {len(clips)} clips", len(clips)) as done:
-        workers: Workers[range, list[Failure]] = Workers(
-            partial(_verify_clips, clips),
-            worker_count(num_workers, len(clips)),
-            names_of(clips),
-            done,
-        )
+        count = worker_count(num_workers, len(clips))
+        workers = Workers(partial(_verify_clips, clips), count, names_of(clips), done)
         places = range(len(clips))
         tasks = (places[i : i + CLIPS_PER_TASK] for i in places[::CLIPS_PER_TASK])
         for _, failures in workers.run(tasks):
@@ -78,18 +75,10 @@ def verify_files(
 
 
 def _verify_clips(clips: Annotations, places: range, excluded: frozenset[int]) -> list[Failure]:
-    """Return those of the clips at some places that cannot be read."""
-    failures = []
-    for place in places:
-        set_place(place)
-        clip = clips[place]
-        try:
-            check_not_excluded(place, excluded, clip.video)
-            check_decodes(clip.video, clip.image, clip.start, clip.end)
-        except DecodeError as error:
-            failures.append(Failure(place, BadFile(str(error.path), error.reason, clip.line)))
-        report_progress(1)
-    return failures
+    def check(place: int, clip: Clip) -> None:
+        check_decodes(clip.video, clip.image, clip.start, clip.end)
+
+    return for_each_clip(clips, places, excluded, check)
 
 
 def verify_shards(
@@ -105,7 +94,7 @@ def verify_shards(
     clean: file to write the annotations to from which the readable clips were made.
     manifest: file to write a manifest of the tars to, which then need not have one.
     """
-    shards: list[tuple[str, Shard | None]]
+    shards: Tars
     if manifest is None:
         shards = list(load_manifest(source))
     else:
@@ -125,9 +114,8 @@ def verify_shards(
         """Verify the tars, several at a time; yield the annotations of the clips that can be read,
         in the order of the tars."""
         with progress(f"verifying {len(shards)} shards", len(shards)) as done:
-            workers: Workers[int, _Checked] = Workers(
-                partial(_verify_shard, shards, firsts), worker_count(num_workers, len(shards)), name
-            )
+            count = worker_count(num_workers, len(shards))
+            workers = Workers(partial(_verify_shard, shards, firsts), count, name)
             for _, checked in workers.run(range(len(shards)), ahead=1):
                 lines.extend(clip.line for clip in checked.annotations)
                 yield from checked.annotations
@@ -174,10 +162,7 @@ class _Checked(NamedTuple):
 
 
 def _verify_shard(
-    shards: Sequence[tuple[str, Shard | None]],
-    firsts: list[int],
-    number: int,
-    excluded: frozenset[int],
+    shards: Tars, firsts: list[int], number: int, excluded: frozenset[int]
 ) -> _Checked:
     """Verify the tar of shards[number]. firsts: place of the first clip of each shard."""
     url, expected = shards[number]
@@ -189,12 +174,16 @@ def _verify_shard(
             hashed = Hashed(file)
             for sample in read_samples(hashed, url):
                 place = firsts[number] + tally.clips
+                tally.clips += 1
+                set_place(place)
                 try:
-                    annotation = _check_sample(sample, url, place, excluded, tally)
+                    clip, video, image, annotation = unpack(sample, url)
+                    tally.add_texts(clip)
+                    check_not_excluded(place, excluded, video.name)
+                    check_decodes(video, image, clip.start, clip.end)
+                    annotations += [annotation] if annotation else []
                 except DecodeError as error:
                     bad.append(BadFile(str(error.path), error.reason, 0))
-                    continue
-                annotations += [annotation] if annotation else []
             _read_rest(hashed, url)
     except Exception as error:  # of fsspec and its file systems
         return _Checked(tally.clips, [*bad, BadFile(url, reason_of(error), 0)], [], None)
@@ -203,19 +192,6 @@ def _verify_shard(
         reason = f"sha256 is {shard.sha256[:12]}…, its manifest says {expected.sha256[:12]}…"
         return _Checked(tally.clips, [*bad, BadFile(url, reason, 0)], [], shard)
     return _Checked(tally.clips, bad, annotations, shard)
-
-
-def _check_sample(
-    sample: Packed, url: str, place: int, excluded: frozenset[int], tally: Tally
-) -> Clip | None:
-    """Decode and count a clip; return its annotation, if known. Raises DecodeError."""
-    set_place(place)
-    tally.clips += 1
-    stored = unpack(sample, url)
-    tally.add_texts(stored.clip)
-    check_not_excluded(place, excluded, stored.video.name)
-    check_decodes(stored.video, stored.image, stored.clip.start, stored.clip.end)
-    return stored.annotation
 
 
 def _read_rest(file: Hashed, url: str) -> None:

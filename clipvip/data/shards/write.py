@@ -15,26 +15,22 @@ resumes after the last one.
 import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipvip.data.annotations import Annotations, Clip, kind_of
 from clipvip.data.loading import (
-    BadFile,
     BadFiles,
     Failure,
     Workers,
-    check_not_excluded,
+    for_each_clip,
     names_of,
-    report_progress,
-    set_place,
     worker_count,
 )
 from clipvip.data.shards.manifest import (
@@ -48,16 +44,7 @@ from clipvip.data.shards.manifest import (
     write_manifest,
 )
 from clipvip.data.shards.tars import members_of
-from clipvip.data.video import (
-    CODING,
-    Cut,
-    DecodeError,
-    as_decode_errors,
-    cut,
-    is_image,
-    reencode,
-    whole,
-)
+from clipvip.data.video import CODING, Cut, as_decode_errors, cut, is_image, reencode, whole
 from clipvip.files import Hashed, only_run, sha256_of, write_whole
 from clipvip.ops.resize_crop import check_compiled
 from clipvip.terminal import progress
@@ -65,6 +52,9 @@ from clipvip.terminal import progress
 logger = logging.getLogger(__name__)
 
 FORMAT = "clipvip shards 1"
+# A shard, the clips left out of it, and the number of clips by how they were stored instead of as
+# requested, and why.
+Written = tuple[Shard, list[Failure], Counter[str]]
 
 
 def write_shards(
@@ -131,31 +121,30 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new folder; raise ShardError if it holds shards of other settings,
     or of another tool."""
     path = out / "settings.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_bytes())
-            if not isinstance(old, dict):
-                raise ValueError(f"expected an object in braces, got {kind_of(old)}")
-        except (ValueError, RecursionError) as error:
-            raise ShardError(f"{path}: {error}; give a new or empty folder") from error
-        for key, value in settings.items():
-            if old.get(key) != value:
-                other = {"annotations": "other annotations", "coding": "another video coding"}
-                was = other.get(key, f"{key}={old.get(key)}")
-                raise ShardError(
-                    f"{out} holds shards made with {was}; give another folder, or the same "
-                    "annotations and options to resume"
-                )
-    else:
-        taken = re.compile(rf".*\.tar(\.partial)?|{re.escape(MANIFEST)}", re.DOTALL)
-        others = sorted(filter(taken.fullmatch, os.listdir(out)))
-        if others:
+    if not path.exists():
+        names = os.listdir(out)
+        if others := [x for x in names if x.endswith((".tar", ".tar.partial")) or x == MANIFEST]:
             raise ShardError(
-                f"{out} holds {others[0]!r} and no settings.json, so it is not from an earlier "
+                f"{out} holds {min(others)!r} and no settings.json, so it is not from an earlier "
                 "run; give a new or empty folder"
             )
         with on_disk(path):
             write_whole(path, json.dumps(settings, indent=1) + "\n")
+        return
+    try:
+        old = json.loads(path.read_bytes())
+        if not isinstance(old, dict):
+            raise ValueError(f"expected an object in braces, got {kind_of(old)}")
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{path}: {error}; give a new or empty folder") from error
+    for key, value in settings.items():
+        if old.get(key) != value:
+            other = {"annotations": "other annotations", "coding": "another video coding"}
+            was = other.get(key, f"{key}={old.get(key)}")
+            raise ShardError(
+                f"{out} holds shards made with {was}; give another folder, or the same "
+                "annotations and options to resume"
+            )
 
 
 def _write_missing(
@@ -164,31 +153,22 @@ def _write_missing(
     """Write the shards that are not finished, and add them to `finished` and to the manifest."""
     plan = writer.plan
     missing = [number for number in range(len(plan)) if _shard_name(number) not in finished]
-    count = sum(len(plan[number]) for number in missing)
-    note = f"writing {len(missing)} shards of {count} clips"
+    clips = sum(len(plan[number]) for number in missing)
+    note = f"writing {len(missing)} shards of {clips} clips"
     note += f", {len(finished)} are finished" if finished else ""
     fallbacks: Counter[str] = Counter()
-    with progress(note, count) as done:
-        workers: Workers[int, _Written] = Workers(
-            writer, worker_count(num_workers, len(missing)), names_of(writer.clips), done
-        )
-        for number, written in workers.run(missing, ahead=1, ordered=False):
+    with progress(note, clips) as done:
+        count = worker_count(num_workers, len(missing))
+        workers = Workers(writer, count, names_of(writer.clips), done)
+        for number, (shard, failures, stored) in workers.run(missing, ahead=1, ordered=False):
             try:  # bad files first, since a shard in the manifest is not checked again
-                bad.note(plan[number].tolist(), written.failures)
+                bad.note(plan[number].tolist(), failures)
             finally:
-                append_to_manifest(writer.out / MANIFEST, written.shard)
-            finished[written.shard.shard] = written.shard
-            fallbacks += written.fallbacks
+                append_to_manifest(writer.out / MANIFEST, shard)
+            finished[shard.shard] = shard
+            fallbacks += stored
     for fallback, times in fallbacks.most_common():
         logger.warning("%d %s %s", times, "clips" if times > 1 else "clip", fallback)
-
-
-class _Written(NamedTuple):
-    """fallbacks: number of clips by how they were stored instead of as requested, and why."""
-
-    shard: Shard
-    failures: list[Failure]
-    fallbacks: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -201,49 +181,36 @@ class _Writer:
     cut: bool
     size: int | None
 
-    def __call__(self, number: int, excluded: frozenset[int]) -> _Written:
-        check_compiled()  # or every clip would seem to be bad
-        partial = self.out / f"{_shard_name(number)}.partial"
-        try:
-            with on_disk(partial):
-                return self._write(number, partial, excluded)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _write(self, number: int, partial: Path, excluded: frozenset[int]) -> _Written:
+    def __call__(self, number: int, excluded: frozenset[int]) -> Written:
         from webdataset import TarWriter
 
-        failures: list[Failure] = []
+        check_compiled()  # or every clip would seem to be bad
+        name, tally = _shard_name(number), Tally()
+        partial = self.out / f"{name}.partial"
         fallbacks: Counter[str] = Counter()
-        tally = Tally()
-        with partial.open("wb") as file:
-            hashed = Hashed(file)
-            with TarWriter(hashed, encoder=False, mtime=0) as tar:
-                for place in self.plan[number].tolist():
-                    set_place(place)
-                    clip = self.clips[place]
-                    try:
-                        check_not_excluded(place, excluded, clip.video)
-                        # An error of reading is the clip's fault; one of writing is the disk's.
-                        with as_decode_errors(clip.video):
-                            stored = self._stored(clip)
-                            members = members_of(clip, stored)
-                    except DecodeError as error:
-                        # The path in an error about bytes in memory is only a name.
-                        path = clip.image if error.path == clip.image else clip.video
-                        bad = BadFile(str(path), error.reason, clip.line)
-                        failures.append(Failure(place, bad))
-                    else:
-                        tar.write({"__key__": f"{place:09d}", **members})
-                        fallbacks.update([stored.instead] if stored.instead else ())
-                        tally.clips += 1
-                        tally.add_texts(clip)
-                    report_progress(1)
-            file.flush()
-            os.fsync(file.fileno())
-        shard = tally.shard(_shard_name(number), hashed, bad=len(failures))
-        partial.replace(self.out / shard.shard)
-        return _Written(shard, failures, fallbacks)
+
+        def store(place: int, clip: Clip) -> None:
+            with as_decode_errors(clip.video):  # errors of reading, not those of writing
+                stored = self._stored(clip)
+                members = members_of(clip, stored)
+            tar.write({"__key__": f"{place:09d}", **members})
+            fallbacks.update([stored.instead] if stored.instead else ())
+            tally.clips += 1
+            tally.add_texts(clip)
+
+        try:
+            with on_disk(partial):
+                with partial.open("wb") as file:
+                    hashed = Hashed(file)
+                    with TarWriter(hashed, encoder=False, mtime=0) as tar:
+                        places = self.plan[number].tolist()
+                        failures = for_each_clip(self.clips, places, excluded, store)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(self.out / name)
+        finally:
+            partial.unlink(missing_ok=True)
+        return tally.shard(name, hashed, bad=len(failures)), failures, fallbacks
 
     def _stored(self, clip: Clip) -> Cut:
         if is_image(clip.video):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clipvip.files import json_line, shown
 
@@ -102,11 +103,10 @@ class BadFiles:
             self._list.append(file, damaged)
         return True
 
-    def resume(self, tried: Iterable[int], bad: int) -> None:
+    def resume(self, tried: NDArray[np.int64], bad: int) -> None:
         """Count the places that an earlier run tried, `bad` of which were bad."""
-        for place in tried:
-            self._state[place] = 1
-            self.tried += 1
+        self._state[tried] = 1
+        self.tried += len(tried)
         self.bad += bad
 
     def stop(self, why: str) -> NoReturn:

@@ -84,9 +84,7 @@ class Order(Protocol):
         ...
 
     @property
-    def worker_of(self) -> Callable[[Any], int] | None:
-        """Number of the worker that must do a task, see Workers.run."""
-        ...
+    def worker_of(self) -> Callable[[Any], int] | None: ...  # see Workers.run
 
 
 class ClipLoader:

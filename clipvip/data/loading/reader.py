@@ -29,10 +29,8 @@ from clipvip.data.video import (
 
 
 class BatchReader(Protocol):
-    """Read the samples of a batch, in a worker process.
-
-    A task identifies a batch. excluded: places of clips that must not be read, see Workers.
-    """
+    """Read the samples of a batch, in a worker process. A task identifies a batch. excluded: places
+    of clips that must not be read, see Workers."""
 
     reader: "ClipReader"
 

@@ -120,10 +120,7 @@ class Report(NamedTuple):
 
 
 def collate(samples: list[Sample], options: LoaderOptions) -> tuple[Batch | None, Report]:
-    """Pack samples into a batch; None if none of them could be read.
-
-    build_loader lists the tensors.
-    """
+    """Pack samples into a batch, see build_loader; None if none of them could be read."""
     read = [sample for sample in samples if sample.frames is not None]
     report = Report(
         [place for sample in samples for place in sample.tried],

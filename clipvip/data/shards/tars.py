@@ -26,6 +26,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, cast
 
@@ -106,22 +107,15 @@ def reason_of(error: Exception) -> str:
 def read_samples(file: Readable, url: str) -> Iterator[Packed]:
     """Yield the samples of an open tar, in order. Raises DecodeError if the rest of the tar cannot
     be parsed, and errors of the file itself."""
-    sample: Packed | None = None
-    for member in _members(_Bytes(file, url)):
-        key, suffix = _split(member.name)
-        if not key:
-            continue
-        if sample is None or key != sample.key:
-            if sample is not None:
-                yield sample
-            sample = Packed(key)
-        fault = member.fault
-        if suffix in sample.members:
-            fault = f"two members have the suffix .{suffix}"
-        sample.fault = sample.fault or fault
-        if _most_bytes(member.name):
-            sample.members[suffix] = member.data
-    if sample is not None:
+    for key, members in groupby(_members(_Bytes(file, url)), lambda member: member.key):
+        sample = Packed(key)
+        for member in members:
+            fault = member.fault
+            if member.suffix in sample.members:
+                fault = f"two members have the suffix .{member.suffix}"
+            sample.fault = sample.fault or fault
+            if _most_bytes(member.suffix):
+                sample.members[member.suffix] = member.data
         yield sample
 
 
@@ -135,9 +129,8 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _most_bytes(name: str) -> int:
+def _most_bytes(suffix: str) -> int:
     """Return the limit for the bytes of a member; 0 for one that is not held."""
-    _, suffix = _split(name)
     if suffix in TEXTS:
         return TEXT_BYTES
     kind, _, last = suffix.rpartition(".")
@@ -300,13 +293,15 @@ class _Bytes:
 class _Member(NamedTuple):
     """A regular file in a tar. data: empty if it is not held. fault: see Packed."""
 
-    name: str
+    key: str
+    suffix: str
     data: bytes
     fault: str | None
 
 
 def _members(tar: _Bytes) -> Iterator[_Member]:
-    """Yield the regular files of a tar (POSIX.1-2001 and GNU formats), in order; skip others."""
+    """Yield the regular files of samples in a tar (POSIX.1-2001 and GNU formats), in order; skip
+    others."""
     while True:
         records: dict[bytes, bytes] | None = {}  # pax records of the member; None if damaged
         info = _header(tar)
@@ -326,16 +321,18 @@ def _members(tar: _Bytes) -> Iterator[_Member]:
             # A known type, such as a link, has no data; data of an unknown type is skipped.
             tar.skip(0 if info.type in tarfile.SUPPORTED_TYPES else size + -size % BLOCK)
             continue
-        fault, most = None, _most_bytes(named)
+        key, suffix = _split(named)
+        fault, most = None, _most_bytes(suffix)
         if records is None:
             fault = "its pax header is damaged"
         elif info.type == tarfile.GNUTYPE_SPARSE or known.keys() & SPARSE:
             fault = "a sparse file, which is not expanded; pack it without --sparse"
         elif size > most > 0:
-            fault = f"{size} bytes of .{_split(named)[1]}; expected at most {most}"
+            fault = f"{size} bytes of .{suffix}; expected at most {most}"
         data = tar.take(size) if fault is None and most else b""
         tar.skip(size - len(data))
-        yield _Member(named, data, fault)
+        if key:
+            yield _Member(key, suffix, data, fault)
         tar.up_to(-size % BLOCK)
 
 

@@ -104,8 +104,7 @@ def write_shards(
         finished = finished_shards(out / MANIFEST, set(names))
         bad = BadFiles(len(clips), max_bad_share, out / "bad_files.jsonl")
         for shard in finished.values():
-            places = plan[int(shard.shard.removesuffix(".tar"))]
-            bad.resume(places.tolist(), shard.bad)
+            bad.resume(plan[int(shard.shard.removesuffix(".tar"))], shard.bad)
         _write_missing(_Writer(clips, plan, out, cut, size), finished, bad, num_workers)
         bad.note((), (), final=True)
         shards = [finished[name] for name in names]

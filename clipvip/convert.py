@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
-from clipvip.model.authors import authors_state_dict
+from clipvip.model.authors import AUTHORS_SUFFIXES, authors_state_dict
 from clipvip.model.pretrained import check_name, failed_writes
 from clipvip.model.processing import (
     AUTHORS_READING,
@@ -41,6 +41,11 @@ def convert(
         raise ValueError(f"to is {to!r}; expected 'clipvip' or 'authors'")
     destination = Path(destination)
     check_name("the destination", destination)
+    if to == "clipvip" and destination.suffix in AUTHORS_SUFFIXES:
+        raise ValueError(
+            f"{destination} has the name of a file, but a folder would be written; give the name "
+            "of a folder, or --to authors for a file"
+        )
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
     model = CLIPViPModel.from_pretrained(source)

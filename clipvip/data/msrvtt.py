@@ -71,8 +71,9 @@ def msrvtt_items(request: Request) -> Iterator[Item]:
     if listed is None:
         names = ", ".join(name for split in wanted for name in LISTS[split])
         raise PrepareError(
-            f"{request.source}: no list of {request.split} there ({names}, or a JSON with videos "
-            "and sentences)" + "".join(f"; {bad}" for bad in done.bad[:1])
+            f"{request.source} holds no list of {request.split}; expected {names}, or a JSON with "
+            "videos and sentences; give another --split, or the folder with the lists"
+            + "".join(f"; {bad}" for bad in done.bad[:1])
         )
     done.notes.append(f"{request.split}: {listed.split} as {listed.path} lists it")
     _warn_of_shared(request, listed, makers)

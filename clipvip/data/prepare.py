@@ -236,7 +236,9 @@ def _database(request: Request, name: str, stack: ExitStack) -> Callable[[str], 
     try:
         import lmdb
     except ImportError:
-        raise PrepareError(f"{folder} is an LMDB: `pip install clipvip[lmdb]`") from None
+        raise PrepareError(
+            f'{folder} is an LMDB; to read it: pip install "clipvip[lmdb]"'
+        ) from None
     try:
         opened = lmdb.open(os.fsencode(folder), readonly=True, lock=False, readahead=False)
         environment = stack.enter_context(opened)

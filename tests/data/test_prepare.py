@@ -221,7 +221,7 @@ def test_folder_takes_texts_beside_videos_and_images(source: Path, add, tmp_path
     ("kind", "name", "content", "message"),
     [
         ("msrvtt", "x.json", "{", "not JSON"),
-        ("msrvtt", "x.json", "{}", "no list of train there (MSRVTT_train.9k.csv, "),
+        ("msrvtt", "x.json", "{}", "holds no list of train; expected MSRVTT_train.9k.csv, "),
         ("msrvtt", "MSRVTT_train.9k.csv", "key\n1\n", "no column video_id; it has key"),
         ("didemo", "train_data.json", '[{"description": "a"}]', "entry 1: no 'video'"),
         ("didemo", "train_data.json", '{"a": 1}', "expected a list, got an object"),
@@ -519,7 +519,9 @@ def test_msrvtt_as_frozen_in_time_has_it(source, add, tmp_path) -> None:
             (clip,) = load_annotations(tmp_path / "out.jsonl")
             assert clip.text == ("caption 2 of 7010",)
             assert done.notes == [f"{split}: test-1k as {lists}/val_list_jsfusion.txt lists it"]
-    with pytest.raises(PrepareError, match=r"no list of train-7k there \(MSRVTT_train\.7k\.csv"):
+    with pytest.raises(
+        PrepareError, match=r"holds no list of train-7k; expected MSRVTT_train\.7k\.csv"
+    ):
         prepare("msrvtt", source, tmp_path / "out.jsonl", split="train-7k")
 
 

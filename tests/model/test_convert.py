@@ -101,6 +101,8 @@ def test_nothing_is_overwritten(make_model, tmp_path):
         convert(tmp_path / "ours", tmp_path / "x.pt", to="authors")
     with pytest.raises(ValueError, match="expected 'clipvip' or 'authors'"):
         convert(tmp_path / "ours", tmp_path / "y", to="clip")
+    with pytest.raises(ValueError, match="give the name of a folder, or --to authors"):
+        convert(tmp_path / "ours", tmp_path / "y.pt")
 
 
 def read_by(folder):

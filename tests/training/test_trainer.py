@@ -245,7 +245,7 @@ def test_a_copy_of_a_runs_configuration_is_no_run(make_config, tmp_path):
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(make_config, monkeypatch):
     """By the same command, beside files that no run touches."""
-    from clipvip.training import trainer
+    from clipvip.training import state, trainer
 
     def killed(*given, **settings):
         raise KeyboardInterrupt
@@ -255,9 +255,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(make_con
     notes.parent.mkdir(parents=True)
     notes.touch()
     (Path(config.out) / "annotations.jsonl").touch()
-    for place in ("start_trackers", "save_state"):
+    for place, name in ((state, "start_trackers"), (trainer, "save_state")):
         with monkeypatch.context() as broken:
-            broken.setattr(trainer, place, killed)
+            broken.setattr(place, name, killed)
             with pytest.raises(KeyboardInterrupt):
                 train(config)
     assert train(config)["step"] == 2 and list(losses(config.out)) == [1, 2]
@@ -827,7 +827,7 @@ def test_sigterm_leaves_a_validation_which_the_next_start_makes_up_for(
 ):
     """And where it comes before the first step, there is nothing to save."""
     from clipvip import embedding
-    from clipvip.training import trainer
+    from clipvip.training import state
 
     overrides = ["max_steps=4", "eval_every=2", "save_every=4", "resume=latest", "ema=0.7"]
     overrides += [f"data.validation={world / 'annotations.jsonl'}", "eval_batch_size=4"]
@@ -848,7 +848,7 @@ def test_sigterm_leaves_a_validation_which_the_next_start_makes_up_for(
 
     given = make_config(*overrides, f"out={broken}")
     for where, name, call, step in (
-        (trainer, "build_model", 1, 0),  # before the first step
+        (state, "build_model", 1, 0),  # before the first step
         (embedding, "normalize_frames", 2, 2),  # in a validation
         (embedding, "normalize_frames", 7, 4),  # in the last, after that of step 2 was made up for
     ):

@@ -1,7 +1,7 @@
 """Read the clips of a batch into samples; unreadable clips are replaced in training."""
 
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,10 +52,10 @@ class ClipReader:
     training: bool
     engine: Engine | None
 
-    @property
-    def tries(self) -> int:
-        """Number of clips to try for each place of a batch."""
-        return TRIES if self.training else 1
+    def attempts(self, first: int, *seed: int) -> Iterator[tuple[int, np.random.Generator]]:
+        """Yield the number and the random generator of each attempt to fill a place of a batch."""
+        for attempt in range(first, TRIES if self.training else 1):
+            yield attempt, np.random.default_rng((self.options.seed, *seed, attempt))
 
     def read(
         self,
@@ -133,8 +133,7 @@ class FileBatchReader:
     def read_sample(self, task: tuple[tuple[int, int], int], excluded: frozenset[int]) -> Sample:
         (epoch, place), first = task
         sample = Sample((epoch, place), place)
-        for attempt in range(first, self.reader.tries):
-            generator = np.random.default_rng((self.reader.options.seed, epoch, place, attempt))
+        for attempt, generator in self.reader.attempts(first, epoch, place):
             sample.attempt = attempt
             if attempt:
                 sample.place = int(generator.integers(len(self.clips)))

@@ -96,8 +96,7 @@ class _ShardBatchReader:
     def _sample(self, drawn: _Drawn, first: int, excluded: frozenset[int]) -> Sample:
         place, pass_number = drawn.place, drawn.pass_number
         sample = Sample((pass_number, place), place)
-        for attempt in range(first, self.reader.tries):
-            generator = np.random.default_rng((self.plan.seed, 3, pass_number, place, attempt))
+        for attempt, generator in self.reader.attempts(first, 3, pass_number, place):
             sample.attempt = attempt
             if attempt:
                 drawn = self._other(drawn.number, generator, NEAR << min(attempt - 1, 5))

@@ -25,14 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipvip.data.annotations import Annotations, Clip, kind_of
-from clipvip.data.loading import (
-    BadFiles,
-    Failure,
-    Workers,
-    for_each_clip,
-    names_of,
-    worker_count,
-)
+from clipvip.data.loading import BadFiles, Failure, Workers, for_each_clip, names_of, worker_count
 from clipvip.data.shards.manifest import (
     MANIFEST,
     Shard,

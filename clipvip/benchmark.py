@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -60,31 +59,32 @@ def run(
     again = device == "cuda" and out.exists() and _holds_records(out)
     stores = [*([out] if again else []), *([resume] if resume else [])]
     chosen_suites = suites.values() if suite == "all" else [suites[suite]]
-    modules = [name for each in chosen_suites for name in each.modules]
-    files = [str(path) for path in (BENCH / f"{name}.py" for name in modules) if path.exists()]
+    files = [BENCH / f"{name}.py" for each in chosen_suites for name in each.modules]
     options = ["--bench-device", device, "--bench-out", str(out.absolute())]
     options += ["--bench-quick"] * quick
     options += [f"--bench-only={only}", *(f"--bench-resume={path.absolute()}" for path in stores)]
     options += [f"--bench-profile={profile}"] if profile else []
     options += [f"--bench-deadline={started + 60 * minutes}"] if minutes else []
-    status = _pytest(options, files)
+    status = _pytest(*options, *(str(path) for path in files if path.exists()))
     if status == NO_CASES:
-        raise ValueError(
-            f"no case of {suite} for {device}" + f" is found by --only {only!r}" * bool(only)
-        )
+        found_by = f" is found by --only {only!r}" if only else ""
+        raise ValueError(f"no case of {suite} for {device}{found_by}")
     passed = status == 0
     if passed and not (out.exists() and _holds_records(out)):
         print(f"no case was done within {minutes:g} minutes; give more")
         return True
-    return _report(out, passed)
+    try:
+        load("report").publish(out)
+    except ValueError as error:
+        if passed and out.exists():
+            raise
+        print(f"no report: {error}", file=sys.stderr)  # for example, if no case passed
+    return passed
 
 
 def _check_options(only: str, minutes: float | None) -> None:
-    missing = [
-        name
-        for name in ("pytest", "pytest_benchmark", "psutil")
-        if importlib.util.find_spec(name) is None
-    ]
+    needed = ("pytest", "pytest_benchmark", "psutil")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ValueError(f'{", ".join(missing)} missing: pip install "clipvip[bench]"')
     if minutes is not None and not minutes > 0:
@@ -96,23 +96,21 @@ def _check_options(only: str, minutes: float | None) -> None:
 
 
 def chosen(device: str) -> str:
-    """Return "cpu" or "cuda". Raises ValueError if "cuda" was given and something it needs is
-    missing."""
+    """Return "cpu" or "cuda"; raise ValueError if "cuda" lacks something."""
     import torch
 
     from clipvip.ops import _native
 
     built = _native.module().build_info()["cuda"] is not None
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    seen = torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not seen):
         return "cpu"
-    if built and torch.cuda.is_available():
+    if built and seen:
         return "cuda"
     lacking = f"torch {torch.__version__} sees no GPU"
     if not built:
-        lacking = (
-            "this build has no CUDA kernels; install the package where nvcc is found, with "
-            "CLIPVIP_CUDA=1"
-        )
+        lacking = "this build has no CUDA kernels; install the package where nvcc is found, with "
+        lacking += "CLIPVIP_CUDA=1"
     if device == "cuda":
         raise ValueError(f"--device is cuda, but {lacking}")
     print(f"measuring on the CPU: there is a GPU, but {lacking}")
@@ -143,36 +141,20 @@ def _holds_records(store: Path) -> bool:
     return any(records.is_record(value) for _, value in records.stored(store))
 
 
-def _pytest(options: Sequence[str], files: Sequence[str]) -> int:
+def _pytest(*options: str) -> int:
     # Ignore pytest settings of the current folder.
     settings = ["-c", os.devnull, "--rootdir", str(BENCH), "-o", "python_files=bench_*.py"]
     settings += ["--import-mode=importlib", "-p", "no:cacheprovider", "--disable-warnings"]
-    output = ["-q", "-s", "--no-header", "--tb=short", "--benchmark-quiet"]
-    output += ["--continue-on-collection-errors"]  # a suite may lack an optional dependency
+    settings += ["--continue-on-collection-errors"]  # a suite may lack an optional dependency
+    settings += ["-q", "-s", "--no-header", "--tb=short", "--benchmark-quiet"]
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     parent = {"PYTHONPATH": search, "CLIPVIP_BENCH_PARENT": str(os.getpid())}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *settings, *output, *options, *files],
-        env=os.environ | parent,
-    ).returncode
-
-
-def _report(out: Path, passed: bool) -> bool:
-    """Write the report and return `passed`."""
-    try:
-        load("report").publish(out)
-    except ValueError as error:
-        if passed and out.exists():
-            raise
-        print(f"no report: {error}", file=sys.stderr)  # for example, if no case passed
-    return passed
+    command = [sys.executable, "-m", "pytest", *settings, *options]
+    return subprocess.run(command, env=os.environ | parent).returncode
 
 
 def compare(before: Path, after: Path, allow: float) -> bool:
-    """Print what moved between two runs; return whether nothing of ours regressed past `allow`.
-
-    Raises ValueError if they cannot be compared.
-    """
+    """Print what moved between two runs; return whether nothing of ours regressed past `allow`."""
     text, regressed = load("changes").compare(before, after, allow)
     print(text)
     return not regressed

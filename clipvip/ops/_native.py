@@ -51,12 +51,8 @@ def type_of(x: Any) -> torch.dtype | str:
 
 
 def check_kernels(name: str, tensor: Tensor, *others: Tensor) -> None:
-    """Check that there are kernels for a tensor's dtype, and for the device of it and the others.
-
-    name: the tensor's name in the error.
-    Raises ValueError for tensors on several devices, RuntimeError for a device without kernels, and
-    TypeError for a dtype without.
-    """
+    """Raise ValueError for tensors on several devices, RuntimeError if there are no kernels for the
+    device, and TypeError, which calls the tensor by its name, if there are none for its dtype."""
     device = tensor.device
     if any(other.device != device for other in others):
         devices = {str(each.device) for each in (tensor, *others)}
@@ -91,16 +87,22 @@ def _check_gpu(index: int) -> None:
         )
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast gives a tensor (fp64 stays), or None where it is off."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast has no meta device
+        return None
+    return tensor.dtype if tensor.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+
+
 @contextlib.contextmanager
 def without_autocast(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors in autocast's dtype, except for fp64 ones, and switch autocast off within."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast has no meta device
+    """Yield tensors of one dtype in autocast's dtype, and switch autocast off within."""
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         yield tensors
         return
-    wide = tensors[0].dtype == torch.float64
-    dtype = torch.float64 if wide else torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(tensors[0].device.type, enabled=False):
         yield tuple(tensor.to(dtype) for tensor in tensors)
 
 
@@ -127,13 +129,7 @@ def array_handle(array: NDArray[Any]) -> Any:
     return module().Tensor(*place, _ARRAY_DTYPES[array.dtype], array.shape, strides)
 
 
-def numbers(tensor: Tensor) -> list[int]:
-    """Return a tensor's values; raise ValueError where it has no memory."""
-    _check_memory(tensor)
-    return list(tensor.tolist())
-
-
-def _check_memory(tensor: Tensor) -> None:
+def check_memory(tensor: Tensor) -> None:
     """Raise ValueError where PyTorch would read freed memory, which ends the process."""
     if not tensor.is_cpu or not tensor.numel():
         return
@@ -146,7 +142,7 @@ def _check_memory(tensor: Tensor) -> None:
 
 def copied(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a contiguous copy, in another dtype where one is given."""
-    _check_memory(tensor)
+    check_memory(tensor)
     return tensor.to(dtype or tensor.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
@@ -174,26 +170,34 @@ def aligned(tensor: Tensor) -> Tensor:
 def run(name: str, *arguments: Any) -> None:
     """Call a function of clipvip._C, on the GPU of the first argument if its name ends in "_cuda".
 
-    arguments: tensors, all on one device, and whatever else the function takes. Those that all
-    functions take last are added here (csrc/module.h): the number of threads, or the GPU and its
-    current stream; and a workspace if the function asks for one.
+    arguments: tensors, all on one device, and whatever else the function takes, except for the last
+    ones of every function (csrc/module.h): the number of threads, or the GPU and its current
+    stream; and a workspace if the function asks for one.
     Raises ValueError for tensors on several devices; RuntimeError where there are no kernels for
     the GPU, which check_kernels does not find out during tracing; and the errors of `handle`.
     """
-    if len({x.get_device() for x in arguments if isinstance(x, Tensor)}) > 1:  # -1 is the CPU
-        raise ValueError("tensors lie on several devices, expected one")
-    on_gpu = name.endswith("_cuda")
-    on_cpu = contextlib.nullcontext((torch.get_num_threads(),))
-    with launch_context(arguments[0]) if on_gpu else on_cpu as where:
-        function = getattr(module(), name)
-        given = *(handle(x) if isinstance(x, Tensor) else x for x in arguments), *where
-        if needed := function(*given, 0):
-            if on_gpu:
-                memory = arguments[0].new_empty(needed, dtype=torch.uint8)
-                address = memory.data_ptr()
-            else:
-                memory, address = _cpu_workspace(needed)
-            function(*given, address)  # memory must live until it returns
+    if not name.endswith("_cuda"):
+        _run(name, arguments, (torch.get_num_threads(),), _cpu_workspace)
+        return
+    with launch_context(arguments[0]) as where:
+        _run(name, arguments, where, functools.partial(_gpu_workspace, arguments[0]))
+
+
+def _run(
+    name: str, arguments: tuple[Any, ...], where: tuple[int, ...], allocate: Callable[[int], Any]
+) -> None:
+    function, device, given = getattr(module(), name), None, []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            here = argument.get_device()  # -1 on the CPU
+            if device is not None and here != device:
+                raise ValueError("tensors lie on several devices, expected one")
+            device, argument = here, handle(argument)
+        given.append(argument)
+    given += where
+    if needed := function(*given, 0):
+        _memory, address = allocate(needed)  # the memory must live until the call returns
+        function(*given, address)
 
 
 @contextlib.contextmanager
@@ -227,6 +231,11 @@ def _cpu_workspace(needed: int) -> tuple[Any, int]:
     if needed <= _MOST_KEPT:
         _kept.workspace = workspace
     return workspace
+
+
+def _gpu_workspace(like: Tensor, needed: int) -> tuple[Tensor, int]:
+    memory = like.new_empty(needed, dtype=torch.uint8)
+    return memory, memory.data_ptr()
 
 
 # --- ops -----------------------------------------------------------------------------------------

@@ -43,9 +43,6 @@ Statistics = tuple[Tensor, Tensor]
 """Mean and 1/√(variance + eps) of each row, fp32 [T] each."""
 
 
-# --- plain PyTorch -------------------------------------------------------------------------------
-
-
 def linear_forward_reference(
     x: Tensor,
     weight: Tensor,
@@ -101,14 +98,9 @@ def linear_grad_weight_reference(
 
 def _inputs(x: Tensor, norm: Norm | None, silu: bool) -> tuple[Tensor, Statistics | None]:
     if norm is not None:
-        normed, mean, rstd = torch.native_layer_norm(
-            x, [x.shape[-1]], norm.weight, norm.bias, norm.eps
-        )
+        normed, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], *norm)
         return normed, (mean, rstd)
     return (F.silu(x) if silu else x), None
-
-
-# --- kernels -------------------------------------------------------------------------------------
 
 
 def quicker_here(
@@ -189,7 +181,7 @@ def linear_forward(
     kind, x = _kind(norm, silu), _matrix("x", x)
     tokens, width = x.shape
     weight = _matrix("weight", weight, columns=width)
-    outer = len(weight)
+    outer = weight.shape[0]
     _check(operands, width, outer)
     norm_vectors, eps = _norm(norm, width), norm.eps if norm else 0.0
     dtype = operands
@@ -294,8 +286,10 @@ def _matrix(name: str, x: Tensor, rows: int | None = None, columns: int | None =
             f"{name} is {x.dtype} {list(x.shape)} on {x.device}, expected a matrix of float32 or "
             "bfloat16 on the CPU; the reference takes others"
         )
-    rows, columns = (len(x) if rows is None else rows), (x.shape[1] if columns is None else columns)
-    _check_shape(name, x, rows, columns)
+    height, width = x.shape
+    if rows not in (None, height) or columns not in (None, width):
+        expected = [height if rows is None else rows, width if columns is None else columns]
+        raise ValueError(f"{name} is {[height, width]}, expected {expected}")
     return _native.rows(_resolved(x))
 
 
@@ -303,13 +297,9 @@ def _vector(name: str, x: Tensor | None, size: int) -> Tensor | None:
     """Check a vector, and return it as the kernels read it: contiguous, fp32."""
     if x is None:
         return None
-    _check_shape(name, x, size)
+    if x.shape != (size,):
+        raise ValueError(f"{name} is {list(x.shape)}, expected {[size]}")
     return _native.dense(_resolved(x), torch.float32)
-
-
-def _check_shape(name: str, x: Tensor, *shape: int) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} is {list(x.shape)}, expected {list(shape)}")
 
 
 def _resolved(x: Tensor) -> Tensor:

@@ -71,17 +71,19 @@ def proxy_attention(
     _native.check_arguments(backend, qkv=qkv)
     _check(qkv, frame_offsets, num_proxies, patches_per_frame)
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    with _native.without_autocast(qkv) as (qkv,):
-        given = qkv, frame_offsets, num_proxies, patches_per_frame, scale
-        if backend == "reference":
-            return proxy_attention_reference(*given)
-        _native.check_kernels("qkv", qkv, frame_offsets)
-        if not takes_heads_of(qkv.shape[-1]):
-            raise ValueError(
-                f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 16 up to 128; "
-                "backend='reference' takes others"
-            )
-        return _forward(*given)[0]
+    others = frame_offsets, num_proxies, patches_per_frame, scale
+    if backend == "reference":
+        with _native.without_autocast(qkv) as (qkv,):
+            return proxy_attention_reference(qkv, *others)
+    if dtype := _native.autocast_dtype(qkv):
+        qkv = qkv.to(dtype)
+    _native.check_kernels("qkv", qkv, frame_offsets)
+    if not takes_heads_of(qkv.shape[-1]):
+        raise ValueError(
+            f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 16 up to 128; "
+            "backend='reference' takes others"
+        )
+    return _forward(qkv, *others)[0]
 
 
 def proxy_attention_reference(
@@ -131,7 +133,8 @@ def _check_offsets(
     qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
 ) -> int:
     """Return the number of frames; reads the values of frame_offsets, which tracing cannot."""
-    offsets = _native.numbers(frame_offsets)
+    _native.check_memory(frame_offsets)
+    offsets = frame_offsets.tolist()
     if offsets[0] != 0:
         raise ValueError(f"frame_offsets[0] is {offsets[0]}, expected 0")
     for i, (first, last) in enumerate(itertools.pairwise(offsets)):

@@ -197,9 +197,8 @@ def resize_frames_by_torch(frames: Tensor, size: int, resize: str = "crop") -> T
 
 def on_black(part: Tensor, axes: Axes, size: int) -> Tensor:
     """Return black squares [..., size, size] that hold the visible part of frames, [..., H, W]."""
-    rows, columns = axes
-    sides = [(axis.at, size - axis.at - axis.kept) for axis in (columns, rows)]
-    return F.pad(part, (*sides[0], *sides[1]))
+    bars = [(axis.at, size - axis.at - axis.kept) for axis in reversed(axes)]
+    return F.pad(part, (*bars[0], *bars[1]))
 
 
 # --- geometry ------------------------------------------------------------------------------------
@@ -334,15 +333,11 @@ def _matrix(colours: Colours) -> NDArray[np.float64]:
     if colours.matrix == "rgb":
         return np.eye(3, 4) * (255 / (2**colours.bits - 1))
     unit = 2.0 ** (colours.bits - 8)
+    black, luma, chroma = 16 * unit, 219 * unit, 224 * unit
     if colours.full_range:
         black, luma, chroma = 0.0, 2.0**colours.bits - 1, 2.0**colours.bits - 1
-    else:
-        black, luma, chroma = 16 * unit, 219 * unit, 224 * unit
     linear = to_rgb(colours.matrix) * (255 / np.array([luma, chroma, chroma]))
     return np.column_stack([linear, -linear @ [black, 128 * unit, 128 * unit]])
-
-
-# --- arguments of the kernel ---------------------------------------------------------------------
 
 
 def _check(planes: Sequence[Pixels], size: int, colours: Colours) -> None:
@@ -355,26 +350,24 @@ def _check(planes: Sequence[Pixels], size: int, colours: Colours) -> None:
             f"colours are {colours}, expected 8 to 16 bits and of {[*MATRICES, 'rgb']}"
         )
     dtype = np.uint8 if colours.bits == 8 else np.uint16
-    height, width = planes[0].shape
+    frame = planes[0].shape
+    heights, widths = ((side, -(-side // 2)) for side in frame)
     for plane in planes:
         apart, along = plane.strides
-        whole = along == plane.itemsize or plane.shape[1] == 1
-        whole &= apart % plane.itemsize == 0
+        whole = apart % plane.itemsize == 0 and (along == plane.itemsize or plane.shape[1] == 1)
         if plane.dtype != dtype or not whole:
             raise TypeError(f"a plane is {plane.dtype}, expected {dtype.__name__}, rows contiguous")
-        fits = plane.shape[0] in (height, -(-height // 2)) and (
-            plane.shape[1] in (width, -(-width // 2))
-        )
+        fits = plane.shape[0] in heights and plane.shape[1] in widths
         if not fits or plane.size == 0:
-            raise ValueError(f"a plane is {list(plane.shape)} of a frame of {[height, width]}")
+            raise ValueError(f"a plane is {list(plane.shape)} of a frame of {list(frame)}")
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1")
 
 
 def _readable(plane: Pixels, out: NDArray[np.uint8]) -> bool:
     """Return whether the kernel can read a plane in place: aligned, top-down, apart from `out`."""
-    forwards = min(plane.strides) >= 0
-    return forwards and plane.flags.aligned and not np.may_share_memory(plane, out)
+    top_down = min(plane.strides) >= 0
+    return top_down and plane.flags.aligned and not np.may_share_memory(plane, out)
 
 
 @functools.lru_cache(maxsize=64)

@@ -31,7 +31,8 @@ from clipvip.training.task import task_of
 def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
     """Load training and validation clips; the latter are empty if data.validation is not given.
 
-    Raises ConfigError or ShardError if they lack the texts that the task or validation needs.
+    Raises ConfigError or ShardError if they lack the texts that the task or validation needs, or
+    are too few for a batch.
     """
     data = config.data
     validation = load_annotations(data.validation) if data.validation else []
@@ -44,6 +45,12 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
     else:
         clips = load_annotations(data.train)
     task_of(config).check(clips, data.train)
+    together = config.batch_size // config.accumulation
+    if len(clips) < together:
+        raise ConfigError(
+            f"{data.train or 'data.sources'} holds {len(clips)} clips; expected at least "
+            f"{together}, those of batch_size / accumulation: lower batch_size"
+        )
     return clips, validation
 
 
@@ -52,11 +59,6 @@ def training_loader(
 ) -> ClipLoader:
     """Build this rank's loader of micro-batches."""
     micro, data = config.batch_size // config.accumulation, config.data
-    if len(clips) < micro:
-        given = data.train or "data.sources"
-        raise ConfigError(
-            f"{given} holds {len(clips)} clips, fewer than one micro-batch of {micro}"
-        )
     options = LoaderOptions(
         tokenizer=processor.tokenizer,
         task=config.task,
@@ -126,7 +128,8 @@ def build_processor(
             setattr(processor, name, chosen)
     if processor.text_length > longest:
         raise ConfigError(
-            f"data.text_length is {processor.text_length}; the model reads at most {longest}"
+            f"data.text_length is {processor.text_length}; expected at most {longest}, which the "
+            "model reads"
         )
     return processor
 

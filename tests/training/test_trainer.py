@@ -619,8 +619,8 @@ def test_a_run_that_goes_on_is_one_run_of_its_trackers(make_config, monkeypatch)
     ("overrides", "message"),
     [
         (["accumulation=3"], "batch_size is 8; it must be a multiple of 3"),
-        (["batch_size=64"], "holds 16 clips, fewer than one micro-batch of 64"),
-        (["data.text_length=77"], "data.text_length is 77; the model reads at most 32"),
+        (["batch_size=64"], "holds 16 clips; expected at least 64, those of batch_size"),
+        (["data.text_length=77"], "data.text_length is 77; expected at most 32"),
         (["model.config.vision_config.num_proxis=3"], "did you mean vision_config.num_proxies?"),
         (["data.train=absent.jsonl"], "absent.jsonl"),
         (["trackers=[tensorbord]"], "trackers: 'tensorbord' is not one of aim, "),

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from clipvip.training.preemption import leave_on_sigterm
-
 if Path(sys.argv[0]).stem == "clipvip" and sys.argv[1:2] == ["train"]:
+    from clipvip.training.preemption import leave_on_sigterm
+
     leave_on_sigterm()  # before the slow imports
 
 import tyro

@@ -29,7 +29,7 @@ from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.pretrained import SameDraws, check_finite, check_fit, found, key_report, resolve
 from clipvip.model.vision import (
-    CLIPViPEncoderLayer,
+    CLIPViPEncoder,
     CLIPViPVisionEmbeddings,
     proxy_starts,
     video_of_frame,
@@ -56,7 +56,7 @@ class CLIPViPPreTrainedModel(CLIPPreTrainedModel):
     base_model_prefix = "clipvip"
     main_input_name = "pixel_values"
     input_modalities = ("video", "text")
-    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPViPEncoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPViPEncoder"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$"]  # noqa: RUF012
     _can_record_outputs = {}  # noqa: RUF012
 
@@ -95,8 +95,7 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
         self.embeddings = CLIPViPVisionEmbeddings(config)
         self.patches_per_frame = patches = self.embeddings.num_patches
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        layers = [CLIPViPEncoderLayer(config, patches) for _ in range(config.num_hidden_layers)]
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})  # as CLIP names them
+        self.encoder = CLIPViPEncoder(config, patches)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -108,8 +107,7 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
         first proxy of each video.
         """
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, frame_offsets))
-        for layer in self.encoder["layers"].children():
-            hidden_states = layer(hidden_states, frame_offsets)
+        hidden_states = self.encoder(hidden_states, frame_offsets)
         first = proxy_starts(frame_offsets, self.config.num_proxies, self.patches_per_frame)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[first])

@@ -69,9 +69,10 @@ class CLIPViPProcessor(ProcessorMixin):
     ) -> None:
         super().__init__(tokenizer)
         channels, count = "three finite numbers, one per channel", f"an integer of 1 to {MOST}"
+        positive = f"{channels}, above 0"
         for name, value, fits, expected in (
             ("image_mean", image_mean, _are_channels(image_mean), channels),
-            ("image_std", image_std, _are_channels(image_std) and min(image_std) > 0, channels),
+            ("image_std", image_std, _are_channels(image_std) and min(image_std) > 0, positive),
             ("image_size", image_size, _is_count(image_size), count),
             ("num_frames", num_frames, _is_count(num_frames), count),
             ("text_length", text_length, text_length is None or _is_count(text_length), count),

@@ -1,4 +1,4 @@
-"""The video tower's parts: from packed frames to tokens, and an encoder layer.
+"""The video tower's parts: from packed frames to tokens, and the encoder.
 
 `clipvip.model.modeling` builds CLIPViPVisionModel from these and describes the packed format.
 """
@@ -156,3 +156,18 @@ def proxy_starts(frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
     offsets = frame_offsets[:-1].long()
     videos = torch.arange(len(offsets), device=offsets.device)
     return videos * num_proxies + offsets * patches_per_frame
+
+
+class CLIPViPEncoder(nn.Module):
+    """The encoder layers, under the names that CLIP's checkpoints use."""
+
+    def __init__(self, config: CLIPViPVisionConfig, patches_per_frame: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            CLIPViPEncoderLayer(config, patches_per_frame) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, frame_offsets)
+        return hidden_states

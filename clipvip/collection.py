@@ -139,7 +139,7 @@ def _clips_of_one(source: str, skipped: Counter[str], left_out: LeftOut) -> Iter
         try:
             yield from load_annotations(path, left_out)
         except AnnotationError as error:
-            left_out(str(path), str(error))
+            left_out(str(path), str(error).removeprefix(f"{shown(path)}: "))
     elif suffix == ".txt":
         yield from map(Clip, _in_list(path, left_out))
     elif suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES:

@@ -269,11 +269,13 @@ def _old_index(out: Path, index: Index, wanted: list[IndexedClip]) -> Index | No
     if damage:
         logger.warning("%s; all its clips are embedded again", damage)
         return None
+    if all_named:
+        return old
     named = {(clip.path, clip.start, clip.end) for clip in wanted}
     unnamed = (clip.path for clip in old.clips if (clip.path, clip.start, clip.end) not in named)
     # A file may also exist on a disk that is not mounted.
     lost = [p for p in unnamed if os.path.lexists(p) or not os.path.isdir(os.path.dirname(p))]
-    if lost and not all_named:
+    if lost:
         raise ValueError(
             f"{of}; {len(lost)} of its clips would be lost, as they are not named now "
             f"(the first: {shown(lost[0])}): {advice}, or delete it"

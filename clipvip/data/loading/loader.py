@@ -1,7 +1,8 @@
 """Batches of clips from files: decoded in worker processes, packed, tokenised, repeatable exactly.
 
 Which clips, frames and texts are in a batch depends on (seed, epoch, rank, world size) alone, so
-batches are the same for any number of workers and after resuming. All ranks share one order: a
+batches are the same for any number of workers and after resuming. (Only which frames of a damaged
+file can be read may depend on what was read of it before.) All ranks share one order: a
 global batch is batch_size · world_size clips, of which rank r takes the r-th part.
 
 A file that cannot be read is logged once, listed in `ClipLoader.bad_files` and appended to

@@ -1,4 +1,4 @@
-"""What commands print: output that never stops the work, errors as one line, and progress."""
+"""Output of commands: it never stops the work, shows errors as one line, and shows progress."""
 
 import io
 import os

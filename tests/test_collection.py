@@ -81,7 +81,7 @@ def test_files_folders_patterns_and_lists_are_listed_alike(videos, tmp_path, mon
         ([], "no videos were named"),
     ],
 )
-def test_what_matches_nothing_is_told(videos, tmp_path, monkeypatch, given, said):
+def test_what_matches_nothing_is_reported(videos, tmp_path, monkeypatch, given, said):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.srt").write_text("")
     (tmp_path / "captions.txt").write_text("a red square\na blue one\n")

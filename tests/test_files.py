@@ -103,7 +103,7 @@ def test_what_killed_writers_leave_does_not_pile_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_whole, write_new])
-def test_a_full_disk_is_told_by_the_files_own_name(tmp_path: Path, monkeypatch, write) -> None:
+def test_a_full_disk_is_reported_by_the_files_own_name(tmp_path: Path, monkeypatch, write) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -121,7 +121,7 @@ def test_a_new_file_takes_no_others_place(tmp_path: Path) -> None:
     assert read_own(tmp_path / "a") == b"12"
 
 
-def test_a_folder_or_missing_file_is_told_by_name(tmp_path: Path) -> None:
+def test_a_folder_or_missing_file_is_reported_by_name(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         write_whole(tmp_path, "x")
     with pytest.raises(FileNotFoundError):
@@ -171,7 +171,7 @@ def test_only_what_is_a_file_itself_is_read(tmp_path: Path, monkeypatch) -> None
         assert error.value.filename == str(path)
 
 
-def test_pipes_and_devices_among_files_are_told_and_left_out(
+def test_pipes_and_devices_among_files_are_reported_and_left_out(
     tmp_path: Path, monkeypatch, caplog
 ) -> None:
     monkeypatch.chdir(tmp_path)

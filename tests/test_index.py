@@ -218,7 +218,7 @@ def test_everybody_may_read_an_index_whom_the_umask_lets(build, videos, tmp_path
         assert path.stat().st_mode & 0o777 == 0o644, path
 
 
-def test_a_model_that_moved_is_told_and_taken_where_it_is(build, videos, embedded, tmp_path):
+def test_a_model_that_moved_is_reported_and_taken_where_it_is(build, videos, embedded, tmp_path):
     own = save_model(tmp_path / "own", seed=1)
     before = build(videos, model=own)
     shutil.move(own, tmp_path / "moved")
@@ -265,7 +265,7 @@ def test_only_new_and_changed_files_are_embedded_again(build, videos, embedded):
     torch.testing.assert_close(second.embeddings[[0, 2]], first.embeddings[[1, 2]])
 
 
-def test_a_build_that_dies_goes_on_where_it_saved(build, videos, embedded, monkeypatch):
+def test_a_build_that_dies_resumes_where_it_saved(build, videos, embedded, monkeypatch):
     monkeypatch.setattr(index_module, "SAVE_SECONDS", 0.0)
     spied = index_module._embed
 
@@ -286,7 +286,9 @@ def test_a_build_that_dies_goes_on_where_it_saved(build, videos, embedded, monke
     assert len(embedded) < 3
 
 
-def test_a_second_build_into_a_folder_is_told_of_the_first(build, videos, tmp_path, monkeypatch):
+def test_a_second_build_into_a_folder_is_refused_and_names_the_first(
+    build, videos, tmp_path, monkeypatch
+):
     monkeypatch.setattr(files, "HERE_WAIT", 0.1)
     before = build(videos)
     told = rf"another run embeds there .*process {os.getpid()}"
@@ -612,7 +614,7 @@ def test_a_full_disk_at_the_first_save_claims_none(build, videos, tmp_path, monk
         build(videos)
 
 
-def test_an_empty_out_is_told(build, videos):
+def test_an_empty_out_is_reported(build, videos):
     with pytest.raises(ValueError, match="out is empty; expected the folder of an index"):
         build(videos, "")
 

@@ -43,7 +43,7 @@ def change(folder, **values):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", bytes(64)], ids=repr)
-def test_damaged_embeddings_are_told_in_one_line(saved, content):
+def test_damaged_embeddings_are_reported_in_one_line(saved, content):
     (file,) = saved.glob("embeddings-*")
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"{file.name} is damaged .*clipvip embed ") as error:
@@ -298,7 +298,7 @@ CLIP = {"path": "/a.mp4", "start": None, "end": None, "size": 1, "mtime_ns": 1}
     ],
     ids=lambda clip: repr(clip)[:60],
 )
-def test_a_line_that_is_no_clip_is_told(saved, clip):
+def test_a_line_that_is_no_clip_is_reported(saved, clip):
     (file,) = saved.glob("clips-*")
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([lines[0], json.dumps(clip).encode() + b"\n", lines[2]]))
@@ -320,7 +320,7 @@ def test_a_line_that_is_no_clip_is_told(saved, clip):
     ],
     ids=repr,
 )
-def test_embeddings_that_are_none_are_told(saved, tensors):
+def test_embeddings_that_are_none_are_reported(saved, tensors):
     from safetensors.torch import save_file
 
     (file,) = saved.glob("embeddings-*")

@@ -204,7 +204,7 @@ class TestOutput:
         assert run(closed).returncode == 0
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-    def test_output_that_is_lost_to_a_full_disk_is_told(self, run):
+    def test_output_that_is_lost_to_a_full_disk_is_reported(self, run):
         done = run(">/dev/full")
         assert done.returncode == 1
         last = done.stderr.decode().splitlines()[-1]

@@ -108,8 +108,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Request:
-    """What to prepare. videos: their folder. out: the file to write, which may lie in the source's
-    folder since an earlier run, and is never read."""
+    """A data set to prepare.
+
+    videos: their folder.
+    out: file to write; it may be in the source's folder from an earlier run, and is never read.
+    """
 
     source: Path
     split: str

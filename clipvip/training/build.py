@@ -1,4 +1,4 @@
-"""What a run is built from: its clips, and its model and processor.
+"""Parts from which a run is built: its clips, and its model and processor.
 
 The model comes from a checkpoint, from model.name, or new from model.config.
 """

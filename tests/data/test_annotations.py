@@ -88,7 +88,7 @@ def test_several_bad_lines_are_reported_together(tmp_path: Path) -> None:
     assert message.count("no 'video'") == 5 and "and 3 more bad lines" in message
 
 
-def test_a_file_of_another_kind_is_told_what_is_expected(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_reported_what_is_expected(tmp_path: Path) -> None:
     pretty = write(tmp_path, "[", '  {"video": "a.mp4"},', "]")
     with pytest.raises(AnnotationError, match="expected JSON Lines"):
         load_annotations(pretty)

@@ -546,7 +546,7 @@ def test_a_pickle_runs_no_code(source, add, tmp_path) -> None:
         prepare("msrvtt", source, out, split="test-1k")
 
 
-def test_videos_to_train_and_to_measure_on_are_told_apart(source, add, tmp_path) -> None:
+def test_videos_to_train_and_to_measure_on_are_reported_apart(source, add, tmp_path) -> None:
     msrvtt(source)
     (source / "MSRVTT_train.9k.csv").write_text("video_id\nvideo0\nvideo1\nvideo2\nvideo7020\n")
     (source / "MSRVTT_JSFUSION_test.csv").write_text("video_id,sentence\nvideo7010,a text\n")

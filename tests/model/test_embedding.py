@@ -38,7 +38,7 @@ def test_plain_clip_embeds_a_video_as_the_mean_of_its_frames(plain, logged):
     assert len(logged) == 1 and "the mean of its frames'" in logged[0] and str(plain) in logged[0]
 
 
-def test_what_is_told_otherwise_holds(plain, logged):
+def test_explicit_options_hold(plain, logged):
     model, _ = load_for_embedding(plain, frame_pooling="proxy")
     trained = CLIPViPModel.from_pretrained(plain)
     for name, weight in trained.state_dict().items():

@@ -41,7 +41,7 @@ LOADS = {
         (" ", "the model is empty; expected the folder of a model, an authors' .pt file"),
     ],
 )
-def test_a_model_that_is_not_there_is_told_in_one_line(
+def test_a_model_that_is_not_there_is_reported_in_one_line(
     load, source, message, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -61,7 +61,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
     ("name", "content"),
     [*product(FILES, (b"", b"{", b"\xff" * 64)), ("config.json", b"[]")],
 )
-def test_a_damaged_model_is_told_in_one_line(name, content, clip_folder, tokenizer, tmp_path):
+def test_a_damaged_model_is_reported_in_one_line(name, content, clip_folder, tokenizer, tmp_path):
     shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / name).write_bytes(content)
@@ -117,7 +117,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
-def test_a_configuration_of_no_model_is_told_in_one_line(change, model_folder):
+def test_a_configuration_of_no_model_is_reported_in_one_line(change, model_folder):
     """The error comes before memory is allocated for weights that no file holds."""
     damage_config(model_folder, change)
     with pytest.raises(ValueError, match=model_folder.name) as error:
@@ -129,7 +129,7 @@ def test_a_configuration_of_no_model_is_told_in_one_line(change, model_folder):
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b"null", b"5", b'"a"'])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json"])
-def test_json_of_anything_else_is_told_in_one_line(name, content, model_folder):
+def test_json_of_anything_else_is_reported_in_one_line(name, content, model_folder):
     (model_folder / name).write_bytes(content)
     with pytest.raises((ValueError, OSError)) as error:
         load_for_embedding(model_folder)
@@ -143,7 +143,7 @@ def rewrite(folder, change):
 
 
 @pytest.mark.parametrize("harm", ["cut", "cut by one", "random", "zeros", "more", "NaN", "index"])
-def test_damaged_weights_are_told_and_never_made_up(harm, model_folder):
+def test_damaged_weights_are_reported_and_never_made_up(harm, model_folder):
     path = model_folder / "model.safetensors"
     whole = path.read_bytes()
     if harm == "NaN":
@@ -312,7 +312,9 @@ def test_plain_names_of_attention_in_a_configuration_are_followed(model_folder):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"size": "big"}', '{"crop_size": [8, 8]}'])
-def test_a_damaged_image_processor_is_told_in_one_line(content, clip_folder, tokenizer, tmp_path):
+def test_a_damaged_image_processor_is_reported_in_one_line(
+    content, clip_folder, tokenizer, tmp_path
+):
     shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").unlink(missing_ok=True)

@@ -289,7 +289,7 @@ def test_random_states_come_back_through_a_file_without_pickle(tmp_path):
     assert torch.rand(3).equal(expected[2])
 
 
-def test_a_changed_setting_is_told_and_whether_it_is_taken(make_config):
+def test_a_changed_setting_is_reported_with_whether_it_takes_effect(make_config):
     then = state.course(make_config(), 1)
     now = make_config("optimizer.lr=2e-3", "model.tokenizer=other", "log_every=7")
     assert list(state.changes(then, now, 1)) == [

@@ -56,7 +56,7 @@ def refuse(folder, error, message):
         pass
 
 
-def test_the_second_is_told_of_the_first(tmp_path):
+def test_the_second_run_is_refused_and_names_the_first(tmp_path):
     folder = tmp_path / "runs" / "a"
     with another_run(folder) as (process, _):
         with pytest.raises(OtherRunError) as refused, only_run(folder, "trains"):

@@ -60,7 +60,7 @@ def test_shards_of_weights_on_two_ranks_are_one_process(make_config, tmp_path, c
     assert losses(mixed) == pytest.approx(losses(one), rel=1e-4)
 
 
-def test_the_average_is_saved_and_the_run_goes_on_from_its_own_weights(
+def test_the_average_is_saved_and_the_run_resumes_from_its_own_weights(
     make_config, tmp_path, common
 ):
     whole, broken, plain = (tmp_path / name for name in ("whole", "broken", "plain"))
@@ -89,7 +89,7 @@ def test_the_average_follows_and_gives_its_place_back(make_config):
     assert model.visual_projection.weight.equal(after)
 
 
-def test_a_run_goes_on_with_its_moments_and_the_configurations_settings(make_config):
+def test_a_run_resumes_with_its_moments_and_the_configurations_settings(make_config):
     """Also with other groups, and with parameters that were frozen."""
     before, _ = build_model(make_config("model.freeze=['text_model.*']"), None)
     first = adamw(before, OptimizerConfig())

@@ -94,7 +94,7 @@ def test_a_new_model_is_read_as_clip_as_far_as_it_reads(make_config):
     }
 
 
-def test_a_run_goes_on_reading_as_before_the_processor_knew(make_config, world, tmp_path):
+def test_a_run_resumes_reading_as_before_the_processor_knew(make_config, world, tmp_path):
     train(make_config("max_steps=1"))
     model = tmp_path / "run/last"
     path = model / "processor_config.json"
@@ -127,7 +127,7 @@ def test_authors_files_are_trained_as_they_were(make_config, authors):
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
-def test_a_tokenizer_that_is_none_is_told(make_config, name, monkeypatch, tmp_path):
+def test_a_tokenizer_that_is_none_is_reported(make_config, name, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -55,7 +55,7 @@ def test_gradients_hide_behind_backward_as_far_as_it_goes():
     assert half == pytest.approx(bare - backward / 2)
 
 
-def test_what_is_off_is_told():
+def test_deviations_are_reported():
     row = {"predicted_ms": 100.0, "measured_ms": 110.0}
     assert scaling.misses({"near": row}) == []
     (line,) = scaling.misses({"near": row, "far": {**row, "measured_ms": 140.0}})

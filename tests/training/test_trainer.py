@@ -264,7 +264,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(make_con
     assert notes.exists()
 
 
-def test_a_run_of_an_earlier_version_goes_on(make_config):
+def test_a_run_of_an_earlier_version_resumes(make_config):
     config = make_config("max_steps=1")
     train(config)
     settings = Path(config.out) / "config.yaml"
@@ -273,7 +273,7 @@ def test_a_run_of_an_earlier_version_goes_on(make_config):
     assert settings.read_text().startswith("# written by clipvip train\n")
 
 
-def test_a_disk_that_is_full_at_the_start_is_told_in_one_line(make_config, monkeypatch):
+def test_a_disk_that_is_full_at_the_start_is_reported_in_one_line(make_config, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -435,7 +435,7 @@ def test_links_that_cannot_be_moved_cost_no_checkpoint(make_config, caplog):
 
 
 @pytest.mark.parametrize("kind", ["file", "file above", "checkpoints are a file"])
-def test_an_out_that_cannot_be_is_told_in_one_line(make_config, tmp_path, kind):
+def test_an_out_that_cannot_be_is_reported_in_one_line(make_config, tmp_path, kind):
     (tmp_path / "taken").mkdir()
     file = tmp_path / "taken" / ("checkpoints" if kind.startswith("checkpoints") else "a")
     file.touch()
@@ -446,7 +446,7 @@ def test_an_out_that_cannot_be_is_told_in_one_line(make_config, tmp_path, kind):
     assert list((tmp_path / "taken").glob("[!.]*")) == [file]
 
 
-def test_a_state_of_something_else_is_told_in_one_line(make_config):
+def test_a_state_of_something_else_is_reported_in_one_line(make_config):
 
     config = make_config("save_every=1", "max_steps=1")
     train(config)
@@ -568,7 +568,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(make_config, monkeypatch, cap
     assert len(warned) == 2 and all("no route to host" in line for line in warned)
 
 
-def test_a_run_that_goes_on_is_one_run_of_its_trackers(make_config, monkeypatch):
+def test_a_resumed_run_is_one_run_of_its_trackers(make_config, monkeypatch):
     from types import ModuleType, SimpleNamespace
 
     import accelerate.tracking
@@ -649,7 +649,7 @@ def test_errors_of_the_command_are_one_line(make_config, capsys, overrides, mess
     ],
 )
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=["run", "dry"])
-def test_a_model_that_is_not_there_is_told_in_one_line(
+def test_a_model_that_is_not_there_is_reported_in_one_line(
     make_config, capsys, monkeypatch, name, message, flags
 ):
     import huggingface_hub.constants
@@ -754,7 +754,7 @@ def test_two_processes_killed_go_on_exactly_and_with_another_number_soundly(
     assert "resuming with 2 processes after 1: the rest of this epoch is drawn" in said
 
 
-def test_sigterm_saves_and_the_run_goes_on_as_if_unbroken(make_config, tmp_path):
+def test_sigterm_saves_and_the_run_resumes_as_if_unbroken(make_config, tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     train(make_config("max_steps=20", f"out={unbroken}"))
     given = ["max_steps=20", "resume=latest", "data.num_workers=1"]
@@ -1011,7 +1011,7 @@ def test_real_clips(make_config, real_clips, tmp_path):
     assert math.isfinite(train(config)["loss"])
 
 
-def test_training_from_mixed_shards_goes_on_exactly_with_any_number_of_workers(
+def test_training_from_mixed_shards_resumes_exactly_with_any_number_of_workers(
     make_config, tmp_path, world, monkeypatch
 ):
     from clipvip.data.shards import write_shards

@@ -149,7 +149,7 @@ def _write_in_order(clean: Path, clips: Iterator[Clip], lines: Sequence[int], so
 
 
 class _Checked(NamedTuple):
-    """What was found in a tar.
+    """The findings in a tar.
 
     annotations: those of the clips that can be read; none if the tar is not as its manifest says.
     shard: its line for a manifest; None if it could not be read to its end.

@@ -459,7 +459,9 @@ def test_either_decoder_gives_the_same_batches_of_shards(
 
 
 @needs_dali
-def test_who_decoded_what_is_told(load: Load, clips: list[Clip], tmp_path: Path, caplog) -> None:
+def test_who_decoded_what_is_reported(
+    load: Load, clips: list[Clip], tmp_path: Path, caplog
+) -> None:
     picture = tmp_path / "picture.png"
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(picture)
     list(load([*clips, Clip(picture, text=("a",))], training=False))

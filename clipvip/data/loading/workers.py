@@ -78,9 +78,14 @@ class Workers(Generic[Task, Result]):
         self._excluded: frozenset[int] = frozenset()
         self._slots = _shared_slots(count)
         self._workers: list[_Worker] = []
-        weakref.finalize(self, _stop, self._workers, os.getpid())
+        self._stop = weakref.finalize(self, _stop, self._workers, os.getpid())
         for number in range(count):
             self._workers.append(_Worker(number, work, self._slots))
+
+    def close(self) -> None:
+        """End all processes, in the middle of their tasks too. Without it, they end when this
+        object is no longer used, which an error that is kept may delay."""
+        self._stop()
 
     def run(
         self,

@@ -17,6 +17,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,12 @@ def _write_missing(
     note = f"writing {len(missing)} shards of {clips} clips"
     note += f", {len(finished)} are finished" if finished else ""
     fallbacks: Counter[str] = Counter()
-    with progress(note, clips) as done:
-        count = worker_count(num_workers, len(missing))
-        workers = Workers(writer, count, names_of(writer.clips), done)
+    count = worker_count(num_workers, len(missing))
+    with (
+        progress(note, clips) as done,
+        # No worker may still write once this run has ended, as another run may have begun.
+        closing(Workers(writer, count, names_of(writer.clips), done)) as workers,
+    ):
         for number, (shard, failures, stored) in workers.run(missing, ahead=1, ordered=False):
             try:  # bad files first, since a shard in the manifest is not checked again
                 bad.note(plan[number].tolist(), failures)

@@ -15,7 +15,7 @@ from clipvip.inputs import tokenize
 from clipvip.ops.resize_crop import check_resize
 
 TASKS = ("retrieval", "omnisource", "video")
-TRIES = 100  # clips tried in training in the place of an unreadable one
+TRIES = 100  # clips tried in training instead of an unreadable one
 
 Batch = dict[str, Tensor]
 

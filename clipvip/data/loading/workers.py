@@ -179,7 +179,7 @@ class Workers(Generic[Task, Result]):
         return "between two clips" if place < 0 else f"at {shown(self._name(place))}"
 
     def _replace(self, worker: "_Worker", reason: str | None = None) -> None:
-        """Start a process in the place of one that ended, with the same tasks. reason: why it was
+        """Start a process that replaces one that ended, with the same tasks. reason: why it was
         killed; None if it ended by itself."""
         worker.process.join(5)
         place, code = worker.slot.place, worker.process.exitcode

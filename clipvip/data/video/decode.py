@@ -2,7 +2,7 @@
 
 The first pass finds the times of all frames: from an MP4's tables, or else by reading packets
 without decoding them (known_index.py). In the order of showing, they say which frames a sampling
-means, whatever the frame rate does. The second pass decodes those frames, and compares what the
+means, even if the frame rate varies. The second pass decodes those frames, and compares what the
 decoder gives with what the first pass found (strategies.py). Where the two differ, a more reliable
 first pass is made and frames are chosen again.
 

@@ -147,7 +147,7 @@ def _without(frame: VideoFrame, kind: str) -> VideoFrame:
     return found
 
 
-# Pillow recognises more formats, by content and whatever the name; for EPS it runs Ghostscript.
+# Pillow recognises more formats, by content and not by name; for EPS it runs Ghostscript.
 IMAGE_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "TIFF", "WEBP")
 # Scans of a progressive JPEG; each may be a few bytes and takes as long as a whole image.
 MOST_SCANS = 500

@@ -371,31 +371,33 @@ def clips(make_video) -> list[Clip]:
     ]
 
 
+def loader_options(tokenizer: Any, **options: Any) -> LoaderOptions:
+    settings: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "image_size": SIZE,
+        "num_frames": 3,
+        "text_length": 16,
+        "task": "retrieval",
+        "seed": 3,
+    }
+    return LoaderOptions(**(settings | options))
+
+
 @pytest.fixture
 def load(clips: list[Clip], tokenizer: Any) -> Load:
     def make(
         given: list[Clip] | None = None, *, training: bool = True, **options: Any
     ) -> ClipLoader:
-        settings: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "image_size": SIZE,
-            "num_frames": 3,
-            "text_length": 16,
-            "task": "retrieval",
-            "batch_size": 6,
-            "seed": 3,
-            "max_bad_share": 0.2,
-            "decoder": "dali",
-        }
+        settings = {"batch_size": 6, "max_bad_share": 0.2, "decoder": "dali", **options}
         return build_loader(
-            given or clips, LoaderOptions(**(settings | options)), training=training
+            given or clips, loader_options(tokenizer, **settings), training=training
         )
 
     return make
 
 
 def alike(ours: list[Batch], theirs: list[Batch], numbers: Callable[[Tensor], list[int]]) -> bool:
-    """Equal but for what a pixel may differ."""
+    """Equal, except for the differences allowed between pixels."""
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         for key in mine:
@@ -528,18 +530,9 @@ def test_shards_too_lose_only_the_bad_clip(
         patch.setattr(tars, "check_decodes", lambda *args, **options: None)
         write_shards(tmp_path / "a.jsonl", tmp_path / "out", clips_per_shard=5, num_workers=0)
     shards = Shards([Source(str(tmp_path / "out"))])
-    settings: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "image_size": SIZE,
-        "num_frames": 3,
-        "text_length": 16,
-        "task": "retrieval",
-        "batch_size": 4,
-        "seed": 3,
-        "max_bad_share": 0.5,
-    }
-    ours = build_shard_loader(shards, LoaderOptions(decoder="dali", **settings))
-    theirs = build_shard_loader(shards, LoaderOptions(**settings))
+    settings: dict[str, Any] = {"batch_size": 4, "max_bad_share": 0.5}
+    ours = build_shard_loader(shards, loader_options(tokenizer, decoder="dali", **settings))
+    theirs = build_shard_loader(shards, loader_options(tokenizer, **settings))
     assert alike(list(ours), list(theirs), numbers)
     assert ours.bad_files == theirs.bad_files and len(ours.bad_files) == 1
 

@@ -292,6 +292,7 @@ __device__ void for_each_tile(const Product& p, Shared& shared, Reducer& reducer
     }
     reducer.end_rows();
   }
+  cp_async_wait<0>();  // the zeros after the last step: no copy may outlive its block
 }
 
 // Host side ---------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 // Every thread of a block is a fiber; blocks run one after another. The emulator detects
 // - a missing barrier: warps run as far ahead of each other as barriers allow, in an order that the
 //   seed decides after each barrier;
-// - a missing wait: a cp.async copies when issued or only at its wait, as the seed decides;
+// - a missing wait: a cp.async copies when issued or only at its wait, as the seed decides, and a
+//   block that ends before the last wait is an error;
 // - shared memory read before it is written: it holds NaN (all bits set) when a block starts;
 // - a wrong fragment: shuffle, ldmatrix and mma work on the lanes' true layouts;
 // - diverging lanes: a warp whose lanes meet at different instructions, or not at all, is an error;
@@ -67,6 +68,7 @@ inline std::vector<Launch> launches;
 struct Copy {
   char* shared;
   const void* global;  // nullptr: zeros
+  bool landed;         // when it was issued
 };
 
 struct Fiber {
@@ -117,11 +119,16 @@ inline Fiber& current() { return machine.fibers[machine.current]; }
 
 inline void to_host() { switch_stack(&current().stack_pointer, machine.host_stack_pointer); }
 
+// The message of an error in a thread of the running block.
+inline std::string error_in(int thread, const std::string& what) {
+  return what + " (thread " + std::to_string(thread) + " of block " +
+         std::to_string(machine.block[0]) + "," + std::to_string(machine.block[1]) + "," +
+         std::to_string(machine.block[2]) + ")";
+}
+
 // Ends the launch with an error; the fibers are never resumed.
 [[noreturn]] inline void fail(const std::string& what) {
-  machine.error = what + " (thread " + std::to_string(machine.current) + " of block " +
-                  std::to_string(machine.block[0]) + "," + std::to_string(machine.block[1]) + "," +
-                  std::to_string(machine.block[2]) + ")";
+  machine.error = error_in(machine.current, what);
   to_host();
   std::abort();
 }
@@ -203,6 +210,7 @@ inline void check_shared(const void* pointer, const char* what) {
 }
 
 inline void land(const Copy& copy) {
+  if (copy.landed) return;
   if (copy.global) {
     std::memcpy(copy.shared, copy.global, 16);
   } else {
@@ -243,6 +251,13 @@ inline void run_block() {
   machine.error.clear();
   switch_stack(&machine.host_stack_pointer, current().stack_pointer);
   if (!machine.error.empty()) throw std::runtime_error(machine.error);
+  for (int i = 0; i < machine.threads; ++i) {
+    bool unfinished = !machine.fibers[i].open.empty();
+    for (const auto& group : machine.fibers[i].groups) unfinished |= !group.empty();
+    if (unfinished) {
+      throw std::runtime_error(error_in(i, "a thread ends with unfinished cp.async groups"));
+    }
+  }
 }
 
 }  // namespace emulator
@@ -326,13 +341,13 @@ inline void cp_async16(void* shared, const void* global, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     emulator::fail("cp.async: a global address is not a multiple of 16");
   }
-  const emulator::Copy copy{static_cast<char*>(shared), valid ? global : nullptr};
+  emulator::Copy copy{static_cast<char*>(shared), valid ? global : nullptr, false};
   const uint64_t seed = emulator::settings.seed;
   if (seed == 1 || (seed > 1 && (emulator::machine.random() & 1))) {
     emulator::land(copy);
-  } else {
-    emulator::current().open.push_back(copy);
+    copy.landed = true;
   }
+  emulator::current().open.push_back(copy);
 }
 
 inline void cp_async_commit() {

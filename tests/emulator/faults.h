@@ -17,6 +17,7 @@ enum class Fault {
   no_barrier_before_refill,
   no_wait,
   wait_too_short,
+  no_last_wait,
   tail_stored,
   tail_loaded,
   wrong_row,
@@ -70,7 +71,8 @@ __global__ inline void __launch_bounds__(kThreads) product(ProductParams p) {
   float c[8][4] = {};
   load(0);
   for (int step = 0; step < steps; ++step) {
-    const bool more = step + 1 < steps;
+    // no_last_wait: zeros past the end are copied too, which no result shows.
+    const bool more = step + 1 < steps || p.fault == Fault::no_last_wait;
     if (more) load(step + 1);
     if (p.fault == Fault::no_wait) {
     } else if (more || p.fault == Fault::wait_too_short) {
@@ -96,6 +98,7 @@ __global__ inline void __launch_bounds__(kThreads) product(ProductParams p) {
     }
     if (p.fault != Fault::no_barrier_before_refill) sync_block();
   }
+  if (p.fault != Fault::no_last_wait) cp_async_wait<0>();
   for (int tile = 0; tile < 8; ++tile) {
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + warp() * 16 + lane() / 4 + i / 2 * 8;

@@ -34,6 +34,7 @@ PYBIND11_MODULE(_emulator, m) {
       .value("no_barrier_before_refill", Fault::no_barrier_before_refill)
       .value("no_wait", Fault::no_wait)
       .value("wait_too_short", Fault::wait_too_short)
+      .value("no_last_wait", Fault::no_last_wait)
       .value("tail_stored", Fault::tail_stored)
       .value("tail_loaded", Fault::tail_loaded)
       .value("wrong_row", Fault::wrong_row)

@@ -66,6 +66,7 @@ def test_a_fault_shows_in_the_result(emulator, fault):
     [
         ("lane_leaves", "no thread can go on.* at mma.* lane 31 at the end"),
         ("warp_skips_barrier", "no thread can go on.*the block's barrier; warp 1 .*the end"),
+        ("no_last_wait", "a thread ends with unfinished cp.async groups .thread 0 of block 0,0,0"),
         ("misaligned", "cp.async: a shared address is not a multiple of 16 .thread 0 of block"),
     ],
 )

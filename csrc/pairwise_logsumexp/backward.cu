@@ -7,7 +7,7 @@ namespace clipvip {
 namespace pairwise {
 namespace {
 
-constexpr int kWeighThreads = 1024;
+constexpr int kWeighThreads = 256;
 // Log-sum-exps that span no more than this (in nats) share one exp per logit: e^80 does not
 // overflow, and terms that underflow beside it do not matter. fp32 uses two, which round better.
 constexpr float kReach = 80;
@@ -22,76 +22,138 @@ struct Unit {
   float unit;     // 2^-14 of the largest incoming gradient, so that fp16 holds all that matters
 };
 
+struct Side {  // rows or columns
+  const float *lse, *grad;
+  float* weight;
+  int64_t count;
+};
+
+// What the unit depends on. Extrema are exact, so it does not matter who joins which of them.
+struct Extent {
+  float smallest = kInfinity, largest = -kInfinity;  // log-sum-exp
+  float grad = 0;                                    // the largest
+
+  __device__ void include(Extent other) {
+    smallest = fminf(smallest, other.smallest);
+    largest = fmaxf(largest, other.largest);
+    grad = fmaxf(grad, other.grad);
+  }
+};
+
 struct WeighParams {
-  const float *row_lse, *col_lse, *grad_row_lse, *grad_col_lse, *grad_positive;
-  int64_t n, m, diagonal;
+  Side rows, columns;
+  const float* grad_positive;
+  int64_t diagonal;
   bool exact;
-  float *row_weight, *col_weight;
+  int blocks;
+  Extent* extents;  // [blocks]
   Unit* unit;
 };
 
-struct Range {
-  float smallest = kInfinity, largest = -kInfinity;
-
-  __device__ void include(Range other) {
-    smallest = fminf(smallest, other.smallest);
-    largest = fmaxf(largest, other.largest);
+// Numbers i … i + 3 of `count`, where i is a multiple of 4; `rest` past the end.
+__device__ Float4 four(const float* from, int64_t i, int64_t count, float rest) {
+  if (i + 4 <= count && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    return *reinterpret_cast<const Float4*>(from + i);
   }
-};
-
-// Joins one range per thread into the block's and returns it in every thread.
-__device__ Range range_of_block(Range range, Range* warps) {
-  for (int mask = 1; mask < 32; mask *= 2) {
-    const Range other{shuffle_xor(range.smallest, mask), shuffle_xor(range.largest, mask)};
-    range.include(other);
-  }
-  if (lane() == 0) warps[warp()] = range;
-  sync_block();
-  for (int i = 0; i < kWeighThreads / 32; ++i) range.include(warps[i]);
-  return range;
+  Float4 numbers;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) numbers.at[j] = i + j < count ? from[i + j] : rest;
+  return numbers;
 }
 
-// One block: there is little to do.
-__global__ void __launch_bounds__(kWeighThreads, 1) weigh(WeighParams p) {
-  Shared shared;
-  Range* const warps = shared.take<Range>(2 * (kWeighThreads / 32));
-  Range lse, grad{0, 0};
-  const auto look = [&](const float* lses, const float* grads, int64_t count) {
-    for (int64_t i = thread(); i < count; i += kWeighThreads) {
-      if (lses[i] == -kInfinity) continue;
-      lse.include({lses[i], lses[i]});
-      grad.include({0, fabsf(grads[i])});
+// Calls body(i, whether of a row) for the thread's share of all rows and columns, four at a time.
+template <typename Body>
+__device__ void for_each_four(const WeighParams& p, Body body) {
+  const int64_t rows = (p.rows.count + 3) / 4, columns = (p.columns.count + 3) / 4;
+  const int64_t first = int64_t{block_x()} * kWeighThreads + thread();
+  for (int64_t k = first; k < rows + columns; k += int64_t{p.blocks} * kWeighThreads) {
+    if (k < rows) {
+      body(4 * k, true);
+    } else {
+      body(4 * (k - rows), false);
     }
-  };
-  look(p.row_lse, p.grad_row_lse, p.n);
-  look(p.col_lse, p.grad_col_lse, p.m);
-  for (int64_t i = thread(); i < p.n; i += kWeighThreads) {
-    if (i + p.diagonal < 0 || i + p.diagonal >= p.m) continue;
-    grad.include({0, fabsf(p.grad_positive[i])});
   }
-  lse = range_of_block(lse, warps);
-  const float largest = range_of_block(grad, warps + kWeighThreads / 32).largest;
+}
+
+// Joins one extent per thread into the block's and returns it in every thread.
+__device__ Extent extent_of_block(Extent extent, Extent* warps) {
+  for (int mask = 1; mask < 32; mask *= 2) {
+    extent.include({shuffle_xor(extent.smallest, mask), shuffle_xor(extent.largest, mask),
+                    shuffle_xor(extent.grad, mask)});
+  }
+  if (lane() == 0) warps[warp()] = extent;
+  sync_block();
+  for (int i = 0; i < kWeighThreads / 32; ++i) extent.include(warps[i]);
+  return extent;
+}
+
+// Each block writes the extent of its share.
+__global__ void __launch_bounds__(kWeighThreads) measure(WeighParams p) {
+  Shared shared;
+  Extent* const warps = shared.take<Extent>(kWeighThreads / 32);
+  Extent extent;
+  for_each_four(p, [&](int64_t i, bool is_row) {
+    const Side& side = is_row ? p.rows : p.columns;
+    const Float4 lse = four(side.lse, i, side.count, -kInfinity);
+    const Float4 grad = four(side.grad, i, side.count, 0);
+    Float4 grad_positive{};
+    if (is_row) grad_positive = four(p.grad_positive, i, side.count, 0);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (lse.at[j] != -kInfinity) extent.include({lse.at[j], lse.at[j], fabsf(grad.at[j])});
+      const int64_t own = i + j + p.diagonal;
+      if (own >= 0 && own < p.columns.count) {
+        extent.grad = fmaxf(extent.grad, fabsf(grad_positive.at[j]));
+      }
+    }
+  });
+  extent = extent_of_block(extent, warps);
+  if (thread() == 0) p.extents[block_x()] = extent;
+}
+
+// Each block joins the extents of all and writes the weights of its share.
+__global__ void __launch_bounds__(kWeighThreads) weigh(WeighParams p) {
+  Shared shared;
+  Extent* const warps = shared.take<Extent>(kWeighThreads / 32);
+  Extent extent;
+#pragma unroll 1
+  for (int i = thread(); i < p.blocks; i += kWeighThreads) extent.include(p.extents[i]);
+  extent = extent_of_block(extent, warps);
 
   int exponent = 0;  // NaN and infinities are kept, in units of 1
-  if (largest > 0 && largest < kInfinity) {
-    frexpf(largest, &exponent);
+  if (extent.grad > 0 && extent.grad < kInfinity) {
+    frexpf(extent.grad, &exponent);
     exponent = (exponent < -90 ? -90 : exponent) - 14;
   }
-  const bool any = lse.largest >= lse.smallest;
-  const bool one_reference = !p.exact && any && lse.largest - lse.smallest <= kReach;
-  const Unit unit{one_reference ? lse.smallest : 0, one_reference ? 1.f : 0.f,
+  const bool any = extent.largest >= extent.smallest;
+  const bool one_reference = !p.exact && any && extent.largest - extent.smallest <= kReach;
+  const Unit unit{one_reference ? extent.smallest : 0, one_reference ? 1.f : 0.f,
                   ldexpf(1, -exponent), ldexpf(1, exponent)};
-  if (thread() == 0) *p.unit = unit;
-  // A row or column whose only entry is its positive has no gradient, whatever the incoming one is.
-  const auto write = [&](const float* lses, const float* grads, float* weights, int64_t count,
-                         int64_t entries, int64_t lone) {
-    for (int64_t i = thread(); i < count; i += kWeighThreads) {
-      const float own = one_reference ? natural_exp(unit.reference - lses[i]) : 1;
-      weights[i] = entries == 1 && i == lone ? 0 : grads[i] * unit.inverse * own;
+  if (block_x() == 0 && thread() == 0) *p.unit = unit;
+
+  for_each_four(p, [&](int64_t i, bool is_row) {
+    const Side& side = is_row ? p.rows : p.columns;
+    const int64_t entries = is_row ? p.columns.count : p.rows.count;
+    const int64_t lone = is_row ? -p.diagonal : p.diagonal;
+    const Float4 lse = four(side.lse, i, side.count, 0);
+    const Float4 grad = four(side.grad, i, side.count, 0);
+    Float4 weight;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float own = one_reference ? natural_exp(unit.reference - lse.at[j]) : 1;
+      // A row or column whose only entry is its positive has no gradient, whatever comes in.
+      const bool no_others = entries == 1 && i + j == lone;
+      weight.at[j] = no_others ? 0 : grad.at[j] * unit.inverse * own;
     }
-  };
-  write(p.row_lse, p.grad_row_lse, p.row_weight, p.n, p.m, -p.diagonal);
-  write(p.col_lse, p.grad_col_lse, p.col_weight, p.m, p.n, p.diagonal);
+    if (i + 4 <= side.count && reinterpret_cast<uintptr_t>(side.weight) % 16 == 0) {
+      *reinterpret_cast<Float4*>(side.weight + i) = weight;
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (i + j < side.count) side.weight[i + j] = weight.at[j];
+      }
+    }
+  });
 }
 
 struct PanelParams {
@@ -236,27 +298,32 @@ int64_t pairwise_logsumexp_weigh_cuda(const Tensor& row_lse, const Tensor& col_l
                                       const Tensor& grad_row_lse, const Tensor& grad_col_lse,
                                       const Tensor& grad_positive, int64_t diagonal, bool exact,
                                       const Tensor& row_weight, const Tensor& col_weight,
-                                      const Tensor& unit, int device, uintptr_t stream,
-                                      uintptr_t /*workspace*/) {
+                                      const Tensor& unit, int device, uintptr_t handle,
+                                      uintptr_t workspace) {
   using namespace pairwise;
+  const Stream stream{device, handle};
   const int64_t n = row_lse.size[0], m = col_lse.size[0];
-  const WeighParams p{row_lse.dense<const float>(n),
-                      col_lse.dense<const float>(m),
-                      grad_row_lse.dense<const float>(n),
-                      grad_col_lse.dense<const float>(m),
+  const int64_t fours = (n + 3) / 4 + (m + 3) / 4;
+  const int64_t blocks = std::max<int64_t>(
+      1, std::min<int64_t>(multiprocessors(stream), (fours + kWeighThreads - 1) / kWeighThreads));
+  if (!workspace) return blocks * sizeof(Extent);
+  const WeighParams p{{row_lse.dense<const float>(n), grad_row_lse.dense<const float>(n),
+                       row_weight.dense<float>(n), n},
+                      {col_lse.dense<const float>(m), grad_col_lse.dense<const float>(m),
+                       col_weight.dense<float>(m), m},
                       grad_positive.dense<const float>(n),
-                      n,
-                      m,
                       std::max(-n, std::min(m, diagonal)),
                       exact,
-                      row_weight.dense<float>(n),
-                      col_weight.dense<float>(m),
+                      static_cast<int>(blocks),
+                      reinterpret_cast<Extent*>(workspace),
                       unit.as<Unit>()};
-  launch(weigh, Grid{1}, kWeighThreads, shared_bytes<Range>(2 * (kWeighThreads / 32)),
-         Stream{device, stream}, p, [&] {
-           return "pairwise_logsumexp backward's weights of " + std::to_string(p.n) +
-                  " rows and " + std::to_string(p.m) + " columns";
-         });
+  for (const auto kernel : {measure, weigh}) {
+    launch(kernel, Grid{blocks}, kWeighThreads, shared_bytes<Extent>(kWeighThreads / 32), stream,
+           p, [&] {
+             return "pairwise_logsumexp backward's weights of " + std::to_string(n) +
+                    " rows and " + std::to_string(m) + " columns";
+           });
+  }
   return 0;
 }
 

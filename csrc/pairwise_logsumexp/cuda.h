@@ -17,7 +17,7 @@ int64_t pairwise_logsumexp_forward_cuda(const Tensor& a, const Tensor& b, const 
 
 // Writes what the gradients of all logits have in common: weights of rows [n] and columns [m], and
 // the `unit` [4] in which the gradient of a logit is written: (reference, whether it is shared,
-// 1 / unit, unit). Needs no workspace.
+// 1 / unit, unit).
 int64_t pairwise_logsumexp_weigh_cuda(const Tensor& row_lse, const Tensor& col_lse,
                                       const Tensor& grad_row_lse, const Tensor& grad_col_lse,
                                       const Tensor& grad_positive, int64_t diagonal, bool exact,

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipvip.ops import _native
+
 op = importlib.import_module("clipvip.ops.pairwise_logsumexp")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -138,6 +140,54 @@ def test_schedules_do_not_change_a_bit(emulator, dtype):
             results.append(ours(*tensors, 5))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+def weigh(statistics, diagonal, exact, shift=0):
+    """Weights of rows and columns, `shift` numbers off their alignment, and the unit."""
+    n, m = map(len, statistics[:2])
+    outputs = torch.empty(n + shift)[shift:], torch.empty(m + shift)[shift:], torch.empty(4)
+    _native.run("pairwise_logsumexp_weigh_cuda", *statistics, diagonal, exact, *outputs)
+    return outputs
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("shape", [(3001, 1203, 7), (1203, 3001, -7), (2050, 1, -2049), (0, 5, 0)])
+@pytest.mark.parametrize("exact", [False, True])
+def test_weights_are_the_same_from_any_number_of_blocks(emulator, shape, exact):
+    """At any alignment, and among infinities and NaN, which an extremum skips."""
+    n, m, diagonal = shape
+    lengths = n, m, n, m, n
+    generator = torch.Generator().manual_seed(0)
+    memory = [torch.rand(length + 16, generator=generator) for length in lengths]
+    memory[0][5], memory[1][6], memory[3][7] = -torch.inf, torch.nan, torch.nan
+    for shift in (0, 1, 4):
+        given = [x[shift:][:length] for x, length in zip(memory, lengths, strict=True)]
+        results = []
+        for multiprocessors in (1, 3, 132):
+            emulator.configure(2, multiprocessors=multiprocessors)
+            results.append(weigh([x.clone() for x in given], diagonal, exact))
+            results.append(weigh(given, diagonal, exact, shift))
+        for other in results[1:]:
+            for one, two in zip(results[0], other, strict=True):
+                assert torch.equal(one.view(torch.int32), two.view(torch.int32))
+
+
+def test_extrema_are_found_wherever_they_are(emulator):
+    n, m, diagonal = 1500, 1300, -100
+    emulator.configure(multiprocessors=3)
+    for place in (0, 1, 700, 1023, 1024, 1297, 1299):
+        for side in (0, 1):
+            statistics = [torch.full((length,), 3.0) for length in (n, m, n, m, n)]
+            statistics[side][place] = -50.0
+            assert weigh(statistics, diagonal, False)[2].tolist()[:2] == [-50.0, 1.0]
+            statistics[1 - side][place] = 50.0
+            assert weigh(statistics, diagonal, False)[2].tolist()[:2] == [0.0, 0.0]
+        for side in (2, 3, 4):
+            statistics = [torch.full((length,), 3.0) for length in (n, m, n, m, n)]
+            statistics[side][place] = -1000.0
+            counts = side < 4 or place >= 100  # earlier rows have no positive
+            unit = 2.0 ** ((10 if counts else 2) - 14)
+            assert weigh(statistics, diagonal, False)[2].tolist()[2:] == [1 / unit, unit]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,19 +5,21 @@ clip's own pair is the positive, and every other clip of the batch is a negative
 
 `sharded`: the n clips are this rank's share, of any size, of a batch over all ranks. Every rank
 gets the loss of the whole batch, and gradients whose mean over ranks, which data parallelism
-takes, is the gradient of that loss; see clipvip.sharded.
+takes, is the gradient of that loss; see clipvip.sharded. Several ranks tell each other their
+counts of clips once per loss, for which the host waits for a GPU.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipvip.inputs import send
 from clipvip.ops import pairwise_logsumexp
-from clipvip.sharded import all_reduce, sharded_logsumexp
+from clipvip.sharded import all_reduce, gather_counts, sharded_logsumexp
 
 VARIANTS = ("vs", "vs_fc", "vs_vc", "vs_vc_fc", "vsc", "vsc_fc")
 
@@ -28,6 +30,12 @@ class _Features(NamedTuple):
     name: str
     features: Tensor  # [n, D]
     present: Tensor | None  # bool [n]; None: all
+
+    def number(self) -> int:
+        """Return how many clips have the source."""
+        if self.present is None or self.present.is_meta:
+            return len(self.features)
+        return int(self.present.sum())
 
 
 class _Pair(NamedTuple):
@@ -40,6 +48,7 @@ class _Pair(NamedTuple):
 
 
 _Terms = list[list[tuple[_Features, _Features]]]
+_LogSumExp = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def contrastive_loss(
@@ -89,7 +98,7 @@ def omnisource_loss(
     *_present: bool [n], False if a clip lacks the source (its features are ignored). The source is
         then neither a positive nor a negative; the clip's other sources remain negatives for other
         clips. Each mean is over the clips that have both sources of a term; a term that no clip
-        has is 0. All masks are on one device; if that is the CPU, nothing waits for a GPU.
+        has is 0. All masks are on one device; if that is the CPU, reading them waits for no GPU.
     Returns a 0-d tensor in at least fp32. For meta tensors, only its shape is computed.
 
     Raises ValueError for an unknown variant, for shapes that differ, or if a source that the
@@ -116,9 +125,15 @@ def omnisource_loss(
 
 def _loss(terms: _Terms, logit_scale: Tensor, sharded: bool, backend: str) -> Tensor:
     """Add up the means of all terms, each over the clips of all ranks if sharded."""
-    function = sharded_logsumexp if sharded else pairwise_logsumexp
-    logsumexp = partial(function, scale=logit_scale, backend=backend)
-    means = [mean for term in terms for mean in _means([_pair(*pair, logsumexp) for pair in term])]
+    given: dict[str, Any] = {"scale": logit_scale, "backend": backend}
+    functions: Iterator[_LogSumExp] = repeat(partial(pairwise_logsumexp, **given))
+    if sharded:
+        columns = [columns for term in terms for _, columns in term]
+        of_ranks = gather_counts([x.number() for x in columns], columns[0].features.device)
+        functions = (partial(sharded_logsumexp, counts=each, **given) for each in of_ranks)
+    means = [
+        mean for term in terms for mean in _means([_pair(*pair, next(functions)) for pair in term])
+    ]
     totals = torch.stack([total for total, _ in means])
     counts = send(torch.tensor([clips for _, clips in means], dtype=totals.dtype), totals.device)
     if sharded:
@@ -126,9 +141,7 @@ def _loss(terms: _Terms, logit_scale: Tensor, sharded: bool, backend: str) -> Te
     return (totals / counts.clamp(min=1)).sum()
 
 
-def _pair(
-    rows: _Features, columns: _Features, logsumexp: Callable[..., tuple[Tensor, Tensor, Tensor]]
-) -> _Pair:
+def _pair(rows: _Features, columns: _Features, logsumexp: _LogSumExp) -> _Pair:
     a, b = rows.features, columns.features
     masks = [mask for mask in (rows.present, columns.present) if mask is not None]
     if all(mask.is_meta for mask in masks):  # no mask, or none with values
@@ -142,9 +155,10 @@ def _pair(
     clips = (has_row & has_column).nonzero().squeeze(1)
     row_order = torch.cat([clips, (has_row & ~has_column).nonzero().squeeze(1)])
     column_order = torch.cat([(has_column & ~has_row).nonzero().squeeze(1), clips])
-    clips, row_order, column_order = (send(x, a.device) for x in (clips, row_order, column_order))
+    orders = clips, row_order, column_order
+    clips, row_order, column_order = send(torch.cat(orders), a.device).split(list(map(len, orders)))
     row_lse, col_lse, positive = logsumexp(
-        a[row_order], b[column_order], diagonal=len(column_order) - len(clips)
+        _at(a, row_order), _at(b, column_order), diagonal=len(column_order) - len(clips)
     )
     absent = row_lse.new_full((len(a),), float("-inf"))
     return _Pair(
@@ -163,11 +177,16 @@ def _means(pairs: list[_Pair]) -> Iterator[tuple[Tensor, int]]:
     negatives = [pair.row_lse for pair in pairs]
     for pair in pairs:
         for others in (negatives, [pair.col_lse]):
-            positive = pair.positive[pair.clips]  # per mean, which orders the sums of gradients
+            positive = _at(pair.positive, pair.clips)  # per mean, which orders sums of gradients
             loss = positive.new_zeros(())
             for other in others:
-                loss = torch.logaddexp(loss, other[pair.clips] - positive)
+                loss = torch.logaddexp(loss, _at(other, pair.clips) - positive)
             yield loss.sum(), len(positive)
+
+
+def _at(values: Tensor, clips: Tensor | slice) -> Tensor:
+    """Return values[clips]. A GPU sorts indices in the backward of `[]`, as they may repeat."""
+    return values[clips] if isinstance(clips, slice) else values.index_select(0, clips)
 
 
 def _check(first: _Features, *others: _Features) -> None:

@@ -6,7 +6,7 @@ the gradient of the loss. The mean that data parallelism takes over ranks is the
 gradient of the loss in a single process, for the encoders and logit_scale alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clipvip.distributed import rank, world_size
+from clipvip.inputs import send
 from clipvip.ops import _native, pairwise_logsumexp
 from clipvip.ops.pairwise_logsumexp import block_forward, block_gradients, without_autocast
 
@@ -27,8 +28,27 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else _AllReduce.apply(tensor)
 
 
+def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Return, for each of the numbers that this rank passes, those that all ranks pass.
+
+    The host waits until `device`, through which they travel, has finished all earlier work.
+    """
+    if world_size() == 1:
+        return [[count] for count in counts]
+    own = send(torch.tensor(counts), device)
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(every, own)
+    return torch.stack(every, 1).tolist()
+
+
 def sharded_logsumexp(
-    a: Tensor, b: Tensor, scale: Tensor, diagonal: int = 0, *, backend: str = "native"
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    diagonal: int = 0,
+    *,
+    counts: Sequence[int],
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`clipvip.ops.pairwise_logsumexp` over the rows and columns of all ranks.
 
@@ -38,24 +58,27 @@ def sharded_logsumexp(
         row_lse [n], over the columns of all ranks; col_lse [m], over the rows of all ranks;
         positive [n], where the positive of a rank's row i is its own column i + diagonal.
 
+    counts: the number of columns of each rank, see `gather_counts`.
+
     A rank computes its rows against every rank's columns: n·M·D products of the N·M·D, each
     computed once. What other ranks' rows contribute to its columns arrives as sums.
 
     Bytes that a rank receives, among W ranks whose collectives run in rings, each times (W - 1)/W:
-    forward M·D·itemsize for the features, 16·M for two all-reduces of the columns' statistics and
-    8·W for the ranks' counts; backward the features again, 4·M, and M·D·4 for the gradients of
+    forward M·D·itemsize for the features and 16·M for two all-reduces of the columns' statistics,
+    after 8·W for each count; backward the features again, 4·M, and M·D·4 for the gradients of
     features, summed in fp32. Features travel while the rank computes its own tile.
 
     Memory of a rank is O(M·D): the features of all ranks and, in backward, their gradients in
     fp32, twice while a tile is added, and a copy if ranks pass unequal numbers. For 32,768 clips
     at D = 512, all of it is below 0.3 GB.
-    Raises what pairwise_logsumexp raises. If a rank dies, the others raise RuntimeError.
+    Raises what pairwise_logsumexp raises, and ValueError if this rank's count is not m. If a rank
+    dies, the others raise RuntimeError.
     """
     if world_size() == 1:
         return pairwise_logsumexp(a, b, scale, diagonal, backend=backend)
     _native.refuse_tangents("sharded_logsumexp", a, b, scale)
     with without_autocast(a, b, scale, diagonal, backend) as (a, b):
-        return _Sharded.apply(a, b, scale, diagonal, backend)
+        return _Sharded.apply(a, b, scale, diagonal, counts, backend)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -72,9 +95,15 @@ class _AllReduce(torch.autograd.Function):
 class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, diagonal: int, backend: str
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        diagonal: int,
+        counts: Sequence[int],
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = _Layout(b)
+        layout = _Layout(b, counts)
         rows: list[Tensor] = []
         for span, part in _parts(b, layout):
             own = span == layout.own
@@ -111,19 +140,18 @@ class _Sharded(torch.autograd.Function):
             grad_scale += part_scale
             grad_b[span] = part_b
         own_b = _sum_to_owners(grad_b, layout)
-        return grad_a.to(a.dtype), own_b.to(b.dtype), grad_scale, None, None
+        return grad_a.to(a.dtype), own_b.to(b.dtype), grad_scale, None, None, None
 
 
 class _Layout:
     """Where each rank's columns are among those of all ranks."""
 
-    def __init__(self, columns: Tensor) -> None:
-        own = torch.tensor([len(columns)], device=columns.device)
-        counts = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(counts, own)
-        self.counts: list[int] = torch.cat(counts).tolist()
-        self.total, self.most = sum(self.counts), max(self.counts)
-        before = sum(self.counts[: rank()])
+    def __init__(self, columns: Tensor, counts: Sequence[int]) -> None:
+        if counts[rank()] != len(columns):
+            raise ValueError(f"rank {rank()} has {len(columns)} columns, but counts are {counts}")
+        self.counts = list(counts)
+        self.total, self.most = sum(counts), max(counts)
+        before = sum(counts[: rank()])
         self.own = slice(before, before + len(columns))
 
 

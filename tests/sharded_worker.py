@@ -87,10 +87,18 @@ def bytes_received(a, b, scale):
         for (module, name), size_of in sizes.items():
             counted = counting(getattr(module, name), size_of)
             stack.enter_context(mock.patch.object(module, name, counted))
-        outputs = sharded.sharded_logsumexp(a, b, scale)
+        (counts,) = sharded.gather_counts([len(b)], b.device)
+        outputs = sharded.sharded_logsumexp(a, b, scale, counts=counts)
         stage = 1
         sum(output.sum() for output in outputs).backward()
     return received
+
+
+def exchanges_of_counts(towers, inputs, present):
+    """How often a loss of several pairs of sources makes the host wait for other ranks' counts."""
+    with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers:
+        run(towers, inputs, present, "vsc_fc masked", "native", over_ranks=True)
+    return sum(not call.args[1].is_floating_point() for call in gathers.call_args_list)
 
 
 def main(folder, world, rank):
@@ -107,6 +115,7 @@ def main(folder, world, rank):
             found[case, backend] = run(
                 towers, inputs[share], present[:, share], case, backend, over_ranks=True
             )
+    found["exchanges of counts"] = exchanges_of_counts(towers, inputs[share], present[:, share])
     a, b = (torch.randn(*EVEN, requires_grad=True) for _ in range(2))
     found["bytes"] = bytes_received(a, b, torch.tensor(1.0))
     torch.save(found, f"{folder}/{world}-{rank}.pt")

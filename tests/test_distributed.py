@@ -44,6 +44,12 @@ def test_what_else_ranks_exchange(found):
             assert result["sum"].tolist() == [world * (world + 1) / 2]
 
 
+def test_a_loss_exchanges_counts_once(found):
+    for results in found.values():
+        for result in results:
+            assert result["exchanges of counts"] == 1
+
+
 def test_bytes_on_the_wire_are_as_documented(found):
     """See clipvip.sharded.sharded_logsumexp."""
     for world, results in found.items():

@@ -87,6 +87,16 @@ def _check_gpu(index: int) -> None:
         )
 
 
+@functools.cache
+def has_kernels(index: int) -> bool:
+    """Return whether there are kernels for a GPU."""
+    try:
+        _check_gpu(index)
+    except RuntimeError:
+        return False
+    return True
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast gives a tensor (fp64 stays), or None where it is off."""
     kind = tensor.device.type

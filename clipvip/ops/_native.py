@@ -162,6 +162,13 @@ def dense(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return tensor if whole else copied(tensor, dtype)
 
 
+def resolved(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy if a flag alone makes it negated or zero."""
+    if tensor._is_zerotensor():
+        return torch.zeros_like(tensor)
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
 def rows(tensor: Tensor) -> Tensor:
     """Return the tensor, or a copy, whose last dimension is contiguous."""
     return tensor if tensor.stride(-1) == 1 else copied(tensor)
@@ -191,6 +198,21 @@ def run(name: str, *arguments: Any) -> None:
         return
     with launch_context(arguments[0]) as where:
         _run(name, arguments, where, functools.partial(_gpu_workspace, arguments[0]))
+
+
+def run_constant(name: str, *arguments: Any) -> None:
+    """`run` a function that has no derivative, such as one that is called inside another's.
+
+    Raises NotImplementedError where a derivative would be lost.
+    """
+    refuse_tangents(name, *arguments)
+    tensors = (x for x in arguments if isinstance(x, Tensor))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            f"{name} has no derivative of its own; call its reference, or call it under "
+            "torch.no_grad()"
+        )
+    run(name, *arguments)
 
 
 def _run(

@@ -159,6 +159,13 @@ inline __device__ float fast_log2(float x) {
   return y;
 }
 
+// 1/x in hardware: relative error about 2^-23, 1/inf is 0.
+inline __device__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // x·y rounded by itself, never fused with a sum that follows.
 inline __device__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 

@@ -472,6 +472,10 @@ inline float fast_exp2(float x) {
   return y < std::numeric_limits<float>::min() ? 0 : y;  // the hardware flushes these; NaN stays
 }
 inline float fast_log2(float x) { return std::log2(x); }
+inline float fast_reciprocal(float x) {
+  const float y = 1 / x;
+  return std::fabs(y) < std::numeric_limits<float>::min() ? std::copysign(0.f, y) : y;
+}
 
 inline int max_shared_bytes(Stream) { return emulator::settings.max_shared_bytes; }
 inline int multiprocessors(Stream) { return emulator::settings.multiprocessors; }

@@ -4,12 +4,15 @@ PyTorch's LayerNorm → linear → QuickGELU → linear keeps the input and the 
 backward. Outputs of LayerNorm and QuickGELU, and weights that autocast casts, are cheap to compute
 beside the matrix products that read them. So backward recomputes them here: a layer of width C
 keeps 10·C values per token instead of 16·C. Results match the plain composition up to rounding.
-Matrix products are our own (clipvip.ops.linear) if those are faster, else PyTorch's.
+On a CPU, matrix products are our own (clipvip.ops.linear) if those are faster, else PyTorch's. On a
+GPU they are PyTorch's, and what stands between them runs in kernels of ours
+(clipvip.ops.elementwise), each in one pass over memory.
 
 The plain composition runs under torch.compile, which chooses itself what to keep, and for modules
 that have hooks or are not plain nn.Linear, such as adapters.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,27 +20,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clipvip.ops import linear
+from clipvip.ops import elementwise, linear
 from clipvip.ops.linear import Norm, Statistics
 
 # QuickGELU(x) = x·σ(1.702·x) = silu(1.702·x) / 1.702; the products around it apply both factors.
 SLOPE = 1.702
 
 
-def norm_linear(hidden_states: Tensor, norm: nn.LayerNorm, *layers: nn.Linear) -> Tensor:
+def norm_linear(
+    hidden_states: Tensor, norm: nn.LayerNorm, *layers: nn.Linear
+) -> tuple[Tensor, Tensor]:
     """Apply all layers to norm(hidden_states) in one product; concatenate their outputs.
 
     hidden_states: [T, C], fp32, bf16 or fp16. norm: LayerNorm over C. layers: weights [Kᵢ, C].
-    Returns [T, ΣKᵢ] in autocast's dtype if autocast is on, else in that of hidden_states.
+    Returns hidden_states, for the residual connection, and the product [T, ΣKᵢ] in autocast's dtype
+    if autocast is on, else in that of hidden_states. On a GPU the gradient of the first is added in
+    the kernel that computes LayerNorm's.
     """
     if not _weights_say_all(*layers):
         normed = norm(hidden_states)
-        return torch.cat([layer(normed) for layer in layers], -1)
+        return hidden_states, torch.cat([layer(normed) for layer in layers], -1)
     weight = torch.cat([layer.weight for layer in layers])
     bias = torch.cat([layer.bias for layer in layers])
     if _composed(hidden_states) or not _weights_say_all(norm):
-        return F.linear(norm(hidden_states), weight, bias)
-    return _NormLinear.apply(hidden_states, norm.weight, norm.bias, norm.eps, weight, bias, 1.0)
+        return hidden_states, F.linear(norm(hidden_states), weight, bias)
+    parameters = norm.weight, norm.bias, norm.eps, weight, bias
+    dtype = _product_dtype(hidden_states)
+    if elementwise.takes(hidden_states, dtype=dtype):
+        return _PassedNormLinear.apply(hidden_states, *parameters, dtype)
+    return hidden_states, _NormLinear.apply(hidden_states, *parameters, 1.0)
+
+
+def after_attention(
+    hidden_states: Tensor,
+    attended: Tensor,
+    out_proj: nn.Linear,
+    norm: nn.LayerNorm,
+    fc1: nn.Linear,
+    fc2: nn.Linear,
+) -> Tensor:
+    """Compute what a layer does with attention's result: with h = hidden_states +
+    out_proj(attended), return h + fc2(QuickGELU(fc1(norm(h)))).
+
+    hidden_states, attended: [T, C], fp32, bf16 or fp16. Returns [T, C] in the wider of the dtypes
+    of hidden_states and of the products.
+    """
+    modules = out_proj, norm, fc1, fc2
+    dtype = _product_dtype(attended)
+    if (
+        not _composed(hidden_states)
+        and _weights_say_all(*modules)
+        and elementwise.takes(hidden_states, attended, fc2.weight, dtype=dtype)
+    ):
+        parameters = (each for module in modules for each in (module.weight, module.bias))
+        return _AfterAttention.apply(hidden_states, attended, *parameters, norm.eps, dtype)
+    return residual_mlp(residual_linear(hidden_states, attended, out_proj), norm, fc1, fc2)
 
 
 def residual_linear(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
@@ -65,6 +102,12 @@ def residual_mlp(
         hidden_states, norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, SLOPE
     )
     return _ResidualLinear.apply(hidden_states, before, fc2.weight, fc2.bias, True)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of products with x: autocast's if autocast is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _composed(x: Tensor) -> bool:
@@ -98,9 +141,7 @@ class _Products:
     """Products of forward and of both gradients, by our kernels or by PyTorch."""
 
     def __init__(self, x: Tensor, *parameters: Tensor, residual: Tensor | None = None) -> None:
-        kind = x.device.type
-        enabled = torch.is_autocast_enabled(kind)
-        self.dtype = torch.get_autocast_dtype(kind) if enabled else x.dtype
+        self.dtype = _product_dtype(x)
         rows = (x,) if residual is None else (x, residual)
         self.ours = linear.quicker_here(self.dtype, rows, parameters)
 
@@ -181,6 +222,100 @@ class _ResidualLinear(torch.autograd.Function):
                 of_x = ctx.products.grad_input(grad, weight, x.dtype, before=before)
             of_weights = ctx.products.grad_weights(need[2:4], grad, x, weight, bias, **ctx.options)
         return grad if need[0] else None, of_x, *of_weights, None
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+#
+# Biases that an elementwise kernel can add are left out of the products, so that the kernel's
+# backward sums up their gradients too.
+
+
+class _PassedNormLinear(torch.autograd.Function):
+    """x itself, and linear(norm(x))."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, dtype):
+        norm = Norm(norm_weight, norm_bias, eps)
+        with torch.autocast(x.device.type, enabled=False):
+            _, normed, statistics = elementwise.add_norm(x, None, None, norm, dtype)
+            out = torch.addmm(bias.to(dtype), normed, weight.to(dtype).t())
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, norm_weight, norm_bias, *statistics, weight, bias)
+        return x, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_passed, grad):
+        x, norm_weight, norm_bias, mean, rstd, weight, bias = ctx.saved_tensors
+        if grad is None:
+            return grad_passed, *[None] * 6
+        need, norm = ctx.needs_input_grad, Norm(norm_weight, norm_bias, ctx.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            of_normed = grad @ weight.to(grad.dtype)
+            of_x, _, normed, *of_norm, _ = elementwise.add_norm_backward(
+                of_normed, grad_passed, x, (mean, rstd), norm, None
+            )
+            of_weight = _weight_gradient(need[4], grad, normed, weight)
+            of_bias = elementwise.cast_and_sum(grad, None)[1].to(bias.dtype) if need[5] else None
+        return of_x, *_of_norm(of_norm, norm), None, of_weight, of_bias, None
+
+
+class _AfterAttention(torch.autograd.Function):
+    """See `after_attention`."""
+
+    @staticmethod
+    def forward(ctx, x, attended, wo, bo, norm_weight, norm_bias, w1, b1, w2, b2, eps, dtype):
+        norm = Norm(norm_weight, norm_bias, eps)
+        with torch.autocast(x.device.type, enabled=False):
+            attended = attended.to(dtype)
+            product = attended @ wo.to(dtype).t()
+            middle, normed, statistics = elementwise.add_norm(x, product, bo, norm, dtype)
+            before = normed @ w1.to(dtype).t()
+            del product, normed
+            product = elementwise.quick_gelu(before, b1) @ w2.to(dtype).t()
+            out = elementwise.add(middle, product, b2)
+        ctx.eps = eps
+        ctx.save_for_backward(
+            attended, wo, bo, norm_weight, norm_bias, w1, b1, w2, b2, middle, *statistics, before
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        attended, wo, bo, norm_weight, norm_bias, w1, b1, w2, b2, *kept = ctx.saved_tensors
+        middle, mean, rstd, before = kept
+        need, norm = ctx.needs_input_grad[2:], Norm(norm_weight, norm_bias, ctx.eps)
+        dtype = before.dtype
+        with torch.autocast(grad.device.type, enabled=False):
+            outer, of_b2 = elementwise.cast_and_sum(grad, dtype)
+            of_inner = outer @ w2.to(dtype)
+            of_before, inner, of_b1 = elementwise.quick_gelu_backward(of_inner, before, b1)
+            of_w2 = _weight_gradient(need[6], outer, inner, w2)
+            del outer, of_inner, inner
+            of_normed = of_before @ w1.to(dtype)
+            of_x, copy, normed, *of_norm, of_bo = elementwise.add_norm_backward(
+                of_normed, grad, middle, (mean, rstd), norm, dtype
+            )
+            of_w1 = _weight_gradient(need[4], of_before, normed, w1)
+            of_wo = _weight_gradient(need[0], copy, attended, wo)
+            of_attended = copy @ wo.to(dtype)
+        of_biases = of_bo.to(bo.dtype), of_b1.to(b1.dtype), of_b2.to(b2.dtype)
+        of_bo, of_b1, of_b2 = of_biases
+        of_weights = of_wo, of_bo, *_of_norm(of_norm, norm), of_w1, of_b1, of_w2, of_b2
+        return of_x, of_attended, *of_weights, None, None
+
+
+def _weight_gradient(needed: bool, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+    return (grad.t() @ x).to(weight.dtype) if needed else None
+
+
+def _of_norm(sums: list[Tensor], norm: Norm) -> Iterator[Tensor]:
+    return (each.to(norm.weight.dtype) for each in sums)
+
+
+# --- LayerNorm in PyTorch ------------------------------------------------------------------------
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, norm: Norm, statistics: Statistics, need):

@@ -14,7 +14,7 @@ from transformers.models.clip.modeling_clip import (
 )
 
 from clipvip.model.configuration import CLIPViPVisionConfig
-from clipvip.model.layers import bare, norm_linear, residual_linear, residual_mlp
+from clipvip.model.layers import after_attention, bare, norm_linear, residual_linear
 from clipvip.ops import proxy_attention
 from clipvip.ops.proxy_attention import takes_heads_of
 
@@ -92,12 +92,13 @@ class CLIPViPAttention(CLIPAttention):
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, norm: nn.LayerNorm, frame_offsets: Tensor
-    ) -> Tensor:
-        """Add attention over normalised tokens to the tokens: [T, C] → [T, C].
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over normalised tokens, without out_proj, which `after_attention` applies.
 
-        norm: the LayerNorm before the projections. frame_offsets: int32 [B+1].
+        hidden_states: [T, C]. norm: the LayerNorm before the projections. frame_offsets: int32
+        [B+1]. Returns hidden_states as `norm_linear` does, and [T, C].
         """
-        qkv = norm_linear(hidden_states, norm, self.q_proj, self.k_proj, self.v_proj)
+        hidden_states, qkv = norm_linear(hidden_states, norm, self.q_proj, self.k_proj, self.v_proj)
         attended = proxy_attention(
             qkv.unflatten(1, (3, self.num_heads, self.head_dim)),
             frame_offsets,
@@ -106,7 +107,7 @@ class CLIPViPAttention(CLIPAttention):
             self.scale,
             backend=self.config.attention_backend,
         )
-        return residual_linear(hidden_states, attended.flatten(1), self.out_proj)
+        return hidden_states, attended.flatten(1)
 
 
 class CLIPViPEncoderLayer(CLIPEncoderLayer):
@@ -118,10 +119,12 @@ class CLIPViPEncoderLayer(CLIPEncoderLayer):
 
     def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
         """tokens [T, C], frame_offsets int32 [B+1] → [T, C]."""
-        hidden_states = self.self_attn(hidden_states, self.layer_norm1, frame_offsets)
-        mlp = self.mlp
+        attention, mlp = self.self_attn, self.mlp
+        hidden_states, attended = attention(hidden_states, self.layer_norm1, frame_offsets)
         if type(mlp) is CLIPMLP and mlp.config.hidden_act == "quick_gelu" and bare(mlp):
-            return residual_mlp(hidden_states, self.layer_norm2, mlp.fc1, mlp.fc2)
+            rest = attention.out_proj, self.layer_norm2, mlp.fc1, mlp.fc2
+            return after_attention(hidden_states, attended, *rest)
+        hidden_states = residual_linear(hidden_states, attended, attention.out_proj)
         return hidden_states + mlp(self.layer_norm2(hidden_states))
 
 

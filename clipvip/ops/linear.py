@@ -57,8 +57,10 @@ def linear_forward_reference(
 ) -> tuple[Tensor, Statistics | None]:
     """Compute `linear_forward` in plain PyTorch, for any device and floating dtype."""
     inputs, statistics = _inputs(x, norm, silu)
+    # Given a beta, PyTorch on a GPU would copy the bias to every row before the product.
+    bias = bias if beta == 1 else bias * beta
     inputs, weight, bias = (each.to(operands) for each in (inputs, weight, bias))
-    out = torch.addmm(bias, inputs, weight.t(), beta=beta, alpha=alpha)
+    out = torch.addmm(bias, inputs, weight.t(), alpha=alpha)
     if residual is not None:
         out = out.add_(residual) if out.dtype == residual.dtype else residual + out
     return out, statistics

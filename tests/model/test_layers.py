@@ -1,20 +1,29 @@
 """The memory-saving parts of a layer match the plain composition, in each dtype, by both kinds of
-products."""
+products, and in the form that a GPU runs."""
 
 import pytest
 import torch
 from torch import nn
 
-from clipvip.model.layers import norm_linear, residual_linear, residual_mlp
-from clipvip.ops import _native, linear
+from clipvip.model.layers import after_attention, norm_linear, residual_linear, residual_mlp
+from clipvip.ops import _native, elementwise, linear
 
 WIDTH, INNER, TOKENS = 64, 128, 37
 
 
-@pytest.fixture(params=["our products", "pytorch's products"], autouse=True)
+ON_GPU = ("add_norm", "add_norm_backward", "add", "cast_and_sum", "quick_gelu")
+
+
+@pytest.fixture(params=["our products", "pytorch's products", "as on a GPU"], autouse=True)
 def products(request, monkeypatch):
-    """Choose the products; return whether they are ours on this CPU."""
+    """Choose the products, or the form of a GPU, whose kernels' references stand for them; return
+    whether the products are ours on this CPU."""
     ours = request.param == "our products"
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(elementwise, "takes", lambda *rows, dtype: True)
+        for name in (*ON_GPU, "quick_gelu_backward"):
+            reference = getattr(elementwise, f"{name}_reference")
+            monkeypatch.setattr(elementwise, name, reference)
     monkeypatch.setattr(linear, "_measured_processor", lambda: ours)
     monkeypatch.setattr(linear, "MIN_ROWS", 1)
     return ours and _native.module().cpu_capability() == "avx512bf16"
@@ -27,6 +36,7 @@ def parts(dtype):
             "norm": nn.LayerNorm(WIDTH),
             "fc1": nn.Linear(WIDTH, INNER),
             "fc2": nn.Linear(INNER, WIDTH),
+            "out_proj": nn.Linear(WIDTH, WIDTH),
         }
     )
     for parameter in modules.parameters():
@@ -51,8 +61,25 @@ def lean_residual(x, modules):
     return residual_linear(x, modules["fc1"](x), modules["fc2"])
 
 
+def plain_passed(x, modules):
+    return torch.cat([x, plain_linear(x, modules)], 1)
+
+
+def lean_passed(x, modules):
+    return torch.cat(norm_linear(x, modules["norm"], modules["fc1"]), 1)
+
+
+def plain_after(x, modules):
+    return plain_mlp(x + modules["out_proj"](x), modules)
+
+
+def lean_after(x, modules):
+    names = "out_proj", "norm", "fc1", "fc2"
+    return after_attention(x, x, *(modules[name] for name in names))
+
+
 def lean_linear(x, modules):
-    return norm_linear(x, modules["norm"], modules["fc1"])
+    return norm_linear(x, modules["norm"], modules["fc1"])[1]
 
 
 def lean_mlp(x, modules):
@@ -61,8 +88,14 @@ def lean_mlp(x, modules):
 
 PARTS = pytest.mark.parametrize(
     ("lean", "plain"),
-    [(lean_linear, plain_linear), (lean_residual, plain_residual), (lean_mlp, plain_mlp)],
-    ids=["linear", "residual", "mlp"],
+    [
+        (lean_linear, plain_linear),
+        (lean_passed, plain_passed),
+        (lean_residual, plain_residual),
+        (lean_mlp, plain_mlp),
+        (lean_after, plain_after),
+    ],
+    ids=["linear", "passed", "residual", "mlp", "after"],
 )
 
 
@@ -155,19 +188,28 @@ def test_compiles_without_a_break(lean, plain):
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4)
 
 
-def test_keeps_inputs_and_what_precedes_the_activation():
+@pytest.mark.parametrize(
+    ("lean", "values"),
+    [
+        (lean_linear, WIDTH + 2),  # x, mean and deviation
+        (lean_mlp, WIDTH + INNER + 2),  # and what fc1 gives
+        (lean_after, WIDTH + WIDTH + INNER + 2),  # and the sum of x and out_proj's product
+    ],
+    ids=["linear", "mlp", "after"],
+)
+def test_keeps_inputs_and_what_precedes_the_activation(lean, values):
     modules, x = parts(torch.float32)
-    kept = 0
+    kept = {}
 
     def count(tensor):
-        nonlocal kept
         if tensor.shape[0] == TOKENS:
-            kept += tensor[0].numel()
+            kept[tensor.data_ptr()] = tensor[0].numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        lean_mlp(x, modules)
-    assert kept == WIDTH + INNER + 2  # x, what fc1 gives, mean and deviation
+        out = lean(x, modules)
+    assert out.requires_grad
+    assert sum(kept.values()) == values
 
 
 class Doubled(nn.Linear):
@@ -206,6 +248,6 @@ def test_layers_side_by_side_are_one_product():
     modules, x = parts(torch.float32)
     layers = [nn.Linear(WIDTH, size) for size in (64, 128, 64)]
     want = torch.cat([layer(modules["norm"](x)) for layer in layers], 1)
-    torch.testing.assert_close(norm_linear(x, modules["norm"], *layers), want)
+    torch.testing.assert_close(norm_linear(x, modules["norm"], *layers)[1], want)
     layers[1].register_forward_hook(lambda module, given, out: 0 * out)
-    assert norm_linear(x, modules["norm"], *layers)[:, 64:192].eq(0).all()
+    assert norm_linear(x, modules["norm"], *layers)[1][:, 64:192].eq(0).all()

@@ -36,7 +36,7 @@ from device import MIB, peak_memory
 from machine import machine
 from torch import Tensor
 
-from clipvip.data.video import DaliDecoder, choose_engine, encode, open_clip, read_frames
+from clipvip.data.video import DaliDecoder, encode, open_clip, read_frames, start_engine
 from clipvip.data.video.pixels import ONE_THREAD, planes_of
 from clipvip.data.video.sampling import choose_frames
 from clipvip.ops import resize_crop
@@ -82,7 +82,7 @@ class Dali:
     """Ours with DALI, as in a loader: PyAV chooses the frames and their packets, DALI decodes."""
 
     def __init__(self) -> None:
-        self.engine = choose_engine("dali")
+        self.engine = start_engine("dali")
         self.decoder = DaliDecoder(SIZE, self.engine)
 
     def encode(self, path: Path) -> Any:

@@ -20,11 +20,12 @@ one of three paths to its batch:
                                 Collate → batch, report
 
 Both decoders give the same clips in the same order: the second worker repeats the failed attempt
-with the same random numbers.
+with the same random numbers. Codecs and sizes that DALI only fails on are soon left to PyAV: each
+task for a worker says which (`read_for_dali`).
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,18 @@ from clipvip.data.video import DaliDecoder, Encoded, Engine
 from clipvip.files import shown
 
 logger = logging.getLogger(__name__)
+
+
+EngineTask = tuple[Any, Engine | None]  # a task for BatchReader.read_batch, and DALI's engine
+
+
+def read_for_dali(
+    batch_reader: BatchReader, task: EngineTask, excluded: frozenset[int]
+) -> list[Sample]:
+    """Read a batch, in a worker, for the engine as it was when the task was given out."""
+    batch, engine = task
+    batch_reader.reader = replace(batch_reader.reader, engine=engine)
+    return batch_reader.read_batch(batch, excluded)
 
 
 class DecodeByDali:
@@ -58,6 +71,14 @@ class DecodeByDali:
         self._without_dali.reader = replace(batch_reader.reader, engine=None)
         self._name = name
         self._workers: Workers[tuple[Any, int], Sample] | None = None
+
+    def with_engine(
+        self, tasks: Iterable[Any], worker_of: Callable[[Any], int] | None
+    ) -> tuple[Iterable[EngineTask], Callable[[EngineTask], int] | None]:
+        """Make a BatchReader's tasks, and the choice of their workers, those of read_for_dali.
+        Workers thus skip what DALI fails on in this process."""
+        given = ((task, self.decoder.engine) for task in tasks)
+        return given, worker_of and (lambda task: worker_of(task[0]))
 
     def __call__(self, samples: list[Sample]) -> tuple[Batch | None, Report]:
         with self.decoder.apart():

@@ -24,7 +24,7 @@ A batch is made in these steps:
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ import torch
 
 from clipvip.data.annotations import Clip
 from clipvip.data.loading.bad_files import BadFile, BadFiles
-from clipvip.data.loading.by_dali import DecodeByDali
+from clipvip.data.loading.by_dali import DecodeByDali, read_for_dali
 from clipvip.data.loading.in_worker import set_place
 from clipvip.data.loading.reader import BatchReader, ClipReader, FileBatchReader, names_of
 from clipvip.data.loading.samples import TRIES, Batch, LoaderOptions, Report, collate
@@ -110,7 +110,7 @@ class ClipLoader:
         self._finish: DecodeByDali | None = None
         work: Callable[[Any, frozenset[int]], Any] = partial(_read_and_collate, batch_reader)
         if engine is not None:
-            work = batch_reader.read_batch
+            work = partial(read_for_dali, batch_reader)
             self._finish = DecodeByDali(batch_reader, engine, name)
         self._workers: Workers[Any, Any] = Workers(work, options.num_workers, name)
 
@@ -139,8 +139,11 @@ class ClipLoader:
     def _batches(self) -> Iterator[Batch]:
         before = self.decoded.copy()
         skipped, self._skipped = self._skipped, 0
-        tasks = self._order.tasks(self._epoch, skipped)
-        for _, result in self._workers.run(tasks, worker_of=self._order.worker_of):
+        tasks: Iterable[Any] = self._order.tasks(self._epoch, skipped)
+        worker_of = self._order.worker_of
+        if self._finish is not None:
+            tasks, worker_of = self._finish.with_engine(tasks, worker_of)
+        for _, result in self._workers.run(tasks, worker_of=worker_of):
             batch, report = result if self._finish is None else self._finish(result)
             for decoder in report.decoders:
                 if not self.decoded[decoder] and decoder not in ("DALI", "PyAV"):

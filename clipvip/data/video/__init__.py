@@ -23,7 +23,6 @@ from clipvip.data.video.dali import (
     Encoded,
     Engine,
     Refused,
-    choose_engine,
     encode,
     start_engine,
 )
@@ -55,7 +54,6 @@ __all__ = [
     "as_decode_errors",
     "check_decodes",
     "check_sampling",
-    "choose_engine",
     "cut",
     "encode",
     "is_image",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import av
+from av.bitstream import BitStreamFilterContext
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
@@ -302,13 +303,30 @@ class Stamps(NamedTuple):
 
 
 def remux(
-    stream: VideoStream, packets: list[Packet], stamps: list[Stamps], tick: Fraction, kind: str
+    stream: VideoStream,
+    packets: list[Packet],
+    stamps: list[Stamps],
+    tick: Fraction,
+    kind: str,
+    whole: tuple[int, int] | None = None,
 ) -> memoryview:
     """Return a file of format `kind` that holds packets of a stream, with new stamps in units of
-    `tick` seconds. The muxer may refuse stamps, sizes or codecs in any way."""
+    `tick` seconds. The muxer may refuse stamps, sizes or codecs in any way.
+
+    whole: width and height of the coded pictures of H.264 or HEVC, to show them without cutting off
+        their right and lower edges. Uses the packets up.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=kind, options=PLAIN) as out:
         copy = out.add_stream_from_template(stream, **_AS_IT_IS)
+        if whole is not None:
+            codec = stream.codec_context.codec.canonical_name
+            edit = BitStreamFilterContext(
+                f"{codec}_metadata=crop_right=0:crop_bottom=0", stream, copy
+            )
+            copy.codec_context.codec_tag = "\0\0\0\0"  # the stream's may be its container's own
+            copy.width, copy.height = whole
+            packets = [edited for packet in packets for edited in edit.filter(packet)]
         copy.time_base = tick
         for packet, stamp in zip(packets, stamps, strict=True):
             packet.pts, packet.dts, packet.duration = stamp

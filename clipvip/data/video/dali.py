@@ -12,6 +12,8 @@ import ctypes
 import functools
 import io
 import logging
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 import av
 import numpy as np
 import torch
-from av.codec.codec import UnknownCodecError
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -32,7 +33,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data import DECODERS
-from clipvip.data.video.container import Blob, DecodeError, Stamps, remux
+from clipvip.data.video.container import (
+    NAL,
+    PLAIN,
+    Blob,
+    DecodeError,
+    File,
+    Stamps,
+    open_file,
+    remux,
+)
 from clipvip.data.video.decode import Frames, OpenClip, open_clip
 from clipvip.data.video.headers import CHANGED, difference, is_reset
 from clipvip.data.video.pixels import MATRIX_NAMES, orientation, turned
@@ -43,19 +53,27 @@ logger = logging.getLogger(__name__)
 
 AV1_SINCE = (8, 6)  # compute capability
 THREADS = 8  # that feed a GPU's engines
-AT_ONCE = 1 << 30  # bytes of full-size frames that are decoded at once
+AT_ONCE = 2 << 30  # bytes of memory that decoding takes at once
+# What DALI holds per clip on a GPU: full-size RGB frames that wait for their turn to be shown, and
+# at most these surfaces of the video engine, in YUV 4:2:0.
+WAITING, SURFACES = 8, 20
 PART = ("size", "begin", "end")  # inputs of the pipeline that say how frames are resized
 TICKS = Fraction(1, 1000)  # seconds per tick of the copies
 STEP = 40  # ticks between frames
+FAILURES = 3  # clips of one codec and size, with none decoded, after which DALI leaves it to PyAV
+IN_A_ROW = 32  # failures of any codec and size after which DALI leaves all clips to PyAV
+
+Kind = tuple[str, int, int]  # codec, width, height
 
 
 class Engine(NamedTuple):
     """A device that DALI decodes on, and the codecs and pixel formats that it decodes there, by
-    FFmpeg's names."""
+    FFmpeg's names. refused: codecs and sizes that it turned out to fail on."""
 
     device: Literal["cpu", "gpu"]
     codecs: frozenset[str]
     pixels: frozenset[str]
+    refused: frozenset[Kind] = frozenset()
 
 
 YUV420 = frozenset({"yuv420p", "yuvj420p"})
@@ -99,46 +117,111 @@ def choose_engine(decoder: str) -> Engine | None:
 
 
 def start_engine(decoder: str) -> Engine | None:
-    """Return the engine that choose_engine chooses, after DALI has decoded a small clip on it. If
-    it cannot, "auto" falls back to PyAV (None) and logs why; "dali" raises DaliError."""
+    """Return the engine that choose_engine chooses, with the codecs of which DALI has decoded a
+    small clip on it as PyAV does; the log says which it has not. If there are none, "auto" falls
+    back to PyAV (None) and logs why; "dali" raises DaliError."""
     engine = choose_engine(decoder)
-    problem = None if engine is None else _problem(engine)
-    if problem is None:
-        return engine
+    if engine is None:
+        return None
+    problems = _problems(engine)
+    right = engine.codecs - problems.keys()
+    if right:
+        for codec, problem in problems.items():
+            _warn_once(f"DALI cannot decode {codec} ({problem}): PyAV decodes it")
+        return engine._replace(codecs=right)
+    problem = next(iter(problems.values()))
     if decoder == "dali":
         raise DaliError(f'decoder is "dali", which cannot start ({problem}); use auto or pyav')
     _warn_once(f"DALI cannot start ({problem}): PyAV decodes all clips")
     return None
 
 
-@functools.cache
-def _problem(engine: Engine) -> str | None:
-    """Return the reason why DALI cannot decode on an engine; None where it can."""
-    try:
-        with open_clip(Blob("the clip that DALI starts with", _sample(engine)), 1) as clip:
-            encoded = encode(clip, engine)
-        (frames,) = DaliDecoder(encoded.height, engine).decode([encoded])
-    except UnknownCodecError:  # PyAV was built without the encoder that makes the clip
-        return None
-    except Exception as error:  # raised by DALI, its libraries or the driver
-        return _reason(error)
-    return frames if isinstance(frames, str) else None
-
-
 _warn_once = functools.cache(logger.warning)
 
 
-def _sample(engine: Engine) -> bytes:
-    """Make a video file of one frame, to try DALI with."""
+SAMPLE_FRAMES, SAMPLE_STEP = 12, 16  # frames of a small clip, and by how much each is brighter
+SAMPLE_ERROR = 4.0  # mean error, of 255, below which a frame is the one that PyAV gives
+SAMPLE_SIZE = (176, 150)  # above video engines' least; coded as 176 × 160 by H.264
+# As most files of each codec are made: with frames that refer to later ones.
+ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
+    "h264": ("libx264", {"bf": "3", "x264-params": "b-adapt=0:b-pyramid=normal"}),
+    "hevc": ("libx265", {"x265-params": "log-level=error:bframes=3:b-adapt=0:b-pyramid=1"}),
+    "vp8": ("libvpx", {"deadline": "realtime", "cpu-used": "8"}),
+    "vp9": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+    "av1": ("libsvtav1", {"preset": "12"}),
+    "mpeg4": ("mpeg4", {"bf": "2"}),
+    "mjpeg": ("mjpeg", {}),
+}
+
+
+@functools.cache
+def _problems(engine: Engine) -> dict[str, str]:
+    """Decode a small clip of each codec by DALI and by PyAV. Return the codecs whose frames differ,
+    each with the reason: DALI can mistake frames for others without an error."""
+    size, problems = 64, {}
+    encoded, expected = [], {}
+    for codec in sorted(engine.codecs):
+        try:
+            with open_clip(Blob(f"{codec}.mkv", _sample(codec)), SAMPLE_FRAMES) as clip:
+                copy, right = encode(clip, engine), clip.decode(size).frames
+        except Exception as error:  # such as PyAV built without the encoder
+            problems[codec] = f"no clip to try it on: {error!r}"
+            continue
+        encoded.append(copy)
+        expected[codec] = right
+    try:
+        decoded = DaliDecoder(size, engine).decode(encoded)
+    except Exception as error:  # raised by DALI, its libraries or the driver
+        return dict.fromkeys(sorted(engine.codecs), _reason(error))
+    for (codec, right), given in zip(expected.items(), decoded, strict=True):
+        if isinstance(given, str):
+            problems[codec] = given
+            continue
+        far = (given.frames.cpu().float() - right.float()).abs().mean((1, 2, 3)) > SAMPLE_ERROR
+        if far.any():
+            problems[codec] = f"{int(far.sum())} of {len(far)} frames of a clip are wrong"
+    return problems
+
+
+def _sample(codec: str) -> bytes:
+    """Make a video file of SAMPLE_FRAMES frames that differ. Raises errors of PyAV."""
+    os.environ.setdefault("SVT_LOG", "1")  # or the encoder of AV1 prints its settings
+    (width, height), (name, options) = SAMPLE_SIZE, ENCODERS[codec]
     buffer = io.BytesIO()
-    codec, pixels = ("libx264", "yuv420p") if engine.device == "gpu" else ("mjpeg", "yuvj420p")
-    with av.open(buffer, "w", format="matroska") as out:
-        stream = out.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = 176, 144, pixels
-        black = np.zeros((144 * 3 // 2, 176), np.uint8)
-        out.mux(stream.encode(VideoFrame.from_ndarray(black, format=pixels)))
-        out.mux(stream.encode())
+    with av.open(buffer, "w", format="matroska", options=PLAIN) as out:
+        stream = out.add_stream(name, rate=25, options=options)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        packets = []
+        for number in range(SAMPLE_FRAMES):
+            planes = np.empty((height * 3 // 2, width), np.uint8)
+            planes[:] = np.linspace(90, 160, len(planes))[:, None]
+            planes[:height] = SAMPLE_STEP * (number + 1) + np.arange(width) % 24
+            frame = VideoFrame.from_ndarray(planes, format=stream.pix_fmt)
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if codec == "vp9":
+            packets = _with_hidden_frame(packets)
+        out.mux(packets)
     return buffer.getvalue()
+
+
+def _with_hidden_frame(packets: list[Packet]) -> list[Packet]:
+    """Hide the first frame of a VP9 stream, which others refer to, and let the second be shown
+    twice, as encoders do: the VP9 bitstream specification, 7.2 and Annex B."""
+    key, following = bytes(packets[0]), bytes(packets[1])
+    sizes = b"".join(len(part).to_bytes(2, "little") for part in (key, following))
+    hidden = bytes([key[0] & ~2]) + key[1:]  # the bit says that it is shown
+    index = b"\xc9" + sizes + b"\xc9"  # two frames, sizes of two bytes
+    data = [hidden + following + index, b"\x88", *map(bytes, packets[2:])]
+    made = []
+    for packet, content in zip(packets, data, strict=True):
+        new = Packet(content)
+        new.pts, new.dts, new.time_base = packet.pts, packet.dts, packet.time_base
+        new.stream, new.is_keyframe = packet.stream, packet.is_keyframe
+        made.append(new)
+    return made
 
 
 def _has_nvdec() -> bool:
@@ -157,9 +240,10 @@ def _has_nvdec() -> bool:
 class Encoded:
     """Frames of a clip, not decoded yet."""
 
+    kind: Kind
     data: Tensor  # uint8 [bytes], a Matroska file
     chosen: Choice  # the wanted frames, int32 [N], counted in the file in the order of showing
-    width: int  # of the stored frames
+    width: int  # of the stored frames; the file may hold more, at their right and lower edges
     height: int
     turn: Turn  # turns them upright
 
@@ -168,14 +252,22 @@ class Refused(DecodeError):
     """A clip that DALI cannot decode; PyAV may."""
 
 
+DAMAGED, OUT_OF_ORDER = "damaged", "frames out of order"
+
+
 def encode(clip: OpenClip, engine: Engine) -> Encoded:
     """Prepare the clip's frames for DALI on `engine`. Raises Refused, or errors of PyAV."""
     path, head = clip.path, clip.video.stream.codec_context
     codec = head.codec.canonical_name
+    kind = codec, head.width, head.height
     if codec not in engine.codecs:
         raise Refused(path, f"{codec} on the {engine.device.upper()}")
+    if kind in engine.refused:
+        raise Refused(path, _failing(kind))
     if clip.index.by_count:
         raise Refused(path, "no times of showing in the file")
+    if clip.index.lost:
+        raise Refused(path, DAMAGED)
     _check_colours(path, head.colorspace)
     positions = clip.chosen.positions
     wanted = clip.index.shown[positions]
@@ -185,11 +277,14 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
         stream = video.stream
         stated = stream.codec_context.width, stream.codec_context.height
         packets = _needed(video.packets_from(first), set(wanted.tolist()), stream)
+        # A GPU shows something in place of what is missing, without an error.
+        if any(packet.is_corrupt for packet in packets):
+            raise Refused(path, DAMAGED)
         if packets and (problem := difference(stream, packets)):
             raise Refused(path, problem)
         frame = _first_frame(packets)
         if frame is None:
-            raise Refused(path, "frames out of order")
+            raise Refused(path, OUT_OF_ORDER)
         if (frame.width, frame.height) != stated:  # DALI allocates what the file states
             raise Refused(path, CHANGED)
         _check_picture(path, frame, engine)
@@ -198,15 +293,35 @@ def encode(clip: OpenClip, engine: Engine) -> Encoded:
         if len(shown) < len(times):
             raise Refused(path, "two frames at one time")
         delay = int((np.arange(len(packets)) - order).max())  # none is shown before it is decoded
+        if engine.device == "gpu" and delay >= WAITING:  # DALI would show the next one first
+            raise Refused(path, OUT_OF_ORDER)
         stamps = [
             Stamps((place + delay) * STEP, decoded * STEP, STEP)
             for decoded, place in enumerate(order.tolist())
         ]
-        data = remux(stream, packets, stamps, TICKS, "matroska")
+        coded = stream.codec_context.coded_width, stream.codec_context.coded_height
+        whole = coded if engine.device == "gpu" and codec in NAL and coded != stated else None
+        data = remux(stream, packets, stamps, TICKS, "matroska", whole)
+    if whole is not None:
+        _check_whole(path, data, whole)
     numbers, middle = clip.chosen.split(np.searchsorted(shown, wanted).astype(np.int32))
     chosen = Choice(numbers, None if middle is None else int(middle))
     file = torch.frombuffer(data, dtype=torch.uint8)
-    return Encoded(file, chosen, frame.width, frame.height, orientation(frame))
+    return Encoded(kind, file, chosen, frame.width, frame.height, orientation(frame))
+
+
+def _failing(kind: Kind) -> str:
+    codec, width, height = kind
+    return f"DALI fails on {codec} of {width} × {height}"
+
+
+def _check_whole(path: Path, data: memoryview, whole: tuple[int, int]) -> None:
+    """Raise Refused unless a file's frames are of the size `whole`. They are smaller where the left
+    or upper edge of the coded pictures is cut off too."""
+    with open_file(File(path, bytes(data))) as copy:
+        frame = _first_frame(list(copy.packets()))
+    if frame is None or (frame.width, frame.height) != whole:
+        raise Refused(path, "a cut left or upper edge")
 
 
 def _check_picture(path: Path, frame: VideoFrame, engine: Engine) -> None:
@@ -276,12 +391,16 @@ class DaliDecoder:
     def __init__(self, size: int, engine: Engine, threads: int = 1, resize: str = "crop") -> None:
         self.size = size
         self.resize = resize
+        self.engine: Engine | None = engine
         on_gpu = engine.device == "gpu"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         self._threads = THREADS if on_gpu else max(threads, 1)
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._pipeline: Any = None
         self._most = 0
+        self._decoded: set[Kind] = set()
+        self._failed: Counter[Kind] = Counter()
+        self._in_a_row = 0
 
     def decode(self, clips: Sequence[Encoded]) -> list[Frames | str]:
         """Return each clip's frames, on the device; or the reason why DALI could not decode it."""
@@ -299,24 +418,56 @@ class DaliDecoder:
             self._stream.synchronize()
 
     def _decode(self, clips: Sequence[Encoded]) -> list[Frames | str]:
-        if self._pipeline is None or len(clips) > self._most:
-            self._most = max(len(clips), self._most)
-            self._pipeline = self._build(self._most)
+        """Decode all clips at once, except for those that DALI is known to fail on."""
+        reasons = [self._refusal(clip.kind) for clip in clips]
+        tried = [clip for clip, why in zip(clips, reasons, strict=True) if why is None]
+        decoded = iter(self._try(tried) if tried else [])
+        return [next(decoded) if why is None else why for why in reasons]
+
+    def _refusal(self, kind: Kind) -> str | None:
+        if self.engine is None:
+            return "DALI fails on all clips"
+        return _failing(kind) if kind in self.engine.refused else None
+
+    def _try(self, clips: Sequence[Encoded]) -> list[Frames | str]:
         try:
+            if self._pipeline is None or len(clips) > self._most:
+                self._pipeline = None  # its memory is free before the next one takes some
+                self._most = max(len(clips), self._most)
+                self._pipeline = self._build(self._most)
             packed = self._run(clips)
-        except RuntimeError as error:
+        except Exception as error:  # raised by DALI, its libraries or the driver
             # The pipeline is invalid now, and the other clips' frames are lost: decode each half of
             # the clips again, until the clip that fails is alone.
+            if self._pipeline is None:
+                self._most = 0  # so many at once may be too many
             self._pipeline = None
             if len(clips) == 1:
+                self._note_failure(clips[0].kind, _reason(error))
                 return [_reason(error)]
             half = len(clips) // 2
             return [*self._decode(clips[:half]), *self._decode(clips[half:])]
+        self._decoded.update(clip.kind for clip in clips)
+        self._in_a_row = 0
         parts = packed.split([len(clip.chosen.positions) for clip in clips])
         return [
             Frames(*clip.chosen.split(turned(part, clip.turn)))
             for part, clip in zip(parts, clips, strict=True)
         ]
+
+    def _note_failure(self, kind: Kind, reason: str) -> None:
+        """Count a clip that failed alone. Where no end of failures is in sight, leave the kind, or
+        all clips, to PyAV."""
+        self._failed[kind] += 1
+        self._in_a_row += 1
+        if self.engine is None:
+            return
+        if self._in_a_row >= IN_A_ROW:
+            self.engine = None
+            logger.warning("%d clips in a row failed (%s): PyAV decodes all", IN_A_ROW, reason)
+        elif self._failed[kind] >= FAILURES and kind not in self._decoded:
+            self.engine = self.engine._replace(refused=self.engine.refused | {kind})
+            logger.warning("%s (%s): PyAV decodes these clips", _failing(kind), reason)
 
     def _run(self, clips: Sequence[Encoded]) -> Tensor:
         """Decode all clips' frames, one after another: uint8 [F, 3, size, size]."""
@@ -324,7 +475,9 @@ class DaliDecoder:
             placed(clip.height, clip.width, self.size, self.resize, clip.turn) for clip in clips
         ]
         positions = [clip.chosen.positions for clip in clips]
-        inputs = {"data": [clip.data.numpy() for clip in clips], "frames": positions}
+        shapes = [np.array([clip.height, clip.width], np.int32) for clip in clips]
+        data = [clip.data.numpy() for clip in clips]
+        inputs: dict[str, list[Any]] = {"data": data, "frames": positions, "shape": shapes}
         if self.resize != "squash":
             parts = [_part(clip, sides) for clip, sides in zip(clips, axes, strict=True)]
             inputs |= {name: [part[name] for part in parts] for name in PART}
@@ -363,6 +516,8 @@ class DaliDecoder:
                 device="mixed" if gpu else "cpu",
                 affine=False,  # or all ranks of a machine would share the same few cores
             )
+            shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+            decoded = fn.slice(decoded, start=[0, 0], shape=shape, axes=[1, 2])
             if self.resize != "squash":  # DALI has no filter like that of "squash"
                 size, begin, end = (
                     fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in PART
@@ -381,16 +536,24 @@ class DaliDecoder:
 
 
 def _portions(clips: Sequence[Encoded]) -> Iterator[Sequence[Encoded]]:
-    """Split clips into portions whose full-size frames fit into AT_ONCE bytes."""
+    """Split clips into portions that decoding takes at most AT_ONCE bytes for, or of one clip."""
     first, total = 0, 0
     for last, clip in enumerate(clips):
-        size = 3 * clip.width * clip.height * len(clip.chosen.positions)
+        size = _memory(clip)
         if total and total + size > AT_ONCE:
             yield clips[first:last]
             first, total = last, 0
         total += size
     if clips:
         yield clips[first:]
+
+
+def _memory(clip: Encoded) -> int:
+    """Return an upper bound of the bytes that decoding a clip takes: its frames, as decoded and
+    without their hidden edges, and what a GPU holds besides."""
+    rgb = 3 * (2 * len(clip.chosen.positions) + WAITING)
+    pixels = (clip.width + 15) // 16 * (clip.height + 15) // 16 * 256
+    return pixels * (rgb + SURFACES * 3 // 2)
 
 
 def _part(clip: Encoded, axes: tuple[Axis, Axis]) -> dict[str, NDArray[np.float32]]:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipvip.data import loading
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import Batch, ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, write_shards
@@ -55,10 +57,23 @@ SIZE = 32
 STORED = (176, 144)  # video engines take no smaller frames
 
 
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch) -> None:
+    """What DALI decodes on by default: on the CPU, also on a machine with a GPU."""
+
+    def choose(decoder: str) -> dali.Engine | None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            return choose_engine(decoder)
+
+    monkeypatch.setattr(dali, "choose_engine", choose)
+
+
 @pytest.fixture
-def cuda(cuda: str) -> str:
+def cuda(cuda: str, monkeypatch) -> str:
     if not dali._has_nvdec():
         pytest.skip("no video engine of the GPU: the driver's libnvcuvid.so.1 is not found")
+    monkeypatch.setattr(dali, "choose_engine", choose_engine)
     return cuda
 
 
@@ -502,9 +517,11 @@ def test_a_bad_file_that_only_decoding_finds_costs_no_other_clip(
     workers: int, load: Load, clips: list[Clip], ruined: Path, numbers, tmp_path: Path, caplog
 ) -> None:
     spoiled = list(clips)
-    spoiled[4] = Clip(ruined, text=("a",), line=5)
-    spoiled[9] = Clip(ruined, text=("b",), line=10)
     for training in (True, False):
+        # Under another name, since damage that was found is remembered, and DALI not tried again.
+        ruined = Path(shutil.copy(ruined, tmp_path / f"{training}.webm"))
+        spoiled[4] = Clip(ruined, text=("a",), line=5)
+        spoiled[9] = Clip(ruined, text=("b",), line=10)
         listed = tmp_path / f"bad-{training}.jsonl"
         ours = load(spoiled, training=training, num_workers=workers, bad_files=listed)
         theirs = load(spoiled, training=training, decoder="pyav")
@@ -539,19 +556,27 @@ def test_shards_too_lose_only_the_bad_clip(
 
 @needs_dali
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_only_dali_cannot_decode_is_no_bad_file(workers: int, load: Load, monkeypatch) -> None:
+def test_what_only_dali_cannot_decode_is_no_bad_file_and_is_not_tried_for_ever(
+    workers: int, load: Load, monkeypatch, caplog
+) -> None:
     wrong = dali.CPU._replace(codecs=dali.CPU.codecs | {"h264"})
-    monkeypatch.setattr(dali, "choose_engine", lambda decoder: wrong)
-    ours = load(num_workers=workers)
-    batches = list(ours)
-    monkeypatch.undo()
-    theirs = list(load(decoder="pyav"))
-    assert [b["clip_index"].tolist() for b in batches] == [b["clip_index"].tolist() for b in theirs]
-    assert (
-        max(far(a["pixel_values"], b["pixel_values"]) for a, b in zip(batches, theirs, strict=True))
-        < 2
-    )
-    assert ours.decoded == {"DALI": 12, "PyAV (DALI could not)": 6} and not ours.bad_files
+    with monkeypatch.context() as patch:
+        patch.setattr(loading.loader, "start_engine", lambda decoder: wrong)
+        ours = load(num_workers=workers)
+    theirs = load(decoder="pyav")
+    for epoch in range(2):
+        before = ours.decoded.copy()
+        ours.set_epoch(epoch)
+        theirs.set_epoch(epoch)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine["clip_index"].tolist() == other["clip_index"].tolist()
+            assert far(mine["pixel_values"], other["pixel_values"]) < 2
+        decoded = ours.decoded - before
+        assert decoded["DALI"] == 12 and decoded.total() == 18
+    assert decoded == {"DALI": 12, "PyAV (DALI fails on h264 of 176 × 144)": 6}
+    assert ours.decoded["PyAV (DALI could not)"] >= dali.FAILURES and not ours.bad_files
+    said = [text for text in caplog.messages if "PyAV decodes these clips" in text]
+    assert len(said) == 1 and said[0].startswith("DALI fails on h264 of 176 × 144 (DALI: ")
 
 
 @needs_dali
@@ -616,11 +641,11 @@ def test_auto_is_dali_only_where_a_gpu_can_decode(monkeypatch) -> None:
 @pytest.fixture
 def unstarted(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
     """A process that has not started DALI yet."""
-    dali._problem.cache_clear()
+    dali._problems.cache_clear()
     dali._warn_once.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    dali._problem.cache_clear()
+    dali._problems.cache_clear()
 
 
 def _no_session(*given: Any) -> None:
@@ -674,8 +699,17 @@ def test_libraries_that_cannot_be_loaded_are_a_reason_too(caplog, unstarted) -> 
 @pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("clip", [{}, {"start": 0.9, "end": 1.7}, {"with_middle": True}], ids=str)
 def test_which_frames_on_a_gpu(name: str, clip, cuda: str, make_video, numbers) -> None:
+    """DALI decodes a codec right, or it is found out when it starts."""
     video = make_video(f"dali-{name}", size=STORED, **ON_GPU[name])
-    ours = by_dali(video, 7, DaliDecoder(SIZE, dali.GPU), **clip)
+    engine = dali.start_engine("dali")
+    assert engine is not None and {"h264", "hevc"} <= engine.codecs
+    with open_clip(video, 7, **clip) as opened:
+        codec = opened.video.stream.codec_context.codec.canonical_name
+        if codec not in engine.codecs:
+            with pytest.raises(Refused, match=f"{codec} on the GPU"):
+                encode(opened, engine)
+            return
+    ours = by_dali(video, 7, DaliDecoder(SIZE, engine), **clip)
     assert ours.is_cuda
     assert numbers(ours.cpu()) == numbers(by_pyav(video, 7, **clip))
 
@@ -685,6 +719,17 @@ def test_which_frames_on_a_gpu(name: str, clip, cuda: str, make_video, numbers) 
 def test_frames_on_a_gpu_are_pyavs(name: str, cuda: str, real_clips) -> None:
     ours = by_dali(real_clips[name], 12, DaliDecoder(224, dali.GPU))
     assert far(ours.cpu(), read_frames(real_clips[name], 12, size=224)) < 2 * MEAN
+
+
+@needs_dali
+@pytest.mark.parametrize("size", [(640, 360), (640, 352)], ids=str)
+def test_frames_on_a_gpu_are_pyavs_whatever_size_they_are_coded_in(
+    size: tuple[int, int], cuda: str, make_video, numbers
+) -> None:
+    video = make_video(f"dali-{size[1]}.mp4", size=size, options={"g": "10", "bf": "2"})
+    ours = by_dali(video, 7, DaliDecoder(SIZE, dali.GPU)).cpu()
+    theirs = by_pyav(video, 7)
+    assert numbers(ours) == numbers(theirs) and far(ours, theirs) < 2 * MEAN
 
 
 @needs_dali

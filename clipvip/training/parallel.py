@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from clipvip.distributed import world_size
+from clipvip.distributed import rank, world_size
 from clipvip.model import CLIPViPModel
 
 COMPILED_GRAPHS = 32
@@ -106,10 +106,12 @@ _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """Copy all weights to the CPU, by name; for shards the result is empty on all ranks except for
-    the first. All ranks must call."""
+    """Copy all weights to the CPU of the first rank, by name; the other ranks hold copies of
+    nothing, and get an empty result. All ranks must call, as shards are gathered."""
     if is_sharded(model):
         return states.get_model_state_dict(model, options=_WHOLE)
+    if rank() != 0:
+        return {}
     return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
 
 

@@ -5,6 +5,7 @@ python forks.py kill COUNTS CONFIG key=value …   as many processes as the firs
     the last ones end by themselves
 python forks.py damage COUNTS CONFIG key=value …   besides, the newest of several checkpoints is cut
 python forks.py two CONFIG key=value …    two processes of one training, as torchrun starts them
+python forks.py hold CONFIG key=value …   the same; fail if the second holds what is to be saved
 python forks.py stop OUT CONFIG key=value …   sent SIGTERM and started again; alone
     in OUT-1, two processes in OUT-2
 python forks.py lose OUT CONFIG key=value …   two, of which either is killed, or stopped; and of
@@ -31,9 +32,12 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 import clipvip.files
 import clipvip.training.state
+from clipvip.distributed import rank
+from clipvip.training import parallel
 from clipvip.training.__main__ import main
 from clipvip.training.checkpoint import checkpoints
 from clipvip.training.config import load_config
@@ -189,6 +193,23 @@ def two_processes(arguments, run=main):
     return max(map(status, ranks(2, arguments, run)))
 
 
+def saving_what_the_first_holds(arguments):
+    for name in ("whole_weights", "whole_moments"):
+        monitor(name)
+    main(arguments)
+
+
+def monitor(name):
+    whole = getattr(parallel, name)
+
+    def watched(*given):
+        held = whole(*given)
+        assert any(isinstance(x, torch.Tensor) for x in tree_leaves(held)) == (rank() == 0)
+        return held
+
+    setattr(parallel, name, watched)
+
+
 def broken_on_the_second_rank(arguments):
     calls, loss = [], Retrieval.loss
 
@@ -220,6 +241,7 @@ if __name__ == "__main__":
         "stop": stop_and_go_on,
         "lose": lose_a_rank,
         "skip": functools.partial(two_processes, run=broken_on_the_second_rank),
+        "hold": functools.partial(two_processes, run=saving_what_the_first_holds),
         "full": two_without_room,
         "refused": two_refused,
         "eval": lambda given: max(map(status, ranks(int(given[0]), given[1:], evaluate))),

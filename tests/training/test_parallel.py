@@ -20,8 +20,8 @@ FORKS = Path(__file__).with_name("forks.py")
 COMMON = ("task=omnisource", "save_every=3", "eval_every=3")
 
 
-def two(make_config, *overrides):
-    command = [sys.executable, str(FORKS), "two", str(make_config.path), *map(str, overrides)]
+def two(make_config, *overrides, mode="two"):
+    command = [sys.executable, str(FORKS), mode, str(make_config.path), *map(str, overrides)]
     subprocess.run(command, check=True, timeout=120)
 
 
@@ -58,6 +58,16 @@ def test_shards_of_weights_on_two_ranks_are_one_process(make_config, tmp_path, c
     (mixed / "checkpoints" / "step-00000006").rename(tmp_path / "aside-too")
     two(make_config, *common, *fsdp, f"out={mixed}", "resume=latest")
     assert losses(mixed) == pytest.approx(losses(one), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_only_the_rank_that_writes_holds_what_is_saved(make_config, tmp_path, kind):
+    given = ("ema=0.7", f"parallel={kind}", "resume=latest", f"out={tmp_path / kind}")
+    two(make_config, *COMMON, *given, mode="hold")
+    kept = losses(tmp_path / kind)
+    (tmp_path / kind / "checkpoints" / "step-00000006").rename(tmp_path / "aside")
+    two(make_config, *COMMON, *given, mode="hold")
+    assert losses(tmp_path / kind) == pytest.approx(kept, rel=1e-5) and len(kept) == 6
 
 
 def test_the_average_is_saved_and_the_run_resumes_from_its_own_weights(

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPTextConfig
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile, LoaderOptions, build_loader
-from clipvip.inputs import tokenize
+from clipvip.inputs import send, sent_ahead, tokenize
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.pretrained import found, hub_options, read_json
 from clipvip.model.processing import normalize_frames
@@ -80,11 +81,13 @@ def embed_clips(
         **processor.loading(),
     )
     loader = build_loader(clips, options, training=False)
-    for batch in loader:
-        frames = normalize_frames(
-            batch["pixel_values"].to(model.device), processor.image_mean, processor.image_std
-        )
-        features = model.get_video_features(frames, batch["frame_offsets"].to(model.device))
+
+    def send_frames(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: send(batch[key], model.device) for key in ("pixel_values", "frame_offsets")}
+
+    for batch, sent in sent_ahead(loader, send_frames, model.device):
+        frames = normalize_frames(sent["pixel_values"], processor.image_mean, processor.image_std)
+        features = model.get_video_features(frames, sent["frame_offsets"])
         features = F.normalize(features.float(), dim=-1).cpu()
         yield dict(zip(batch["clip_index"].tolist(), features, strict=True))
     bad_files += loader.bad_files
@@ -99,13 +102,65 @@ def embed_texts(
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     own = []
     for batch in batches[rank::world]:
-        ids, mask = tokenize(processor.tokenizer, batch, processor.longest_text)
-        features = model.get_text_features(ids.to(model.device), mask.to(model.device))
-        own.append(F.normalize(features.float(), dim=-1).cpu())
+        ids, padded = tokenize(processor.tokenizer, batch, processor.longest_text)
+        mask = needed_mask(model.text_model.config, ids, padded, model.device)
+        mask = None if mask is None else send(mask, model.device)
+        own.append(text_features(model, send(ids, model.device), mask).cpu())
     parts: list[Tensor] = [torch.empty(0)] * len(batches)
     for first, theirs in enumerate(distributed.all_gather_objects(own)):
         parts[first::world] = theirs
     return torch.cat(parts)
+
+
+def text_features(model: CLIPViPModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Embed a batch of texts: unit features [n, P], fp32.
+
+    ids, mask: int64 [n, length], on the model's device; mask as `needed_mask` returns it.
+    """
+    config = model.text_model.config
+    if mask is not None and config._attn_implementation == "sdpa" and _is_causal(config):
+        mask = causal_mask(mask)
+    return F.normalize(model.get_text_features(ids, mask).float(), dim=-1)
+
+
+def needed_mask(
+    config: CLIPTextConfig, ids: Tensor, mask: Tensor, device: torch.device
+) -> Tensor | None:
+    """Return the mask of a batch of texts, or None if their features on `device` are the same
+    without it.
+
+    A causal tower reads a text's feature at its end token, to which later tokens mean nothing. So
+    padding behind it needs no mask. On a GPU, where PyTorch has flash attention only without a
+    mask, none is given then; on a CPU, padding is always masked.
+
+    config: configuration of the text tower.
+    ids, mask: int64 [n, length], on the CPU; mask is 0 for padding.
+    """
+    if mask.all():
+        return None
+    if device.type != "cuda" or not _is_causal(config):
+        return mask
+    # The token whose feature is the text's, as transformers' CLIPTextModel finds it.
+    end: Any = config.eos_token_id
+    pooled = (ids if end == 2 else ids.eq(end).int()).argmax(-1)
+    visible = mask.bool().cumprod(-1).gather(-1, pooled[:, None])  # no padding up to that token
+    return None if visible.all() else mask
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """Mask of text attention, bool [n, 1, length, length]: True where a token attends to another,
+    which is an earlier one or itself, and never padding.
+
+    mask: [n, length], 0 for padding. transformers builds the same mask, but first asks whether
+    there is any padding at all, for which the host waits for the GPU.
+    """
+    length = mask.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    return earlier & mask.bool()[:, None, None]
+
+
+def _is_causal(config: CLIPTextConfig) -> bool:
+    return getattr(config, "is_causal", True)  # transformers looks there too
 
 
 def join_texts(clips: Sequence[Clip], paragraph: bool) -> list[Clip]:

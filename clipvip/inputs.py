@@ -1,14 +1,18 @@
 """Prepare what a model reads: tokens of texts, and tensors on its device."""
 
+import functools
 import html
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 # A text of megabytes would take seconds and much memory, and no model reads that far.
 MOST_CHARACTERS = 20_000
+
+Item = TypeVar("Item")
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Tensor, Tensor]:
@@ -35,3 +39,51 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def sent_ahead(
+    items: Iterable[Item],
+    send_item: Callable[[Item], dict[str, Tensor]],
+    device: torch.device,
+) -> Iterator[tuple[Item, dict[str, Tensor]]]:
+    """Yield each item with its tensors on `device`.
+
+    On a GPU, the next item is drawn and copied, on a stream of its own, before an item is yielded:
+    the GPU copies it while it computes with this one. If drawing an item fails, those before it are
+    yielded first.
+
+    send_item: sends the tensors of an item to `device`, by `send`.
+    """
+    if device.type != "cuda":
+        for item in items:
+            yield item, send_item(item)
+        return
+    copying, failure = _copy_stream(device), None
+    started: deque[tuple[Item, dict[str, Tensor], torch.Event]] = deque()
+
+    def arrived() -> tuple[Item, dict[str, Tensor]]:
+        item, tensors, copied = started.popleft()
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(copied)
+        for tensor in tensors.values():
+            tensor.record_stream(computing)  # its memory must outlast the work queued there
+        return item, tensors
+
+    try:
+        for item in items:
+            with torch.cuda.stream(copying):
+                started.append((item, send_item(item), copying.record_event()))
+            if len(started) > 1:
+                yield arrived()
+    except Exception as raised:
+        failure = raised
+    if started:
+        yield arrived()
+    if failure is not None:
+        raise failure
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The same for all copies, as PyTorch reuses memory only within the stream it was made on."""
+    return torch.cuda.Stream(device)

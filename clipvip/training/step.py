@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from clipvip import distributed
-from clipvip.inputs import send
+from clipvip.embedding import needed_mask
+from clipvip.inputs import send, sent_ahead
+from clipvip.model import CLIPViPModel
 from clipvip.training import parallel
 from clipvip.training.optimization import schedule
 from clipvip.training.state import Run
@@ -36,16 +38,30 @@ class StepResult:
     clips: Tensor  # indices of this rank's clips, int64 [n], on the CPU
 
 
-def train_step(run: Run, batches: Iterator[Batch], step: int) -> StepResult:
-    """Take one optimizer step, over config.accumulation micro-batches of all ranks."""
+def sent_batches(run: Run, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch]]:
+    """Yield each batch of a ClipLoader with what the towers read of it, on their device. Of a batch
+    that is embedded in parts nothing is sent yet, as the device need not hold more than two parts.
+    """
+
+    def send_whole(batch: Batch) -> Batch:
+        return {} if part_size_of(run, batch) else to_device(batch, run.model)
+
+    return sent_ahead(batches, send_whole, run.model.device)
+
+
+def train_step(run: Run, batches: Iterator[tuple[Batch, Batch]], step: int) -> StepResult:
+    """Take one optimizer step, over config.accumulation micro-batches of all ranks.
+
+    batches: result of sent_batches.
+    """
     started, waited, losses, seen = time.perf_counter(), 0.0, [], []
     rate = set_rates(run, step)
     for _ in range(run.config.accumulation):
         asked = time.perf_counter()
-        batch = next(batches)
+        batch, sent = next(batches)
         waited += time.perf_counter() - asked
         with run.accelerator.accumulate(run.towers):
-            losses.append(forward_backward(run, batch))
+            losses.append(forward_backward(run, batch, sent))
         seen.append(batch["clip_index"])
     norm = parallel.clip_gradients(run.model, run.config.optimizer.max_grad_norm)
     figures = torch.stack([torch.stack(losses).mean(), norm])
@@ -81,39 +97,54 @@ def set_rates(run: Run, step: int) -> float:
     return rate
 
 
-def forward_backward(run: Run, batch: Batch) -> Tensor:
+def forward_backward(run: Run, batch: Batch, sent: Batch) -> Tensor:
     """Add the gradients of one micro-batch to those of the weights; return its loss, 0-d.
 
-    batch: batch of a ClipLoader; config.micro_batch clips of it are embedded at a time, if given.
+    batch, sent: an item of sent_batches; config.micro_batch clips are embedded at a time, if given.
     """
 
-    def embed(part: Batch) -> Features:
-        part = to_device(part, run.accelerator.device)
+    def embed(inputs: Batch) -> Features:
         with run.accelerator.autocast():
-            return run.towers(part)
+            return run.towers(inputs)
+
+    def send_part(part: Batch) -> Batch:
+        return to_device(part, run.model)
 
     def loss_of(features: Features) -> Tensor:
         return run.task.loss(features, batch)
 
-    part_size = run.config.micro_batch
-    if part_size is not None and part_size < len(batch["frame_offsets"]) - 1:
+    part_size = part_size_of(run, batch)
+    if part_size is not None:
         return forward_backward_in_parts(
             *(embed, loss_of, batch, part_size),
+            send_parts=lambda parts: sent_ahead(parts, send_part, run.model.device),
             backward=run.accelerator.backward,
             without_sync=lambda: parallel.without_sync(run.towers, run.model, run.accelerator),
         )
-    loss = loss_of(embed(batch))
+    loss = loss_of(embed(sent))
     run.accelerator.backward(loss)
     return loss.detach()
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move the tensors that the towers read, except for masks that mask nothing."""
-    return {
-        key: send(value, device)
-        for key, value in batch.items()
-        if not key.endswith(("_present", "_mask")) or (key.endswith("_mask") and not value.all())
-    }
+def part_size_of(run: Run, batch: Batch) -> int | None:
+    """Return how many clips of a batch are embedded at a time; None for all."""
+    size = run.config.micro_batch
+    return size if size is not None and size < len(batch["frame_offsets"]) - 1 else None
+
+
+def to_device(batch: Batch, model: CLIPViPModel) -> Batch:
+    """Send what a model's towers read of a batch to its device, except for masks that change no
+    feature."""
+    sent = {}
+    for key, value in batch.items():
+        name, _, kind = key.rpartition("_")
+        needed: Tensor | None = value
+        if kind == "mask":
+            config = model.text_model.config
+            needed = needed_mask(config, batch[f"{name}_ids"], value, model.device)
+        if kind != "present" and needed is not None:
+            sent[key] = send(needed, model.device)
+    return sent
 
 
 def forward_backward_in_parts(
@@ -122,6 +153,7 @@ def forward_backward_in_parts(
     batch: Batch,
     part_size: int,
     *,
+    send_parts: Callable[[list[Batch]], Iterator[tuple[Batch, Batch]]],
     backward: Callable[[Tensor], Any],
     without_sync: Callable[[], AbstractContextManager],
 ) -> Tensor:
@@ -133,14 +165,17 @@ def forward_backward_in_parts(
     state, to pass the gradients of its features on to the weights. The price is one more forward
     pass.
 
-    embed: towers, with autocast; moves a part of the batch, of part_size clips, to their device.
+    embed: towers, with autocast, of a part on their device.
     loss_of: loss of the features of the whole batch.
+    part_size: clips per part.
+    send_parts: yields each of some parts, and the part on the towers' device.
     backward: computes gradients from a loss, which it may scale.
     without_sync: context for all parts but the last, in which ranks do not exchange gradients.
     """
     parts = split(batch, part_size)
+    sent = send_parts([*parts, *parts])
     with torch.no_grad():
-        states, found = zip(*((_random_state(), embed(part)) for part in parts), strict=True)
+        states, found = zip(*((_random_state(), embed(next(sent)[1])) for _ in parts), strict=True)
     features = {
         key: found[0][key] if key == SHARED else torch.cat([each[key] for each in found])
         for key in found[0]
@@ -151,11 +186,11 @@ def forward_backward_in_parts(
     backward(loss)
 
     first = 0
-    for part, state in zip(parts, states, strict=True):
+    for state, (part, inputs) in zip(states, sent, strict=True):
         after = first + len(part["frame_offsets"]) - 1
         last = part is parts[-1]
         with _from_random_state(state), nullcontext() if last else without_sync():
-            again = embed(part)
+            again = embed(inputs)
             pairs = []
             for key, feature in features.items():
                 if again[key].requires_grad and feature.grad is not None:

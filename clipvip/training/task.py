@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipvip.data.annotations import Clip
 from clipvip.data.shards import Shards
+from clipvip.embedding import text_features
 from clipvip.losses import VARIANTS, contrastive_loss, omnisource_loss
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.processing import normalize_frames
@@ -165,21 +166,6 @@ class Towers(nn.Module):
         if self.task.with_image:
             features["frame"] = visual[count:]
         for name in self.task.texts:
-            mask = batch.get(f"{name}_mask")
-            if mask is not None and self.model.text_model.config._attn_implementation == "sdpa":
-                mask = causal_mask(mask)
-            text = self.model.get_text_features(batch[f"{name}_ids"], mask)
-            features[name] = F.normalize(text.float(), dim=-1)
+            ids, mask = batch[f"{name}_ids"], batch.get(f"{name}_mask")
+            features[name] = text_features(self.model, ids, mask)
         return features
-
-
-def causal_mask(mask: Tensor) -> Tensor:
-    """Mask of text attention, bool [n, 1, length, length]: True where a token attends to another,
-    which is an earlier one or itself, and never padding.
-
-    mask: [n, length], 0 for padding. transformers builds the same mask, but first asks whether
-    there is any padding at all, for which the host waits for the GPU.
-    """
-    length = mask.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    return earlier & mask.bool()[:, None, None]

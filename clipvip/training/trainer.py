@@ -24,7 +24,7 @@ from clipvip.training.plan import TERA
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import known_trackers
 from clipvip.training.state import Run, save_state
-from clipvip.training.step import StepResult, train_step
+from clipvip.training.step import StepResult, sent_batches, train_step
 from clipvip.training.task import Batch
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -94,7 +94,9 @@ def run_loop(run: Run) -> None:
     if distributed.on_any(torch.tensor([run.preemption.asked], device=device))[0]:
         raise preempted(run)
 
-    batches = endless(run.loader, state.clips // (config.batch_size // config.accumulation))
+    done = state.clips // (config.batch_size // config.accumulation)
+    left = (total - state.step) * config.accumulation
+    batches = sent_batches(run, itertools.islice(endless(run.loader, done), left))
     for step in range(state.step + 1, total + 1):
         result = train_step(run, batches, step)
         run.preemption.asked |= result.stop

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel
 
-from clipvip.embedding import load_for_embedding
+from clipvip.embedding import (
+    embed_texts,
+    load_for_embedding,
+    needed_mask,
+    text_features,
+)
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 
 
@@ -59,3 +64,72 @@ def test_a_video_model_stays_as_it_was_saved(plain, logged, frame_pooling, tmp_p
     vision = load_for_embedding(plain)[0].config.vision_config
     assert (vision.frame_pooling, vision.num_proxies) == (frame_pooling, 4)
     assert not logged
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+END = 2  # what OpenAI's models say for the highest token of a text
+
+
+def ends_with(model, token):
+    """The model, whose texts end with this token; None for its own."""
+    config = model.text_model.config
+    config.eos_token_id = model.text_model.eos_token_id = token or config.eos_token_id
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("end", [None, END])
+def test_padding_behind_a_text_is_masked_on_a_gpu_only_by_order(make_model, texts, end, attention):
+    """Neither features nor gradients depend on that padding, whatever it holds."""
+    model = ends_with(make_model(attn_implementation=attention), end)
+    config = model.text_model.config
+    assert config._attn_implementation == attention
+    ids, mask = texts["input_ids"], texts["attention_mask"]
+    assert needed_mask(config, ids, mask, CUDA) is None
+    assert needed_mask(config, ids, mask, CPU) is mask
+    assert needed_mask(config, ids, torch.ones_like(mask), CPU) is None
+
+    def found(ids, mask):
+        model.zero_grad()
+        features = text_features(model, ids, mask)
+        features[:, 0].sum().backward()
+        return features, *(p.grad for p in model.text_model.encoder.parameters())
+
+    other = ids.where(mask.bool(), 5)
+    wanted = found(ids, mask)
+    for given in ((ids, None), (other, None), (other, mask)):
+        torch.testing.assert_close(found(*given), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_that_a_feature_depends_on_is_kept(make_model, texts):
+    model = make_model()
+    config, (ids, mask) = model.text_model.config, texts.values()
+    left = ids.flip(-1), mask.flip(-1)
+    for end in (config.eos_token_id, END):
+        ends_with(model, end)
+        assert needed_mask(config, *left, CUDA) is left[1]
+        assert needed_mask(config, ids, torch.ones_like(mask), CUDA) is None
+    beyond = ids.where(mask.bool(), int(ids.max()) + 1)  # padding is the highest token
+    assert needed_mask(config, beyond, mask, CUDA) is mask
+    config.is_causal = False
+    assert needed_mask(config, ids, mask, CUDA) is mask
+
+
+def test_the_mask_is_what_lets_padding_before_a_text_be_ignored(make_model, texts):
+    """Or a feature would not depend on it, and there would be nothing to keep."""
+    model, (ids, mask) = make_model(), texts.values()
+    ids, mask = ids.flip(-1), mask.flip(-1)
+    assert not torch.allclose(text_features(model, ids, mask), text_features(model, ids, None))
+
+
+@torch.no_grad()
+def test_texts_are_embedded_on_a_cpu_as_the_model_embeds_them(make_model, tokenizer):
+    """To the bit, padded or not."""
+    model, processor = make_model(), CLIPViPProcessor(tokenizer, image_size=32)
+    texts = ["a dog", "a cat runs", "it", "so"]
+    found = embed_texts(model, processor, texts, batch_size=2)
+    for start in (0, 2):
+        inputs = processor(text=texts[start : start + 2])
+        wanted = F.normalize(model.get_text_features(**inputs), dim=-1)
+        assert found[start : start + 2].equal(wanted)
+        assert inputs["attention_mask"].all() == (start == 2)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from clipvip.inputs import sent_ahead
 from clipvip.training.build import build_model
 from clipvip.training.step import forward_backward_in_parts, to_device
 from clipvip.training.task import task_of
@@ -46,9 +47,12 @@ def run(towers, config, micro_batch, device="cpu", bf16=False):
     """The loss and the gradient of each parameter. micro_batch: None for the batch at once."""
     task, whole = task_of(config), batch()
 
+    def send(part):
+        return to_device(part, towers.model)
+
     def embed(part):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return towers(to_device(part, torch.device(device)))
+            return towers(part)
 
     def loss_of(features):
         return task.loss(features, whole)
@@ -56,11 +60,12 @@ def run(towers, config, micro_batch, device="cpu", bf16=False):
     towers.zero_grad()
     torch.manual_seed(1)
     if micro_batch is None:
-        loss = loss_of(embed(whole))
+        loss = loss_of(embed(send(whole)))
         loss.backward()
     else:
         loss = forward_backward_in_parts(
             *(embed, loss_of, whole, micro_batch),
+            send_parts=lambda parts: sent_ahead(parts, send, towers.model.device),
             backward=torch.Tensor.backward,
             without_sync=nullcontext,
         )

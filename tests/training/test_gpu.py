@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clipvip import losses
+from clipvip import embedding, inputs, losses
+from clipvip.data.annotations import load_annotations
 from clipvip.model import CLIPViPModel, modeling, processing
 from clipvip.training import state, trainer
 from clipvip.training import step as steps
-from clipvip.training import task as tasks
 from clipvip.training.build import build_model
 from clipvip.training.trainer import train
 
@@ -177,13 +179,164 @@ def test_a_step_reads_its_device_at_most_twice(task, overrides, make_config, mon
         assert 1 <= len(found) <= MOST_WAITS, found
 
 
+def test_embedding_reads_its_device_once_a_batch(make_config, world, monkeypatch):
+    """Also of texts of which some are padded."""
+    waits = Waits()
+    model, processor = build_model(make_config("backend=native"), None)
+    for module in (embedding, processing):
+        monkeypatch.setattr(module, "send", waits.send)
+    monkeypatch.setattr(modeling, "pack_frames", lambda pixels, offsets: (pixels, offsets))
+    clips = load_annotations(world / "annotations.jsonl")
+    given = {"batch_size": 4, "num_workers": 0, "decoder": "pyav"}
+    embed_clips = embedding.embed_clips.__wrapped__  # inference mode would hide what is read
+    with waits, torch.no_grad():
+        waits.mark([*model.parameters(), *model.buffers()])
+        embedding.embed_texts(model, processor, [text for clip in clips for text in clip.text], 8)
+        assert len(waits.found) == 4, waits.found
+        waits.found.clear()
+        assert len(list(embed_clips(model, processor, clips, [], **given))) == 4
+        assert len(waits.found) == 4, waits.found
+
+
 def test_padding_is_masked_as_by_transformers(make_config):
     model, _ = build_model(make_config(), None)
     ids = torch.randint(400, (3, 9))
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
-    found = model.get_text_features(ids, tasks.causal_mask(mask))
+    found = model.get_text_features(ids, embedding.causal_mask(mask))
     assert found.equal(model.get_text_features(ids, mask))
     assert not found.equal(model.get_text_features(ids, 1 - mask))
+
+
+# --- copies to a GPU, on the CPU ------------------------------------------------------------------
+
+
+class Stream:
+    """A stream that does its work as late as it may: when another one waits for it."""
+
+    def __init__(self):
+        self.queued, self.done = [], 0
+
+    def record_event(self):
+        return self, len(self.queued)
+
+    def wait_event(self, event):
+        stream, until = event
+        for work in stream.queued[stream.done : until]:
+            work()
+        stream.done = max(stream.done, until)
+
+
+class Copies:
+    """Copies to a GPU that a CPU stands for; what is queued for computing is done at once."""
+
+    def __init__(self, monkeypatch):
+        self.copying, self.computing = Stream(), Stream()
+        self.current, self.kept = self.computing, set()
+        monkeypatch.setattr(inputs, "_copy_stream", lambda device: self.copying)
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(Tensor, "record_stream", lambda *given: self.keep(*given))
+
+    @contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def keep(self, tensor, stream):
+        assert stream is self.computing
+        self.kept.add(tensor.data_ptr())
+
+    def send(self, tensor, device):
+        there = torch.zeros_like(tensor)
+        self.current.queued.append(lambda: there.copy_(tensor))
+        return there
+
+    def sent_ahead(self, items, send_item, device):
+        for item, sent in inputs.sent_ahead(items, send_item, torch.device("cuda")):
+            assert {tensor.data_ptr() for tensor in sent.values()} <= self.kept
+            yield item, sent
+
+
+def numbered(count, failing=None):
+    for n in range(1, count + 1):
+        if n == failing:
+            raise ValueError(f"item {n}")
+        yield {"x": torch.full((3,), n)}
+
+
+def test_an_item_is_there_in_time_and_the_next_one_is_on_its_way(monkeypatch):
+    copies, found = Copies(monkeypatch), []
+    given = numbered(4), lambda item: {"x": copies.send(item["x"], "cuda")}, torch.device("cuda")
+    for item, sent in copies.sent_ahead(*given):
+        assert sent["x"].equal(item["x"])
+        found.append(int(item["x"][0]))
+        assert len(copies.copying.queued) == min(found[-1] + 1, 4)
+        assert copies.copying.done == found[-1]
+    assert found == [1, 2, 3, 4] and not copies.computing.queued
+
+
+@pytest.mark.parametrize("device", ["cpu", "fake"])
+@pytest.mark.parametrize("failing", [1, 2, 4])
+def test_items_before_one_that_fails_come_first(failing, device, monkeypatch):
+    copies, found = Copies(monkeypatch), []
+    ahead = copies.sent_ahead if device == "fake" else inputs.sent_ahead
+    with pytest.raises(ValueError, match=f"item {failing}"):
+        for item, sent in ahead(numbered(5, failing), dict, torch.device("cpu")):
+            assert sent == item
+            found.append(int(item["x"][0]))
+    assert found == list(range(1, failing))
+
+
+@pytest.mark.parametrize("overrides", [[], ["micro_batch=3"], ["accumulation=2"]], ids=str)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_whose_batches_are_sent_ahead_is_the_run(
+    task, overrides, make_config, monkeypatch, tmp_path
+):
+    """Also resumed, and although random numbers are drawn in between. No batch is drawn in vain."""
+    common = (f"task={task}", "save_every=4", DROPOUT, "resume=latest", *overrides)
+    plain, ahead = tmp_path / "plain", tmp_path / "ahead"
+    train(make_config(*common, f"out={plain}"))
+
+    copies, drawn, endless = Copies(monkeypatch), [], trainer.endless
+
+    def noted(*given):
+        for batch in endless(*given):
+            drawn.append(batch)
+            yield batch
+
+    monkeypatch.setattr(trainer, "endless", noted)
+    monkeypatch.setattr(steps, "send", copies.send)
+    monkeypatch.setattr(steps, "sent_ahead", copies.sent_ahead)
+    train(make_config(*common, f"out={ahead}"))
+    each = 2 if "accumulation=2" in overrides else 1
+    assert len(drawn) == 6 * each and copies.copying.done == len(copies.copying.queued) > 0
+    assert_same_run(ahead, plain)
+    (ahead / "checkpoints" / "step-00000006").rename(tmp_path / "aside")
+    train(make_config(*common, f"out={ahead}"))
+    assert len(drawn) == (6 + 2) * each
+    assert_same_run(ahead, plain)
+
+
+@pytest.mark.parametrize("sent_ahead", [False, True])
+def test_waiting_for_data_is_counted_wherever_a_batch_is_drawn(
+    sent_ahead, make_config, monkeypatch
+):
+    clock, waited, endless, copies = [0.0], [], trainer.endless, Copies(monkeypatch)
+
+    def slow(*given):
+        for batch in endless(*given):
+            clock[0] += 1
+            yield batch
+
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(trainer, "endless", slow)
+    monkeypatch.setattr(trainer, "report", lambda run, step, result: waited.append(result.waited))
+    if sent_ahead:
+        monkeypatch.setattr(steps, "send", copies.send)
+        monkeypatch.setattr(steps, "sent_ahead", copies.sent_ahead)
+    train(make_config("max_steps=4"))
+    assert waited == ([2, 1, 1, 0] if sent_ahead else [1, 1, 1, 1])
 
 
 # --- waits and idle time of a GPU -----------------------------------------------------------------
@@ -335,6 +488,33 @@ def test_a_gpu_is_busy_in_more_than_95_percent_of_five_steps(
     train_on_made_up_batches(make_config, monkeypatch, 32, 12, first + count, pinned=True)
     assert trace.busy() > 0.95
     assert len(trace.waits()) <= MOST_WAITS * count, trace.waits()
+
+
+def test_a_gpu_computes_with_what_was_sent_ahead(cuda):
+    device, length, sums = torch.device(cuda), 1 << 22, []
+
+    def send(batch):
+        return {"x": inputs.send(batch["x"], device)}
+
+    batches = ({"x": torch.full((length,), n)} for n in range(20))
+    for _, sent in inputs.sent_ahead(batches, send, device):
+        torch.cuda._sleep(10_000_000)  # cycles: the memory must not be written to before it is read
+        sums.append(sent.pop("x").sum())
+    assert torch.stack(sums).tolist() == [n * length for n in range(20)]
+
+
+def test_batches_are_copied_to_a_gpu_while_it_computes(cuda, make_config, monkeypatch, tmp_path):
+    first, count = 8, 5
+    trace = traced(monkeypatch, tmp_path / "trace.json", first, count)
+    train_on_made_up_batches(make_config, monkeypatch, 32, 12, first + count, pinned=True)
+    kernels = [e for e in trace.on_gpu if e["cat"] == "kernel"]
+    computing = {e["args"]["stream"] for e in kernels}
+    frames = [e for e in trace.on_gpu if "HtoD" in e["name"] and e["args"]["bytes"] > 1 << 20]
+    assert len(frames) >= count - 1
+    for copy in frames:
+        assert copy["args"]["stream"] not in computing
+        end = copy["ts"] + copy["dur"]
+        assert any(k["ts"] < end and copy["ts"] < k["ts"] + k["dur"] for k in kernels)
 
 
 # --- runs that are to be equal --------------------------------------------------------------------

@@ -45,6 +45,13 @@ DecodeWith = Annotated[
     Decoder,
     arg(help="Video decoder. auto uses DALI if it is installed and there is a GPU, else PyAV."),
 ]
+MixedPrecision = Annotated[
+    Literal["auto", "bf16", "no"],
+    arg(
+        help="Precision of the model, named as in training: bf16 (autocast over the weights) or no "
+        "(that of the weights, fp32). auto is bf16 on a CUDA GPU that computes in it, else no."
+    ),
+]
 DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]
 Suite = Literal["ops", "model", "train", "decode", "growth", "all"]
 WorkerCount = Annotated[int | None, arg(help="Number of processes; by default one per core.")]
@@ -82,7 +89,11 @@ def train(
 
 
 def evaluate(
-    model: Model, annotations: Annotations, out: Path | None = None, decoder: DecodeWith = "auto"
+    model: Model,
+    annotations: Annotations,
+    out: Path | None = None,
+    decoder: DecodeWith = "auto",
+    mixed_precision: MixedPrecision = "auto",
 ) -> None:
     """Measure how well a model retrieves videos by text, and texts by video.
 
@@ -95,7 +106,9 @@ def evaluate(
     """
     from clipvip.training.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(model, annotations, out=out, decoder=decoder)
+    evaluate_checkpoint(
+        model, annotations, out=out, decoder=decoder, mixed_precision=mixed_precision
+    )
 
 
 def convert(
@@ -126,6 +139,7 @@ def embed(
     videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
     out: Path = Path("index"),
     decoder: DecodeWith = "auto",
+    mixed_precision: MixedPrecision = "auto",
 ) -> None:
     """Embed your videos into an index that `clipvip search` can search by text.
 
@@ -139,7 +153,7 @@ def embed(
     """
     from clipvip.index import build_index
 
-    build_index(model, videos, out, decoder=decoder)
+    build_index(model, videos, out, decoder=decoder, mixed_precision=mixed_precision)
 
 
 def search(

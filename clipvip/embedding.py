@@ -21,6 +21,8 @@ from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.pretrained import found, hub_options, read_json
 from clipvip.model.processing import normalize_frames
 
+PRECISIONS = ("auto", "bf16", "no")
+
 
 def load_for_embedding(
     source: str | PathLike, **options: Any
@@ -47,6 +49,28 @@ def load_for_embedding(
     return model, processor
 
 
+def precision_on(device: torch.device, mixed_precision: str) -> str:
+    """Return the precision, "bf16" or "no", in which a model on `device` computes.
+
+    mixed_precision: "bf16" for autocast over the model's weights, as in training; "no" for the
+        weights' own precision; "auto" for bf16 on a CUDA GPU that computes in it, else "no".
+    """
+    if mixed_precision not in PRECISIONS:
+        raise ValueError(
+            f"mixed_precision is {mixed_precision!r}; expected one of {', '.join(PRECISIONS)}"
+        )
+    if mixed_precision != "auto":
+        return mixed_precision
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if bf16 else "no"
+
+
+def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
+    """Return a context for models on `device` in this precision; see `precision_on`."""
+    enabled = precision_on(device, mixed_precision) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 @torch.inference_mode()
 def embed_clips(
     model: CLIPViPModel,
@@ -60,7 +84,7 @@ def embed_clips(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[int, Tensor]]:
-    """Embed one rank's share of clips, one batch per step.
+    """Embed one rank's share of clips, one batch per step, in the caller's `autocast`.
 
     Yields index in `clips` → unit feature [P], fp32 on the CPU. Clips that cannot be read are left
     out; after the last batch, their files are appended to bad_files.
@@ -96,7 +120,8 @@ def embed_clips(
 def embed_texts(
     model: CLIPViPModel, processor: CLIPViPProcessor, texts: Sequence[str], batch_size: int
 ) -> Tensor:
-    """Embed texts, shared out over the ranks: unit features [n, P], fp32 on the CPU, in order."""
+    """Embed texts, shared out over the ranks, in the caller's `autocast`: unit features [n, P],
+    fp32 on the CPU, in order."""
     rank, world = distributed.rank(), distributed.world_size()
     # The batches do not depend on the number of ranks, so neither do the features.
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]

@@ -134,6 +134,7 @@ def build_index(
     num_workers: int | None = None,
     decoder: str = "auto",
     device: str | torch.device | None = None,
+    mixed_precision: str = "auto",
 ) -> Index:
     """Embed videos into an index.
 
@@ -149,6 +150,9 @@ def build_index(
         files of the index are damaged, their clips are embedded again.
     num_workers: number of decoding processes; by default one per core.
     decoder: see clipvip.data.loading.LoaderOptions.
+    device: by default a CUDA GPU, if there is one.
+    mixed_precision: "auto", "bf16" or "no", see clipvip.embedding.precision_on. An index may hold
+        clips of either precision; searches run on the CPU in that of the weights.
 
     Raises ValueError if nothing can be embedded, if a name in `videos` matches nothing, and if
     `out` is refused or is the index of another model; OSError if the index cannot be saved, which
@@ -161,14 +165,17 @@ def build_index(
     sources = [os.fspath(source) for source in given]
     wanted, bad_files = clips_of(sources)
     check_out(out)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from clipvip.embedding import autocast
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = autocast(device, mixed_precision)
     network, processor = _load(model, device)
     name = str(Path(model).resolve()) if Path(model).exists() else str(model)
     where = sorted(map(os.path.realpath, sources))
     nothing = torch.empty(0, network.config.projection_dim)
     index = Index(name, _fingerprint(network, processor), where, nothing, [], bad_files)
     options = {"batch_size": batch_size, "num_workers": workers, "decoder": decoder}
-    with only_run(out, "embeds"):
+    with only_run(out, "embeds"), precision:
         _Build(index, out, wanted).run(network, processor, options)
     if not index.clips:
         first = index.bad_files[0]

@@ -118,6 +118,39 @@ LATIN = os.fsdecode(b"caf\xe9.mp4")
 ODD = ["[dQw4w9WgXcQ].mp4", "[b].mp4", "red\x1b[31m\n.mp4", "a\u202eb.mp4", LATIN]
 
 
+def test_an_index_in_bf16_ranks_as_one_in_fp32(model, videos, tmp_path):
+    """Either can be updated in the other's precision; in fp32 is how a CPU embeds."""
+    given = {"num_workers": 0, "device": "cpu"}
+    precisions = ("auto", "no", "bf16")
+    default, exact, near = (
+        build_index(model, videos, tmp_path / name, mixed_precision=name, **given)
+        for name in precisions
+    )
+    assert default.embeddings.equal(exact.embeddings) and not near.embeddings.equal(
+        exact.embeddings
+    )
+    assert F.cosine_similarity(near.embeddings, exact.embeddings).min() >= 0.99
+    for query in ("a red dog", "blue"):
+        ranked = [[hit.path for hit in index.search(query)] for index in (exact, near)]
+        assert ranked[0] == ranked[1]
+
+    write_clip(videos / "d.mp4", (200, 200, 40))
+    updated = build_index(model, videos, tmp_path / "no", mixed_precision="bf16", **given)
+    rows = dict(zip(updated.clips, updated.embeddings, strict=True))
+    for clip, row in zip(exact.clips, exact.embeddings, strict=True):
+        assert rows[clip].equal(row)
+    assert len(rows) == len(exact.clips) + 1
+
+
+def test_the_command_passes_the_precision_on(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(
+        index_module, "build_index", lambda *names, **options: given.append(options)
+    )
+    cli.embed("model", ("videos",), tmp_path, mixed_precision="bf16")
+    assert given == [{"decoder": "auto", "mixed_precision": "bf16"}]
+
+
 def test_a_folder_is_embedded_recursively_as_the_model_embeds_it(build, model, videos, tmp_path):
     from clipvip.data.video import read_frames
     from clipvip.model import CLIPViPModel, CLIPViPProcessor

@@ -12,7 +12,14 @@ from torch import Tensor
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loading import BadFile, LoaderError
-from clipvip.embedding import embed_clips, embed_texts, join_texts, load_for_embedding
+from clipvip.embedding import (
+    autocast,
+    embed_clips,
+    embed_texts,
+    join_texts,
+    load_for_embedding,
+    precision_on,
+)
 from clipvip.files import shown, write_whole
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.retrieval import METRICS, TABLES, both_directions
@@ -29,7 +36,7 @@ def evaluate(
     num_workers: int = 2,
     max_bad_share: float = 0.05,
     decoder: str = "auto",
-    dtype: torch.dtype | None = None,
+    mixed_precision: str = "auto",
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Measure both directions of retrieval, with and without dual softmax (DSL), over all ranks.
@@ -43,7 +50,7 @@ def evaluate(
     batch_size: clips or texts that a rank embeds at a time, with num_workers processes that decode.
     max_bad_share: share of clips that may be unreadable.
     decoder: see clipvip.data.loading.LoaderOptions.
-    dtype: autocast dtype of the towers; None to compute in the weights' dtype.
+    mixed_precision: "auto", "bf16" or "no", see clipvip.embedding.precision_on.
     asked_to_stop: function called before each batch; True ends the evaluation.
 
     Returns, the same on every rank, {"text_to_video", "video_to_text", "text_to_video_dsl",
@@ -59,8 +66,7 @@ def evaluate(
         raise ValueError(f"none of the {len(clips)} clips has a text to search with")
     training = model.training
     model.eval()
-    device = model.device.type
-    with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype is not None):
+    with torch.inference_mode(), autocast(model.device, mixed_precision):
         unread: list[BadFile] = []
         batches = embed_clips(
             *(model, processor, clips, unread),
@@ -95,6 +101,7 @@ def evaluate_checkpoint(
     *,
     out: str | Path | None = None,
     backend: str = "native",
+    mixed_precision: str = "auto",
     print_table: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
@@ -105,14 +112,19 @@ def evaluate_checkpoint(
     checkpoint: model that load_for_embedding accepts.
     annotations: JSON Lines, whose texts are the queries.
     out: JSON file for the result, written whole or not at all.
+    mixed_precision: see clipvip.embedding.precision_on; the result names what was chosen.
     options: options of `evaluate`: batch_size, num_workers, max_bad_share, decoder.
     """
     state = distributed.start(TrainConfig.timeout)
     with watch.Watch(TrainConfig.lost_after):
         clips = load_annotations(annotations)
         model, processor = load_for_embedding(checkpoint, attention_backend=backend)
-        result = evaluate(model.to(state.device), clips, processor, **options)
-    result = {"checkpoint": str(checkpoint), "annotations": str(annotations), **result}
+        precision = precision_on(state.device, mixed_precision)
+        result = evaluate(
+            *(model.to(state.device), clips, processor), mixed_precision=precision, **options
+        )
+    given = {"checkpoint": str(checkpoint), "annotations": str(annotations)}
+    result = {**given, "mixed_precision": precision, **result}
     if state.is_main_process:
         try:
             if out is not None:

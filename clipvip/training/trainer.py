@@ -161,7 +161,7 @@ def validate(run: Run) -> bool:
                 num_workers=config.data.num_workers,
                 max_bad_share=config.data.max_bad_share,
                 decoder=config.data.decoder,
-                dtype=torch.bfloat16 if config.mixed_precision == "bf16" else None,
+                mixed_precision=config.mixed_precision,
                 asked_to_stop=lambda: run.preemption.asked,
             )
     except Preempted:

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from transformers import CLIPModel
 
 from clipvip.embedding import (
+    autocast,
     embed_texts,
     load_for_embedding,
     needed_mask,
+    precision_on,
     text_features,
 )
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
@@ -133,3 +135,24 @@ def test_texts_are_embedded_on_a_cpu_as_the_model_embeds_them(make_model, tokeni
         wanted = F.normalize(model.get_text_features(**inputs), dim=-1)
         assert found[start : start + 2].equal(wanted)
         assert inputs["attention_mask"].all() == (start == 2)
+
+
+def test_a_gpu_that_computes_in_bf16_embeds_in_it(monkeypatch):
+    capability = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    for capability[:], chosen in (([(9, 0)], "bf16"), ([(8, 0)], "bf16"), ([(7, 5)], "no")):
+        assert precision_on(CUDA, "auto") == chosen
+        assert precision_on(CUDA, "no") == "no" and precision_on(CUDA, "bf16") == "bf16"
+    assert precision_on(CPU, "auto") == "no" and precision_on(CPU, "bf16") == "bf16"
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of auto, bf16"):
+        precision_on(CPU, "fp16")
+
+
+@torch.no_grad()
+def test_a_model_computes_in_bf16_where_that_is_asked_for(make_model, texts):
+    model, seen = make_model(), []
+    model.text_projection.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    for precision in ("auto", "no", "bf16"):
+        with autocast(CPU, precision):
+            assert text_features(model, *texts.values()).dtype == torch.float32
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]

@@ -6,7 +6,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from clipvip import embedding
+from clipvip import cli, embedding
+from clipvip.data.annotations import load_annotations
 from clipvip.model import CLIPViPProcessor
 from clipvip.model.authors import authors_state_dict
 from clipvip.model.processing import READING
@@ -70,6 +71,26 @@ def test_what_a_run_chooses_is_read_by_all_that_load_its_model(
         assert {name: settings[name] for name in expected} == expected
         assert settings["image_size"] == 32
     assert len(loaded) == 2
+
+
+def test_a_model_is_evaluated_in_the_precision_that_is_asked_for(make_config, world, tmp_path):
+    model, processor = build_model(make_config(), None)
+    clips, seen = load_annotations(world / "annotations.jsonl"), set()
+    for tower in (model.visual_projection, model.text_projection):
+        tower.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    for precision in ("auto", "no", "bf16"):
+        seen.clear()
+        evaluation.evaluate(
+            model, clips, processor, num_workers=0, mixed_precision=precision, decoder="pyav"
+        )
+        assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+    train(make_config("max_steps=1"))
+    cli.evaluate(
+        *(str(tmp_path / "run/last"), world / "annotations.jsonl", tmp_path / "figures.json"),
+        mixed_precision="bf16",
+    )
+    assert json.loads((tmp_path / "figures.json").read_text())["mixed_precision"] == "bf16"
 
 
 def test_figures_are_shown_where_their_file_is_refused(make_config, world, tmp_path, capsys):

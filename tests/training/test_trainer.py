@@ -105,6 +105,7 @@ def test_a_run_leaves_what_it_promises(make_config, world):
     again = evaluate_checkpoint(out / "best", annotations, out=saved, backend="reference")
     assert again["text_to_video"]["R@1"] == result["best_metric"]
     written = json.loads(saved.read_text())
+    assert written["mixed_precision"] == "no"
     assert written["clips"] == 16 and written["texts"] == 32 and written["missing"] == []
     tables = ("text_to_video", "video_to_text", "text_to_video_dsl", "video_to_text_dsl")
     for name in tables:

@@ -18,7 +18,14 @@ from clipvip.data.loading import ClipLoader, counted
 from clipvip.files import shown
 from clipvip.retrieval import TABLES
 from clipvip.training import checkpoint, parallel, watch
-from clipvip.training.config import Preempted, TrainConfig, TrainingError, check, check_batch
+from clipvip.training.config import (
+    ConfigError,
+    Preempted,
+    TrainConfig,
+    TrainingError,
+    check,
+    check_batch,
+)
 from clipvip.training.evaluate import evaluate
 from clipvip.training.plan import TERA
 from clipvip.training.preemption import Preemption
@@ -28,6 +35,7 @@ from clipvip.training.step import StepResult, sent_batches, train_step
 from clipvip.training.task import Batch
 
 MAX_SKIPPED_IN_A_ROW = 10
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when it starts
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -66,7 +74,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     transformers.utils.logging.disable_progress_bar()  # it would break ours when a model is saved
     AcceleratorState._reset_state()  # an earlier run of this process may have set another precision
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch raises
+        if torch.cuda.is_initialized() and CUBLAS not in os.environ:
+            raise ConfigError(
+                "deterministic=true needs CUBLAS_WORKSPACE_CONFIG in the environment before a "
+                "process first uses its GPU, and this one has used it: start Python again with "
+                "CUBLAS_WORKSPACE_CONFIG=:4096:8"
+            )
+        os.environ.setdefault(CUBLAS, ":4096:8")  # without it PyTorch raises
         torch.use_deterministic_algorithms(True)
     distributed.start(config.timeout)
     accelerator = Accelerator(

@@ -24,7 +24,9 @@ from clipvip.data.annotations import load_annotations
 from clipvip.model import CLIPViPModel, modeling, processing
 from clipvip.training import state, trainer
 from clipvip.training import step as steps
+from clipvip.training.__main__ import main
 from clipvip.training.build import build_model
+from clipvip.training.config import ConfigError
 from clipvip.training.trainer import train
 
 MOST_WAITS = 2  # a step
@@ -555,6 +557,51 @@ def assert_same_run(one, other):
     found, wanted = weights_of(one), weights_of(other)
     assert found.keys() == wanted.keys()
     assert [name for name in found if not found[name].equal(wanted[name])] == []
+
+
+def starts(config, path):
+    """What starts a run, by name."""
+    arguments = [str(path), f"out={config.out}", "deterministic=true"]
+    return {
+        "Python": lambda: train(config),
+        "python -m clipvip.training": lambda: main(arguments),
+        "--dry-run": lambda: main([*arguments, "--dry-run"]),
+    }
+
+
+@pytest.mark.parametrize("start", ["Python", "python -m clipvip.training", "--dry-run"])
+def test_cublas_is_told_to_be_deterministic_before_a_gpu_is_used(start, make_config, monkeypatch):
+    """A PyTorch without CUDA raises wherever one would be used."""
+    told = []
+    monkeypatch.setenv(trainer.CUBLAS, "")
+    monkeypatch.delenv(trainer.CUBLAS)
+
+    def meet(timeout):
+        told.append(os.environ.get(trainer.CUBLAS))
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(trainer.distributed, "start", meet)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", told.append)
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("a GPU is used"))
+    begin = starts(make_config("deterministic=true"), make_config.path)[start]
+    with pytest.raises((ConfigError, SystemExit)):
+        begin()
+    assert told == [True, ":4096:8"]
+
+
+def test_a_process_that_has_used_its_gpu_is_not_called_deterministic(make_config, monkeypatch):
+    monkeypatch.setenv(trainer.CUBLAS, "")
+    monkeypatch.delenv(trainer.CUBLAS)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
+    with pytest.raises(ConfigError, match="start Python again with CUBLAS_WORKSPACE_CONFIG") as e:
+        train(make_config("deterministic=true"))
+    assert "\n" not in str(e.value)
+    assert trainer.CUBLAS not in os.environ
+    monkeypatch.setenv(trainer.CUBLAS, ":16:8")
+    assert train(make_config("deterministic=true", "max_steps=1"))["step"] == 1
 
 
 EXACT = (*BF16, "task=omnisource", "deterministic=true", "save_every=3")

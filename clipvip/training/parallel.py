@@ -106,10 +106,13 @@ _WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
-    """Copy all weights to the CPU of the first rank, by name; the other ranks hold copies of
-    nothing, and get an empty result. All ranks must call, as shards are gathered."""
+    """Copy all weights to the CPU of the first rank, by name; other ranks keep no copy and
+    get an empty result. All ranks must call, as shards are gathered."""
     if is_sharded(model):
-        return states.get_model_state_dict(model, options=_WHOLE)
+        whole: dict[str, Any] = states.get_model_state_dict(model, options=_WHOLE)
+        if "logit_scale" in whole:  # no shard, so on a CPU it is the weight itself
+            whole["logit_scale"] = whole["logit_scale"].clone()
+        return whole
     if rank() != 0:
         return {}
     return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}

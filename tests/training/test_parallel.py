@@ -49,6 +49,8 @@ def test_shards_of_weights_on_two_ranks_are_one_process(make_config, tmp_path, c
     # Not every weight: Adam makes whole steps of rounding errors where a gradient is zero.
     name = "visual_projection.weight"
     torch.testing.assert_close(weights(cut)[name], weights(one)[name], rtol=1e-3, atol=1e-4)
+    scales = weights(cut)["logit_scale"], weights(one)["logit_scale"]  # the one that is no shard
+    torch.testing.assert_close(*scales, rtol=0, atol=1e-5)
 
     # The cosine ends with the run, so a run that is gone on with has been cut short, not ended.
     (cut / "checkpoints" / "step-00000006").rename(tmp_path / "aside")

@@ -28,6 +28,8 @@ INSTRUCTIONS = {
     "mma": r"HMMA\.",
     "ldmatrix": r"LDSM\.",
     "cp_async": r"LDGSTS\.",
+    "load_128": r"LDG\.E\.128\b",
+    "store_128": r"STG\.E\.128\b",
     "exp2": r"MUFU\.EX2",
     "local_memory": r"(LDL|STL)\b",
 }

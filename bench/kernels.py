@@ -2,7 +2,7 @@
 
 python bench/kernels.py check   compares small cases with float64 (compute-sanitizer)
 python bench/kernels.py run     runs attention of B/16 on 32 videos and the symmetric loss of 16384
-                                rows once (ncu)
+                                rows once, and the work between the products of B/16 (ncu)
 --device cpu                    uses the CPU instead of the GPU
 --tiny                          runs at tiny sizes, to try the program
 """
@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
+import bench_elementwise as elementwise
 import bench_pairwise_logsumexp as losses
 import bench_proxy_attention as attention
 import torch
@@ -33,6 +34,8 @@ ATTENTION = [
 ]
 # (dtype, n, D): rows that stay in shared memory, and rows that pass through a ring.
 LOSSES = [(torch.bfloat16, 300, 512), (torch.bfloat16, 300, 40), (torch.float32, 300, 512)]
+# (dtype of the products, columns): one piece of a row, several, and the widest.
+ELEMENTWISE = [(torch.bfloat16, 768), (torch.float16, 72), (torch.float32, 2048)]
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
@@ -45,6 +48,9 @@ def check(device: str) -> None:
     for case in LOSSES:
         checks.append(functools.partial(check_loss, "symmetric", 2, *case, device))
         checks.append(functools.partial(check_loss, "vsc_fc", 4, *case, device))
+    for case in ELEMENTWISE:
+        for part in elementwise.WIDTHS:
+            checks.append(functools.partial(check_elementwise, part, *case, device))
     wrong = [found for found in (each() for each in checks) if found]
     assert not wrong, "; ".join(wrong)
 
@@ -74,6 +80,13 @@ def check_loss(
     expected = losses.step(losses.FORMS[kind]["chunked"], *[x.double() for x in given])
     got = losses.step(losses.FORMS[kind]["ours"], *[x.to(device) for x in given])
     return fault(f"{kind} {dtype} n={n} D={depth}", got, expected, dtype)
+
+
+def check_elementwise(part: str, dtype: torch.dtype, width: int, device: str) -> str | None:
+    given = elementwise.inputs(part, 77, width, dtype)
+    expected = elementwise.EAGER[part](*elementwise.with_bias(*[x.double() for x in given]))
+    got = elementwise.OURS[part](*[x.to(device) for x in given])
+    return fault(f"{part} {dtype} C={width}", got, expected, dtype)
 
 
 def unit_rows(count: int, n: int, depth: int, dtype: torch.dtype) -> list[Tensor]:
@@ -107,7 +120,13 @@ def run(device: str, tiny: bool) -> None:
     out = attention.ours(qkv, frames, patches, attention.PROXIES)
     out.backward(torch.randn_like(out))
     losses.step(losses.FORMS["symmetric"]["ours"], *features, torch.tensor(100.0, device=device))
-    print(f"ran attention on {tokens} tokens and the symmetric loss on {rows} rows, with backward")
+    for part, width in elementwise.WIDTHS.items():
+        given = elementwise.inputs(part, tokens, width, torch.bfloat16)
+        elementwise.OURS[part](*[x.to(device) for x in given])
+    print(
+        f"ran attention and the work between products on {tokens} tokens, and the symmetric loss "
+        f"on {rows} rows, with backward"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

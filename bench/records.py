@@ -41,6 +41,7 @@ SUITES = {
             "bench_proxy_attention",
             "bench_pairwise_logsumexp",
             "bench_linear",
+            "bench_elementwise",
             "bench_resize_crop",
         ),
     ),

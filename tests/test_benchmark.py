@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import bench_decode
+import bench_elementwise
 import bench_gradient_caching
 import bench_growth
 import bench_linear
@@ -522,6 +523,8 @@ ON_GPU = {
     ),
     "symmetric": (bench_pairwise_logsumexp, dict(loss="symmetric", n=128) | BF16),
     "vsc_fc": (bench_pairwise_logsumexp, dict(loss="vsc_fc", n=70) | BF16),
+    "sum and norm": (bench_elementwise, dict(part="norm", tokens=70) | BF16),
+    "quick_gelu": (bench_elementwise, dict(part="gelu", tokens=70) | BF16),
     "model": (bench_model, VISION | BF16 | {"videos": 1, "backward": True}),
     "train": (bench_train, VISION | BF16 | {"videos": 2}),
 }

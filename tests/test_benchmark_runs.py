@@ -444,12 +444,13 @@ def test_ragged_and_equal_batches_are_the_same_attention_in_every_form():
 def test_the_checks_for_a_sanitizer_find_what_is_off(capsys, monkeypatch):
     monkeypatch.setattr(kernels, "ATTENTION", [(torch.bfloat16, 64, 9)])
     monkeypatch.setattr(kernels, "LOSSES", [(torch.float32, 30, 40)])
+    monkeypatch.setattr(kernels, "ELEMENTWISE", [(torch.float16, 16)])
     kernels.main(["check", "--device", "cpu"])
-    assert capsys.readouterr().out.count(": off by ") == 3
+    assert capsys.readouterr().out.count(": off by ") == 5
     monkeypatch.setattr(kernels, "proxy_attention", lambda x, *_: x.sum(1))
     with pytest.raises(SystemExit, match=r"attention torch.bfloat16 D=64 L=9 is off by"):
         kernels.main(["check", "--device", "cpu"])
-    assert capsys.readouterr().out.count(": off by ") == 3  # of all, not up to the first
+    assert capsys.readouterr().out.count(": off by ") == 5  # of all, not up to the first
     monkeypatch.setattr(kernels, "proxy_attention", lambda x, *_: x.sum(1) * torch.nan)
     with pytest.raises(SystemExit, match="is off by inf"):
         kernels.main(["check", "--device", "cpu"])

@@ -1,11 +1,56 @@
 // Backward: gradients through LayerNorm and QuickGELU, with the sums of columns that are gradients
 // of weights and biases. What the weight gradients of products read is computed again on the way.
+//
+// Sums of columns are the same in every run on one GPU: a thread adds up what it owns, a block's
+// warps meet in shared memory, blocks write to places of their own, and `join` adds those up.
 #include "elementwise/cuda.h"
 #include "elementwise/kernel.cuh"
 
 namespace clipvip {
 namespace elementwise {
 namespace {
+
+// Adds up a block's sums and writes them to its slab's row of partial [slabs, width].
+template <int count>
+__device__ void write_sums(const Columns& p, const float (&sum)[count], float* partial) {
+  Shared shared;
+  float* const sums = shared.take<float>(count * kThreads);
+#pragma unroll
+  for (int i = 0; i < count; ++i) sums[i * kThreads + thread()] = sum[i];
+  sync_block();
+  const int column = block_x() * 32 * count + thread();
+  if (thread() >= 32 * count || column >= p.width) return;
+  const float* const own = sums + thread() % count * kThreads + thread() / count;
+  float total = 0;
+  for (int i = 0; i < kWarps; ++i) total += own[i * 32];
+  partial[int64_t{block_y()} * p.width + column] = total;
+}
+
+constexpr int kJoinWarps = 32;
+
+struct JoinParams {
+  const float* partial;  // [parts, width]
+  float* sums;           // [width]
+  int parts, width;
+};
+
+__global__ void __launch_bounds__(32 * kJoinWarps) join(JoinParams p) {
+  Shared shared;
+  float* const sums = shared.take<float>(kJoinWarps * 32);
+  const int column = block_x() * 32 + lane();
+  float sum = 0;
+  if (column < p.width) {
+#pragma unroll 4
+    for (int i = warp(); i < p.parts; i += kJoinWarps) {
+      sum += p.partial[int64_t{i} * p.width + column];
+    }
+  }
+  sums[thread()] = sum;
+  sync_block();
+  if (warp() > 0 || column >= p.width) return;
+  for (int i = 1; i < kJoinWarps; ++i) sum += sums[i * 32 + lane()];
+  p.sums[column] = sum;
+}
 
 // Warps of a block; each keeps three sums per column in shared memory.
 constexpr int kNormWarps = 4, kNormThreads = 32 * kNormWarps, kSums = 3;
@@ -22,13 +67,12 @@ struct AddNormBackwardParams {
   int width, blocks;
 };
 
-template <int count>
-__device__ void add_to(float* sums, const float (&values)[count]) {
-  Numbers<float, count>& numbers = *reinterpret_cast<Numbers<float, count>*>(sums);
-  Numbers<float, count> old = numbers;
+__device__ void add_to(float* sums, const float (&values)[4]) {
+  float total[4];
+  load_vector(sums, 0, total);
 #pragma unroll
-  for (int i = 0; i < count; ++i) old.at[i] += values[i];
-  numbers = old;
+  for (int i = 0; i < 4; ++i) total[i] += values[i];
+  store<float>(sums, 0, total);
 }
 
 // A warp takes every so many'th row. With x̂ the row without weight and bias, ĝ = grad_normed·weight
@@ -174,6 +218,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         store<T>(p.out, i, out);
       });
   write_sums(p.columns, sums, p.partial);
+}
+
+void launch_join(const float* partial, int64_t parts, const Tensor& sums, Stream stream,
+                        const char* op, const Tensor& x) {
+  const int64_t width = sums.ndim == 2 ? sums.size[0] * sums.size[1] : sums.size[0];
+  const JoinParams p{partial, sums.dense<float>(width), static_cast<int>(parts),
+                     static_cast<int>(width)};
+  launch(join, Grid{(width + 31) / 32}, 32 * kJoinWarps, shared_bytes<float>(kJoinWarps * 32),
+         stream, p, [&] { return describe(op, x); });
 }
 
 }  // namespace

@@ -1,10 +1,7 @@
-// What the kernels share: how lanes divide rows, how columns are summed, and the host's checks.
+// What the kernels share: how lanes divide rows and columns, and the host's checks.
 //
-// A lane reads and writes 16 bytes of the widest rows at a time, neighbouring lanes neighbouring
-// bytes; where other rows are 16-bit beside fp32, it moves 8 bytes of those.
-//
-// Sums of columns are the same in every run on one GPU: a thread adds up what it owns, a block's
-// warps meet in shared memory, blocks write to places of their own, and `join` adds those up.
+// A lane reads and writes 16 bytes of fp32 rows at a time, and neighbouring lanes neighbouring bytes.
+// Of 16-bit rows it moves as many numbers: 8 bytes where rows are normalized or others are fp32.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +18,6 @@ using namespace device;
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kBlocks = 4;  // of kThreads per multiprocessor: half of its warps, with 64 registers
-constexpr int kJoinWarps = 32;
 constexpr int kPiece = 4 * 32;  // numbers of a row of which each lane holds four, as fp32 16 bytes
 constexpr int64_t kSystemBytes = 1024;  // of shared memory, which the system takes for every block
 constexpr float kSlope = 1.702f, kLog2E = 1.44269504088896341f;
@@ -113,46 +109,6 @@ __device__ void for_each_row(const Columns& p, Read read, Use use) {
   }
 }
 
-// Adds up a block's sums and writes them to its slab's row of partial [slabs, width].
-template <int count>
-__device__ void write_sums(const Columns& p, const float (&sum)[count], float* partial) {
-  Shared shared;
-  float* const sums = shared.take<float>(count * kThreads);
-#pragma unroll
-  for (int i = 0; i < count; ++i) sums[i * kThreads + thread()] = sum[i];
-  sync_block();
-  const int column = block_x() * 32 * count + thread();
-  if (thread() >= 32 * count || column >= p.width) return;
-  const float* const own = sums + thread() % count * kThreads + thread() / count;
-  float total = 0;
-  for (int i = 0; i < kWarps; ++i) total += own[i * 32];
-  partial[int64_t{block_y()} * p.width + column] = total;
-}
-
-struct JoinParams {
-  const float* partial;  // [parts, width]
-  float* sums;           // [width]
-  int parts, width;
-};
-
-static __global__ void __launch_bounds__(32 * kJoinWarps) join(JoinParams p) {
-  Shared shared;
-  float* const sums = shared.take<float>(kJoinWarps * 32);
-  const int column = block_x() * 32 + lane();
-  float sum = 0;
-  if (column < p.width) {
-#pragma unroll 4
-    for (int i = warp(); i < p.parts; i += kJoinWarps) {
-      sum += p.partial[int64_t{i} * p.width + column];
-    }
-  }
-  sums[thread()] = sum;
-  sync_block();
-  if (warp() > 0 || column >= p.width) return;
-  for (int i = 1; i < kJoinWarps; ++i) sum += sums[i * 32 + lane()];
-  p.sums[column] = sum;
-}
-
 // Host side ---------------------------------------------------------------------------------------
 
 // Describes a call for its error.
@@ -225,15 +181,6 @@ void launch_columns(void (*kernel)(Params), const Params& p, bool sums, Stream s
   const Grid grid{(p.columns.width + 32 * count - 1) / (32 * count), p.columns.slabs};
   const size_t shared = sums ? shared_bytes<float>(count * kThreads) : 0;
   launch(kernel, grid, kThreads, shared, stream, p, [&] { return describe(op, x); });
-}
-
-inline void launch_join(const float* partial, int64_t parts, const Tensor& sums, Stream stream,
-                        const char* op, const Tensor& x) {
-  const int64_t width = sums.ndim == 2 ? sums.size[0] * sums.size[1] : sums.size[0];
-  const JoinParams p{partial, sums.dense<float>(width), static_cast<int>(parts),
-                     static_cast<int>(width)};
-  launch(join, Grid{(width + 31) / 32}, 32 * kJoinWarps, shared_bytes<float>(kJoinWarps * 32),
-         stream, p, [&] { return describe(op, x); });
 }
 
 }  // namespace clipvip::elementwise

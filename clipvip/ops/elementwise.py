@@ -49,6 +49,7 @@ def takes(residual: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -
             and x.ndim == 2
             and x.shape[1] > 0
             and x.shape[1] % UNIT == 0
+            and x.layout == torch.strided
             and x.is_contiguous()
             for x in (residual, *others)
         )

@@ -104,8 +104,8 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     freeze(model, config.model.freeze, config.model.unfreeze)
-    if config.compile:
-        parallel.compile_layers(model)
+    if config.compile != "none":
+        parallel.compile_layers(model, only_text=config.compile == "text")
     return model.train(), processor
 
 

@@ -120,7 +120,9 @@ class TrainConfig:
     max_steps: int | None = None  # optimizer steps
     mixed_precision: str = "bf16"  # "bf16" (autocast over fp32 weights) or "no" (fp32)
     parallel: str = "ddp"  # each rank holds all weights ("ddp") or a share of them ("fsdp")
-    compile: bool = False  # use torch.compile for layers, once for any number of frames
+    # Layers that torch.compile compiles, once for any number of frames: "none", those of the "text"
+    # tower, or "all". Vision layers then use PyTorch's elementwise work instead of our kernels'.
+    compile: str = "none"
     # Decay of an average of the weights, such as 0.9999; the average is validated and saved.
     ema: float | None = None
     backend: str = "native"  # attention and loss: "native" (compiled) or "reference" (PyTorch)
@@ -158,6 +160,7 @@ _CHOICES = {
     "variant": VARIANTS,
     "mixed_precision": ("no", "bf16"),
     "parallel": ("ddp", "fsdp"),
+    "compile": ("none", "text", "all"),
     "resume": ("never", "latest"),
     "on_nonfinite": ("stop", "skip"),
     "backend": ("native", "reference"),

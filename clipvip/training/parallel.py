@@ -29,14 +29,15 @@ def layers(model: CLIPViPModel) -> list[nn.Module]:
     return [*model.text_model.encoder.layers, *model.vision_model.encoder.layers]
 
 
-def compile_layers(model: CLIPViPModel) -> None:
-    """Compile each layer for any number of tokens. All layers of a tower share their graphs."""
+def compile_layers(model: CLIPViPModel, only_text: bool = False) -> None:
+    """Compile each layer, or each of the text tower, for any number of tokens. All layers of a
+    tower share their graphs."""
     # Dynamo counts graphs per code object, which both towers share, and beyond its limit of 8 runs
     # code uncompiled. Training, the first pass of gradient caching, evaluation, texts with and
     # without padding, and batches of one clip each need a graph of their own.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_GRAPHS)
-    for layer in layers(model):
+    for layer in model.text_model.encoder.layers if only_text else layers(model):
         layer.compile(dynamic=True)
 
 

@@ -134,6 +134,16 @@ def test_gradients_are_clipped_together(make_config):
     torch.testing.assert_close(clipped, torch.tensor(0.5))
 
 
+@pytest.mark.parametrize("which", ["none", "text", "all"])
+def test_the_chosen_layers_are_compiled(make_config, which):
+    model, _ = build_model(make_config(f"compile={which}"), None)
+    text, video = (
+        {layer._compiled_call_impl is not None for layer in tower.encoder.layers}
+        for tower in (model.text_model, model.vision_model)
+    )
+    assert text == {which != "none"} and video == {which == "all"}
+
+
 def test_compiled_towers_are_compiled_once_for_all_lengths(
     make_config, tmp_path, monkeypatch, world
 ):
@@ -162,6 +172,6 @@ def test_compiled_towers_are_compiled_once_for_all_lengths(
         return better
 
     monkeypatch.setattr(trainer, "validate", counting)
-    train(make_config(*common, "compile=true", f"out={compiled}"))
+    train(make_config(*common, "compile=all", f"out={compiled}"))
     assert len(graphs) == 3 and 0 < graphs[0] == graphs[2]
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)

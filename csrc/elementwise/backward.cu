@@ -81,7 +81,7 @@ __device__ void add_to(float* sums, const float (&values)[4]) {
 template <typename R, typename P, int most>
 __global__ void __launch_bounds__(kNormThreads, blocks_of(most))
     add_norm_backward(AddNormBackwardParams p) {
-  constexpr int kPieces = most / kPiece, kAtOnce = kPieces > 8 ? 8 : kPieces;
+  constexpr int kPieces = most / kPiece, kAtOnce = kPieces > 8 ? 4 : kPieces;
   Shared shared;
   float* const all_sums = shared.take<float>(kNormWarps * kSums * p.width);
   float* const of_weight = all_sums + warp() * kSums * p.width;

@@ -39,8 +39,7 @@ def takes(residual: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -
     dtype: of the products; fp32, bf16 or fp16 if the residual is fp32, otherwise the residual's.
     """
     return (
-        residual.shape[-1:] <= (WIDEST,)
-        and dtype in (None, *_beside(residual))
+        dtype in (None, *_beside(residual))
         and all(
             # A subclass may keep its values elsewhere, or have none.
             type(x) in (Tensor, nn.Parameter)
@@ -53,6 +52,7 @@ def takes(residual: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -
             and x.is_contiguous()
             for x in (residual, *others)
         )
+        and residual.shape[1] <= WIDEST
         and _native.has_kernels(residual.get_device())
     )
 

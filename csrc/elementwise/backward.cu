@@ -75,8 +75,8 @@ __device__ void add_to(float* sums, const float (&values)[4]) {
   store<float>(sums, 0, total);
 }
 
-// A warp takes every so many'th row. With x̂ the row without weight and bias, ĝ = grad_normed·weight
-// and ⟨·⟩ the mean over the row, the gradient through LayerNorm is rstd·(ĝ − ⟨ĝ⟩ − x̂·⟨ĝ·x̂⟩).
+// Each of the n warps takes every n-th row. With x̂ = (sum − mean)·rstd, ĝ = grad_normed·weight and
+// ⟨·⟩ the mean over the row, the gradient through LayerNorm is rstd·(ĝ − ⟨ĝ⟩ − x̂·⟨ĝ·x̂⟩).
 // R: sum, its gradients; P: normed, its gradient and the copy.
 template <typename R, typename P, int most>
 __global__ void __launch_bounds__(kNormThreads, blocks_of(most))

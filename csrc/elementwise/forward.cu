@@ -16,10 +16,14 @@ struct AddNormParams {
   int width;
 };
 
+// Blocks of add_norm per multiprocessor that the registers allow.
+constexpr int blocks_of(int most) {
+  return most <= 512 ? 4 : most <= 768 ? 3 : most <= 1024 ? 2 : 1;
+}
+
 // A warp normalizes a row, which it holds in registers. R: residual and sum; P: product and normed.
 template <typename R, typename P, int most>
-__global__ void __launch_bounds__(kThreads, most <= 512 ? 4 : most <= 768 ? 3 : most <= 1024 ? 2 : 1)
-    add_norm(AddNormParams p) {
+__global__ void __launch_bounds__(kThreads, blocks_of(most)) add_norm(AddNormParams p) {
   constexpr int kPieces = most / kPiece;
   const int64_t row = int64_t{block_x()} * kWarps + warp(), first = row * p.width;
   if (row >= p.rows) return;

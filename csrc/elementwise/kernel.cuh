@@ -1,7 +1,7 @@
 // What the kernels share: how lanes divide rows and columns, and the host's checks.
 //
-// A lane reads and writes 16 bytes of fp32 rows at a time, and neighbouring lanes neighbouring bytes.
-// Of 16-bit rows it moves as many numbers: 8 bytes where rows are normalized or others are fp32.
+// Neighbouring lanes read and write neighbouring bytes: of fp32 rows 16 each, of 16-bit rows 8
+// where rows are normalized or others are fp32, and otherwise 16.
 #pragma once
 
 #include <algorithm>

@@ -9,6 +9,7 @@ nvdisasm (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
 
 import collections
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -97,18 +98,23 @@ def plan(direction: str, patches: int, most: int, dim: int = 64, proxies: int = 
 
     most: largest shared memory of a block in bytes. tests/emulator compares with the launches.
     """
-    chunks, most_warps = -(-(proxies + patches) // 16), 7 if direction == "forward" else 4
-    warps = -(-chunks // -(-chunks // most_warps))
+    chunks = -(-(proxies + patches) // 16)
+    sweeps, most_warps = (1, 7) if direction == "forward" else (2, 4)
 
-    def shared(resident: bool) -> int:
+    def shared(warps: int, resident: bool) -> int:
         rows = 16 * chunks if resident else 2 * 64  # otherwise a ring of two tiles
         if direction == "forward":  # keys, values, queries of every warp
             return (2 * rows + 16 * warps) * dim * 2
         own = rows if resident else 16 * warps  # for queries and gradients of outputs
-        return (2 * rows + 2 * own) * dim * 2
+        return (2 * rows + 2 * own) * dim * 2 + 2 * 16 * chunks * 4  # and two statistics of rows
 
-    resident = shared(True) <= most
-    return Plan(warps, resident, shared(resident))
+    for resident, blocks in itertools.product((True, False), (2, 1)):
+        turns = sweeps * chunks if resident else chunks
+        warps = min(chunks, -(-turns // -(-turns // (most_warps * 2 // blocks))))
+        chosen = Plan(warps, resident, shared(warps, resident))
+        if blocks * (chosen.shared + SYSTEM) <= most + SYSTEM:
+            break
+    return chosen
 
 
 def occupancy(rows: list[dict]) -> list[dict]:

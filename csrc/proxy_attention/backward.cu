@@ -12,10 +12,6 @@ namespace clipvip {
 namespace proxy_attention {
 namespace {
 
-struct alignas(8) RowStatistics {
-  float lse, delta;  // delta: Σ out · grad_out over the head
-};
-
 template <typename T>
 struct BackwardParams {
   Shape shape;
@@ -23,13 +19,12 @@ struct BackwardParams {
   Matrix<T> grad_q, grad_k, grad_v;
   const float* lse;  // [heads, tokens]
   int64_t tokens;
-  RowStatistics* statistics;  // [frames, heads, proxies + patches]
   float* partial;  // [frames, heads, proxies, 3, head_dim]: of grad_q, grad_k, grad_v
   float scale, scale2;  // scale · log2 e
   bool resident;
 };
 
-// Most warps of a block, such that registers suffice for two blocks per multiprocessor.
+// Most warps of a block that shares a multiprocessor's registers with another.
 template <typename T, int kDim>
 constexpr int kBackwardWarps = kTensorCore<T> && kDim <= 32 ? 6 : 4;
 
@@ -38,18 +33,31 @@ template <typename T, int kDim>
 struct Sweep {
   const BackwardParams<T>& p;
   const Unit& unit;
-  RowStatistics* statistics;  // the unit's
+  const float* lse;
+  const float* minus_delta;  // -Σ out · grad_out over the head; of the unit's rows, as lse
   float* scratch;
 
-  // Whether a query gives weight to a key in this kernel.
-  __device__ bool seen(int query, int key) const {
-    return query < unit.rows && key < unit.rows &&
-           (query >= unit.proxies || key >= unit.proxies);
-  }
-  // Whether that must be asked for a chunk of queries and a chunk of keys.
-  __device__ bool edge(int query, int key) const {
-    return query + kChunk > unit.rows || key + kChunk > unit.rows ||
-           (query < unit.proxies && key < unit.proxies);
+  // Sets those exponents to -inf where a query gives no weight to a key in this kernel: past the
+  // ends, and between proxies. One side's rows are from `row` on, the other's from `column` on; most
+  // chunks have no such place.
+  __device__ void mask(float (&exponent)[2][4], int row, int column) const {
+    if (row + kChunk <= unit.rows && column + kChunk <= unit.rows &&
+        (row >= unit.proxies || column >= unit.proxies)) {
+      return;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + lane() / 4 + 8 * half;
+      const int from = r < unit.proxies ? unit.proxies : 0, to = r < unit.rows ? unit.rows : 0;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int c = column + 8 * n + 2 * (lane() % 4) + i;
+          if (c < from || c >= to) exponent[n][2 * half + i] = -INFINITY;
+        }
+      }
+    }
   }
   // Writes rows g and g + 8 of a gradient, its number `which` among partial results.
   __device__ void store(const float (&acc)[kDim / 8][4], float factor, const Matrix<T>& gradient,
@@ -63,7 +71,7 @@ struct Sweep {
       to[half] = nullptr;
       partial[half] = nullptr;
       if (row < unit.proxies) {
-        partial[half] = p.partial + (unit.proxy_index(p.shape, row) * 3 + which) * head_dim;
+        partial[half] = p.partial + (unit.proxy_index(row) * 3 + which) * head_dim;
       } else if (row < unit.rows) {
         to[half] = gradient.row(unit.token(row), unit.head);
       }
@@ -81,15 +89,14 @@ __device__ void clear(float (&acc)[kDim / 8][4]) {
   }
 }
 
-// Queries own the rows: their statistics and their gradient.
+// Queries own the rows: their gradient.
 template <typename T, int kDim>
 struct QuerySweep : Sweep<T, kDim> {
   using Base = Sweep<T, kDim>;
-  using Base::p, Base::unit, Base::statistics, Base::scratch;
+  using Base::p, Base::unit, Base::lse, Base::minus_delta, Base::scratch;
   Operand<T, kDim> query;
   Operand<T, kDim, kTensorCore<T> && kDim <= 80> grad_out;
-  float acc[kDim / 8][4];
-  RowStatistics of[2];
+  float acc[kDim / 8][4], lse_of[2], minus_delta_of[2];
 
   __device__ explicit QuerySweep(const Base& base) : Base(base) {}
 
@@ -97,27 +104,11 @@ struct QuerySweep : Sweep<T, kDim> {
     query.load(q);
     grad_out.load(d_out);
     clear<kDim>(acc);
-    const int g = lane() / 4, t = lane() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = first + g + 8 * half;
-      const bool inside = row < unit.rows;
-      float delta = 0;
-      if (inside) {
-        const T* out = p.out.row(unit.token(row), unit.head);
-#pragma unroll 2
-        for (int n = 0; 8 * n < p.shape.head_dim; ++n) {
-          const int element = 8 * n + 2 * t, piece = element / Rows<T, kDim>::kPer16;
-          const T* d = d_out + Rows<T, kDim>::at(g + 8 * half, piece) +
-                       element % Rows<T, kDim>::kPer16;
-          delta = fmaf(to_float(out[element]), to_float(d[0]), delta);
-          delta = fmaf(to_float(out[element + 1]), to_float(d[1]), delta);
-        }
-      }
-      delta += shuffle_xor(delta, 1);
-      delta += shuffle_xor(delta, 2);
-      of[half] = {inside ? p.lse[unit.head * p.tokens + unit.token(row)] : 0, delta};
-      if (inside && t == 0) statistics[row] = of[half];
+      const int row = first + lane() / 4 + 8 * half;
+      lse_of[half] = lse[row];
+      minus_delta_of[half] = minus_delta[row];
     }
   }
 
@@ -129,19 +120,22 @@ struct QuerySweep : Sweep<T, kDim> {
   }
 
   __device__ void chunk(int first, int key, const T* k, const T* v) {
-    float weight[2][4] = {}, grad[2][4] = {};
+    float weight[2][4] = {}, grad[2][4];
     multiply(weight, query, k);
-    multiply(grad, grad_out, v);
-    const bool edge = this->edge(first, key);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float w = fast_exp2(fmaf(weight[n][e], p.scale2, -of[e / 2].lse));
-        grad[n][e] = w * (grad[n][e] - of[e / 2].delta);
-        const int row = first + lane() / 4 + 8 * (e / 2);
-        if (edge && !this->seen(row, key + 8 * n + 2 * (lane() % 4) + e % 2)) grad[n][e] = 0;
+        weight[n][e] = fmaf(weight[n][e], p.scale2, -lse_of[e / 2]);
+        grad[n][e] = minus_delta_of[e / 2];
       }
+    }
+    multiply(grad, grad_out, v);
+    this->mask(weight, first, key);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) grad[n][e] *= fast_exp2(weight[n][e]);
     }
     accumulate<kDim>(acc, grad, k, scratch);
   }
@@ -153,7 +147,7 @@ struct QuerySweep : Sweep<T, kDim> {
 template <typename T, int kDim>
 struct KeySweep : Sweep<T, kDim> {
   using Base = Sweep<T, kDim>;
-  using Base::p, Base::unit, Base::statistics, Base::scratch;
+  using Base::p, Base::unit, Base::lse, Base::minus_delta, Base::scratch;
   // For large heads read from shared memory each time: accumulators leave too few registers.
   Operand<T, kDim, kTensorCore<T> && kDim <= 80> key;
   Operand<T, kDim, kTensorCore<T> && kDim <= 64> value;
@@ -176,24 +170,27 @@ struct KeySweep : Sweep<T, kDim> {
   }
 
   __device__ void chunk(int first, int query, const T* q, const T* grad_out) {
-    float weight[2][4] = {}, grad[2][4] = {};
+    float weight[2][4] = {}, grad[2][4];
     multiply(weight, key, q);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int column = query + 8 * n + 2 * (lane() % 4);
+      const Float2 log = *reinterpret_cast<const Float2*>(lse + column);
+      const Float2 delta = *reinterpret_cast<const Float2*>(minus_delta + column);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        weight[n][e] = fmaf(weight[n][e], p.scale2, -(e % 2 ? log.y : log.x));
+        grad[n][e] = e % 2 ? delta.y : delta.x;
+      }
+    }
     multiply(grad, value, grad_out);
-    const bool edge = this->edge(query, first);
+    this->mask(weight, first, query);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = query + 8 * n + 2 * (lane() % 4) + i;
-        const RowStatistics of = column < unit.rows ? statistics[column] : RowStatistics{0, 0};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int e = 2 * half + i;
-          float w = fast_exp2(fmaf(weight[n][e], p.scale2, -of.lse));
-          if (edge && !this->seen(column, first + lane() / 4 + 8 * half)) w = 0;
-          weight[n][e] = w;
-          grad[n][e] = w * (grad[n][e] - of.delta);
-        }
+      for (int e = 0; e < 4; ++e) {
+        weight[n][e] = fast_exp2(weight[n][e]);
+        grad[n][e] *= weight[n][e];
       }
     }
     accumulate<kDim>(grad_value, weight, grad_out, scratch);
@@ -206,57 +203,136 @@ struct KeySweep : Sweep<T, kDim> {
   }
 };
 
+// Writes lse and -Σ out · grad_out of the unit's rows to shared memory, and 0 past its rows.
+template <typename T, int kDim>
+__device__ void read_statistics(const BackwardParams<T>& p, const Unit& unit, float* lse,
+                                float* minus_delta) {
+  constexpr int kPer16 = Rows<T, kDim>::kPer16, kPieces = Rows<T, kDim>::kPieces;
+  // Lanes per row, each one's pieces of 16 bytes, and its rows whose pieces are on their way at a
+  // time.
+  constexpr int kLanes = kPieces % 4 == 0 ? 4 : 2, kParts = kPieces / kLanes;
+  constexpr int kRows = ceil_div(8, kParts);
+  const int member = thread() % kLanes, step = threads() / kLanes, end = round_to_chunk(unit.rows);
+  const auto inside = [&](int part) {
+    return (part * kLanes + member) * kPer16 < p.shape.head_dim;
+  };
+  const int start = inside(0) ? member * kPer16 : 0;
+  const T* const out_row = p.out.row(0, unit.head) + start;
+  const T* const grad_row = p.grad_out.row(0, unit.head) + start;
+#pragma unroll 1
+  for (int first = thread() / kLanes; first < end; first += kRows * step) {
+    Bytes16 out[kRows][kParts], grad_out[kRows][kParts];
+    float log[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = first + i * step;
+      const uint32_t token = unit.token(row < unit.rows ? row : 0);
+      log[i] = p.lse[unit.head * p.tokens + token];
+#pragma unroll
+      for (int j = 0; j < kParts; ++j) {
+        const int element = inside(j) ? j * kLanes * kPer16 : 0;
+        out[i][j] = *reinterpret_cast<const Bytes16*>(out_row + token * p.out.token_step + element);
+        grad_out[i][j] = *reinterpret_cast<const Bytes16*>(
+            grad_row + token * p.grad_out.token_step + element);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < kParts; ++j) {
+        T a[kPer16], b[kPer16];
+        memcpy(a, &out[i][j], 16);
+        memcpy(b, &grad_out[i][j], 16);
+        float part = 0;
+#pragma unroll
+        for (int k = 0; k < kPer16; ++k) part = fmaf(to_float(a[k]), to_float(b[k]), part);
+        if (inside(j)) sum += part;
+      }
+#pragma unroll
+      for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      const int row = first + i * step;
+      if (row < end && member == 0) {
+        lse[row] = row < unit.rows ? log[i] : 0;
+        minus_delta[row] = row < unit.rows ? -sum : 0;
+      }
+    }
+  }
+}
+
 // Bytes of shared memory: queries, keys, values and gradients of outputs, or a ring of two tiles of
-// two of them and every warp's own rows of the other two; scratch for fp32.
+// two of them and every warp's own rows of the other two; statistics of rows; scratch for fp32.
 template <typename T, int kDim>
 size_t backward_shared(int rows, int warps, bool resident) {
   const int64_t kept = resident ? round_to_chunk(rows) : 2 * kTileRows<T>;
   const int64_t own = resident ? kept : int64_t{warps} * kChunk;
   return 2 * device::shared_bytes<T>(kept * kDim) + 2 * device::shared_bytes<T>(own * kDim) +
+         2 * device::shared_bytes<float>(round_to_chunk(rows)) +
          (kTensorCore<T> ? 0 : device::shared_bytes<float>(warps * kChunk * kChunk));
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kBackwardWarps<T, kDim> * 32, 2) backward(BackwardParams<T> p) {
+__global__ void __launch_bounds__(most_threads(kBackwardWarps<T, kDim>), 1) backward(BackwardParams<T> p) {
   const Unit unit = make_unit(p.shape);
   const int warps = threads() / 32, head_dim = p.shape.head_dim;
   const bool resident = p.resident;
-  const int64_t kept = resident ? round_to_chunk(unit.rows) : 2 * kTileRows<T>;
+  const int padded = round_to_chunk(unit.rows), tiles = ceil_div(unit.rows, kTileRows<T>);
+  const int64_t kept = resident ? padded : 2 * kTileRows<T>;
   const int64_t own = resident ? kept : int64_t{warps} * kChunk;
-  const int mine = resident ? 0 : warp() * kChunk * kDim;
   Shared shared;
   T* const ring[2] = {shared.take<T>(kept * kDim), shared.take<T>(kept * kDim)};
-  T* const rows[2] = {shared.take<T>(own * kDim) + mine, shared.take<T>(own * kDim) + mine};
+  T* const rows[2] = {shared.take<T>(own * kDim), shared.take<T>(own * kDim)};
+  float* const lse = shared.take<float>(padded);
+  float* const minus_delta = shared.take<float>(padded);
   float* const scratch =
       kTensorCore<T> ? nullptr
                      : shared.take<float>(warps * kChunk * kChunk) + warp() * kChunk * kChunk;
-  RowStatistics* const statistics =
-      p.statistics + (unit.frame * p.shape.heads + unit.head) * unit.rows;
-  const Sweep<T, kDim> base{p, unit, statistics, scratch};
 
-  const Pair<T> queries{{p.q, p.grad_out}, {rows[0], rows[1]}};
-  const Pair<T> keys{{p.k, p.v}, {ring[0], ring[1]}};
+  const Matrices<T> queries{{p.q, p.grad_out}, {rows[0], rows[1]}};
+  const Matrices<T> keys{{p.k, p.v}, {ring[0], ring[1]}};
+  const int at_first = warps * kChunk;  // queries of the first turn
   if (resident) {
-    queries.template load<kDim>(unit, head_dim, 0, round_to_chunk(unit.rows), 0, thread(),
-                                threads());
-    for (int tile = 0; tile * kTileRows<T> < unit.rows; ++tile) {
+    queries.template load<kDim>(unit, head_dim, 0, at_first, 0, thread(), threads());
+    load_tile<T, kDim>(keys, unit, head_dim, 0, 0);
+    cp_async_commit();
+  }
+  read_statistics<T, kDim>(p, unit, lse, minus_delta);
+  if (resident) {
+    for (int tile = 1; tile < tiles; ++tile) {
       load_tile<T, kDim>(keys, unit, head_dim, tile, tile * kTileRows<T>);
       cp_async_commit();
     }
+    queries.template load<kDim>(unit, head_dim, at_first, padded - at_first, at_first, thread(),
+                                threads());
+    cp_async_commit();
   }
-  {
+
+  // A turn is 16 queries, or then 16 keys. In a ring all warps take turns of the same kind. Resident
+  // rows have all arrived when the first turn ends; from then on warps do not wait for each other.
+  const Sweep<T, kDim> base{p, unit, lse, minus_delta, scratch};
+  const int chunks = padded / kChunk, turns = resident ? chunks : ceil_div(chunks, warps) * warps;
+  const auto mine = [&](T* all, int first) {
+    return all + (resident ? first : warp() * kChunk) * kDim;
+  };
+  int turn = warp();
+#pragma unroll 1
+  for (; turn < turns; turn += warps) {
+    const int first = turn * kChunk;
+    const Tiles state = !resident ? Tiles::kRing : turn < warps ? Tiles::kArriving : Tiles::kThere;
+    const Matrices<T> own{{p.q, p.grad_out}, {mine(rows[0], first), mine(rows[1], first)}};
     QuerySweep<T, kDim> sweep(base);
-    walk<T, kDim>(resident ? Tiles::kArriving : Tiles::kRing, resident, queries, keys, unit,
-                  head_dim, sweep);
+    pass<T, kDim, 2>(state, 1, first, own, keys, unit, head_dim, sweep);
   }
-  sync_block();  // statistics of all rows are written
-  KeySweep<T, kDim> sweep(base);
-  if (resident) {
-    walk<T, kDim>(Tiles::kThere, true, keys, queries, unit, head_dim, sweep);
-  } else {
-    const Pair<T> own_keys{{p.k, p.v}, {rows[0], rows[1]}};
-    const Pair<T> all_queries{{p.q, p.grad_out}, {ring[0], ring[1]}};
-    walk<T, kDim>(Tiles::kRing, false, own_keys, all_queries, unit, head_dim, sweep);
+  T* const key_rows[2] = {resident ? ring[0] : rows[0], resident ? ring[1] : rows[1]};
+  const Matrices<T> other{{p.q, p.grad_out},
+                      {resident ? rows[0] : ring[0], resident ? rows[1] : ring[1]}};
+#pragma unroll 1
+  for (; turn < 2 * turns; turn += warps) {
+    const int first = (turn - turns) * kChunk;
+    const Matrices<T> own{{p.k, p.v}, {mine(key_rows[0], first), mine(key_rows[1], first)}};
+    KeySweep<T, kDim> sweep(base);
+    pass<T, kDim, 2>(resident ? Tiles::kThere : Tiles::kRing, 0, first, own, other, unit, head_dim,
+                  sweep);
   }
 }
 
@@ -322,9 +398,7 @@ int64_t proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
   const Shape shape = make_shape(qkv, frame_offsets, num_proxies, patches);
   const int rows = shape.proxies + shape.patches;
   const int64_t units = shape.frames * shape.heads;
-  // A multiple of 16 bytes, after which the partial results begin.
-  const int64_t statistics = (2 * units * rows + 3) / 4 * 4;
-  const int64_t floats = statistics + units * shape.proxies * 3 * shape.head_dim;
+  const int64_t floats = units * shape.proxies * 3 * shape.head_dim;
   if (floats > 0 && !workspace) return floats * sizeof(float);
   const auto what = [&] { return describe("backward", qkv, shape); };
   for_instance(qkv.dtype, shape.head_dim, [&](auto instance) {
@@ -341,12 +415,11 @@ int64_t proxy_attention_backward_cuda(const Tensor& grad_out, const Tensor& qkv,
                         part_of<T>(grad_qkv, 2),
                         lse.dense<const float>(shape.heads * qkv.size[0]),
                         qkv.size[0],
-                        reinterpret_cast<RowStatistics*>(workspace),
-                        reinterpret_cast<float*>(workspace) + statistics,
+                        reinterpret_cast<float*>(workspace),
                         scale,
                         scale * kLog2E,
                         true};
-    const Plan plan = make_plan(rows, kBackwardWarps<T, kDim>, stream, [&](int warps, bool all) {
+    const Plan plan = make_plan(rows, 2, kBackwardWarps<T, kDim>, stream, [&](int warps, bool all) {
       return backward_shared<T, kDim>(rows, warps, all);
     });
     p.resident = plan.resident;

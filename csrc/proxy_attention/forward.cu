@@ -1,5 +1,7 @@
 // Forward: a block computes a frame's patches of one head, and the frame's part of the proxies'
 // attention; a second kernel merges those parts.
+#include <limits>
+
 #include "proxy_attention/cuda.h"
 #include "proxy_attention/kernel.cuh"
 
@@ -16,10 +18,11 @@ struct ForwardParams {
   int64_t tokens;
   float* partial;  // [frames, heads, proxies, head_dim + 2]: sum of 2^(x - max)·v, max, sum of 2^(…)
   float scale2;    // scale · log2 e
+  float magnitude;  // of scale2, never 0: times this, a masked logit of -inf stays -inf
   bool resident;
 };
 
-// Most warps of a block, such that registers suffice for two blocks per multiprocessor. Seven warps
+// Most warps of a block that shares a multiprocessor's registers with another. Seven warps
 // share the 13 tiles of 16 rows of B/16 evenly; larger heads need more registers per thread.
 template <typename T, int kDim>
 constexpr int kForwardWarps = kTensorCore<T> && kDim <= 64 ? 7 : 4;
@@ -30,6 +33,7 @@ struct ForwardBody {
 
   const ForwardParams<T>& p;
   const Unit& unit;
+  const Matrices<T, 1>& queries;  // of the warp
   float* scratch;
   Operand<T, kDim> query;
   float acc[kDim / 8][4], most[2], sum[2];
@@ -45,7 +49,18 @@ struct ForwardBody {
     for (int half = 0; half < 2; ++half) most[half] = -INFINITY, sum[half] = 0;
   }
 
+  // Starts to copy the warp's queries from `first` on.
+  __device__ void load(int first) const {
+    queries.template load<kDim>(unit, p.shape.head_dim, first, kChunk, 0, lane(), 32);
+    cp_async_commit();
+  }
+
   __device__ void step(int first, int key, const T* k, const T* v) {
+    const int next = first + threads() / 32 * kChunk;
+    if (kTensorCore<T> && p.resident && key + kTileRows<T> >= unit.rows && next < unit.rows) {
+      sync_warp();  // queries are in registers since `begin`: the next pass's can take their place
+      load(next);
+    }
 #pragma unroll 1
     for (int at = 0; at < kTileRows<T> && key + at < unit.rows; at += kChunks * kChunk) {
       attend(first, key + at, k + at * kDim, v + at * kDim);
@@ -65,7 +80,7 @@ struct ForwardBody {
         multiply(logit[c], query, k + c * kChunk * kDim);
       }
     }
-    mask_and_scale(first, key, logit);
+    mask(first, key, logit);
     float factor[2];
     bool grows = false;
 #pragma unroll
@@ -81,8 +96,8 @@ struct ForwardBody {
       largest = fmaxf(largest, shuffle_xor(largest, 1));
       largest = fmaxf(largest, shuffle_xor(largest, 2));
       // A proxy's row sees nothing in a tile of proxies: its maximum is still -inf.
-      const float reference = largest == -INFINITY ? 0 : largest;
-      factor[half] = fast_exp2(most[half] - reference);
+      const float reference = largest == -INFINITY ? 0 : scaled(largest);
+      factor[half] = fast_exp2(fmaf(most[half], p.magnitude, -reference));
       grows |= most[half] != largest;
       most[half] = largest;
       float total = 0;
@@ -92,7 +107,7 @@ struct ForwardBody {
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            logit[c][n][e] = fast_exp2(logit[c][n][e] - reference);
+            logit[c][n][e] = fast_exp2(fmaf(logit[c][n][e], p.magnitude, -reference));
             total += logit[c][n][e];
           }
         }
@@ -114,16 +129,13 @@ struct ForwardBody {
     }
   }
 
-  __device__ void mask_and_scale(int first, int key, float (&logit)[kChunks][2][4]) const {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) logit[c][n][e] *= p.scale2;
-      }
-    }
-    if (key + kChunks * kChunk <= unit.rows && (first >= unit.proxies || key >= unit.proxies)) {
+  __device__ float scaled(float logit) const { return rounded_product(logit, p.magnitude); }
+
+  // Sets logits to -inf where a query gives no weight to a key in this kernel, and turns their signs
+  // for a negative scale. Most tiles need neither.
+  __device__ void mask(int first, int key, float (&logit)[kChunks][2][4]) const {
+    if (key + kChunks * kChunk <= unit.rows && (first >= unit.proxies || key >= unit.proxies) &&
+        p.scale2 >= 0) {
       return;
     }
     const int column = key + 2 * (lane() % 4);
@@ -138,7 +150,8 @@ struct ForwardBody {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int at = column + c * kChunk + 8 * n + i;
-            if (at < from || at >= unit.rows) logit[c][n][2 * half + i] = -INFINITY;
+            float& x = logit[c][n][2 * half + i];
+            x = at < from || at >= unit.rows ? -INFINITY : copysignf(1, p.scale2) * x;
           }
         }
       }
@@ -157,16 +170,16 @@ struct ForwardBody {
       partial[half] = nullptr;
       factor[half] = 1;
       if (row < unit.proxies) {
-        partial[half] = p.partial + unit.proxy_index(p.shape, row) * (p.shape.head_dim + 2);
+        partial[half] = p.partial + unit.proxy_index(row) * (p.shape.head_dim + 2);
         if (lane() % 4 == 0) {
-          partial[half][p.shape.head_dim] = most[half];
+          partial[half][p.shape.head_dim] = scaled(most[half]);
           partial[half][p.shape.head_dim + 1] = sum[half];
         }
       } else if (row < unit.rows) {
         to[half] = p.out.row(unit.token(row), unit.head);
         factor[half] = 1 / sum[half];
         if (lane() % 4 == 0) {
-          p.lse[unit.head * p.tokens + unit.token(row)] = most[half] + fast_log2(sum[half]);
+          p.lse[unit.head * p.tokens + unit.token(row)] = scaled(most[half]) + fast_log2(sum[half]);
         }
       }
     }
@@ -184,20 +197,18 @@ size_t forward_shared(int rows, int warps, bool resident) {
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kForwardWarps<T, kDim> * 32, 2) forward(ForwardParams<T> p) {
+__global__ void __launch_bounds__(most_threads(kForwardWarps<T, kDim>), 1) forward(ForwardParams<T> p) {
   const Unit unit = make_unit(p.shape);
   const int warps = threads() / 32;
   const int64_t kept = p.resident ? round_to_chunk(unit.rows) : 2 * kTileRows<T>;
   Shared shared;
-  Pair<T> keys{{p.k, p.v}, {}};
-  keys.rows[0] = shared.take<T>(kept * kDim);
-  keys.rows[1] = shared.take<T>(kept * kDim);
+  const Matrices<T> keys{{p.k, p.v}, {shared.take<T>(kept * kDim), shared.take<T>(kept * kDim)}};
   T* const queries = shared.take<T>(int64_t{warps} * kChunk * kDim);
-  const Pair<T> query{{p.q, p.q}, {queries + warp() * kChunk * kDim, nullptr}};
+  const Matrices<T, 1> query{{p.q}, {queries + warp() * kChunk * kDim}};
   float* const scratch =
       kTensorCore<T> ? nullptr
                      : shared.take<float>(warps * kChunk * kChunk) + warp() * kChunk * kChunk;
-  ForwardBody<T, kDim> body{p, unit, scratch, {}, {}, {}, {}};
+  ForwardBody<T, kDim> body{p, unit, query, scratch, {}, {}, {}, {}};
   if (p.resident) {
     query.template load<kDim>(unit, p.shape.head_dim, warp() * kChunk, kChunk, 0, lane(), 32);
     for (int tile = 0; tile * kTileRows<T> < unit.rows; ++tile) {
@@ -205,8 +216,16 @@ __global__ void __launch_bounds__(kForwardWarps<T, kDim> * 32, 2) forward(Forwar
       cp_async_commit();
     }
   }
-  walk<T, kDim>(p.resident ? Tiles::kArriving : Tiles::kRing, false, query, keys, unit,
-                p.shape.head_dim, body);
+#pragma unroll 1
+  for (int start = 0; start < unit.rows; start += warps * kChunk) {  // a pass
+    const int first = start + warp() * kChunk;
+    if (!kTensorCore<T> && p.resident && start > 0) {
+      sync_warp();
+      body.load(first);
+    }
+    const Tiles state = !p.resident ? Tiles::kRing : start == 0 ? Tiles::kArriving : Tiles::kThere;
+    pass<T, kDim, 1>(state, 0, first, query, keys, unit, p.shape.head_dim, body);
+  }
 }
 
 // A warp computes a proxy's result: its attention to proxies, then the frames' parts in order.
@@ -271,9 +290,10 @@ int64_t proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offs
                        qkv.size[0],
                        reinterpret_cast<float*>(workspace),
                        scale * kLog2E,
+                       scale == 0 ? std::numeric_limits<float>::denorm_min() : fabsf(scale * kLog2E),
                        true};
     const int rows = shape.proxies + shape.patches;
-    const Plan plan = make_plan(rows, kForwardWarps<T, kDim>, stream, [&](int warps, bool resident) {
+    const Plan plan = make_plan(rows, 1, kForwardWarps<T, kDim>, stream, [&](int warps, bool resident) {
       return forward_shared<T, kDim>(rows, warps, resident);
     });
     p.resident = plan.resident;

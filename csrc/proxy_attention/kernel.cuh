@@ -33,6 +33,7 @@ using device::lane;
 using device::ldmatrix;
 using device::mma;
 using device::pack;
+using device::rounded_product;
 using device::Shared;
 using device::shuffle_xor;
 using device::sync_block;
@@ -65,17 +66,15 @@ struct Matrix {
 };
 
 struct Unit {
-  int64_t frame;
   int head;
   int proxies, rows;  // M and M + L
-  int64_t proxy_token, patch_token;
+  // A row's token less the row, of proxies and of patches; Python refuses 2^31 tokens and more.
+  int proxy_token, patch_token;
 
   // The place of a proxy's part among all frames', heads' and proxies'.
-  __device__ int64_t proxy_index(const Shape& shape, int row) const {
-    return (frame * shape.heads + head) * proxies + row;
-  }
-  __device__ int64_t token(int row) const {
-    return row < proxies ? proxy_token + row : patch_token + (row - proxies);
+  __device__ int64_t proxy_index(int row) const { return int64_t{block_x()} * proxies + row; }
+  __device__ int token(int row) const {
+    return row + (row < proxies ? proxy_token : patch_token);
   }
 };
 
@@ -89,18 +88,17 @@ inline __device__ int64_t proxy_token(const Shape& shape, int video) {
 }
 
 inline __device__ Unit make_unit(const Shape& shape) {
-  const int64_t frame = block_x() / shape.heads;
+  const int frame = block_x() / shape.heads;
   int video = 0, end = shape.videos;  // the video is the last that begins at or before the frame
   while (end - video > 1) {
     const int middle = (video + end) / 2;
     (shape.frame_offsets[middle] <= frame ? video : end) = middle;
   }
-  return {frame,
-          block_x() % shape.heads,
+  return {block_x() % shape.heads,
           shape.proxies,
           shape.proxies + shape.patches,
-          proxy_token(shape, video),
-          (video + int64_t{1}) * shape.proxies + frame * shape.patches};
+          static_cast<int>(proxy_token(shape, video)),
+          static_cast<int>(int64_t{video} * shape.proxies + int64_t{frame} * shape.patches)};
 }
 
 // ---- Rows in shared memory -----------------------------------------------------------------------
@@ -122,21 +120,6 @@ struct Rows {
     return row * kDim + (piece ^ (row >> kShift & kMask)) * kPer16;
   }
 };
-
-// Starts to copy `count` rows, from `first` on, of one head; zeros past the unit's rows and past
-// the head's elements. The copy is shared by `workers` threads, of which this is `worker`.
-template <int kDim, typename T>
-__device__ void load_rows(T* to, const Matrix<const T>& from, const Unit& unit, int head_dim,
-                          int first, int count, int worker, int workers) {
-  using Layout = Rows<T, kDim>;
-#pragma unroll 1
-  for (int i = worker; i < count * Layout::kPieces; i += workers) {
-    const int row = i / Layout::kPieces, element = i % Layout::kPieces * Layout::kPer16;
-    const T* source = from.row(unit.token(first + row), unit.head) + element;
-    cp_async16(to + Layout::at(row, i % Layout::kPieces), source,
-               first + row < unit.rows && element < head_dim);
-  }
-}
 
 // ---- Products of one warp ------------------------------------------------------------------------
 //
@@ -349,25 +332,36 @@ struct Elements {
 template <typename T>
 constexpr int kTileRows = kTensorCore<T> ? 64 : 32;
 
-inline __device__ __host__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr __device__ __host__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline __device__ __host__ int round_to_chunk(int rows) { return ceil_div(rows, kChunk) * kChunk; }
 
-// Two matrices of the unit that are used together, such as keys and values: where they come from,
-// and their rows in shared memory.
-template <typename T>
-struct Pair {
-  Matrix<const T> from[2];
-  T* rows[2];
+// Matrices of the unit that are used together, such as keys and values: where they come from, and
+// their rows in shared memory.
+template <typename T, int kCount = 2>
+struct Matrices {
+  Matrix<const T> from[kCount];
+  T* rows[kCount];
 
-  // Starts to copy `count` rows, from `first` on, to row `to` of the arrays.
+  // Starts to copy `count` rows, from `first` on, to row `to` of the arrays; zeros past the unit's
+  // rows and past the head's elements. The copy is shared by `workers` threads, of which this is
+  // `worker`: a thread copies the same piece of 16 bytes of every step-th row.
   template <int kDim>
   __device__ void load(const Unit& unit, int head_dim, int first, int count, int to, int worker,
                        int workers) const {
+    using Layout = Rows<T, kDim>;
+    const int piece = worker % Layout::kPieces, element = piece * Layout::kPer16;
+    const int step = workers / Layout::kPieces, start = worker / Layout::kPieces;
+    const T* source[kCount];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (rows[i]) {
-        load_rows<kDim>(rows[i] + to * kDim, from[i], unit, head_dim, first, count, worker,
-                        workers);
+    for (int i = 0; i < kCount; ++i) source[i] = from[i].row(0, unit.head) + element;
+#pragma unroll 1
+    for (int row = start < step ? start : count; row < count; row += step) {
+      const bool valid = first + row < unit.rows && element < head_dim;
+      const int at = to * kDim + Layout::at(row, piece);
+      const uint32_t token = unit.token(first + row);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        cp_async16(rows[i] + at, source[i] + token * from[i].token_step, valid);
       }
     }
   }
@@ -389,62 +383,53 @@ inline __device__ void wait_until_pending(int groups) {
 }
 
 template <typename T, int kDim>
-__device__ void load_tile(const Pair<T>& other, const Unit& unit, int head_dim, int tile, int to) {
+__device__ void load_tile(const Matrices<T>& other, const Unit& unit, int head_dim, int tile, int to) {
   const int first = tile * kTileRows<T>;
   const int left = round_to_chunk(unit.rows) - first;
   other.template load<kDim>(unit, head_dim, first, left < kTileRows<T> ? left : kTileRows<T>, to,
                             thread(), threads());
 }
 
-// Each warp takes 16 rows of its own at a time and multiplies them with all rows of the other side.
-// `own` are its 16 rows' places, or where all own rows lie if `own_there`. Body says what to do:
-//   begin(first, a, b)        the own rows from `first` on are at a and b
+// A warp multiplies 16 rows of its own, from `first` on, with all rows of the other side. `own` says
+// where its rows lie or are copied to. Where tiles are arriving, `later` groups of copies follow
+// theirs. Body says what to do:
+//   begin(first, a, b)        the own rows are at a and b
 //   step(first, row, a, b)    kTileRows rows of the other side, from `row` on, are at a and b
 //   end(first)
-template <typename T, int kDim, typename Body>
-__device__ void walk(Tiles tiles_are, bool own_there, const Pair<T>& own, const Pair<T>& other,
-                     const Unit& unit, int head_dim, Body& body) {
+// Unless all tiles are there, all warps of the block take part, some perhaps without own rows.
+template <typename T, int kDim, int kOwn, typename Body>
+__device__ void pass(Tiles tiles_are, int later, int first, const Matrices<T, kOwn>& own,
+                     const Matrices<T>& other, const Unit& unit, int head_dim, Body& body) {
   constexpr int kTile = kTileRows<T>;
-  const int warps = threads() / 32, tiles = ceil_div(unit.rows, kTile);
-  const int passes = ceil_div(unit.rows, warps * kChunk);
+  const int tiles = ceil_div(unit.rows, kTile);
   const bool ring = tiles_are == Tiles::kRing;
-  for (int pass = 0; pass < passes; ++pass) {
-    const int first = (pass * warps + warp()) * kChunk;
-    if (ring) {
-      sync_block();  // all threads have read the last pass's tiles
-      own.template load<kDim>(unit, head_dim, first, kChunk, 0, lane(), 32);
-      load_tile<T, kDim>(other, unit, head_dim, 0, 0);
-      cp_async_commit();
-    } else if (!own_there && (pass > 0 || tiles_are == Tiles::kThere)) {
-      sync_warp();
-      own.template load<kDim>(unit, head_dim, first, kChunk, 0, lane(), 32);
-      cp_async_commit();
-    }
-    for (int tile = 0; tile < tiles; ++tile) {
-      if (ring) {
-        cp_async_wait<0>();
-        sync_block();
-        if (tile + 1 < tiles) {
-          load_tile<T, kDim>(other, unit, head_dim, tile + 1, (tile + 1) % 2 * kTile);
-          cp_async_commit();
-        }
-      } else if (tiles_are == Tiles::kArriving && pass == 0) {
-        wait_until_pending(tiles - 1 - tile);
-        sync_block();
-      } else if (tile == 0) {
-        cp_async_wait<0>();
-        sync_warp();
-      }
-      if (first >= unit.rows) continue;
-      if (tile == 0) {
-        const int at = own_there ? first * kDim : 0;
-        body.begin(first, own.rows[0] + at, own.rows[1] + at);
-      }
-      const int at = (ring ? tile % 2 : tile) * kTile * kDim;
-      body.step(first, tile * kTile, other.rows[0] + at, other.rows[1] + at);
-    }
-    if (first < unit.rows) body.end(first);
+  if (ring) {
+    sync_block();  // all threads have read the last pass's tiles
+    own.template load<kDim>(unit, head_dim, first, kChunk, 0, lane(), 32);
+    load_tile<T, kDim>(other, unit, head_dim, 0, 0);
+    cp_async_commit();
   }
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (ring) {
+      cp_async_wait<0>();
+      sync_block();
+      if (tile + 1 < tiles) {
+        load_tile<T, kDim>(other, unit, head_dim, tile + 1, (tile + 1) % 2 * kTile);
+        cp_async_commit();
+      }
+    } else if (tiles_are == Tiles::kArriving) {
+      wait_until_pending(tile + 1 < tiles ? tiles - 1 - tile + later : 0);
+      sync_block();
+    } else if (tile == 0) {
+      cp_async_wait<0>();
+      sync_warp();
+    }
+    if (first >= unit.rows) continue;
+    if (tile == 0) body.begin(first, own.rows[0], own.rows[kOwn - 1]);
+    const int at = (ring ? tile % 2 : tile) * kTile * kDim;
+    body.step(first, tile * kTile, other.rows[0] + at, other.rows[1] + at);
+  }
+  if (first < unit.rows) body.end(first);
 }
 
 // ---- Host side -----------------------------------------------------------------------------------
@@ -457,17 +442,32 @@ struct Plan {
   size_t shared;
 };
 
-// `bytes(warps, resident)` is the shared memory that a block needs. Two blocks shall fit into a
-// multiprocessor, so that one computes while the other waits for memory; where they do not, one
-// that keeps its rows is still better than two that read them again.
+// The largest block of a kernel of which two blocks of `warps` warps fit into a multiprocessor's
+// registers: one block of twice as many, in whole warps per quarter of the multiprocessor.
+constexpr int most_threads(int warps) { return ceil_div(2 * warps, 4) * 4 * 32; }
+
+// `bytes(warps, resident)` is the shared memory that a block needs. Two blocks of up to max_warps
+// warps shall fit into a multiprocessor, so that one computes while the other waits for memory; a
+// block that is alone there may have twice as many warps. Rows are better kept by one block than read
+// again by two. With resident rows, the warps share the turns of all `sweeps`; there are as few
+// warps as finish them in the same number of rounds.
 template <typename Bytes>
-Plan make_plan(int rows, int max_warps, device::Stream stream, const Bytes& bytes) {
-  const size_t most = device::max_shared_bytes(stream);
-  const int row_tiles = ceil_div(rows, kChunk), passes = ceil_div(row_tiles, max_warps);
-  int warps = ceil_div(row_tiles, passes);
-  if (bytes(warps, true) <= most) return {warps, true, bytes(warps, true)};
-  while (warps > 1 && bytes(warps, false) > most) --warps;
-  return {warps, false, bytes(warps, false)};
+Plan make_plan(int rows, int sweeps, int max_warps, device::Stream stream, const Bytes& bytes) {
+  constexpr size_t kSystem = 1024;  // bytes that the system takes for every block
+  const size_t most = device::max_shared_bytes(stream);  // leaves the system's part for one block
+  const int chunks = ceil_div(rows, kChunk);
+  Plan plan{};
+  for (const bool resident : {true, false}) {
+    for (const int blocks : {2, 1}) {
+      const int turns = resident ? sweeps * chunks : chunks, at_once = max_warps * 2 / blocks;
+      const int even = ceil_div(turns, ceil_div(turns, at_once));
+      plan = {even < chunks ? even : chunks, resident, 0};
+      plan.shared = bytes(plan.warps, resident);
+      if (blocks * (plan.shared + kSystem) <= most + kSystem) return plan;
+    }
+  }
+  while (plan.warps > 1 && plan.shared > most) plan.shared = bytes(--plan.warps, false);
+  return plan;
 }
 
 template <typename T>

@@ -82,6 +82,26 @@ def test_every_schedule_with_rows_resident_and_in_a_ring(emulator, seed, dtype, 
     assert_as_good_as_pytorch(*make(dtype, 64, 140, 4, [0, 1], heads=1), 4, 140)
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("shared", [ALL, FEW])
+@pytest.mark.parametrize(
+    ("patches", "proxies"),
+    [
+        (12, 4),  # one chunk of 16 rows, full
+        (60, 4),  # one tile of 64 rows, full
+        (61, 4),  # one row more
+        (108, 20),  # two tiles, full; proxies in two chunks
+        (94, 50),  # the last chunk of three tiles is full
+        (1, 130),  # proxies in three tiles
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_end_at_borders_of_tiles(emulator, dtype, patches, proxies, shared):
+    emulator.configure(seed=2, max_shared_bytes=shared)
+    given = make(dtype, 48, patches, proxies, [0, 1, 1], heads=1)
+    assert_as_good_as_pytorch(*given, proxies, patches)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_neither_schedule_nor_residence_changes_a_bit(emulator, dtype):
     given = make(dtype, 64, 140, 4, [0, 1], heads=1)
@@ -180,6 +200,18 @@ def test_launches_are_those_that_the_kernels_table_counts_with(emulator, model, 
     for direction, launch in (("forward", forward), ("backward", backward)):
         plan = kernel_table.plan(direction, patches, most)
         assert launch == (plan.warps * 32, plan.shared)
+
+
+@pytest.mark.parametrize("kibibytes", [50, 99, 163, 227])
+@pytest.mark.parametrize("seed", [2, 3])
+def test_every_number_of_warps_gives_the_same_bits(emulator, kibibytes, seed):
+    """A block that is alone on a multiprocessor has more warps, which share the turns otherwise."""
+    given = make(torch.bfloat16, 64, 196, 4, [0, 1], heads=1)
+    emulator.configure()
+    want = kernels(*given, 4, 196)
+    emulator.configure(seed=seed, max_shared_bytes=kibibytes * 1024)
+    got = kernels(*given, 4, 196)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_a_gpu_without_enough_shared_memory_says_so(emulator):

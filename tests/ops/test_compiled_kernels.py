@@ -52,26 +52,34 @@ def test_main_instances_use_tensor_cores_and_copy_in_the_background(main_kernels
 def test_registers_leave_room_for_two_blocks_of_attention(main_kernels):
     """One block can then compute while the other waits for memory; the loss needs a whole one.
 
-    Shared memory may not leave it, see below.
+    Shared memory may not leave it, see below. Attention's largest block is one that is alone on a
+    multiprocessor, and has twice as many warps.
     """
     for row in main_kernels:
-        wanted = 2 if "proxy_attention" in row["kernel"] else 1
-        assert row["blocks"] >= wanted, row
+        blocks = 2 if "proxy_attention" in row["kernel"] else 1
+        warps = row["threads"] // 32 // blocks
+        assert kernel_table._blocks(row["registers"], warps, row["arch"]) >= blocks, row
 
 
-# Where a block's rows leave a multiprocessor no shared memory for a second block.
+# Where a block's rows leave a multiprocessor no shared memory for a second block; then it has more
+# warps. Keys and values of 580 rows fill more than half of the largest (L/14@336, forward). So do
+# all four matrices of 260 rows (L/14, backward), and of 200 rows in 164 KiB. On 120, with 100 KiB,
+# two rings with the statistics of 200 rows are 1.3 KiB too large.
 ALONE = {
     ("forward", "B/16"): ["120"],
     ("forward", "L/14"): ["120"],
-    ("forward", "L/14@336"): ["80", "90a", "100"],
-    ("backward", "B/16"): ["80"],
-    ("backward", "L/14"): ["80", "90a", "100"],
+    ("forward", "L/14@336"): ["90a", "100"],
+    ("backward", "B/16"): ["80", "120"],
+    ("backward", "L/14"): ["80", "90a", "100", "120"],
+    ("backward", "L/14@336"): ["120"],
 }
 
 
-def test_two_blocks_of_attention_share_a_multiprocessor_but_for_those_listed(kernels):
+def test_two_blocks_of_attention_share_a_multiprocessor_except_for_those_listed(kernels):
     cases = kernel_table.occupancy(kernels)
     assert cases
     for case in cases:
         alone = case["arch"] in ALONE.get((case["direction"], case["model"]), [])
         assert case["blocks"] == 1 if alone else case["blocks"] >= 2, case
+        shared = {"forward": 7, "backward": 4}[case["direction"]]  # most warps of one of two blocks
+        assert case["warps"] > shared if alone else case["warps"] <= shared, case

@@ -3,8 +3,8 @@
 //
 // Weights are computed again from the saved log-sum-exp: once with queries as rows, for the
 // queries' gradient, and once transposed with keys as rows, for the gradients of keys and values.
-// That is seven products instead of the minimum of five, but warps exchange nothing; memory
-// traffic, not arithmetic, is the limit.
+// That is seven products instead of the minimum of five, but warps exchange nothing; traffic of
+// memory and of shared memory, not arithmetic, is the limit.
 #include "proxy_attention/cuda.h"
 #include "proxy_attention/kernel.cuh"
 
@@ -37,9 +37,9 @@ struct Sweep {
   const float* minus_delta;  // -Σ out · grad_out over the head; of the unit's rows, as lse
   float* scratch;
 
-  // Sets those exponents to -inf where a query gives no weight to a key in this kernel: past the
-  // ends, and between proxies. One side's rows are from `row` on, the other's from `column` on; most
-  // chunks have no such place.
+  // Sets exponents to -inf where a query gives no weight to a key in this kernel: past the ends, and
+  // between proxies. One side's rows are from `row` on, the other's from `column` on. Most chunks
+  // have no such place.
   __device__ void mask(float (&exponent)[2][4], int row, int column) const {
     if (row + kChunk <= unit.rows && column + kChunk <= unit.rows &&
         (row >= unit.proxies || column >= unit.proxies)) {
@@ -272,7 +272,8 @@ size_t backward_shared(int rows, int warps, bool resident) {
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(most_threads(kBackwardWarps<T, kDim>), 1) backward(BackwardParams<T> p) {
+__global__ void __launch_bounds__(most_threads(kBackwardWarps<T, kDim>), 1)
+    backward(BackwardParams<T> p) {
   const Unit unit = make_unit(p.shape);
   const int warps = threads() / 32, head_dim = p.shape.head_dim;
   const bool resident = p.resident;
@@ -307,8 +308,9 @@ __global__ void __launch_bounds__(most_threads(kBackwardWarps<T, kDim>), 1) back
     cp_async_commit();
   }
 
-  // A turn is 16 queries, or then 16 keys. In a ring all warps take turns of the same kind. Resident
-  // rows have all arrived when the first turn ends; from then on warps do not wait for each other.
+  // A turn is 16 queries, or then 16 keys. In a ring all warps take turns of the same kind. When
+  // the first turn ends, resident rows have all arrived: then warps do not wait for each other. Two
+  // loops, because one would keep both sweeps' addresses in registers.
   const Sweep<T, kDim> base{p, unit, lse, minus_delta, scratch};
   const int chunks = padded / kChunk, turns = resident ? chunks : ceil_div(chunks, warps) * warps;
   const auto mine = [&](T* all, int first) {
@@ -321,17 +323,17 @@ __global__ void __launch_bounds__(most_threads(kBackwardWarps<T, kDim>), 1) back
     const Tiles state = !resident ? Tiles::kRing : turn < warps ? Tiles::kArriving : Tiles::kThere;
     const Matrices<T> own{{p.q, p.grad_out}, {mine(rows[0], first), mine(rows[1], first)}};
     QuerySweep<T, kDim> sweep(base);
-    pass<T, kDim, 2>(state, 1, first, own, keys, unit, head_dim, sweep);
+    pass<T, kDim>(state, 1, first, own, keys, unit, head_dim, sweep);
   }
   T* const key_rows[2] = {resident ? ring[0] : rows[0], resident ? ring[1] : rows[1]};
   const Matrices<T> other{{p.q, p.grad_out},
-                      {resident ? rows[0] : ring[0], resident ? rows[1] : ring[1]}};
+                          {resident ? rows[0] : ring[0], resident ? rows[1] : ring[1]}};
 #pragma unroll 1
   for (; turn < 2 * turns; turn += warps) {
     const int first = (turn - turns) * kChunk;
     const Matrices<T> own{{p.k, p.v}, {mine(key_rows[0], first), mine(key_rows[1], first)}};
     KeySweep<T, kDim> sweep(base);
-    pass<T, kDim, 2>(resident ? Tiles::kThere : Tiles::kRing, 0, first, own, other, unit, head_dim,
+    pass<T, kDim>(resident ? Tiles::kThere : Tiles::kRing, 0, first, own, other, unit, head_dim,
                   sweep);
   }
 }

@@ -131,8 +131,8 @@ struct ForwardBody {
 
   __device__ float scaled(float logit) const { return rounded_product(logit, p.magnitude); }
 
-  // Sets logits to -inf where a query gives no weight to a key in this kernel, and turns their signs
-  // for a negative scale. Most tiles need neither.
+  // Sets logits to -inf where a query gives no weight to a key in this kernel, and turns their
+  // signs for a negative scale. Most tiles need neither.
   __device__ void mask(int first, int key, float (&logit)[kChunks][2][4]) const {
     if (key + kChunks * kChunk <= unit.rows && (first >= unit.proxies || key >= unit.proxies) &&
         p.scale2 >= 0) {
@@ -197,7 +197,8 @@ size_t forward_shared(int rows, int warps, bool resident) {
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(most_threads(kForwardWarps<T, kDim>), 1) forward(ForwardParams<T> p) {
+__global__ void __launch_bounds__(most_threads(kForwardWarps<T, kDim>), 1)
+    forward(ForwardParams<T> p) {
   const Unit unit = make_unit(p.shape);
   const int warps = threads() / 32;
   const int64_t kept = p.resident ? round_to_chunk(unit.rows) : 2 * kTileRows<T>;
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(most_threads(kForwardWarps<T, kDim>), 1) forwa
       body.load(first);
     }
     const Tiles state = !p.resident ? Tiles::kRing : start == 0 ? Tiles::kArriving : Tiles::kThere;
-    pass<T, kDim, 1>(state, 0, first, query, keys, unit, p.shape.head_dim, body);
+    pass<T, kDim>(state, 0, first, query, keys, unit, p.shape.head_dim, body);
   }
 }
 
@@ -290,11 +291,12 @@ int64_t proxy_attention_forward_cuda(const Tensor& qkv, const Tensor& frame_offs
                        qkv.size[0],
                        reinterpret_cast<float*>(workspace),
                        scale * kLog2E,
-                       scale == 0 ? std::numeric_limits<float>::denorm_min() : fabsf(scale * kLog2E),
+                       scale == 0 ? std::numeric_limits<float>::denorm_min()
+                                  : fabsf(scale * kLog2E),
                        true};
     const int rows = shape.proxies + shape.patches;
-    const Plan plan = make_plan(rows, 1, kForwardWarps<T, kDim>, stream, [&](int warps, bool resident) {
-      return forward_shared<T, kDim>(rows, warps, resident);
+    const Plan plan = make_plan(rows, 1, kForwardWarps<T, kDim>, stream, [&](int warps, bool all) {
+      return forward_shared<T, kDim>(rows, warps, all);
     });
     p.resident = plan.resident;
     device::launch(forward<T, kDim>, {shape.frames * shape.heads}, plan.warps * 32, plan.shared,

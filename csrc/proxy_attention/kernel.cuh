@@ -383,16 +383,17 @@ inline __device__ void wait_until_pending(int groups) {
 }
 
 template <typename T, int kDim>
-__device__ void load_tile(const Matrices<T>& other, const Unit& unit, int head_dim, int tile, int to) {
+__device__ void load_tile(const Matrices<T>& other, const Unit& unit, int head_dim, int tile,
+                          int to) {
   const int first = tile * kTileRows<T>;
   const int left = round_to_chunk(unit.rows) - first;
   other.template load<kDim>(unit, head_dim, first, left < kTileRows<T> ? left : kTileRows<T>, to,
                             thread(), threads());
 }
 
-// A warp multiplies 16 rows of its own, from `first` on, with all rows of the other side. `own` says
-// where its rows lie or are copied to. Where tiles are arriving, `later` groups of copies follow
-// theirs. Body says what to do:
+// A warp multiplies 16 rows of its own, from `first` on, with all rows of the other side. `own`
+// says where its rows lie or are copied to. Where tiles are arriving, `later` groups of copies
+// follow theirs. Body says what to do:
 //   begin(first, a, b)        the own rows are at a and b
 //   step(first, row, a, b)    kTileRows rows of the other side, from `row` on, are at a and b
 //   end(first)
@@ -442,15 +443,15 @@ struct Plan {
   size_t shared;
 };
 
-// The largest block of a kernel of which two blocks of `warps` warps fit into a multiprocessor's
-// registers: one block of twice as many, in whole warps per quarter of the multiprocessor.
+// Threads of the largest block of a kernel of which two blocks of `warps` warps shall fit into a
+// multiprocessor's registers: of twice as many warps, and as many in each of its quarters.
 constexpr int most_threads(int warps) { return ceil_div(2 * warps, 4) * 4 * 32; }
 
 // `bytes(warps, resident)` is the shared memory that a block needs. Two blocks of up to max_warps
-// warps shall fit into a multiprocessor, so that one computes while the other waits for memory; a
-// block that is alone there may have twice as many warps. Rows are better kept by one block than read
-// again by two. With resident rows, the warps share the turns of all `sweeps`; there are as few
-// warps as finish them in the same number of rounds.
+// warps shall fit into a multiprocessor, so that one computes while the other waits for memory. A
+// block that is alone there may have twice as many warps; such a block that keeps its rows is better
+// than two that read them again. With resident rows, the warps share the turns of all `sweeps`. There
+// are as few warps as finish them in the same number of rounds.
 template <typename Bytes>
 Plan make_plan(int rows, int sweeps, int max_warps, device::Stream stream, const Bytes& bytes) {
   constexpr size_t kSystem = 1024;  // bytes that the system takes for every block

@@ -64,7 +64,7 @@ def test_registers_leave_room_for_two_blocks_of_attention(main_kernels):
 # Where a block's rows leave a multiprocessor no shared memory for a second block; then it has more
 # warps. Keys and values of 580 rows fill more than half of the largest (L/14@336, forward). So do
 # all four matrices of 260 rows (L/14, backward), and of 200 rows in 164 KiB. On 120, with 100 KiB,
-# two rings with the statistics of 200 rows are 1.3 KiB too large.
+# two rings with the statistics of 200 rows are 1.25 KiB too large.
 ALONE = {
     ("forward", "B/16"): ["120"],
     ("forward", "L/14"): ["120"],

@@ -139,7 +139,7 @@ counters() {
 }
 
 tests() {
-  local failed=0 where=(tests/ops tests/test_losses.py)
+  local failed=0 where=(tests/ops tests/model/test_layers.py tests/test_losses.py)
   if needs av omegaconf webdataset lmdb; then where+=(tests/training tests/data); fi
   # Output goes to a file: a process that a test leaves running would keep a pipe open.
   within 240 timeout -s INT 230 "$PYTHON" -m pytest -v --tb=short -rs -m gpu --maxfail=5 \

@@ -106,7 +106,8 @@ def report() -> bool:
 def _ops() -> Finding:
     import torch
 
-    from clipvip.ops import _native, pairwise_logsumexp, proxy_attention
+    from clipvip.ops import _native, elementwise, pairwise_logsumexp, proxy_attention
+    from clipvip.ops.linear import Norm
 
     start = time.perf_counter()
     devices = ["cpu"]
@@ -122,10 +123,15 @@ def _ops() -> Finding:
     for device, backend in [("cpu", "reference"), *((device, "native") for device in devices)]:
         x, frames, rows, factor = (t.to(device) for t in (qkv, offsets, features, scale))
         attended = proxy_attention(x, frames, 4, 49, backend=backend)
-        results.append([attended, *pairwise_logsumexp(rows, rows, factor, backend=backend)])
+        on_cpu = device == "cpu"
+        add_norm = elementwise.add_norm_reference if on_cpu else elementwise.add_norm
+        norm = Norm(rows[0], rows[1], 1e-5)
+        added, normed, _ = add_norm(rows, rows, rows[2], norm, torch.float32)
+        statistics = pairwise_logsumexp(rows, rows, factor, backend=backend)
+        results.append([attended, *statistics, added, normed])
     expected, *others = results
     pairs = [pair for result in others for pair in zip(result, expected, strict=True)]
     if not all(torch.allclose(x.cpu(), y, atol=1e-4) for x, y in pairs):
         return Finding("problem", "ops", "one disagrees with its reference; please report this")
     seconds = time.perf_counter() - start
-    return Finding("ok", "ops", f"both ran and agree with their references ({seconds:.2f} s)")
+    return Finding("ok", "ops", f"all ran and agree with their references ({seconds:.2f} s)")

@@ -101,7 +101,7 @@ PARTS = pytest.mark.parametrize(
 
 def gradients(run, x, modules, autocast=None):
     """Output, and gradients of all leaves that require one, by name."""
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         out = run(x, modules)
     torch.manual_seed(1)
     wanted = {"x": x, **dict(modules.named_parameters())}
@@ -153,6 +153,20 @@ def test_no_less_exact_than_the_plain_composition(lean, plain, dtype, autocast):
         assert value.dtype == of_plain[name].dtype, name
         floor = torch.finfo(dtype).eps
         assert error(value, want[name]) <= 2 * error(of_plain[name], want[name]) + floor, name
+
+
+@PARTS
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_a_gpu_is_no_less_exact_than_in_the_plain_composition(lean, plain, autocast, cuda):
+    modules, x = parts(torch.float32)
+    want = gradients(plain, x.detach().double().requires_grad_(), parts(torch.float32)[0].double())
+    modules, x = modules.to(cuda), x.detach().to(cuda).requires_grad_()
+    of_plain, of_lean = (gradients(run, x, modules, autocast) for run in (plain, lean))
+    assert of_lean.keys() == of_plain.keys()
+    for name, value in of_lean.items():
+        floor = torch.finfo(autocast or torch.float32).eps
+        found, other = (error(each.cpu(), want[name]) for each in (value, of_plain[name]))
+        assert found <= 2 * other + floor, name
 
 
 @PARTS

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import io
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -437,16 +438,22 @@ class DaliDecoder:
                 self._pipeline = self._build(self._most)
             packed = self._run(clips)
         except Exception as error:  # raised by DALI, its libraries or the driver
-            # The pipeline is invalid now, and the other clips' frames are lost: decode each half of
-            # the clips again, until the clip that fails is alone.
-            if self._pipeline is None:
-                self._most = 0  # so many at once may be too many
-            self._pipeline = None
-            if len(clips) == 1:
-                self._note_failure(clips[0].kind, _reason(error))
-                return [_reason(error)]
-            half = len(clips) // 2
-            return [*self._decode(clips[:half]), *self._decode(clips[half:])]
+            reason = _reason(error)
+        else:
+            return self._unpacked(packed, clips)
+        # The error has let go of the memory it held. The pipeline is invalid now, and the other
+        # clips' frames are lost: decode each half of the clips again, until the clip that fails is
+        # alone.
+        if self._pipeline is None:
+            self._most = 0  # so many at once may be too many
+        self._pipeline = None
+        if len(clips) == 1:
+            self._note_failure(clips[0].kind, reason)
+            return [reason]
+        half = len(clips) // 2
+        return [*self._decode(clips[:half]), *self._decode(clips[half:])]
+
+    def _unpacked(self, packed: Tensor, clips: Sequence[Encoded]) -> list[Frames | str]:
         self._decoded.update(clip.kind for clip in clips)
         self._in_a_row = 0
         parts = packed.split([len(clip.chosen.positions) for clip in clips])
@@ -552,7 +559,7 @@ def _memory(clip: Encoded) -> int:
     """Return an upper bound of the bytes that decoding a clip takes: its frames, as decoded and
     without their hidden edges, and what a GPU holds besides."""
     rgb = 3 * (2 * len(clip.chosen.positions) + WAITING)
-    pixels = (clip.width + 15) // 16 * (clip.height + 15) // 16 * 256
+    pixels = math.ceil(clip.width / 16) * math.ceil(clip.height / 16) * 256
     return pixels * (rgb + SURFACES * 3 // 2)
 
 

@@ -1,6 +1,7 @@
 """What is not left to DALI, or no longer: wrong frames, damage, failures without end, memory."""
 
 import io
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -321,6 +322,31 @@ def test_more_clips_than_there_is_memory_for_are_decoded_in_parts(vp9: Encoded) 
     decoder.room = 0
     decoder._pipeline = None
     assert decoder.decode([vp9]) == ["DALI: out of memory"]
+
+
+def test_a_pipeline_that_failed_holds_no_memory_while_the_next_ones_decode(vp9: Encoded) -> None:
+    class Pipeline:
+        def run(self, clips: int) -> None:
+            frames = self, [0] * clips  # as those of a whole batch, on the GPU
+            if len(frames[1]) > 1:
+                raise RuntimeError("out of memory")
+
+    class Decoder(Failing):
+        def _build(self, most: int) -> Pipeline:
+            pipeline = Pipeline()
+            built.append(weakref.ref(pipeline))
+            return pipeline
+
+        def _run(self, clips: Sequence[Encoded]) -> Tensor:
+            alive.append(sum(made() is not None for made in built))
+            self._pipeline.run(len(clips))
+            return super()._run(clips)
+
+    built: list[weakref.ref] = []
+    alive: list[int] = []
+    decoder = Decoder(lambda clip: False)
+    assert all(isinstance(each, Frames) for each in decoder.decode([vp9] * 8))
+    assert len(built) > 3 and set(alive) == {1}
 
 
 def test_memory_of_clips_decoded_at_once_is_bounded(vp9: Encoded) -> None:

@@ -48,8 +48,8 @@ DecodeWith = Annotated[
 MixedPrecision = Annotated[
     Literal["auto", "bf16", "no"],
     arg(
-        help="Precision of the model, named as in training: bf16 (autocast over the weights) or no "
-        "(that of the weights, fp32). auto is bf16 on a CUDA GPU that computes in it, else no."
+        help="Precision to compute in, named as in training: bf16 (autocast) or no (that of the "
+        "weights, usually fp32). auto is bf16 on a CUDA GPU that computes in it, else no."
     ),
 ]
 DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]

@@ -49,26 +49,32 @@ def load_for_embedding(
     return model, processor
 
 
-def precision_on(device: torch.device, mixed_precision: str) -> str:
-    """Return the precision, "bf16" or "no", in which a model on `device` computes.
+def precision_on(model: CLIPViPModel, mixed_precision: str) -> str:
+    """Return the precision, "bf16" or "no", in which a model computes on its device.
 
     mixed_precision: "bf16" for autocast over the model's weights, as in training; "no" for the
         weights' own precision; "auto" for bf16 on a CUDA GPU that computes in it, else "no".
+
+    Weights in fp16 cannot be mixed with bf16: "auto" is "no" for them, and "bf16" a ValueError.
     """
     if mixed_precision not in PRECISIONS:
         raise ValueError(
             f"mixed_precision is {mixed_precision!r}; expected one of {', '.join(PRECISIONS)}"
         )
+    mixable = model.dtype != torch.float16
+    if mixed_precision == "bf16" and not mixable:
+        raise ValueError('mixed_precision is "bf16", but the model\'s weights are fp16; use no')
     if mixed_precision != "auto":
         return mixed_precision
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if bf16 else "no"
+    device = model.device
+    in_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if in_bf16 and mixable else "no"
 
 
-def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
-    """Return a context for models on `device` in this precision; see `precision_on`."""
-    enabled = precision_on(device, mixed_precision) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def autocast(model: CLIPViPModel, mixed_precision: str) -> torch.autocast:
+    """Return a context in which a model computes in this precision; see `precision_on`."""
+    enabled = precision_on(model, mixed_precision) == "bf16"
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.inference_mode()

@@ -167,9 +167,9 @@ def build_index(
     check_out(out)
     from clipvip.embedding import autocast
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    precision = autocast(device, mixed_precision)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network, processor = _load(model, device)
+    precision = autocast(network, mixed_precision)
     name = str(Path(model).resolve()) if Path(model).exists() else str(model)
     where = sorted(map(os.path.realpath, sources))
     nothing = torch.empty(0, network.config.projection_dim)

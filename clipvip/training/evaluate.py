@@ -64,9 +64,9 @@ def evaluate(
     texts = [(index, text) for index, clip in enumerate(clips) for text in clip.text]
     if not texts:
         raise ValueError(f"none of the {len(clips)} clips has a text to search with")
-    training = model.training
+    precision, training = autocast(model, mixed_precision), model.training
     model.eval()
-    with torch.inference_mode(), autocast(model.device, mixed_precision):
+    with torch.inference_mode(), precision:
         unread: list[BadFile] = []
         batches = embed_clips(
             *(model, processor, clips, unread),
@@ -119,10 +119,9 @@ def evaluate_checkpoint(
     with watch.Watch(TrainConfig.lost_after):
         clips = load_annotations(annotations)
         model, processor = load_for_embedding(checkpoint, attention_backend=backend)
-        precision = precision_on(state.device, mixed_precision)
-        result = evaluate(
-            *(model.to(state.device), clips, processor), mixed_precision=precision, **options
-        )
+        model.to(state.device)
+        precision = precision_on(model, mixed_precision)
+        result = evaluate(model, clips, processor, mixed_precision=precision, **options)
     given = {"checkpoint": str(checkpoint), "annotations": str(annotations)}
     result = {**given, "mixed_precision": precision, **result}
     if state.is_main_process:

@@ -1,6 +1,7 @@
 """Properties of a model loaded to embed with."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,14 +139,29 @@ def test_texts_are_embedded_on_a_cpu_as_the_model_embeds_them(make_model, tokeni
 
 
 def test_a_gpu_that_computes_in_bf16_embeds_in_it(monkeypatch):
+    on_gpu, on_cpu = (SimpleNamespace(device=where, dtype=torch.float32) for where in (CUDA, CPU))
     capability = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     for capability[:], chosen in (([(9, 0)], "bf16"), ([(8, 0)], "bf16"), ([(7, 5)], "no")):
-        assert precision_on(CUDA, "auto") == chosen
-        assert precision_on(CUDA, "no") == "no" and precision_on(CUDA, "bf16") == "bf16"
-    assert precision_on(CPU, "auto") == "no" and precision_on(CPU, "bf16") == "bf16"
+        assert precision_on(on_gpu, "auto") == chosen
+        assert precision_on(on_gpu, "no") == "no" and precision_on(on_gpu, "bf16") == "bf16"
+    assert precision_on(on_cpu, "auto") == "no" and precision_on(on_cpu, "bf16") == "bf16"
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of auto, bf16"):
-        precision_on(CPU, "fp16")
+        precision_on(on_cpu, "fp16")
+
+
+@torch.no_grad()
+def test_weights_in_fp16_are_not_mixed_with_bf16(make_model, texts, monkeypatch):
+    """PyTorch's autocast fails on them, or rounds them to fewer digits."""
+    model = make_model().half()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_gpu = SimpleNamespace(device=CUDA, dtype=model.dtype)
+    assert precision_on(on_gpu, "auto") == precision_on(on_gpu, "no") == "no"
+    for given in (model, on_gpu):
+        with pytest.raises(ValueError, match="weights are fp16; use no"):
+            autocast(given, "bf16")
+    with autocast(model, "auto"):
+        assert text_features(model, *texts.values()).isfinite().all()
 
 
 @torch.no_grad()
@@ -153,6 +169,6 @@ def test_a_model_computes_in_bf16_where_that_is_asked_for(make_model, texts):
     model, seen = make_model(), []
     model.text_projection.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
     for precision in ("auto", "no", "bf16"):
-        with autocast(CPU, precision):
+        with autocast(model, precision):
             assert text_features(model, *texts.values()).dtype == torch.float32
     assert seen == [torch.float32, torch.float32, torch.bfloat16]

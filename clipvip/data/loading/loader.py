@@ -93,7 +93,7 @@ class ClipLoader:
 
     count: number of places of the data.
     decoded: how many clips "DALI" decoded, and how many "PyAV"; if DALI was asked for, the latter
-        as "PyAV (reason why not DALI)".
+        as "PyAV (reason why not DALI)", without a reason once DALI has failed on too many.
     name: describes a place, a value of clip_index, for logs.
     """
 

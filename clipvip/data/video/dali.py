@@ -166,7 +166,7 @@ def _problems(engine: Engine) -> dict[str, str]:
             with open_clip(Blob(f"{codec}.mkv", _sample(codec)), SAMPLE_FRAMES) as clip:
                 copy, right = encode(clip, engine), clip.decode(size).frames
         except Exception as error:  # such as PyAV built without the encoder
-            problems[codec] = f"no clip to try it on: {error!r}"
+            problems[codec] = f"no test clip could be made: {error!r}"
             continue
         encoded.append(copy)
         expected[codec] = right
@@ -180,7 +180,7 @@ def _problems(engine: Engine) -> dict[str, str]:
             continue
         far = (given.frames.cpu().float() - right.float()).abs().mean((1, 2, 3)) > SAMPLE_ERROR
         if far.any():
-            problems[codec] = f"{int(far.sum())} of {len(far)} frames of a clip are wrong"
+            problems[codec] = f"{int(far.sum())} of {len(far)} frames of a test clip are wrong"
     return problems
 
 
@@ -471,7 +471,8 @@ class DaliDecoder:
             return
         if self._in_a_row >= IN_A_ROW:
             self.engine = None
-            logger.warning("%d clips in a row failed (%s): PyAV decodes all", IN_A_ROW, reason)
+            said = "DALI failed on %d clips in a row (%s): PyAV decodes all clips from here on"
+            logger.warning(said, IN_A_ROW, reason)
         elif self._failed[kind] >= FAILURES and kind not in self._decoded:
             self.engine = self.engine._replace(refused=self.engine.refused | {kind})
             logger.warning("%s (%s): PyAV decodes these clips", _failing(kind), reason)

@@ -87,7 +87,7 @@ def test_codecs_whose_frames_shift_are_left_to_pyav(gpu: type[Gpu], caplog) -> N
         assert engine is not None and engine.codecs == dali.GPU.codecs - gpu.late
     for said, codec in zip(caplog.messages, sorted(gpu.late), strict=True):
         assert said.startswith(f"DALI cannot decode {codec} (1")
-        assert said.endswith(" of 12 frames of a clip are wrong): PyAV decodes it")
+        assert said.endswith(" of 12 frames of a test clip are wrong): PyAV decodes it")
 
 
 def test_codecs_that_cannot_be_tried_are_left_to_pyav(gpu, caplog, monkeypatch) -> None:
@@ -95,7 +95,9 @@ def test_codecs_that_cannot_be_tried_are_left_to_pyav(gpu, caplog, monkeypatch) 
     engine = start_engine("auto")
     assert engine is not None and engine.codecs == dali.GPU.codecs - {"h264"}
     (said,) = caplog.messages
-    assert said.startswith("DALI cannot decode h264 (no clip to try it on: UnknownCodecError(")
+    assert said.startswith(
+        "DALI cannot decode h264 (no test clip could be made: UnknownCodecError("
+    )
 
 
 @needs_dali
@@ -303,7 +305,9 @@ def test_dali_is_given_up_when_all_kinds_fail(vp9: Encoded, caplog) -> None:
     assert len(decoder.runs) < 3 * dali.IN_A_ROW
     assert decoder.engine is None
     (said,) = caplog.messages
-    assert said == "32 clips in a row failed (DALI: no such luck): PyAV decodes all"
+    assert said == (
+        "DALI failed on 32 clips in a row (DALI: no such luck): PyAV decodes all clips from here on"
+    )
 
 
 def test_failures_now_and_then_do_not_add_up(vp9: Encoded) -> None:

@@ -46,7 +46,8 @@ def norm_linear(
         return hidden_states, F.linear(norm(hidden_states), weight, bias)
     parameters = norm.weight, norm.bias, norm.eps, weight, bias
     dtype = _product_dtype(hidden_states)
-    if elementwise.takes(hidden_states, dtype=dtype):
+    # Backward sums up columns of the product's gradient too.
+    if elementwise.takes(hidden_states, dtype=dtype) and len(bias) % elementwise.UNIT == 0:
         return _PassedNormLinear.apply(hidden_states, *parameters, dtype)
     return hidden_states, _NormLinear.apply(hidden_states, *parameters, 1.0)
 

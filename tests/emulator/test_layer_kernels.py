@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clipvip.model.configuration import CLIPViPVisionConfig
+from clipvip.model.layers import norm_linear
 from clipvip.model.vision import CLIPViPEncoderLayer
 from clipvip.ops import elementwise
 
@@ -56,3 +57,16 @@ def test_a_layer_is_as_exact_as_in_plain_pytorch(emulator, monkeypatch, dtype, a
         size = wanted.abs().max()
         errors = [(each.double() - wanted).abs().max() / size for each in (one, other)]
         assert errors[0] <= 2 * errors[1] + floor, name
+
+
+@pytest.mark.parametrize("outputs", [12, 16])
+def test_a_product_of_any_width_has_gradients(emulator, monkeypatch, outputs):
+    torch.manual_seed(0)
+    norm, layer = torch.nn.LayerNorm(WIDTH), torch.nn.Linear(WIDTH, outputs)
+    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    leaves = x, *norm.parameters(), *layer.parameters()
+    wanted = torch.autograd.grad(layer(norm(x)).square().sum() + x.sin().sum(), leaves)
+    monkeypatch.setattr(elementwise, "takes", lambda *rows, dtype: True)
+    passed, out = norm_linear(x, norm, layer)
+    found = torch.autograd.grad(out.square().sum() + passed.sin().sum(), leaves)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

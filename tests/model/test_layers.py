@@ -258,6 +258,14 @@ def test_a_residual_may_be_wider_or_broadcast():
         torch.testing.assert_close(got, want)
 
 
+def test_what_is_passed_on_alone_has_the_gradient_of_the_input():
+    modules, x = parts(torch.float32)
+    passed, _ = norm_linear(x, modules["norm"], modules["fc1"])
+    leaves = x, *modules["norm"].parameters(), *modules["fc1"].parameters()
+    of_x, *others = torch.autograd.grad(passed.square().sum(), leaves, allow_unused=True)
+    assert torch.equal(of_x, 2 * x) and others == [None] * 4
+
+
 def test_layers_side_by_side_are_one_product():
     modules, x = parts(torch.float32)
     layers = [nn.Linear(WIDTH, size) for size in (64, 128, 64)]

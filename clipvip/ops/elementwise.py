@@ -215,12 +215,12 @@ def _rows(
 
 
 def _vector(name: str, x: Tensor | None, like: Tensor) -> Tensor | None:
-    """Check a vector, and return it as the kernels read it: contiguous, fp32."""
+    """Check a vector, and return it as the kernels read it: contiguous, aligned, fp32."""
     if x is None:
         return None
     if x.shape != like.shape[1:]:
         raise ValueError(f"{name} is {list(x.shape)}, expected {list(like.shape[1:])}")
-    return _native.dense(_native.resolved(x), torch.float32)
+    return _native.aligned(_native.dense(_native.resolved(x), torch.float32))
 
 
 def _norm_vectors(norm: Norm, like: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -1,9 +1,9 @@
 // The work between a layer's matrix products, on a GPU, as Python calls it (module.h says how).
 // Everything is launched on the stream; nothing is allocated and nothing waits. Matrices are
 // contiguous, start on 16 bytes and have a multiple of 8 columns, at most 2048 where rows are
-// normalized; vectors are contiguous fp32. All rows of a call have one dtype, except that those of
-// the residual, its sum and their gradient may be fp32 beside 16-bit others. Arithmetic is fp32.
-// A null pointer is None.
+// normalized; vectors are contiguous fp32, and biases and LayerNorm's weight start on 16 bytes. All
+// rows of a call have one dtype, except that those of the residual, its sum and their gradient may
+// be fp32 beside 16-bit others. Arithmetic is fp32. A null pointer is None.
 #pragma once
 
 #include <cstdint>

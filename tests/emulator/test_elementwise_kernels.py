@@ -291,6 +291,21 @@ def test_strided_and_misaligned_rows(emulator, pair):
         assert all(map(torch.equal, *results)), name
 
 
+def test_vectors_may_start_anywhere(emulator):
+    """As parameters that are views of one flat tensor do; the kernels read 16 bytes at a time."""
+    x = rows(20, 64, FP32)
+    results = []
+    for first in range(4):
+        flat = torch.zeros(3 * 64 + first)[first:].unflatten(0, (3, 64))
+        weight, norm_bias, bias = flat.copy_(rows(3, 64, FP32, 1))
+        norm = Norm(weight, norm_bias, 1e-5)
+        total, normed, statistics = op.add_norm(x, x, bias, norm, FP32)
+        grads = op.add_norm_backward(x, x, total, statistics, norm, FP32)
+        gelu = op.quick_gelu(x, bias), *op.quick_gelu_backward(x, x, bias)
+        results.append((total, normed, *statistics, *grads, *gelu, op.add(x, x, bias)))
+    assert all(all(map(torch.equal, results[0], each)) for each in results[1:])
+
+
 def test_vectors_of_other_dtypes(emulator):
     """They are given to the kernels as fp32."""
     x, bias, norm = rows(20, 64, BF16), vector(64).bfloat16(), norm_of(64)

@@ -291,6 +291,7 @@ class _AfterAttention(torch.autograd.Function):
         dtype = before.dtype
         with torch.autocast(grad.device.type, enabled=False):
             outer, of_b2 = elementwise.cast_and_sum(grad, dtype)
+            assert outer is not None
             of_inner = outer @ w2.to(dtype)
             of_before, inner, of_b1 = elementwise.quick_gelu_backward(of_inner, before, b1)
             of_w2 = _weight_gradient(need[6], outer, inner, w2)
@@ -299,6 +300,7 @@ class _AfterAttention(torch.autograd.Function):
             of_x, copy, normed, *of_norm, of_bo = elementwise.add_norm_backward(
                 of_normed, grad, middle, (mean, rstd), norm, dtype
             )
+            assert copy is not None and of_bo is not None
             of_w1 = _weight_gradient(need[4], of_before, normed, w1)
             of_wo = _weight_gradient(need[0], copy, attended, wo)
             of_attended = copy @ wo.to(dtype)

@@ -5,8 +5,9 @@
                        times         frames     them         squares
 
 decode.py goes this way by PyAV; dali.py divides it between workers, which choose frames and copy
-their packets, and DALI, which decodes them; transcode.py stores clips in shards. The names below
-are for the rest of the package; all others are private to this folder.
+their packets, and DALI, which decodes them; engines.py says what is left to DALI; transcode.py
+stores clips in shards. The names below are for the rest of the package; all others are private to
+this folder.
 """
 
 from clipvip.data.video.container import (
@@ -24,7 +25,6 @@ from clipvip.data.video.dali import (
     Engine,
     Refused,
     encode,
-    start_engine,
 )
 from clipvip.data.video.decode import (
     Frames,
@@ -33,6 +33,7 @@ from clipvip.data.video.decode import (
     open_clip,
     read_frames,
 )
+from clipvip.data.video.engines import start_engine
 from clipvip.data.video.pixels import rgb_of
 from clipvip.data.video.sampling import check_sampling
 from clipvip.data.video.transcode import CODING, Cut, cut, reencode, whole

@@ -23,10 +23,11 @@ from clipvip.data import loading
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import Batch, ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, write_shards
-from clipvip.data.video import dali
+from clipvip.data.video import dali, engines
 from clipvip.data.video.container import Blob, Media
-from clipvip.data.video.dali import DaliDecoder, DaliError, Refused, choose_engine, encode
+from clipvip.data.video.dali import DaliDecoder, Refused, encode
 from clipvip.data.video.decode import Frames, open_clip, read_frames
+from clipvip.data.video.engines import DaliError, choose_engine
 from clipvip.data.video.sampling import Choice
 from clipvip.ops.resize_crop import RESIZES
 
@@ -66,14 +67,14 @@ def without_gpu(monkeypatch) -> None:
             patch.setattr(torch.cuda, "is_available", lambda: False)
             return choose_engine(decoder)
 
-    monkeypatch.setattr(dali, "choose_engine", choose)
+    monkeypatch.setattr(engines, "choose_engine", choose)
 
 
 @pytest.fixture
 def cuda(cuda: str, monkeypatch) -> str:
-    if not dali._has_nvdec():
+    if not engines._has_nvdec():
         pytest.skip("no video engine of the GPU: the driver's libnvcuvid.so.1 is not found")
-    monkeypatch.setattr(dali, "choose_engine", choose_engine)
+    monkeypatch.setattr(engines, "choose_engine", choose_engine)
     return cuda
 
 
@@ -95,11 +96,11 @@ def h264(make_video) -> Path:
 
 @pytest.fixture(scope="module")
 def decoder() -> DaliDecoder:
-    return DaliDecoder(SIZE, dali.CPU)
+    return DaliDecoder(SIZE, engines.CPU)
 
 
 def by_dali(media: Media, num_frames: int, decoder: DaliDecoder, **clip: Any) -> Tensor:
-    engine = dali.CPU if decoder.device == "cpu" else dali.GPU
+    engine = engines.CPU if decoder.device == "cpu" else engines.GPU
     with open_clip(media, num_frames, **clip) as opened:
         encoded = encode(opened, engine)
     (decoded,) = decoder.decode([encoded])
@@ -156,7 +157,7 @@ def coded_anew(source: Path, path: Path, codec: str, **context: Any) -> Path:
 def test_frames_are_pyavs(name: str, codec: str, colours, real_clips, tmp_path: Path) -> None:
     path = coded_anew(real_clips[name], tmp_path / "real.mkv", codec, **colours)
     size = 224
-    ours = by_dali(path, 12, DaliDecoder(size, dali.CPU))
+    ours = by_dali(path, 12, DaliDecoder(size, engines.CPU))
     theirs = read_frames(path, 12, size=size)
     assert ours.shape == theirs.shape == (12, 3, size, size) and ours.dtype == torch.uint8
     assert far(ours, theirs) < MEAN
@@ -169,7 +170,7 @@ def test_frames_are_pyavs(name: str, codec: str, colours, real_clips, tmp_path: 
 def test_every_resize_is_pyavs(name: str, resize: str, real_clips, tmp_path: Path) -> None:
     path = coded_anew(real_clips[name], tmp_path / "real.mkv", "libvpx-vp9")
     for size in (224, 33):
-        ours = by_dali(path, 3, DaliDecoder(size, dali.CPU, resize=resize))
+        ours = by_dali(path, 3, DaliDecoder(size, engines.CPU, resize=resize))
         assert far(ours, read_frames(path, 3, size=size, resize=resize)) < MEAN
         for other in RESIZES:
             if other != resize:
@@ -232,7 +233,7 @@ def test_display_matrix_is_applied(matrix, turned_video, decoder: DaliDecoder) -
 @needs_dali
 def test_only_packets_that_are_needed_are_passed_on(vp9: Path) -> None:
     with open_clip(vp9, 4) as whole, open_clip(vp9, 4, start=1.0, end=1.3) as part:
-        everything, some = encode(whole, dali.CPU), encode(part, dali.CPU)
+        everything, some = encode(whole, engines.CPU), encode(part, engines.CPU)
     assert len(some.data) < len(everything.data) / 2
     assert everything.chosen.frames.tolist() == [0, 10, 29, 39]  # 0-9, 20-29, 30-39 and 50-59 of 60
     assert some.chosen.frames.max() < 20
@@ -262,7 +263,7 @@ def test_groups_of_pictures_without_a_wanted_frame_are_left_out_where_closed(
 ) -> None:
     video = make_video(f"groups-{name}", size=STORED, codec=codec, options=options)
     with open_clip(video, 3, **clip) as opened:
-        encoded = encode(opened, dali.GPU)
+        encoded = encode(opened, engines.GPU)
     wanted = numbers(read_frames(video, 3, size=SIZE, **clip))
     with av.open(io.BytesIO(encoded.data.numpy().tobytes())) as copy:
         frames = [frame.to_ndarray(format="rgb24") for frame in copy.decode(video=0)]
@@ -287,7 +288,7 @@ def test_clips_of_several_sizes_and_lengths_keep_their_order(
         encoded = []
         for path, count in asked:
             with open_clip(path, count) as clip:
-                encoded.append(encode(clip, dali.CPU))
+                encoded.append(encode(clip, engines.CPU))
         assert [numbers(decoded.frames) for decoded in decoder.decode(encoded)] == expected
     assert decoder.decode([]) == []
 
@@ -295,7 +296,7 @@ def test_clips_of_several_sizes_and_lengths_keep_their_order(
 @needs_dali
 def test_a_frame_past_the_end_is_an_error_not_a_black_frame(vp9: Path, decoder, numbers) -> None:
     with open_clip(vp9, 3) as clip:
-        good = encode(clip, dali.CPU)
+        good = encode(clip, engines.CPU)
     end = int(good.chosen.frames[-1])
     long = replace(good, chosen=Choice(np.array([0, end, end + 1], np.int32)))
     first, said, last = decoder.decode([good, long, good])
@@ -311,7 +312,7 @@ def test_a_change_of_size_is_left_to_pyav(changing_video, decoder: DaliDecoder, 
     assert numbers(by_dali(video, 3, decoder, end=0.4)) == numbers(theirs)
     for part in ({}, {"start": 0.3, "end": 0.5}, {"start": 0.6}):
         with pytest.raises(Refused) as refused, open_clip(video, 3, **part) as clip:
-            encode(clip, dali.CPU)
+            encode(clip, engines.CPU)
         assert refused.value.reason == "its frames change size or format"
 
 
@@ -340,7 +341,7 @@ def test_saturated_colours_are_right_or_left_to_pyav(
         assert (by_dali(path, len(exact), decoder) - exact).abs().max() <= 3
         return
     with pytest.raises(Refused) as refused, open_clip(path, 2) as clip:
-        encode(clip, dali.CPU)
+        encode(clip, engines.CPU)
     assert refused.value.reason == f"{matrix} colours"
 
 
@@ -349,10 +350,10 @@ def test_what_dali_cannot_decode_is_refused(h264: Path, make_video) -> None:
     full = make_video("full.webm", codec="libvpx-vp9", pixel_format="yuv444p", count=3)
     odd = make_video("odd.webm", size=(47, 33), count=3, **ON_CPU["vp9.webm"])
     for path, engine, reason in [
-        (h264, dali.CPU, "h264 on the CPU"),
-        (uncounted, dali.CPU, "no times of showing in the file"),
-        (full, dali.GPU, "yuv444p pixels on the GPU"),
-        (odd, dali.GPU, "a width or height that is odd"),
+        (h264, engines.CPU, "h264 on the CPU"),
+        (uncounted, engines.CPU, "no times of showing in the file"),
+        (full, engines.GPU, "yuv444p pixels on the GPU"),
+        (odd, engines.GPU, "a width or height that is odd"),
     ]:
         with pytest.raises(Refused) as refused, open_clip(path, 2) as clip:
             encode(clip, engine)
@@ -559,7 +560,7 @@ def test_shards_too_lose_only_the_bad_clip(
 def test_what_only_dali_cannot_decode_is_no_bad_file_and_is_not_tried_for_ever(
     workers: int, load: Load, monkeypatch, caplog
 ) -> None:
-    wrong = dali.CPU._replace(codecs=dali.CPU.codecs | {"h264"})
+    wrong = engines.CPU._replace(codecs=engines.CPU.codecs | {"h264"})
     with monkeypatch.context() as patch:
         patch.setattr(loading.loader, "start_engine", lambda decoder: wrong)
         ours = load(num_workers=workers)
@@ -612,7 +613,7 @@ def test_memory_and_handles_stay_as_they_are(load: Load) -> None:
 def test_dali_where_it_is_not_installed_is_an_error_that_says_what_to_do(
     load: Load, monkeypatch
 ) -> None:
-    monkeypatch.setattr(dali, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(DaliError, match=r'which is not installed: pip install "clipvip\[dali\]"$'):
         load()
     assert choose_engine("auto") is None
@@ -621,16 +622,16 @@ def test_dali_where_it_is_not_installed_is_an_error_that_says_what_to_do(
 
 
 def test_auto_is_dali_only_where_a_gpu_can_decode(monkeypatch) -> None:
-    monkeypatch.setattr(dali, "find_spec", lambda name: True)
+    monkeypatch.setattr(engines, "find_spec", lambda name: True)
     for gpu, engine in [(False, True), (True, False), (True, True)]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-        monkeypatch.setattr(dali, "_has_nvdec", lambda engine=engine: engine)
+        monkeypatch.setattr(engines, "_has_nvdec", lambda engine=engine: engine)
         chosen = choose_engine("auto")
         assert (chosen is not None) == (gpu and engine)
     assert chosen is not None and "h264" in chosen.codecs and "av1" not in chosen.codecs
     assert choose_engine("pyav") is None
-    monkeypatch.setattr(dali, "_has_nvdec", lambda: False)
+    monkeypatch.setattr(engines, "_has_nvdec", lambda: False)
     with pytest.raises(DaliError, match="NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"):
         choose_engine("dali")
 
@@ -641,11 +642,11 @@ def test_auto_is_dali_only_where_a_gpu_can_decode(monkeypatch) -> None:
 @pytest.fixture
 def unstarted(monkeypatch) -> Iterator[pytest.MonkeyPatch]:
     """A process that has not started DALI yet."""
-    dali._problems.cache_clear()
-    dali._warn_once.cache_clear()
+    engines._problems.cache_clear()
+    engines._warn_once.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    dali._problems.cache_clear()
+    engines._problems.cache_clear()
 
 
 def _no_session(*given: Any) -> None:
@@ -658,7 +659,7 @@ def test_auto_leaves_to_pyav_what_dali_cannot_start(
     fails: str, device: str, load: Load, clips: list[Clip], numbers, caplog, unstarted
 ) -> None:
     if device == "cpu":
-        unstarted.setattr(dali, "choose_engine", lambda decoder: dali.CPU)
+        unstarted.setattr(engines, "choose_engine", lambda decoder: engines.CPU)
     unstarted.setattr(DaliDecoder, fails, _no_session)
     ours, again = load(decoder="auto", num_workers=2), load(decoder="auto")
     line = "DALI cannot start (DALI: no session): PyAV decodes all clips"
@@ -686,8 +687,8 @@ def test_libraries_that_cannot_be_loaded_are_a_reason_too(caplog, unstarted) -> 
         raise OSError("libnvidia-encode.so.1: cannot open shared object file")
 
     unstarted.setattr(DaliDecoder, "_build", unloaded)
-    unstarted.setattr(dali, "choose_engine", lambda decoder: dali.CPU)
-    assert dali.start_engine("auto") is None
+    unstarted.setattr(engines, "choose_engine", lambda decoder: engines.CPU)
+    assert engines.start_engine("auto") is None
     (line,) = caplog.messages
     assert "libnvidia-encode.so.1: cannot open shared object file" in line and "\n" not in line
 
@@ -701,7 +702,7 @@ def test_libraries_that_cannot_be_loaded_are_a_reason_too(caplog, unstarted) -> 
 def test_which_frames_on_a_gpu(name: str, clip, cuda: str, make_video, numbers) -> None:
     """DALI decodes a codec right, or it is found out when it starts."""
     video = make_video(f"dali-{name}", size=STORED, **ON_GPU[name])
-    engine = dali.start_engine("dali")
+    engine = engines.start_engine("dali")
     assert engine is not None and {"h264", "hevc"} <= engine.codecs
     with open_clip(video, 7, **clip) as opened:
         codec = opened.video.stream.codec_context.codec.canonical_name
@@ -717,7 +718,7 @@ def test_which_frames_on_a_gpu(name: str, clip, cuda: str, make_video, numbers) 
 @needs_dali
 @pytest.mark.parametrize("name", ["bikes", "bigbuckbunny"])
 def test_frames_on_a_gpu_are_pyavs(name: str, cuda: str, real_clips) -> None:
-    ours = by_dali(real_clips[name], 12, DaliDecoder(224, dali.GPU))
+    ours = by_dali(real_clips[name], 12, DaliDecoder(224, engines.GPU))
     assert far(ours.cpu(), read_frames(real_clips[name], 12, size=224)) < 2 * MEAN
 
 
@@ -727,7 +728,7 @@ def test_frames_on_a_gpu_are_pyavs_whatever_size_they_are_coded_in(
     size: tuple[int, int], cuda: str, make_video, numbers
 ) -> None:
     video = make_video(f"dali-{size[1]}.mp4", size=size, options={"g": "10", "bf": "2"})
-    ours = by_dali(video, 7, DaliDecoder(SIZE, dali.GPU)).cpu()
+    ours = by_dali(video, 7, DaliDecoder(SIZE, engines.GPU)).cpu()
     theirs = by_pyav(video, 7)
     assert numbers(ours) == numbers(theirs) and far(ours, theirs) < 2 * MEAN
 
@@ -740,7 +741,7 @@ def test_a_gpu_gives_the_same_batches(cuda: str, load: Load, numbers, ruined: Pa
     assert all(batch["pixel_values"].is_cuda for batch in batches)
     on_cpu = [{key: value.cpu() for key, value in batch.items()} for batch in batches]
     assert alike(on_cpu, list(load(spoiled, decoder="pyav")), numbers)
-    engine = dali.start_engine("dali")
+    engine = engines.start_engine("dali")
     assert engine is not None
     assert ours.decoded["DALI"] >= 6 * len(engine.codecs & {"h264", "vp8", "vp9"}) - 1
 

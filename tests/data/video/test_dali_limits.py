@@ -16,10 +16,11 @@ import torch
 from av.bitstream import BitStreamFilterContext
 from torch import Tensor
 
-from clipvip.data.video import dali, headers
+from clipvip.data.video import dali, engines, headers
 from clipvip.data.video.container import File, open_file
-from clipvip.data.video.dali import DaliDecoder, Encoded, Refused, encode, start_engine
+from clipvip.data.video.dali import DaliDecoder, Encoded, Refused, encode
 from clipvip.data.video.decode import Frames, open_clip, read_frames
+from clipvip.data.video.engines import start_engine
 from clipvip.ops.resize_crop import RESIZES, resize_frames
 
 needs_dali = pytest.mark.skipif(
@@ -31,7 +32,7 @@ STORED = (176, 144)
 QUICK = {"deadline": "realtime", "cpu-used": "8", "g": "10"}
 
 
-def encoded(path: Path, num_frames: int = 3, engine: dali.Engine = dali.GPU, **clip) -> Encoded:
+def encoded(path: Path, num_frames: int = 3, engine: dali.Engine = engines.GPU, **clip) -> Encoded:
     with open_clip(path, num_frames, **clip) as opened:
         return encode(opened, engine)
 
@@ -66,17 +67,17 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[type[Gpu]]:
     """A machine with a GPU, on which DALI has not been tried yet."""
-    dali._problems.cache_clear()
-    dali._warn_once.cache_clear()
-    monkeypatch.setattr(dali, "choose_engine", lambda decoder: dali.GPU)
-    monkeypatch.setattr(dali, "DaliDecoder", Gpu)
+    engines._problems.cache_clear()
+    engines._warn_once.cache_clear()
+    monkeypatch.setattr(engines, "choose_engine", lambda decoder: engines.GPU)
+    monkeypatch.setattr(engines, "DaliDecoder", Gpu)
     monkeypatch.setattr(Gpu, "late", frozenset())
     yield Gpu
-    dali._problems.cache_clear()
+    engines._problems.cache_clear()
 
 
 def test_codecs_whose_frames_are_pyavs_are_left_to_dali(gpu: type[Gpu], caplog) -> None:
-    assert start_engine("auto") == start_engine("dali") == dali.GPU
+    assert start_engine("auto") == start_engine("dali") == engines.GPU
     assert not caplog.messages
 
 
@@ -84,16 +85,16 @@ def test_codecs_whose_frames_shift_are_left_to_pyav(gpu: type[Gpu], caplog) -> N
     gpu.late = frozenset({"av1", "vp9"})
     for decoder in ("auto", "dali"):
         engine = start_engine(decoder)
-        assert engine is not None and engine.codecs == dali.GPU.codecs - gpu.late
+        assert engine is not None and engine.codecs == engines.GPU.codecs - gpu.late
     for said, codec in zip(caplog.messages, sorted(gpu.late), strict=True):
         assert said.startswith(f"DALI cannot decode {codec} (1")
         assert said.endswith(" of 12 frames of a test clip are wrong): PyAV decodes it")
 
 
 def test_codecs_that_cannot_be_tried_are_left_to_pyav(gpu, caplog, monkeypatch) -> None:
-    monkeypatch.setitem(dali.ENCODERS, "h264", ("unbuilt", {}))
+    monkeypatch.setitem(engines.ENCODERS, "h264", ("unbuilt", {}))
     engine = start_engine("auto")
-    assert engine is not None and engine.codecs == dali.GPU.codecs - {"h264"}
+    assert engine is not None and engine.codecs == engines.GPU.codecs - {"h264"}
     (said,) = caplog.messages
     assert said.startswith(
         "DALI cannot decode h264 (no test clip could be made: UnknownCodecError("
@@ -102,20 +103,20 @@ def test_codecs_that_cannot_be_tried_are_left_to_pyav(gpu, caplog, monkeypatch) 
 
 @needs_dali
 def test_a_codec_that_dali_does_not_know_is_left_to_pyav(monkeypatch, caplog) -> None:
-    known = dali.CPU._replace(codecs=dali.CPU.codecs | {"h264"})
-    monkeypatch.setattr(dali, "choose_engine", lambda decoder: known)
-    assert start_engine("dali") == dali.CPU
+    known = engines.CPU._replace(codecs=engines.CPU.codecs | {"h264"})
+    monkeypatch.setattr(engines, "choose_engine", lambda decoder: known)
+    assert start_engine("dali") == engines.CPU
     (said,) = caplog.messages
     assert said.startswith("DALI cannot decode h264 (DALI: ")
 
 
-@pytest.mark.parametrize("codec", sorted(dali.ENCODERS))
+@pytest.mark.parametrize("codec", sorted(engines.ENCODERS))
 def test_codecs_are_tried_on_frames_out_of_order_and_hidden_frames(codec: str) -> None:
-    with open_file(File(Path(f"{codec}.mkv"), dali._sample(codec))) as video:
+    with open_file(File(Path(f"{codec}.mkv"), engines._sample(codec))) as video:
         packets = [packet for packet in video.packets() if packet.size]
         head = video.stream.codec_context.extradata or b""
     times = [packet.pts for packet in packets]
-    assert len(packets) == dali.SAMPLE_FRAMES
+    assert len(packets) == engines.SAMPLE_FRAMES
     assert (times != sorted(times)) == (codec in ("h264", "hevc", "mpeg4"))
     if codec in ("vp9", "av1"):
         read: Callable = headers._vp9 if codec == "vp9" else headers._Av1(head)
@@ -148,7 +149,7 @@ def test_packets_that_came_damaged_are_left_to_pyav(make_video, tmp_path: Path) 
         assert clip.index.lost
         for _ in range(2):
             with pytest.raises(Refused, match="damaged"):
-                encode(clip, dali.GPU)
+                encode(clip, engines.GPU)
             clip.index = replace(clip.index, lost=())  # as if its tables had been read only
 
 
@@ -166,7 +167,7 @@ def test_a_kind_that_dali_fails_on_is_refused_before_a_copy_is_made(
 ) -> None:
     video = make_video("kind.mp4", size=STORED)
     monkeypatch.setattr(dali, "remux", None)
-    engine = dali.GPU._replace(refused=frozenset({("h264", *STORED)}))
+    engine = engines.GPU._replace(refused=frozenset({("h264", *STORED)}))
     assert refusal(video, engine=engine) == "DALI fails on h264 of 176 × 144"
 
 
@@ -228,8 +229,8 @@ def test_hidden_edges_are_not_shown(resize: str, write_video, tmp_path: Path) ->
     pixels[: height // 2, : width // 2] = 30
     pixels[height - 16 :] = pixels[:, width - 6 :] = 255  # not to be seen
     video = write_video(tmp_path / "edges.webm", [pixels] * 4, codec="libvpx-vp9", options=QUICK)
-    clip = replace(encoded(video, 2, dali.CPU), width=width - 6, height=height - 16)
-    (decoded,) = DaliDecoder(64, dali.CPU, resize=resize).decode([clip])
+    clip = replace(encoded(video, 2, engines.CPU), width=width - 6, height=height - 16)
+    (decoded,) = DaliDecoder(64, engines.CPU, resize=resize).decode([clip])
     assert isinstance(decoded, Frames)
     frames = stored_frames(clip)[:2, :, : height - 16, : width - 6].contiguous()
     error = (decoded.frames.float() - resize_frames(frames, 64, resize).float()).abs()
@@ -243,7 +244,7 @@ class Failing(DaliDecoder):
     """Fails on clips for which `fails` is true, as DALI does: with all clips of the run."""
 
     def __init__(self, fails: Callable[[Encoded], bool] = lambda clip: True) -> None:
-        super().__init__(SIZE, dali.CPU)
+        super().__init__(SIZE, engines.CPU)
         self.fails = fails
         self.runs: list[int] = []
         self.built: list[int] = []
@@ -266,7 +267,7 @@ class Failing(DaliDecoder):
 @pytest.fixture(scope="module")
 def vp9(make_video) -> Encoded:
     return encoded(
-        make_video("limits.webm", size=STORED, codec="libvpx-vp9", options=QUICK), 3, dali.CPU
+        make_video("limits.webm", size=STORED, codec="libvpx-vp9", options=QUICK), 3, engines.CPU
     )
 
 
@@ -294,7 +295,7 @@ def test_a_kind_of_which_some_are_decoded_is_not_given_up(vp9: Encoded, caplog) 
     decoder = Failing(lambda clip: clip is ruined)
     decoded = decoder.decode([vp9, *[ruined] * 20, vp9])
     assert [isinstance(each, Frames) for each in decoded] == [True, *[False] * 20, True]
-    assert decoder.engine == dali.CPU and not caplog.messages
+    assert decoder.engine == engines.CPU and not caplog.messages
 
 
 def test_dali_is_given_up_when_all_kinds_fail(vp9: Encoded, caplog) -> None:
@@ -314,7 +315,7 @@ def test_failures_now_and_then_do_not_add_up(vp9: Encoded) -> None:
     decoder = Failing(lambda clip: clip.kind[1] > 0)
     for width in range(1, 2 * dali.IN_A_ROW):
         decoder.decode([of_width(vp9, width), of_width(vp9, 0)])
-    assert decoder.engine == dali.CPU
+    assert decoder.engine == engines.CPU
 
 
 def test_more_clips_than_there_is_memory_for_are_decoded_in_parts(vp9: Encoded) -> None:

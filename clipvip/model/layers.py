@@ -293,9 +293,11 @@ class _AfterAttention(torch.autograd.Function):
             outer, of_b2 = elementwise.cast_and_sum(grad, dtype)
             assert outer is not None
             of_inner = outer @ w2.to(dtype)
-            of_before, inner, of_b1 = elementwise.quick_gelu_backward(of_inner, before, b1)
+            of_before, inner, of_b1 = elementwise.quick_gelu_backward(
+                of_inner, before, b1, into=of_inner
+            )
             of_w2 = _weight_gradient(need[6], outer, inner, w2)
-            del outer, of_inner, inner
+            del outer, inner
             of_normed = of_before @ w1.to(dtype)
             of_x, copy, normed, *of_norm, of_bo = elementwise.add_norm_backward(
                 of_normed, grad, middle, (mean, rstd), norm, dtype

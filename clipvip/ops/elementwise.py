@@ -182,14 +182,17 @@ def quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def quick_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quick_gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor, *, into: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of x through `quick_gelu`, its result again, and the bias' gradient.
 
-    grad: [T, K] in x's dtype. Returns two [T, K] in x's dtype, and the sum of the gradient's rows,
-    fp32 [K].
+    grad: [T, K] in x's dtype. into: a contiguous [T, K] of that dtype to write the gradient of x
+    to, which may be grad itself. Returns two [T, K] in x's dtype, and the sum of the gradient's
+    rows, fp32 [K].
     """
     rows, grad = _rows("x", x), _rows("grad", grad, (x.dtype,), x)
-    grad_x, out = torch.empty_like(rows), torch.empty_like(rows)
+    grad_x, out = torch.empty_like(rows) if into is None else into, torch.empty_like(rows)
     sums = rows.new_empty(rows.shape[1], dtype=torch.float32)
     given = grad, rows, _vector("bias", bias, x)
     _native.run_constant("elementwise_quick_gelu_backward_cuda", *given, grad_x, out, sums)
@@ -286,13 +289,14 @@ def quick_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def quick_gelu_backward_reference(
-    grad: Tensor, x: Tensor, bias: Tensor
+    grad: Tensor, x: Tensor, bias: Tensor, *, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `quick_gelu_backward` in plain PyTorch."""
     y = _wide(x) + bias
     sigmoid = torch.sigmoid(SLOPE * y)
     grad_x = grad * sigmoid * (1 + SLOPE * y * (1 - sigmoid))
-    return grad_x.to(x.dtype), (y * sigmoid).to(x.dtype), grad_x.sum(0)
+    rounded = grad_x.to(x.dtype) if into is None else into.copy_(grad_x)
+    return rounded, (y * sigmoid).to(x.dtype), grad_x.sum(0)
 
 
 def _wide(x: Tensor) -> Tensor:

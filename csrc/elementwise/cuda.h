@@ -45,8 +45,8 @@ int64_t elementwise_cast_and_sum_cuda(const Tensor& grad, const Tensor* copy,
 int64_t elementwise_quick_gelu_cuda(const Tensor& x, const Tensor& bias, const Tensor& out,
                                     int device, uintptr_t stream, uintptr_t workspace);
 
-// grad_x = the gradient of x; out = QuickGELU(x + bias) again; column_sums [K] = the sum of the
-// rows of grad_x.
+// grad_x = the gradient of x, which may lie where grad does; out = QuickGELU(x + bias) again;
+// column_sums [K] = the sum of the rows of grad_x.
 int64_t elementwise_quick_gelu_backward_cuda(const Tensor& grad, const Tensor& x,
                                              const Tensor& bias, const Tensor& grad_x,
                                              const Tensor& out, const Tensor& column_sums,

@@ -291,6 +291,15 @@ def test_strided_and_misaligned_rows(emulator, pair):
         assert all(map(torch.equal, *results)), name
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_gradient_may_be_written_over_the_one_it_is_made_of(emulator, dtype):
+    for count in (1, 33, 300):
+        grad, x, bias = rows(count, 136, dtype), rows(count, 136, dtype, 1), vector(136)
+        apart = op.quick_gelu_backward(grad, x, bias)
+        over = op.quick_gelu_backward(grad, x, bias, into=grad)
+        assert over[0] is grad and all(map(torch.equal, apart, over))
+
+
 def test_vectors_may_start_anywhere(emulator):
     """As parameters that are views of one flat tensor do; the kernels read 16 bytes at a time."""
     x = rows(20, 64, FP32)

@@ -67,6 +67,7 @@ def step(model, embed, batch, micro_batch):
     else:
         loss = forward_backward_in_parts(
             *(embed, loss_of, batch, micro_batch),
+            send_parts=lambda parts: ((part, part) for part in parts),
             backward=torch.Tensor.backward,
             without_sync=nullcontext,
         )

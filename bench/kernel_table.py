@@ -8,7 +8,6 @@ nvdisasm (`pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`).
 """
 
 import collections
-import functools
 import importlib.util
 import itertools
 import os
@@ -48,7 +47,6 @@ def cuobjdump() -> Path | None:
     return None
 
 
-@functools.cache
 def read(module: Path) -> list[dict]:
     """Return one dict per kernel and architecture in a compiled module.
 

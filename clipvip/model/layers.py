@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from clipvip.ops import elementwise, linear
+from clipvip.ops.elementwise import SLOPE
 from clipvip.ops.linear import Norm, Statistics
-
-# QuickGELU(x) = x·σ(1.702·x) = silu(1.702·x) / 1.702; the products around it apply both factors.
-SLOPE = 1.702
 
 
 def norm_linear(
@@ -170,6 +168,7 @@ class _Products:
 class _NormLinear(torch.autograd.Function):
     """scale · linear(norm(x)); backward takes the gradient of the unscaled output.
 
+    QuickGELU(x) = x·σ(1.702·x) = silu(1.702·x) / 1.702; the products around it apply both factors.
     `_ResidualLinear` returns that gradient, as its factor 1/SLOPE and the scale SLOPE cancel.
     """
 
@@ -306,10 +305,9 @@ class _AfterAttention(torch.autograd.Function):
             of_w1 = _weight_gradient(need[4], of_before, normed, w1)
             of_wo = _weight_gradient(need[0], copy, attended, wo)
             of_attended = copy @ wo.to(dtype)
-        of_biases = of_bo.to(bo.dtype), of_b1.to(b1.dtype), of_b2.to(b2.dtype)
-        of_bo, of_b1, of_b2 = of_biases
-        of_weights = of_wo, of_bo, *_of_norm(of_norm, norm), of_w1, of_b1, of_w2, of_b2
-        return of_x, of_attended, *of_weights, None, None
+        of_out_proj = of_wo, of_bo.to(bo.dtype)
+        of_mlp = of_w1, of_b1.to(b1.dtype), of_w2, of_b2.to(b2.dtype)
+        return of_x, of_attended, *of_out_proj, *_of_norm(of_norm, norm), *of_mlp, None, None
 
 
 def _weight_gradient(needed: bool, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:

@@ -3,8 +3,8 @@
 //
 // Weights are computed again from the saved log-sum-exp: once with queries as rows, for the
 // queries' gradient, and once transposed with keys as rows, for the gradients of keys and values.
-// That is seven products instead of the minimum of five, but warps exchange nothing; traffic of
-// memory and of shared memory, not arithmetic, is the limit.
+// That is seven products instead of the minimum of five, but warps exchange nothing. The limit is
+// not arithmetic, but traffic to global and shared memory.
 #include "proxy_attention/cuda.h"
 #include "proxy_attention/kernel.cuh"
 

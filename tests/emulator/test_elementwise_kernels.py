@@ -301,7 +301,7 @@ def test_a_gradient_may_be_written_over_the_one_it_is_made_of(emulator, dtype):
 
 
 def test_vectors_may_start_anywhere(emulator):
-    """As parameters that are views of one flat tensor do; the kernels read 16 bytes at a time."""
+    """The kernels read 16 bytes at a time, yet parameters may be views of one flat tensor."""
     x = rows(20, 64, FP32)
     results = []
     for first in range(4):

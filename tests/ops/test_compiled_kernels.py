@@ -4,7 +4,6 @@ The main instances are those of 16-bit numbers with heads of up to 96, and the 1
 """
 
 import re
-from pathlib import Path
 
 import kernel_table
 import pytest
@@ -12,15 +11,6 @@ import pytest
 from clipvip.ops import _native
 
 MAIN = r"(forward|backward)<b?float16, (32|64|80|96)>|(statistics|panel)<b?float16>"
-
-
-@pytest.fixture(scope="module")
-def kernels() -> list[dict]:
-    if _native.module().build_info()["cuda"] is None:
-        pytest.skip("clipvip was built without CUDA kernels")
-    if kernel_table.cuobjdump() is None:
-        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    return kernel_table.read(Path(_native.module().__file__))
 
 
 @pytest.fixture(scope="module")

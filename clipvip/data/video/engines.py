@@ -85,7 +85,7 @@ _warn_once = functools.cache(logger.warning)
 SAMPLE_FRAMES, SAMPLE_STEP = 12, 16  # frames of a small clip, and by how much each is brighter
 SAMPLE_ERROR = 4.0  # mean error, of 255, below which a frame is the one that PyAV gives
 SAMPLE_SIZE = (176, 150)  # above video engines' least; coded as 176 × 160 by H.264
-# As most files of each codec are made: with frames that refer to later ones.
+# Encoders, with frames that refer to later ones, as most files of these codecs have.
 ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "h264": ("libx264", {"bf": "3", "x264-params": "b-adapt=0:b-pyramid=normal"}),
     "hevc": ("libx265", {"x265-params": "log-level=error:bframes=3:b-adapt=0:b-pyramid=1"}),

@@ -1,4 +1,4 @@
-"""What is not left to DALI, or no longer: wrong frames, damage, failures without end, memory."""
+"""Clips that PyAV decodes in place of DALI, for wrong frames, damage or failures; DALI's memory."""
 
 import io
 import weakref

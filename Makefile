@@ -13,8 +13,12 @@ $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "torch==$(TORCH)"
 	$(BIN)/python -m pip install -q cmake ninja -e ".[dev]"
+	$(BIN)/python -m pip install -q --no-deps open_clip_torch
 	touch $@
 
+# open_clip_torch comes without what it needs for images: that is torchvision, whose builds fit one
+# build of PyTorch each. The tests use its models alone.
+#
 # One release of PyTorch for everybody, so that results can be compared. The package takes 2.11 and newer.
 TORCH ?= 2.13.0
 

@@ -1,6 +1,10 @@
+import sys
+from unittest import mock
+
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.utils import is_torchvision_available
 
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 
@@ -80,3 +84,18 @@ def texts():
     )
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def open_clip():
+    """The package open_clip, whose models need no torchvision, although importing it does."""
+    absent = ["", ".ops", ".ops.misc", ".transforms", ".transforms.functional"]
+    if is_torchvision_available():  # asks once, before the stand-ins are there
+        absent = []
+    stand_ins = {f"torchvision{name}": mock.MagicMock() for name in absent}
+    sys.modules.update(stand_ins)
+    try:
+        return pytest.importorskip("open_clip")
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]

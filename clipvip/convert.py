@@ -10,7 +10,8 @@ import torch
 from transformers.utils import logging
 
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
-from clipvip.model.authors import AUTHORS_SUFFIXES, authors_state_dict
+from clipvip.model.checkpoints import FILE_SUFFIXES
+from clipvip.model.layouts import authors_state_dict
 from clipvip.model.pretrained import check_name, failed_writes
 from clipvip.model.processing import (
     AUTHORS_READING,
@@ -28,6 +29,8 @@ def convert(
     destination: str | os.PathLike,
     to: str = "clipvip",
     tokenizer: str | os.PathLike | None = None,
+    activation: str | None = None,
+    head_width: int | None = None,
 ) -> None:
     """Read a checkpoint of any kind that `CLIPViPModel.from_pretrained` takes, and write another.
 
@@ -35,20 +38,21 @@ def convert(
         does; without a tokenizer, only how videos are read is saved, and a warning says so.
         "authors" for one file that the authors' code loads.
     tokenizer: folder or hub name of the tokenizer; by default that of the source.
+    activation, head_width: what a file of open_clip does not say; see `from_pretrained`.
     `destination` appears only when it is complete. Raises FileExistsError if it exists.
     """
     if to not in ("clipvip", "authors"):
         raise ValueError(f"to is {to!r}; expected 'clipvip' or 'authors'")
     destination = Path(destination)
     check_name("the destination", destination)
-    if to == "clipvip" and destination.suffix in AUTHORS_SUFFIXES:
+    if to == "clipvip" and destination.suffix in FILE_SUFFIXES:
         raise ValueError(
             f"{destination} has the name of a file, but a folder would be written; give the name "
             "of a folder, or --to authors for a file"
         )
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
-    model = CLIPViPModel.from_pretrained(source)
+    model = CLIPViPModel.from_pretrained(source, activation=activation, head_width=head_width)
     size = model.config.vision_config.image_size
     processor = _processor(source, tokenizer, model) if to == "clipvip" else None
     destination.parent.mkdir(parents=True, exist_ok=True)

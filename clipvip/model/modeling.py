@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput, logging
 from clipvip.files import shown
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
-from clipvip.model.pretrained import SameDraws, check_finite, check_fit, found, key_report, resolve
+from clipvip.model.pretrained import SameDraws, check_finite, check_fit, found, quiet_load, resolve
 from clipvip.model.vision import (
     CLIPViPEncoder,
     CLIPViPVisionEmbeddings,
@@ -141,14 +141,18 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         """Load a model, or raise an error that lists the weights that do not fit.
 
         pretrained_model_name_or_path: a folder that `save_pretrained` wrote; the folder or hub
-            name of a CLIP checkpoint, to which proxies and a temporal embedding are added, with a
-            warning; or an authors' file (.pt), from whose shapes the configuration is inferred.
+            name of a CLIP checkpoint, of transformers or of open_clip, to which proxies and a
+            temporal embedding are added, with a warning; or one file of weights (.pt, .bin,
+            .safetensors) of the CLIP-ViP authors, OpenAI, open_clip or CLIP4Clip, from whose
+            shapes the configuration is inferred. No code in a file is run.
         strict: whether missing or unexpected weights raise ValueError; else the missing keep their
             initial values and the unexpected are ignored.
         ignore_mismatched_sizes: whether weights of another shape keep their initial values; else
             they raise ValueError.
         kwargs: any of VIDEO_OPTIONS (num_proxies=…, attention_backend=…) overrides the
-            configuration; all others go to transformers' `from_pretrained`.
+            configuration. activation ("gelu" or "quick_gelu") and head_width (channels of a head
+            of the vision tower) are for a file that does not say them, such as one of open_clip
+            without its open_clip_config.json. All others go to transformers' `from_pretrained`.
 
         Missing weights are drawn from a fixed seed: the same files give the same model.
         Raises FileNotFoundError if there is no such folder, file or hub name.
@@ -157,7 +161,7 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         subfolder = kwargs.get("subfolder") or ""
         with nullcontext() if source is None else found("the model", source, subfolder):
             location, kwargs, added = resolve(source, kwargs)
-            with SameDraws(), key_report(logged=not strict or ignore_mismatched_sizes):
+            with SameDraws(), quiet_load(report=not strict or ignore_mismatched_sizes):
                 kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 loaded: Any = super().from_pretrained(location, *model_args, **kwargs)
         model, info = loaded

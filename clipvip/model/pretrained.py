@@ -1,8 +1,9 @@
 """Loading of weights, whoever made them: find the files, check them, refuse what is no model.
 
-A model may come from a folder, from an authors' file or from the Hugging Face hub. Each error is
-one line that names the source. `CLIPViPModel.from_pretrained` and the processor load within
-`found`; `resolve`, `key_report`, `SameDraws` and `check_…` are the model's steps.
+A model may come from a folder, from one file of weights or from the Hugging Face hub; a folder or
+hub name holds the files of transformers or those of open_clip. Each error is one line that names
+the source. `CLIPViPModel.from_pretrained` and the processor load within `found`; `resolve`,
+`quiet_load`, `SameDraws` and `check_…` are the model's steps.
 """
 
 import json
@@ -11,6 +12,8 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from itertools import islice
 from logging import LogRecord, getLogger
 from os import PathLike, fspath
 from pathlib import Path
@@ -20,13 +23,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from clipvip.files import shown
-from clipvip.model import authors
+from clipvip.model.checkpoints import FILE_SUFFIXES, is_checkpoint_file, read_checkpoint
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
+from clipvip.model.layouts import ADDED_TO_CLIP, Weights, configured_by_open_clip, infer_config
 
-ADDED_TO_CLIP = ("vision_model.embeddings.added_cls", "vision_model.embeddings.temporal_embedding")
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _HUB_OPTIONS = (
     "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"
 )  # fmt: skip
@@ -34,11 +39,12 @@ _DAMAGED = (
     json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError,
     pickle.UnpicklingError, EOFError,
 )  # fmt: skip
-_WEIGHTS = (  # in the order in which transformers looks for them
+_WEIGHTS = (  # in the order in which transformers looks for them, open_clip's last
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    *_OPEN_CLIP_WEIGHTS,
 )
 # What torch.load's errors say about TorchScript, and about a pickle that names or calls more than
 # tensors need. Pickles of protocol 4 or later, which torch.save does not write, start with FRAME.
@@ -47,6 +53,8 @@ _CODE = re.compile(
     r"Cannot use `*weights_only|"
     rf"Unsupported operand {pickle.FRAME[0]}\b"
 )
+logger = logging.get_logger(__name__)
+
 _SLACK = 1 << 24  # number of weights that a file may lack
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -70,16 +78,20 @@ def found(
     Raises ValueError if a file is damaged, holds code or cannot be loaded.
     """
     value, path = fspath(source), Path(source)
-    wanted = f"expected the folder of a {kind}" + ", an authors' .pt file" * (kind == "model")
+    wanted = f"expected the folder of a {kind}" + ", a file of weights" * (kind == "model")
     wanted += " or a name on the Hugging Face hub such as openai/clip-vit-base-patch32"
     if not value.strip():
         raise error(f"{what} is empty; {wanted}")
     check_name(what, value)
-    named = _HUB_NAME.fullmatch(value) and path.suffix not in authors.AUTHORS_SUFFIXES
+    named = _HUB_NAME.fullmatch(value) and path.suffix not in FILE_SUFFIXES
     if not path.exists() and not named:
-        raise error(f"{what} is {value!r}, which does not exist; {wanted}")
-    if path.is_dir() and kind == "model" and not (path / subfolder / "config.json").is_file():
-        raise error(f"{what} is {value!r}, a folder without config.json; {wanted}")
+        raise error(f"{what} is {value!r}, which does not exist; {wanted}{_nearest(path)}")
+    if path.is_dir() and kind == "model":
+        inner = path / subfolder
+        if not any((inner / name).is_file() for name in ("config.json", OPEN_CLIP_CONFIG)):
+            files = sorted(file for file in inner.glob("*") if file.suffix in FILE_SUFFIXES)
+            hint = f"; for the file of weights in it, give {shown(files[0])}" if files else ""
+            raise error(f"{what} is {value!r}, a folder without config.json; {wanted}{hint}")
     try:
         yield
     except OSError as failed:
@@ -88,6 +100,7 @@ def found(
         raise error(
             f"{what} is {value!r}, which does not exist here and could not be fetched from the hub "
             f"(it does not exist there, needs a login, or this machine is offline); {wanted}"
+            f"{_nearest(path)}"
         ) from failed
     except BaseException as failed:
         if not isinstance(failed, Exception) and type(failed).__name__ != "PanicException":
@@ -107,6 +120,25 @@ def found(
         else:
             said = f"it cannot be loaded: {type(failed).__name__}: {reason}"
         raise ValueError(f"{what} is {value!r}, but {said}") from failed
+
+
+def _nearest(path: Path) -> str:
+    """Describe which part of a path that does not exist does, for the end of an error.
+
+    Empty if that is only the current or the root folder and has no name that is close.
+    """
+    while not path.parent.exists():
+        path = path.parent
+    try:
+        names = [entry.name for entry in islice(os.scandir(path.parent), 10_000)]
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, names, n=1)
+    if close:
+        return f"; did you mean {shown(path.parent / close[0])}?"
+    if path.parent in (Path(), Path(path.anchor)):
+        return ""
+    return f"; the folder {shown(path.parent)} exists, but holds no {shown(path.name)}"
 
 
 def holds_code(error: BaseException | None) -> bool:
@@ -157,15 +189,25 @@ def resolve(
 ) -> tuple[str | PathLike | None, dict[str, Any], frozenset[str]]:
     """Return the location and options with which to call transformers' `from_pretrained`, and the
     names of weights that the source may lack."""
+    options = dict(options)
+    told = {name: options.pop(name, None) for name in ("activation", "head_width")}
     if source is None:
         return None, options, frozenset()
-    if authors.is_authors_file(source):
-        options = {**options, "state_dict": authors.read_authors_checkpoint(source)}
+    weights = read_weights(source, options)
+    if weights is not None:
+        options["state_dict"] = weights.state_dict
         if options.get("config") is None:
             video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
-            options["config"] = authors.infer_config(options["state_dict"], source, **video)
+            options["config"] = infer_config(weights, source, **told, **video)
             _check_size(options["config"], source, options)
-        return None, options, frozenset()
+        if weights.left_out:
+            logger.warning(
+                f"{shown(source)} is a {weights.layout} checkpoint: its CLIP is read, and left out "
+                f"is what it adds to CLIP: {shown(', '.join(weights.left_out))}"
+            )
+        return None, options, weights.added
+    if given := [name for name, value in told.items() if value is not None]:
+        raise ValueError(f"its config.json says the {given[0]}; leave out {' and '.join(given)}")
     model_type = read_json(source, "config.json", options).get("model_type")
     if cached(source, "adapter_config.json", options) is not None:
         # With peft, transformers would load the model that the adapter names.
@@ -177,22 +219,80 @@ def resolve(
     return source, options, frozenset(() if model_type == "clipvip" else ADDED_TO_CLIP)
 
 
-@contextmanager
-def key_report(*, logged: bool) -> Iterator[None]:
-    """Choose whether transformers logs its table of keys that do not fit.
+def read_weights(
+    source: str | PathLike, options: dict[str, Any], device: str = "cpu"
+) -> Weights | None:
+    """Read the weights of a file, or of a folder or hub name with the files of open_clip.
 
-    It repeats what our error lists, and reports the weights that plain CLIP lacks as a fault.
+    options: options of `from_pretrained`. device: see `read_checkpoint`.
+    Returns None for all others, which transformers reads.
+    """
+    if is_checkpoint_file(source):
+        file = Path(source)
+        # A file of open_clip lies beside its configuration if both were downloaded.
+        beside = file.with_name(OPEN_CLIP_CONFIG)
+        where = file.parent if file.name in _OPEN_CLIP_WEIGHTS and beside.is_file() else None
+        config = {} if where is None else open_clip_config(where, {})
+    else:
+        config = open_clip_config(source, options)
+        if not config:
+            return None
+        files = [cached(source, name, options) for name in _OPEN_CLIP_WEIGHTS]
+        found_file = next((each for each in files if each is not None), None)
+        if found_file is None:
+            raise ValueError(
+                f"{fspath(source)!r} holds {OPEN_CLIP_CONFIG} but none of its weights; expected "
+                f"{' or '.join(_OPEN_CLIP_WEIGHTS)}"
+            )
+        file = found_file
+    weights = read_checkpoint(file, device)
+    if config:
+        weights = configured_by_open_clip(weights, config.get("model_cfg"), source)
+    return weights
+
+
+def read_config(source: str | PathLike, **hub: Any) -> CLIPViPConfig:
+    """Return the configuration of any model that `CLIPViPModel.from_pretrained` reads, without its
+    weights' numbers.
+
+    hub: transformers' hub options.
+    """
+    weights = read_weights(source, hub, "meta")
+    if weights is None:
+        return CLIPViPConfig.from_pretrained(source, **hub)
+    return infer_config(weights, source)
+
+
+def open_clip_config(source: str | PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the open_clip_config.json of a folder or hub name; empty if there is none, or if
+    there is the configuration of a CLIP of transformers."""
+    config = read_json(source, "config.json", options)
+    if "text_config" in config and "vision_config" in config:
+        return {}
+    return read_json(source, OPEN_CLIP_CONFIG, options)
+
+
+@contextmanager
+def quiet_load(*, report: bool) -> Iterator[None]:
+    """Silence what transformers shows of a load: its bar, and its table of keys that do not fit.
+
+    The table repeats what our error lists, and reports the weights that plain CLIP lacks as a
+    fault. report: whether to keep it, as no error is raised.
     """
 
     def wanted(record: LogRecord) -> bool:
-        return logged or "LOAD REPORT" not in record.getMessage()
+        return report or "LOAD REPORT" not in record.getMessage()
 
     source = getLogger("transformers.modeling_utils")
+    bar = logging.is_progress_bar_enabled()
     source.addFilter(wanted)
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         source.removeFilter(wanted)
+        if bar:
+            logging.enable_progress_bar()
 
 
 class SameDraws(TorchDispatchMode):

@@ -20,9 +20,10 @@ from transformers.utils import logging
 
 from clipvip.data.video import check_sampling, read_frames, rgb_of
 from clipvip.inputs import send, tokenize
-from clipvip.model.authors import infer_config, is_authors_file, read_authors_checkpoint
+from clipvip.model.checkpoints import is_checkpoint_file
 from clipvip.model.configuration import CLIPViPConfig
-from clipvip.model.pretrained import found, read_json
+from clipvip.model.layouts import ADDED_TO_CLIP, image_size
+from clipvip.model.pretrained import found, open_clip_config, read_json, read_weights
 from clipvip.ops.resize_crop import check_resize, resize_frames
 
 logger = logging.get_logger(__name__)
@@ -187,9 +188,11 @@ class CLIPViPProcessor(ProcessorMixin):
         tokenizer: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> "CLIPViPProcessor":
-        """Load the processor of one of our models, of a plain CLIP or of an authors' file.
+        """Load the processor of one of our models, of a plain CLIP or of a file of weights.
 
-        For an authors' file (.pt), videos are read as in the authors' code (AUTHORS_READING).
+        For a file of the CLIP-ViP authors, videos are read as in their code (AUTHORS_READING); for
+        other files, frames are read as CLIP reads images; for a model of open_clip, as its
+        open_clip_config.json says.
 
         tokenizer: folder or hub name of the tokenizer; by default that of the model.
         kwargs: transformers' hub options (revision, cache_dir, local_files_only, …).
@@ -224,11 +227,19 @@ def normalize_frames(
 def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     """Return the arguments of CLIPViPProcessor, except the tokenizer, that are saved with a model.
 
-    source: folder, hub name or authors' file. hub: transformers' hub options.
+    source: folder, hub name or file of weights. hub: transformers' hub options.
     """
-    if is_authors_file(source):
-        shapes = infer_config(read_authors_checkpoint(source), source).vision_config
-        return {"image_size": shapes.image_size, "num_frames": shapes.num_frames, **AUTHORS_READING}
+    with found("the model", source, hub.get("subfolder") or "", kind="tokenizer"):
+        weights = read_weights(source, hub, "meta")
+    if weights is not None:
+        settings: dict[str, Any] = {"image_size": image_size(weights, source)}
+        if weights.trained_on_video:
+            frames = weights.state_dict[ADDED_TO_CLIP[1]].shape[1]
+            return {**settings, "num_frames": frames, **AUTHORS_READING}
+        if is_checkpoint_file(source):
+            return settings
+        chosen = open_clip_config(source, hub).get("preprocess_cfg") or {}
+        return settings | _settings_of_open_clip(chosen, source)
     own = read_json(source, PROCESSOR_CONFIG, hub)
     if "image_size" not in own:
         clip = own.get("image_processor") or read_json(source, "preprocessor_config.json", hub)
@@ -255,7 +266,7 @@ def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
     Raises FileNotFoundError if there is no such folder or name, and NoTokenizer if it has none.
     """
     with found("the tokenizer", where, kind="tokenizer"):
-        loaded = None if is_authors_file(where) else CLIPTokenizer.from_pretrained(where, **hub)
+        loaded = None if is_checkpoint_file(where) else CLIPTokenizer.from_pretrained(where, **hub)
         # Without files, transformers makes a tokenizer of the special tokens alone.
         if loaded is None or len(loaded) <= len(loaded.all_special_ids):
             raise NoTokenizer(
@@ -301,6 +312,25 @@ def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[s
             f"resize='crop', with {sides[0]} for both"
         )
     return settings
+
+
+def _settings_of_open_clip(chosen: Any, source: str | os.PathLike) -> dict[str, Any]:
+    """Convert open_clip's settings of how images are read; warn if there is no equal."""
+    if not isinstance(chosen, dict):
+        raise ValueError(f"{source} has a preprocess_cfg of {chosen!r}; expected settings")
+    names = {"mean": "image_mean", "std": "image_std"}
+    settings = {ours: chosen[name] for name, ours in names.items() if name in chosen}
+    mode = chosen.get("resize_mode", "shortest")
+    ways = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+    if mode not in ways:
+        raise ValueError(f"{source} has resize_mode {mode!r}; expected one of {', '.join(ways)}")
+    interpolation = chosen.get("interpolation", "bicubic")
+    if mode == "squash" or interpolation != "bicubic":
+        logger.warning(
+            f"{source} resizes frames by resize_mode={mode}, interpolation={interpolation}; using "
+            f"the nearest way, resize={ways[mode]!r}"
+        )
+    return {**settings, "resize": ways[mode]}
 
 
 def _is_count(value: Any) -> bool:

@@ -18,8 +18,7 @@ from clipvip.data.loading import ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, is_shards
 from clipvip.embedding import join_texts
 from clipvip.model import CLIPViPConfig, CLIPViPModel
-from clipvip.model.authors import AUTHORS_SUFFIXES, infer_config, read_authors_checkpoint
-from clipvip.model.pretrained import found
+from clipvip.model.pretrained import found, read_config
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
 from clipvip.ops import proxy_attention
 from clipvip.training import parallel
@@ -87,8 +86,7 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
     source = config.model.name if resumed is None else str(resumed / "model")
     if source is not None:
         with _given("model.name", source):
-            if not Path(source).is_file():  # heads in the authors' files have 64 channels
-                _check_heads("model.name", CLIPViPConfig.from_pretrained(source), config.backend)
+            _check_heads("model.name", read_config(source), config.backend)
             model = CLIPViPModel.from_pretrained(
                 source, attention_backend=config.backend, dtype=torch.float32
             )
@@ -141,15 +139,12 @@ def settled(config: TrainConfig, processor: CLIPViPProcessor) -> TrainConfig:
 
 
 def model_config(config: TrainConfig) -> CLIPViPConfig:
-    """Return the shapes of a new run's model without loading its weights, except for an authors'
-    file, which must be read for them."""
+    """Return the shapes of a new run's model without loading its weights."""
     name = config.model.name
     if name is None:
         return _new_config(config, _tokenizer(config))
     with _given("model.name", name):
-        if Path(name).suffix in AUTHORS_SUFFIXES:
-            return infer_config(read_authors_checkpoint(name), name)
-        shapes = CLIPViPConfig.from_pretrained(name)
+        shapes = read_config(name)
     _check_heads("model.name", shapes, config.backend)
     return shapes
 

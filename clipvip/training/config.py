@@ -38,7 +38,7 @@ class Preempted(RuntimeError):
 class ModelConfig:
     """Model to train. Give `name` or `config`, not both."""
 
-    # Folder of a CLIP or CLIP-ViP, hub name, or one of the authors' .pt files.
+    # Folder of a CLIP or CLIP-ViP, hub name, or a file of weights (`clipvip convert --help`).
     name: str | None = None
     # Shapes of a new model, as nested keys of CLIPViPConfig; it starts from random weights.
     config: dict[str, Any] | None = None
@@ -259,7 +259,7 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"data.sources: ratio is {source.ratio}; it must be above 0")
     if model.name is None and model.config is None:
         raise ConfigError(
-            "model.name is empty; expected the folder of a model, an authors' .pt file or a name "
+            "model.name is empty; expected the folder of a model, a file of weights or a name "
             "on the Hugging Face hub such as openai/clip-vit-base-patch32; or give model.config, "
             "the shapes of a new model"
         )

@@ -5,7 +5,7 @@ import torch
 
 from clipvip.convert import convert
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
-from clipvip.model.authors import authors_state_dict
+from clipvip.model.layouts import authors_state_dict
 from clipvip.model.processing import READING
 
 
@@ -73,7 +73,7 @@ def test_file_that_does_not_fit_is_explained(make_model, tmp_path):
     ):
         CLIPViPModel.from_pretrained(tmp_path / "less.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="no CLIP-ViP checkpoint"):
+    with pytest.raises(ValueError, match="no CLIP or CLIP-ViP checkpoint"):
         CLIPViPModel.from_pretrained(tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ValueError, match="cannot be read as a PyTorch file"):

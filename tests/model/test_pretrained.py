@@ -38,7 +38,7 @@ LOADS = {
         ("../some/absent/model", "the model is '../some/absent/model', which does not exist; "),
         ("absent.pt", "the model is 'absent.pt', which does not exist; expected"),
         (".", "the model is '.', a folder without config.json; expected"),
-        (" ", "the model is empty; expected the folder of a model, an authors' .pt file"),
+        (" ", "the model is empty; expected the folder of a model, a file of weights or"),
     ],
 )
 def test_a_model_that_is_not_there_is_reported_in_one_line(

@@ -9,7 +9,7 @@ import torch
 from clipvip import cli, embedding
 from clipvip.data.annotations import load_annotations
 from clipvip.model import CLIPViPProcessor
-from clipvip.model.authors import authors_state_dict
+from clipvip.model.layouts import authors_state_dict
 from clipvip.model.processing import READING
 from clipvip.training import evaluate as evaluation
 from clipvip.training.build import build_model, settled

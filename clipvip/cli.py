@@ -32,7 +32,12 @@ INDEXES = (Path("index"), Path("demo/out/clip_vip/index"))
 
 # Arguments of several commands.
 Model = Annotated[
-    Positional[str], arg(metavar="MODEL", help="A model folder or a name on the Hugging Face hub.")
+    Positional[str],
+    arg(
+        metavar="MODEL",
+        help="A model folder or a name on the Hugging Face hub. For a file of weights, see "
+        "`clipvip convert`.",
+    ),
 ]
 Annotations = Annotated[
     Positional[Path],
@@ -116,22 +121,41 @@ def convert(
     destination: Annotated[Positional[Path], arg(metavar="DESTINATION")],
     to: Literal["clipvip", "authors"] = "clipvip",
     tokenizer: str | None = None,
+    activation: Literal["gelu", "quick_gelu"] | None = None,
+    head_width: int | None = None,
 ) -> None:
     """Convert a CLIP or CLIP-ViP checkpoint to a model folder, or back to the authors' format.
 
-    Turn a file of the CLIP-ViP authors into a model that reads videos as their code does:
+    Turn a file of the CLIP-ViP authors into a model that reads videos as their code does, a file
+    of OpenAI into one that reads frames as CLIP does, or a checkpoint of open_clip's trainer:
       clipvip convert pretrain_clipvip_base_32.pt MODEL --tokenizer openai/clip-vit-base-patch32
+      clipvip convert ViT-B-32.pt MODEL --tokenizer openai/clip-vit-base-patch32
+      clipvip convert epoch_32.pt MODEL --tokenizer openai/clip-vit-base-patch32 --activation gelu
+
+    Also takes CLIP4Clip's pytorch_model.bin. No code in a file is run.
 
     Args:
-        source: A model folder, a name on the Hugging Face hub, or a .pt file of the authors.
+        source: A model folder, a name on the Hugging Face hub, or a file of weights.
+            Folders and hub names may hold the files of transformers or of open_clip.
         destination: The folder (--to clipvip) or .pt file (--to authors) to write.
         to: Format to write.
         tokenizer: Folder or hub name to take the tokenizer from. By default it is SOURCE's.
-            The authors' .pt files have none.
+            Files of weights have none.
+        activation: Activation that a file of open_clip was trained with, which it does not say.
+            Models whose names end in -quickgelu have quick_gelu, the others gelu.
+        head_width: Channels of a head of the vision tower, if a file of open_clip does not say.
+            It is needed only for widths that none of open_clip's own models has.
     """
     from clipvip.convert import convert as convert_checkpoint
 
-    convert_checkpoint(source, destination, to=to, tokenizer=tokenizer)
+    convert_checkpoint(
+        source,
+        destination,
+        to=to,
+        tokenizer=tokenizer,
+        activation=activation,
+        head_width=head_width,
+    )
 
 
 def embed(

@@ -5,7 +5,6 @@ for more than tensors is refused. `clipvip.model.layouts` says whose weights the
 """
 
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,7 @@ def read_checkpoint(path: str | os.PathLike, device: str = "cpu") -> Weights:
     A state dict nested under "model" or "state_dict" is unwrapped.
 
     device: "cpu", or "meta" for shapes and dtypes without the numbers.
-    Raises ValueError if the file is damaged, holds anything but weights, or those of no CLIP;
-    UnpicklingError if it holds code.
+    Raises ValueError if the file is damaged, holds anything but weights, or those of no CLIP.
     """
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty; fetch it again")
@@ -72,7 +70,9 @@ def _read_pickled(path: str | os.PathLike, device: str) -> Any:
             if is_torchscript(path):
                 return read_torchscript(path, device)
         return torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile file may cause any
         # Leave out PyTorch's advice, which is to run the code that a file may hold.
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(
@@ -90,6 +90,6 @@ def _check_members(path: str | os.PathLike) -> None:
     claimed = sum(member.file_size for member in read)
     if claimed > os.path.getsize(path):
         raise ValueError(
-            f"{path} has {os.path.getsize(path)} bytes, but its members claim {claimed}; expected "
-            "an uncompressed file as PyTorch writes it"
+            f"it has {os.path.getsize(path)} bytes, but its members claim {claimed}, more than "
+            "PyTorch, which compresses none, would write"
         )

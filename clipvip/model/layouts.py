@@ -429,9 +429,9 @@ def _activation(weights: Weights, source: object, given: str | None) -> str:
     told = weights.hidden_act
     if told is None and given is None:
         raise ValueError(
-            f"{source} does not say which activation its model was trained with; give "
-            "activation=quick_gelu (OpenAI's weights, and models of open_clip whose names end in "
-            "-quickgelu) or activation=gelu (most others of open_clip, such as LAION's)"
+            f"{source} does not say which activation its model was trained with; give activation "
+            "(clipvip convert: --activation): quick_gelu for OpenAI's weights and for models of "
+            "open_clip whose names end in -quickgelu, gelu for its others, such as LAION's"
         )
     if told is not None and given not in (None, told):
         raise ValueError(f"activation is {given}, but {source} is {weights.layout}'s, with {told}")
@@ -444,7 +444,8 @@ def _head_width(weights: Weights, source: object, width: int, given: int | None)
     if told is None and given is None:
         raise ValueError(
             f"{source} does not say how wide the heads of its vision tower are, and no model that "
-            f"is known is {width} wide; give head_width, the channels of a head (most often 64)"
+            f"is known is {width} wide; give head_width (clipvip convert: --head-width), the "
+            "channels of a head, most often 64"
         )
     if told is not None and given not in (None, told):
         raise ValueError(

@@ -46,12 +46,13 @@ _WEIGHTS = (  # in the order in which transformers looks for them, open_clip's l
     "pytorch_model.bin.index.json",
     *_OPEN_CLIP_WEIGHTS,
 )
-# What torch.load's errors say about TorchScript, and about a pickle that names or calls more than
-# tensors need. Pickles of protocol 4 or later, which torch.save does not write, start with FRAME.
+# What errors of torch.load and of our own reader say about TorchScript, and about a pickle that
+# names or calls more than tensors need. Pickles of protocol 4 or later, which torch.save does not
+# write, start with FRAME.
 _CODE = re.compile(
     r"GLOBAL|unrecognized function|Can only (create new object|build)|must be imported to load|"
     r"Cannot use `*weights_only|"
-    rf"Unsupported operand {pickle.FRAME[0]}\b"
+    rf"Unsupported operand ({pickle.FRAME[0]}\b|[A-Z])"
 )
 logger = logging.get_logger(__name__)
 

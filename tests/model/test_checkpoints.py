@@ -1,12 +1,16 @@
 """Checkpoints of other makers: the features are those that their own code computes, and what CLIP's
 towers cannot hold is refused by name."""
 
+import json
+import zipfile
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from clipvip.convert import convert
 from clipvip.embedding import load_for_embedding
 from clipvip.model import CLIPViPModel
 
@@ -131,7 +135,7 @@ def test_file_of_open_clip_whose_activation_is_given(clip, tmp_path, activation,
             assert_same_features(model, path, **wrong)
     with pytest.raises(ValueError, match=r"epoch_1\S* does not say which activation") as error:
         CLIPViPModel.from_pretrained(path, head_width=32)
-    assert "\n" not in str(error.value) and "activation=gelu" in str(error.value)
+    assert "\n" not in str(error.value) and "--activation" in str(error.value)
     with pytest.raises(ValueError, match=r"does not say how wide the heads .* give head_width"):
         CLIPViPModel.from_pretrained(path, activation=activation)
 
@@ -174,3 +178,193 @@ def test_clip4clip(openai, tmp_path, caplog):
     assert_same_features(model, tmp_path / "pytorch_model.bin.4")
     (said,) = [r.getMessage() for r in caplog.records if "CLIP4Clip" in r.getMessage()]
     assert "frame_position_embeddings, transformerClip" in said and "\n" not in said
+
+
+FOREIGN = {
+    "ResNet": ({"vision": {"layers": [1, 1, 1, 1], "image_size": 64}}, "a ResNet"),
+    "LayerScale": ({"vision": {"ls_init_value": 0.1}}, "LayerScale .visual.transformer"),
+    "text LayerScale": ({"text": {"ls_init_value": 0.1}}, "LayerScale .transformer"),
+    "attentional pooling": ({"vision": {"attentional_pool": True}}, "attentional pooling"),
+    "SigLIP's loss": ({"init_logit_bias": -10.0}, "the bias of SigLIP's loss .logit_bias"),
+    "class token": ({"custom": True, "text": {"embed_cls": True}}, "a class token in its text"),
+    "no first norm": ({"vision": {"no_ln_pre": True}}, "lacks visual.ln_pre.weight, visual"),
+    "no projection": ({"text": {"proj_type": "none"}}, "it lacks text_projection"),
+    "biased projection": (
+        {"custom": True, "text": {"proj_bias": True}},
+        "lacks text.text_projection; CLIP has no text.text_projection.weight, text.text_proj",
+    ),
+    "normed queries": ({"vision": {"qk_norm": True}}, "CLIP has no visual.transformer"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_architectures_that_clip_cannot_hold_are_refused_by_name(clip, tmp_path, changes, message):
+    torch.save(clip(**changes).state_dict(), tmp_path / "open_clip.pt")
+    refused_in_one_line(tmp_path / "open_clip.pt", message, activation="gelu", head_width=64)
+
+
+OTHERS = {
+    "SigLIP": ("visual.trunk.blocks.0.norm1.weight", "a vision tower of timm"),
+    "EVA": ("visual.blocks.0.attn.q_proj.weight", "the vision tower of EVA"),
+    "CoCa": ("text_decoder.ln_final.weight", "a text decoder, as CoCa"),
+    "HF text": ("text.transformer.embeddings.word_embeddings.weight", "a text tower of trans"),
+    "SigLIP of transformers": ("vision_model.head.probe", "the pooling head of SigLIP"),
+    "none": ("layers.0.weight", "none of the names looked for .*; the first .*: layers.0.weight"),
+}
+
+
+@pytest.mark.parametrize(("name", "message"), OTHERS.values(), ids=OTHERS)
+def test_other_models_are_refused_by_name(tmp_path, name, message):
+    torch.save({name: torch.zeros(2, 2), "logit_scale": torch.zeros(())}, tmp_path / "x.pt")
+    refused_in_one_line(tmp_path / "x.pt", message)
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+def test_one_tower_is_no_model(clip, tmp_path, tower):
+    weights = clip().state_dict()
+    kept = {k: v for k, v in weights.items() if k.startswith("visual.") == (tower == "vision")}
+    torch.save(kept, tmp_path / "x.pt")
+    other = {"text": "vision", "vision": "text"}[tower]
+    refused_in_one_line(tmp_path / "x.pt", f"it has no {other} tower; it lacks ", activation="gelu")
+
+
+def refused_in_one_line(path, message, **options):
+    with pytest.raises(ValueError, match=message) as error:
+        convert(path, path.parent / "converted", **options)
+    said = str(error.value)
+    assert path.name in said and "\n" not in said and len(said) < 900, said
+    assert not (path.parent / "converted").exists()
+
+
+SETTINGS = {
+    "timm": ({"vision": {"timm_model_name": "vit_base"}}, "timm_model_name='vit_base'"),
+    "text of HF": ({"text": {"hf_model_name": "roberta-base"}}, "hf_model_name='roberta-base'"),
+    "average": ({"vision": {"pool_type": "avg"}}, "pool_type='avg'; expected tok"),
+    "norm after": ({"vision": {"final_ln_after_pool": True}}, "final_ln_after_pool=True"),
+    "end token": ({"text": {"pool_type": "eos", "eos_id": 1}}, "pool_type='eos'; expected argmax"),
+    "both ways": ({"text": {"no_causal_mask": True}}, "no_causal_mask=True"),
+    "tanh": ({"text": {"act_kwargs": {"approximate": "tanh"}}}, "act_kwargs="),
+    "epsilon": ({"vision": {"norm_kwargs": {"eps": 1e-6}}}, "norm_kwargs="),
+    "width": ({"vision": {"width": 64}}, "width is 64, that of the weights 128"),
+    "layers": ({"text": {"layers": 5}}, "layers is 5, that of the weights 3"),
+    "image": ({"vision": {"image_size": 64}}, "image_size is 64, that of the weights 32"),
+    "heads": ({"text": {"heads": 3}}, "heads are 3"),
+    "head width": ({"vision": {"head_width": 48}}, "heads of 48 do not divide"),
+    "head of words": ({"vision": {"head_width": "a"}}, "head_width is 'a'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_open_clip_that_clip_cannot_hold_are_refused(clip, tmp_path, changes, message):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    torch.save(clip().state_dict(), folder / "open_clip_pytorch_model.bin")
+    towers = {"vision_cfg": {**VISION}, "text_cfg": {**TEXT}}
+    for tower, settings in changes.items():
+        towers[f"{tower}_cfg"].update(settings)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": towers}))
+    refused_in_one_line(folder, message)
+
+
+def name(module, attribute):
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def text(word):
+    return b"X" + len(word).to_bytes(4, "little") + word.encode()
+
+
+def integer(number):
+    return b"\x8a\x08" + number.to_bytes(8, "little", signed=True)
+
+
+def tensor(count=4, size=(4,), stride=(1,), offset=0, key="0"):
+    """Instructions of a pickle that build a tensor over a storage of so many numbers."""
+    identity = (text("storage"), name("torch", "FloatStorage"), text(key), text("cpu"))
+    storage = b"(" + b"".join(identity) + integer(count) + b"tQ"
+    shape = [b"(" + b"".join(map(integer, numbers)) + b"t" for numbers in (size, stride)]
+    hooks = b"\x89" + name("collections", "OrderedDict") + b")R"
+    given = storage + integer(offset) + b"".join(shape) + hooks
+    return name("torch._utils", "_rebuild_tensor_v2") + b"(" + given + b"tR"
+
+
+def module(**attributes):
+    items = b"".join(text(key) + value for key, value in attributes.items())
+    return name("__torch__", "Module") + b")\x81}(" + items + b"ub"
+
+
+def pickled(*instructions):
+    return b"\x80\x02" + b"".join(instructions) + b"."
+
+
+def write_planted(path, data, compression=zipfile.ZIP_STORED, storage=bytes(16)):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/constants.pkl", pickled(b")"))
+        archive.writestr("archive/data/0", storage)
+
+
+def tree(depth):
+    """A tree of modules, each of which holds the one below twice."""
+    instructions = module(weight=tensor())
+    for level in range(depth):
+        put, get = (code + bytes([level]) for code in (b"q", b"h"))
+        instructions = module(a=instructions + put, b=get)
+    return pickled(instructions)
+
+
+CALL = text("planted") + b"\x85R"
+HOSTILE = {
+    "code": (pickled(name("os", "mkdir") + CALL), "holds more than weights"),
+    "code in a module": (pickled(module(a=name("os", "mkdir") + CALL)), "holds more than weights"),
+    "import": (pickled(name("torch.hub", "load")), "holds more than weights"),
+    "new names": (b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93" + CALL + b".", "holds more than weights"),
+    "extension": (pickled(b"\x82\x01"), "holds more than weights"),
+    "memo": (pickled(module(), b"r\xff\xff\xff\x7f"), "data.pkl is damaged"),
+    "no module": (pickled(tensor()), "describes no module"),
+    "more numbers": (pickled(module(a=tensor(count=10**15))), "storage 0 has 16 bytes"),
+    "fewer numbers": (pickled(module(a=tensor(count=2, size=(2,)))), "storage 0 has 16 bytes"),
+    "negative": (pickled(module(a=tensor(count=-4))), "storage 0 has 16 bytes"),
+    "beyond": (pickled(module(a=tensor(size=(10**6,)))), "out of bounds"),
+    "before": (pickled(module(a=tensor(offset=-3))), "offset"),
+    "strided beyond": (pickled(module(a=tensor(size=(2, 2), stride=(9, 1)))), "out of bounds"),
+    "expanded": (pickled(module(a=tensor(size=(10**9, 10**9), stride=(0, 0)))), "shares 4 numb"),
+    "no storage": (pickled(module(a=tensor(key="../0"))), r"no item named"),
+    "not a tensor": (pickled(module(a=b"]")), "none of the names looked for"),
+    "cut off": (pickled(module(a=tensor()))[:-20], "cannot be read as a PyTorch file"),
+    "wide tree": (tree(200), "none of the names looked for"),
+    "endless": (pickled(name("__torch__", "M") + b")\x81q\0}X\1\0\0\0ah\0sb"), "none of the names"),
+    "deep": (pickled(b"(" * 50_000, b"t" * 50_000), "describes no module"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_archives_are_refused_in_one_line(tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    write_planted(tmp_path / "planted.pt", data)
+    refused_in_one_line(tmp_path / "planted.pt", message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["planted.pt"]
+
+
+def test_damaged_files_are_refused_in_one_line(openai, tmp_path):
+    write_archive(openai(), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    for content in (b"", b"PK\3\4", whole[:100], whole[:middle], whole[:-1], flipped):
+        for name in ("x.pt", "x.safetensors", "pytorch_model.bin"):
+            (tmp_path / name).write_bytes(content)
+            refused_in_one_line(tmp_path / name, "is empty|cannot be read|damaged")
+            (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("script", [True, False], ids=["TorchScript", "state dict"])
+def test_a_small_file_that_claims_much_is_refused(tmp_path, script):
+    huge = bytes(50_000_000)
+    data = pickled(module(a=tensor(count=len(huge) // 4)))
+    write_planted(tmp_path / "bomb.pt", data, zipfile.ZIP_DEFLATED, huge)
+    if not script:
+        with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", pickled(tensor(count=len(huge) // 4)))
+            archive.writestr("archive/data/0", huge)
+    refused_in_one_line(tmp_path / "bomb.pt", r"it has \d+ bytes, but its members claim 50000")

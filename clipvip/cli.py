@@ -119,26 +119,30 @@ def evaluate(
 def convert(
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
     destination: Annotated[Positional[Path], arg(metavar="DESTINATION")],
-    to: Literal["clipvip", "authors"] = "clipvip",
+    to: Literal["clipvip", "clip", "authors"] = "clipvip",
     tokenizer: str | None = None,
     activation: Literal["gelu", "quick_gelu"] | None = None,
     head_width: int | None = None,
 ) -> None:
     """Convert a CLIP or CLIP-ViP checkpoint to a model folder, or back to the authors' format.
 
-    Turn a file of the CLIP-ViP authors into a model that reads videos as their code does, a file
-    of OpenAI into one that reads frames as CLIP does, or a checkpoint of open_clip's trainer:
+    Turn a file of the CLIP-ViP authors into a model that reads videos as their code does:
       clipvip convert pretrain_clipvip_base_32.pt MODEL --tokenizer openai/clip-vit-base-patch32
-      clipvip convert ViT-B-32.pt MODEL --tokenizer openai/clip-vit-base-patch32
-      clipvip convert epoch_32.pt MODEL --tokenizer openai/clip-vit-base-patch32 --activation gelu
 
-    Also takes CLIP4Clip's pytorch_model.bin. No code in a file is run.
+    Turn a file of OpenAI, of open_clip's trainer or of CLIP4Clip into a CLIP to search with:
+      clipvip convert ViT-B-32.pt MODEL --to clip --tokenizer openai/clip-vit-base-patch32
+      clipvip convert epoch_32.pt MODEL --to clip --tokenizer … --activation gelu
+
+    No code in a file is run.
 
     Args:
         source: A model folder, a name on the Hugging Face hub, or a file of weights.
             Folders and hub names may hold the files of transformers or of open_clip.
-        destination: The folder (--to clipvip) or .pt file (--to authors) to write.
+        destination: The folder (--to clipvip, --to clip) or .pt file (--to authors) to write.
         to: Format to write.
+            clipvip: a video model; proxies are added to a plain CLIP, and wait to be trained.
+            clip: a plain CLIP as transformers saves it.
+            authors: a file for the code of the CLIP-ViP authors.
         tokenizer: Folder or hub name to take the tokenizer from. By default it is SOURCE's.
             Files of weights have none.
         activation: Activation that a file of open_clip was trained with, which it does not say.

@@ -29,6 +29,7 @@ from clipvip.files import shown
 from clipvip.model.checkpoints import FILE_SUFFIXES, is_checkpoint_file, read_checkpoint
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
 from clipvip.model.layouts import ADDED_TO_CLIP, Weights, configured_by_open_clip, infer_config
+from clipvip.ops import proxy_attention
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -199,8 +200,9 @@ def resolve(
         options["state_dict"] = weights.state_dict
         if options.get("config") is None:
             video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
-            options["config"] = infer_config(weights, source, **told, **video)
-            _check_size(options["config"], source, options)
+            config = options["config"] = infer_config(weights, source, **told, **video)
+            _check_size(config, source, options)
+            config.vision_config.attention_backend = _backend(config, source, video)
         if weights.left_out:
             logger.warning(
                 f"{shown(source)} is a {weights.layout} checkpoint: its CLIP is read, and left out "
@@ -217,7 +219,31 @@ def resolve(
         video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
         shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)
         _check_size(shapes, source, options)
+        options["attention_backend"] = _backend(shapes, source, video)
     return source, options, frozenset(() if model_type == "clipvip" else ADDED_TO_CLIP)
+
+
+def unsupported_heads(config: CLIPViPConfig, backend: str) -> str | None:
+    """Return why the video tower's attention cannot run with this backend, or None if it can."""
+    width, heads = config.vision_config.hidden_size, config.vision_config.num_attention_heads
+    proxy = torch.zeros(1, 3, 1, width // heads)
+    try:  # the op knows the sizes it supports
+        proxy_attention(proxy, torch.zeros(2, dtype=torch.int32), 1, 1, backend=backend)
+    except ValueError as error:
+        return str(error).partition(";")[0]
+    return None
+
+
+def _backend(config: CLIPViPConfig, source: str | PathLike, given: dict[str, Any]) -> str:
+    """Return the attention_backend of a model: unless it was given, one that takes its heads."""
+    backend: str = config.vision_config.attention_backend
+    if "attention_backend" in given:
+        return backend
+    reason = unsupported_heads(config, backend)
+    if reason is None:
+        return backend
+    logger.warning(f"{shown(source)}: {reason}; using the slower attention_backend='reference'")
+    return "reference"
 
 
 def read_weights(
@@ -250,6 +276,14 @@ def read_weights(
     if config:
         weights = configured_by_open_clip(weights, config.get("model_cfg"), source)
     return weights
+
+
+def is_plain_clip(source: str | PathLike) -> bool:
+    """Whether a model is a CLIP that has no proxies and temporal embedding yet."""
+    weights = read_weights(source, {}, "meta")
+    if weights is None:
+        return read_json(source, "config.json", {}).get("model_type") != "clipvip"
+    return not weights.trained_on_video
 
 
 def read_config(source: str | PathLike, **hub: Any) -> CLIPViPConfig:
@@ -285,14 +319,23 @@ def quiet_load(*, report: bool) -> Iterator[None]:
         return report or "LOAD REPORT" not in record.getMessage()
 
     source = getLogger("transformers.modeling_utils")
-    bar = logging.is_progress_bar_enabled()
     source.addFilter(wanted)
+    try:
+        with no_bars():
+            yield
+    finally:
+        source.removeFilter(wanted)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Show no progress bars of transformers, which say nothing of loads and saves this short."""
+    shown_before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        source.removeFilter(wanted)
-        if bar:
+        if shown_before:
             logging.enable_progress_bar()
 
 

@@ -118,6 +118,10 @@ class CLIPViPProcessor(ProcessorMixin):
         """Number of tokens at which texts are cut off."""
         return self.text_length or min(self.tokenizer.model_max_length, MOST_TOKENS)
 
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of this class, except the tokenizer."""
+        return {name: getattr(self, name) for name in _SAVED}
+
     def loading(self) -> dict[str, Any]:
         """Return the fields of clipvip.data.loading.LoaderOptions that say how clips are read."""
         names = ("image_size", "num_frames", "sampling", "resize")
@@ -312,6 +316,34 @@ def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[s
             f"resize='crop', with {sides[0]} for both"
         )
     return settings
+
+
+def settings_of_clip(settings: dict[str, Any]) -> dict[str, Any]:
+    """Convert arguments of CLIPViPProcessor to settings of a CLIPImageProcessor, as
+    preprocessor_config.json holds them. Raises ValueError if there is no equal."""
+    side = settings["image_size"]
+    square = {"height": side, "width": side}
+    sizes: dict[str, Any] = {
+        "crop": {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": side}},
+        "squash": {"do_center_crop": False, "size": square},
+    }
+    if settings["resize"] not in sizes:
+        raise ValueError(
+            f"resize is {settings['resize']!r}, which transformers' CLIPImageProcessor does not "
+            "have; leave out --to clip"
+        )
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(settings.get("image_mean", OPENAI_CLIP_MEAN)),
+        "image_std": list(settings.get("image_std", OPENAI_CLIP_STD)),
+        **sizes[settings["resize"]],
+    }
 
 
 def _settings_of_open_clip(chosen: Any, source: str | os.PathLike) -> dict[str, Any]:

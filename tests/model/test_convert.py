@@ -1,9 +1,12 @@
+import json
 import resource
 
 import pytest
 import torch
+from transformers import CLIPModel
 
 from clipvip.convert import convert
+from clipvip.embedding import load_for_embedding
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.layouts import authors_state_dict
 from clipvip.model.processing import READING
@@ -99,8 +102,8 @@ def test_nothing_is_overwritten(make_model, tmp_path):
     (tmp_path / "x.pt").touch()
     with pytest.raises(FileExistsError, match="choose another"):
         convert(tmp_path / "ours", tmp_path / "x.pt", to="authors")
-    with pytest.raises(ValueError, match="expected 'clipvip' or 'authors'"):
-        convert(tmp_path / "ours", tmp_path / "y", to="clip")
+    with pytest.raises(ValueError, match="expected 'clipvip', 'clip' or 'authors'"):
+        convert(tmp_path / "ours", tmp_path / "y", to="open_clip")
     with pytest.raises(ValueError, match="give the name of a folder, or --to authors"):
         convert(tmp_path / "ours", tmp_path / "y.pt")
 
@@ -193,3 +196,32 @@ def test_a_disk_without_room_is_an_os_error_and_nothing_is_left(clip_folder, tmp
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_clip_stays_one(clip_folder, tokenizer, tmp_path):
+    tokenizer.save_pretrained(clip_folder)
+    settings = {"image_mean": [0.1, 0.2, 0.3], "size": {"shortest_edge": 32}, "crop_size": 32}
+    (clip_folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    convert(clip_folder, tmp_path / "clip", to="clip")
+    written, source = (CLIPModel.from_pretrained(x) for x in (tmp_path / "clip", clip_folder))
+    assert_same_weights(source, written)
+    assert source.config.to_diff_dict() == written.config.to_diff_dict()
+    settings = [
+        CLIPViPProcessor.from_pretrained(x).settings() for x in (clip_folder, tmp_path / "clip")
+    ]
+    assert settings[0] == settings[1] and settings[0]["image_mean"] == [0.1, 0.2, 0.3]
+    model, processor = load_for_embedding(tmp_path / "clip")
+    assert model.config.vision_config.frame_pooling == "mean"
+    assert processor.tokenizer("a cat").input_ids == tokenizer("a cat").input_ids
+
+
+def test_formats_that_cannot_hold_a_model_refuse_it(make_model, clip_folder, tmp_path):
+    make_model().save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"a video model, and CLIP has no place.* --to clip"):
+        convert(tmp_path / "ours", tmp_path / "x", to="clip")
+    clip = CLIPModel.from_pretrained(clip_folder)
+    clip.config.vision_config.hidden_act = "gelu"
+    clip.save_pretrained(tmp_path / "gelu")
+    with pytest.raises(ValueError, match="activation gelu/quick_gelu and heads of 64, which the"):
+        convert(tmp_path / "gelu", tmp_path / "x.pt", to="authors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gelu", "ours"]

@@ -123,6 +123,8 @@ def convert(
     tokenizer: str | None = None,
     activation: Literal["gelu", "quick_gelu"] | None = None,
     head_width: int | None = None,
+    image_size: int | None = None,
+    text_length: int | None = None,
 ) -> None:
     """Convert a CLIP or CLIP-ViP checkpoint to a model folder, or back to the authors' format.
 
@@ -132,6 +134,9 @@ def convert(
     Turn a file of OpenAI, of open_clip's trainer or of CLIP4Clip into a CLIP to search with:
       clipvip convert ViT-B-32.pt MODEL --to clip --tokenizer openai/clip-vit-base-patch32
       clipvip convert epoch_32.pt MODEL --to clip --tokenizer … --activation gelu
+
+    Make a model for larger frames, to be trained further:
+      clipvip convert openai/clip-vit-base-patch32 MODEL --image-size 336
 
     No code in a file is run.
 
@@ -149,6 +154,10 @@ def convert(
             Models whose names end in -quickgelu have quick_gelu, the others gelu.
         head_width: Channels of a head of the vision tower, if a file of open_clip does not say.
             It is needed only for widths that none of open_clip's own models has.
+        image_size: Side in pixels of the frames that the model is to read, a multiple of its patch
+            size. Positions of patches are interpolated bicubically.
+        text_length: Number of tokens that the model is to read. Positions of texts are interpolated
+            linearly. To only cut off texts earlier, set data.text_length in training instead.
     """
     from clipvip.convert import convert as convert_checkpoint
 
@@ -159,6 +168,8 @@ def convert(
         tokenizer=tokenizer,
         activation=activation,
         head_width=head_width,
+        image_size=image_size,
+        text_length=text_length,
     )
 
 

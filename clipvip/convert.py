@@ -37,6 +37,8 @@ def convert(
     tokenizer: str | os.PathLike | None = None,
     activation: str | None = None,
     head_width: int | None = None,
+    image_size: int | None = None,
+    text_length: int | None = None,
 ) -> None:
     """Read a checkpoint of any kind that `CLIPViPModel.from_pretrained` takes, and write another.
 
@@ -46,6 +48,7 @@ def convert(
         "authors" for one file that the authors' code loads.
     tokenizer: folder or hub name of the tokenizer; by default that of the source.
     activation, head_width: what a file of open_clip does not say; see `from_pretrained`.
+    image_size, text_length: see `CLIPViPModel.from_pretrained`. The processor gets them too.
     `destination` appears only when it is complete. Raises FileExistsError if it exists, and
     ValueError if the format to write cannot hold the model.
     """
@@ -65,11 +68,17 @@ def convert(
     told: dict[str, Any] = {"activation": activation, "head_width": head_width}
     if to == "clip" and plain:  # without what would be added to it
         told |= {"num_proxies": 1, "frame_pooling": "mean"}
-    model = CLIPViPModel.from_pretrained(source, **told)
+    model = CLIPViPModel.from_pretrained(
+        source, image_size=image_size, text_length=text_length, **told
+    )
     _check_kind(source, model, to, plain)
     processor = _processor(source, tokenizer, model) if to != "authors" else None
+    if processor is not None and text_length is not None:
+        processor.fit(model.config, text_length)
     settings = CLIP_READING | (read_settings(source) if processor is None else processor.settings())
     settings["image_size"] = model.config.vision_config.image_size
+    if text_length is not None:
+        settings["text_length"] = text_length
     destination.parent.mkdir(parents=True, exist_ok=True)
     beside = TemporaryDirectory(
         prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True

@@ -45,7 +45,7 @@ def load_for_embedding(
         if config.get("model_type") != "clipvip" and "frame_pooling" not in given:
             options = {"frame_pooling": "mean", "num_proxies": 1, **options}
         model = CLIPViPModel.from_pretrained(source, **options)
-        processor.fit(model.config)
+        processor.fit(model.config, options.get("text_length"))
     return model, processor
 
 

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput, logging
 from clipvip.files import shown
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
+from clipvip.model.positions import interpolate_positions, with_sizes
 from clipvip.model.pretrained import SameDraws, check_finite, check_fit, found, quiet_load, resolve
 from clipvip.model.vision import (
     CLIPViPEncoder,
@@ -133,6 +134,8 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
+        image_size: int | None = None,
+        text_length: int | None = None,
         strict: bool = True,
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
@@ -145,6 +148,9 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
             temporal embedding are added, with a warning; or one file of weights (.pt, .bin,
             .safetensors) of the CLIP-ViP authors, OpenAI, open_clip or CLIP4Clip, from whose
             shapes the configuration is inferred. No code in a file is run.
+        image_size, text_length: side of the frames in pixels and number of tokens that the model is
+            to read, if they differ from the checkpoint's. Its positions are interpolated to them
+            (see clipvip.model.positions), with a warning; train the model with them.
         strict: whether missing or unexpected weights raise ValueError; else the missing keep their
             initial values and the unexpected are ignored.
         ignore_mismatched_sizes: whether weights of another shape keep their initial values; else
@@ -169,6 +175,7 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         check_fit(source, info, added, strict, ignore_mismatched_sizes)
         if source is not None:
             check_finite(source, model)
+        interpolate_positions(model, with_sizes(model.config, image_size, text_length))
         if added:
             logger.warning(f"{shown(source)} is a CLIP checkpoint: {_addition(model.config)}")
         return (model, info) if output_loading_info else model

@@ -23,13 +23,13 @@ from clipvip.inputs import send, tokenize
 from clipvip.model.checkpoints import is_checkpoint_file
 from clipvip.model.configuration import CLIPViPConfig
 from clipvip.model.layouts import ADDED_TO_CLIP, image_size
+from clipvip.model.positions import MOST
 from clipvip.model.pretrained import found, open_clip_config, read_json, read_weights
 from clipvip.ops.resize_crop import check_resize, resize_frames
 
 logger = logging.get_logger(__name__)
 
 MOST_TOKENS = 77  # that CLIP reads
-MOST = 10_000  # frames, tokens or pixels that a processor may ask for
 READING = ("num_frames", "text_length", "paragraph", "sampling", "resize")
 """Attributes of a processor that a training run may choose."""
 CLIP_READING = {"sampling": "uniform", "resize": "crop"}
@@ -107,15 +107,23 @@ class CLIPViPProcessor(ProcessorMixin):
                 f"the tokenizer ends texts with token {own}, the model with {end}; {wanted}"
             )
 
-    def fit(self, config: CLIPViPConfig) -> None:
-        """Adapt frame size and text length to a model. Raises ValueError as check_tokens does."""
+    def fit(self, config: CLIPViPConfig, text_length: int | None = None) -> None:
+        """Adapt frame size and text length to a model. Raises ValueError as check_tokens does.
+
+        text_length: number of tokens to read; None for the processor's or tokenizer's own limit.
+            Either is lowered to the number that the model reads.
+        """
         self.check_tokens(config)
         self.image_size = config.vision_config.image_size
-        self.text_length = min(self.longest_text, config.text_config.max_position_embeddings)
+        positions = config.text_config.max_position_embeddings
+        limit = text_length or self.text_length or self.tokenizer.model_max_length
+        self.text_length = int(min(limit, positions))
+        self.tokenizer.model_max_length = positions
 
     @property
     def longest_text(self) -> int:
-        """Number of tokens at which texts are cut off."""
+        """Number of tokens at which texts are cut off; before `fit`, at most MOST_TOKENS unless
+        text_length says otherwise."""
         return self.text_length or min(self.tokenizer.model_max_length, MOST_TOKENS)
 
     def settings(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from clipvip.data.loading import ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, is_shards
 from clipvip.embedding import join_texts
 from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.model.positions import interpolate_positions, with_sizes
 from clipvip.model.pretrained import found, read_config, unsupported_heads
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
 from clipvip.training import parallel
@@ -89,6 +90,14 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
             model = CLIPViPModel.from_pretrained(
                 source, attention_backend=config.backend, dtype=torch.float32
             )
+        if resumed is None:
+            interpolate_positions(model, _sized(config, model.config))
+        elif config.model.image_size not in (None, model.config.vision_config.image_size):
+            raise ConfigError(
+                f"model.image_size is {config.model.image_size}, but the run that is resumed reads "
+                f"frames of {model.config.vision_config.image_size}; give that, or another out for "
+                "a new run"
+            )
     else:
         shapes = _new_config(config, _tokenizer(config))
         try:
@@ -124,9 +133,10 @@ def build_processor(
         if chosen is not None:
             setattr(processor, name, chosen)
     if processor.text_length > longest:
+        reader = "the new model" if resumed is None else "the run that is resumed"
         raise ConfigError(
-            f"data.text_length is {processor.text_length}; expected at most {longest}, which the "
-            "model reads"
+            f"data.text_length is {processor.text_length}; expected at most {longest}, which "
+            f"{reader} reads"
         )
     return processor
 
@@ -145,7 +155,7 @@ def model_config(config: TrainConfig) -> CLIPViPConfig:
     with _given("model.name", name):
         shapes = read_config(name)
     _check_heads("model.name", shapes, config.backend)
-    return shapes
+    return _sized(config, shapes)
 
 
 def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
@@ -194,7 +204,19 @@ def _new_config(config: TrainConfig, tokenizer: CLIPTokenizer) -> CLIPViPConfig:
     except Exception as error:  # validators raise errors of their own
         raise ConfigError(f"model.config: {' '.join(str(error).split())}") from None
     _check_heads("model.config", shapes, config.backend)
-    return shapes
+    return _sized(config, shapes)
+
+
+def _sized(config: TrainConfig, shapes: CLIPViPConfig) -> CLIPViPConfig:
+    """Return the shapes of a new run's model, which reads frames of model.image_size and, if it is
+    a checkpoint, texts of data.text_length."""
+    length = 0 if config.model.name is None else config.data.text_length or 0
+    longer = length > shapes.text_config.max_position_embeddings
+    try:
+        return with_sizes(shapes, config.model.image_size, length if longer else None)
+    except ValueError as error:  # begins with the name of the option
+        group = "model" if str(error).startswith("image_size") else "data"
+        raise ConfigError(f"{group}.{error}") from None
 
 
 def _check_heads(key: str, shapes: CLIPViPConfig, backend: str) -> None:

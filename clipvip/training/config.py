@@ -44,6 +44,9 @@ class ModelConfig:
     config: dict[str, Any] | None = None
     # Folder or hub name of a tokenizer or processor; by default that of `name`.
     tokenizer: str | None = None
+    # Side of the frames in pixels, by default that of `name` or `config`. For another one, the
+    # positions of patches are interpolated. A run that resumes keeps the size it began with.
+    image_size: int | None = None
     gradient_checkpointing: bool = False  # recompute each layer in the backward pass: less memory
     # Globs of parameter names that are not trained; for the text tower ["text_model.*",
     # "text_projection.*"].
@@ -74,7 +77,9 @@ class DataConfig:
     # Frames per clip. The default of this and the next four settings is the value in the model's
     # processor (for a plain CLIP 12, 77, false, uniform, crop). The run's processor saves them.
     num_frames: int | None = None
-    text_length: int | None = None  # tokens per text; longer texts are truncated
+    # Tokens per text; longer texts are truncated. Beyond the positions of the model, its positions
+    # are interpolated to this number.
+    text_length: int | None = None
     paragraph: bool | None = None  # join all texts of a clip into one, also in evaluation
     # Which frames are read: "uniform", "fps:R", "clip:R", or "authors", as in the authors' code.
     sampling: str | None = None
@@ -169,8 +174,8 @@ _CHOICES = {
     "best_metric": tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS),
 }
 _POSITIVE = (
-    "data.num_frames", "data.text_length", "data.shuffle", "batch_size", "accumulation",
-    "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "save_every",
+    "model.image_size", "data.num_frames", "data.text_length", "data.shuffle", "batch_size",
+    "accumulation", "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "save_every",
     "eval_batch_size", "keep_checkpoints", "optimizer.lr", "optimizer.max_grad_norm",
 )  # fmt: skip
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {

@@ -136,7 +136,7 @@ def convert(
       clipvip convert epoch_32.pt MODEL --to clip --tokenizer … --activation gelu
 
     Make a model for larger frames, to be trained further:
-      clipvip convert openai/clip-vit-base-patch32 MODEL --image-size 336
+      clipvip convert openai/clip-vit-base-patch16 MODEL --image-size 336
 
     No code in a file is run.
 

@@ -28,7 +28,15 @@ from clipvip.files import shown
 from clipvip.losses import contrastive_loss
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.positions import interpolate_positions, with_sizes
-from clipvip.model.pretrained import SameDraws, check_finite, check_fit, found, quiet_load, resolve
+from clipvip.model.pretrained import (
+    check_finite,
+    check_fit,
+    draws,
+    found,
+    quiet_load,
+    resolve,
+    same_draws,
+)
 from clipvip.model.vision import (
     CLIPViPEncoder,
     CLIPViPVisionEmbeddings,
@@ -129,6 +137,11 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
 
+    def initialize_weights(self) -> None:
+        # transformers calls it for a new model, and for what a checkpoint lacks.
+        with draws():
+            super().initialize_weights()
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
@@ -167,7 +180,7 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         subfolder = kwargs.get("subfolder") or ""
         with nullcontext() if source is None else found("the model", source, subfolder):
             location, kwargs, added = resolve(source, kwargs)
-            with SameDraws(), quiet_load(report=not strict or ignore_mismatched_sizes):
+            with same_draws(), quiet_load(report=not strict or ignore_mismatched_sizes):
                 kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 loaded: Any = super().from_pretrained(location, *model_args, **kwargs)
         model, info = loaded

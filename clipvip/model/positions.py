@@ -35,9 +35,10 @@ def with_sizes(
     if image_size is not None:
         patch = config.vision_config.patch_size
         if type(image_size) is not int or not 0 < image_size <= MOST or image_size % patch:
+            near = max(1, round(min(image_size, MOST) / patch)) * patch
             raise ValueError(
-                f"image_size is {image_size}; expected a multiple of {patch}, the patch size, "
-                f"from {patch} to {MOST}"
+                f"image_size is {image_size}; expected a multiple of {patch}, the patch size, such "
+                f"as {near}, up to {MOST}"
             )
         config.vision_config.image_size = image_size
     if text_length is not None:

@@ -3,7 +3,7 @@
 A model may come from a folder, from one file of weights or from the Hugging Face hub; a folder or
 hub name holds the files of transformers or those of open_clip. Each error is one line that names
 the source. `CLIPViPModel.from_pretrained` and the processor load within `found`; `resolve`,
-`quiet_load`, `SameDraws` and `check_…` are the model's steps.
+`quiet_load`, `same_draws` and `check_…` are the model's steps.
 """
 
 import json
@@ -11,7 +11,8 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from difflib import get_close_matches
 from itertools import islice
 from logging import LogRecord, getLogger
@@ -339,6 +340,27 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+_same_draws = ContextVar("_same_draws", default=False)
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Load models within, and all that their checkpoints lack is the same each time."""
+    before = _same_draws.set(True)
+    try:
+        yield
+    finally:
+        _same_draws.reset(before)
+
+
+def draws() -> AbstractContextManager:
+    """Context in which to initialise weights: SameDraws within `same_draws`, else an empty one.
+
+    It is not entered for a whole load, since each operation on a tensor takes longer within.
+    """
+    return SameDraws() if _same_draws.get() else nullcontext()
+
+
 class SameDraws(TorchDispatchMode):
     """Context in which normal_ draws the same numbers each time it is entered.
 
@@ -386,8 +408,13 @@ def check_fit(
 
 def check_finite(source: Any, model: nn.Module) -> None:
     """Raise ValueError if weights are NaN or infinite, which damaged files cause."""
-    weights = {name: each for name, each in model.named_parameters() if not each.is_meta}
-    wrong = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    weights = {name: each.detach() for name, each in model.named_parameters() if not each.is_meta}
+    # The norm is the fastest reduction that no NaN or infinity leaves finite. It may overflow too.
+    wrong = [
+        name
+        for name, weight in weights.items()
+        if not torch.linalg.vector_norm(weight).isfinite() and not weight.isfinite().all()
+    ]
     if wrong:
         raise ValueError(
             f"the model is {str(source)!r}, but one of its files is damaged ({len(wrong)} weights "

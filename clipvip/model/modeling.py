@@ -173,7 +173,9 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
             of the vision tower) are for a file that does not say them, such as one of open_clip
             without its open_clip_config.json. All others go to transformers' `from_pretrained`.
 
-        Missing weights are drawn from a fixed seed: the same files give the same model.
+        As in transformers, dtype= is by default that which config.json names, or else that of the
+        file's first weight. Missing weights are drawn from a fixed seed: the same files give the
+        same model in every process, on every device and, up to rounding, in every dtype.
         Raises FileNotFoundError if there is no such folder, file or hub name.
         """
         source = pretrained_model_name_or_path

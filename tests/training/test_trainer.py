@@ -55,6 +55,19 @@ def test_loss_falls(make_config, overrides):
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
 
 
+def test_a_new_model_is_that_of_the_runs_seed(make_config, tmp_path):
+    """Whatever random numbers its process drew before."""
+    found = []
+    for number, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(number)
+        config = make_config("max_steps=2", f"seed={seed}", f"out={tmp_path / str(number)}")
+        train(config)
+        found.append((losses(config.out), (Path(config.out) / "last/model.safetensors")))
+    (first, weights), (again, same), (other, _) = found
+    assert first == again != other
+    assert weights.read_bytes() == same.read_bytes()
+
+
 @pytest.mark.skipif(
     find_spec("nvidia") is None or find_spec("nvidia.dali") is None,
     reason='NVIDIA DALI is not installed: pip install "clipvip[dali]"',

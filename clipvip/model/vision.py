@@ -86,7 +86,7 @@ class CLIPViPAttention(CLIPAttention):
             raise ValueError(
                 f"vision_config has heads of {self.head_dim} (hidden_size {config.hidden_size} / "
                 f"num_attention_heads {config.num_attention_heads}); the compiled attention takes "
-                'multiples of 16 up to 128: set attention_backend="reference" (plain PyTorch, any '
+                'multiples of 8 up to 128: set attention_backend="reference" (plain PyTorch, any '
                 "size) in from_pretrained or in the vision_config of config.json"
             )
 

@@ -12,7 +12,7 @@ from clipvip.ops import _native
 
 def takes_heads_of(head_dim: int) -> bool:
     """Return whether the compiled op takes heads of this size, D."""
-    return head_dim % 16 == 0 and 16 <= head_dim <= 128
+    return head_dim % 8 == 0 and 8 <= head_dim <= 128
 
 
 def proxy_attention(
@@ -39,7 +39,7 @@ def proxy_attention(
 
     Args:
         qkv: [T, 3, H, D], a packed projection's output, in fp32, bf16 or fp16, on the CPU or a
-            GPU of compute capability 8.0 or newer. D is a multiple of 16, at most 128.
+            GPU of compute capability 8.0 or newer. D is a multiple of 8, at most 128.
             T = B·M + frame_offsets[B]·L. It is read in place whatever its strides, with two
             exceptions that are copied: a last dimension with gaps, and on a GPU heads that do not
             start on 16 bytes.
@@ -80,7 +80,7 @@ def proxy_attention(
     _native.check_kernels("qkv", qkv, frame_offsets)
     if not takes_heads_of(qkv.shape[-1]):
         raise ValueError(
-            f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 16 up to 128; "
+            f"qkv has heads of D={qkv.shape[-1]}, expected a multiple of 8 up to 128; "
             "backend='reference' takes others"
         )
     return _forward(qkv, *others)[0]

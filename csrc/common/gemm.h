@@ -198,10 +198,11 @@ struct Words<Fp32Dot> {
   static CLIPVIP_INLINE Vec load_first(const T* row, int64_t word, int64_t n) {
     return n >= kLanes ? load(row + word) : CLIPVIP_ISA::load_first(row + word, n);
   }
-  // B's row k from source row k, lanes [n, n + kLanes).
+  // B's row k from source row k, lanes [n, n + kLanes), of which `left` are there.
   template <typename T>
-  static CLIPVIP_INLINE Vec load_rows(const T* const (&rows)[1], int64_t n) {
-    return load(rows[0] + n);
+  static CLIPVIP_INLINE Vec load_rows(const T* const (&rows)[1], int64_t n,
+                                      int64_t left = kLanes) {
+    return load_first(rows[0], n, left);
   }
   static CLIPVIP_INLINE void store_first(float* to, Vec words, int64_t n) {
     CLIPVIP_ISA::store_first(to, words, n);
@@ -222,16 +223,12 @@ struct Words<Bf16Dot> {
     return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
   // Source rows 2k and 2k + 1 (the second may be missing), interleaved.
-  static CLIPVIP_INLINE Vec load_rows(const bfloat16* const (&rows)[2], int64_t n) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[0] + n)));
+  template <typename T>
+  static CLIPVIP_INLINE Vec load_rows(const T* const (&rows)[2], int64_t n,
+                                      int64_t left = kLanes) {
+    const __m512i low = _mm512_cvtepu16_epi32(bf16_lanes(rows[0] + n, left));
     if (!rows[1]) return _mm512_castsi512_ps(low);
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[1] + n)));
-    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-  }
-  static CLIPVIP_INLINE Vec load_rows(const float* const (&rows)[2], int64_t n) {
-    const __m512i low = _mm512_cvtepu16_epi32(narrow(load(rows[0] + n)));
-    if (!rows[1]) return _mm512_castsi512_ps(low);
-    const __m512i high = _mm512_cvtepu16_epi32(narrow(load(rows[1] + n)));
+    const __m512i high = _mm512_cvtepu16_epi32(bf16_lanes(rows[1] + n, left));
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
   static CLIPVIP_INLINE void store_first(uint32_t* to, Vec words, int64_t n) {
@@ -239,6 +236,16 @@ struct Words<Bf16Dot> {
   }
   static CLIPVIP_INLINE void store(uint32_t* to, Vec words) {
     _mm512_storeu_si512(to, _mm512_castps_si512(words));
+  }
+
+ private:
+  // Lanes [0, n) as bf16, the others 0.
+  static CLIPVIP_INLINE __m256i bf16_lanes(const bfloat16* p, int64_t n) {
+    return n >= kLanes ? _mm256_loadu_si256((const __m256i*)p)
+                       : _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  }
+  static CLIPVIP_INLINE __m256i bf16_lanes(const float* p, int64_t n) {
+    return narrow(n >= kLanes ? load(p) : CLIPVIP_ISA::load_first(p, n));
   }
 };
 #endif
@@ -290,19 +297,20 @@ CLIPVIP_INLINE void pack_transposed(typename Dot::Word* b, const Row& row, int64
   });
 }
 
-// Whether pack_rows and copy_rows with adjacent rows give the same: for one panel of floats.
+// Whether pack_rows and copy_rows with adjacent rows give the same: for one panel of whole vectors
+// of floats.
 template <typename Dot>
-CLIPVIP_INLINE bool packs_like_copy(int64_t vectors) {
-  return Dot::kElements == 1 && vectors <= kMaxPanelVectors;
+CLIPVIP_INLINE bool packs_like_copy(int64_t columns) {
+  return Dot::kElements == 1 && columns % kLanes == 0 && columns <= kMaxPanelVectors * kLanes;
 }
 
-// B(k, n) = row(k)[n] for element rows k in [0, rows) and n in [0, vectors·kLanes), all of which
-// is read. With Bf16Dot an odd last row is paired with zeros.
+// B(k, n) = row(k)[n] for element rows k in [0, rows) and n in [0, columns), zeros in the rest of
+// the last vector. With Bf16Dot an odd last row is paired with zeros.
 template <typename Dot, typename Row>
 CLIPVIP_INLINE void pack_rows(typename Dot::Word* b, const Row& row, int64_t rows,
-                              int64_t vectors) {
+                              int64_t columns) {
   const int64_t k_words = (rows + Dot::kElements - 1) / Dot::kElements;
-  for_each_panel(vectors, [&](int64_t v, auto width) {
+  for_each_panel((columns + kLanes - 1) / kLanes, [&](int64_t v, auto width) {
     constexpr int NV = decltype(width)::value;
     typename Dot::Word* panel = b + packed_words(k_words, v);
     for (int64_t k = 0; k < k_words; ++k) {
@@ -313,8 +321,9 @@ CLIPVIP_INLINE void pack_rows(typename Dot::Word* b, const Row& row, int64_t row
       }
 #pragma GCC unroll 4
       for (int c = 0; c < NV; ++c) {
+        const int64_t n = (v + c) * kLanes;
         Words<Dot>::store(panel + (k * NV + c) * kLanes,
-                          Words<Dot>::load_rows(sources, (v + c) * kLanes));
+                          Words<Dot>::load_rows(sources, n, columns - n));
       }
     }
   });

@@ -289,7 +289,7 @@ class Core {
       }
       if (backward_) {
         Word* packed = is_row ? a_packed_ : b_packed_;
-        pack_rows<Dot>(packed + side.begin(block) * words_, row, rows, depth_ / kLanes);
+        pack_rows<Dot>(packed + side.begin(block) * words_, row, rows, depth_);
       }
     });
   }

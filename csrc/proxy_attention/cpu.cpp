@@ -136,6 +136,21 @@ CLIPVIP_INLINE bool streams(const Tensor& to) {
   return to.size[0] * to.stride[0] * int64_t(sizeof(T)) >= kStreamBytes;
 }
 
+// Lanes [0, n) of a vector, n ≥ 1; the last vector of a row need not be whole.
+template <typename T>
+CLIPVIP_INLINE Vec load_up_to(int64_t n, const T* from) {
+  return n >= kLanes ? load(from) : load_first(from, n);
+}
+template <typename T>
+CLIPVIP_INLINE void store_up_to(int64_t n, T* to, Vec a) {
+  if (n >= kLanes) {
+    store(to, a);
+  } else {
+    store_first(to, a, n);
+  }
+}
+
+// `from` is readable up to a whole vector.
 template <typename T>
 CLIPVIP_INLINE void store_scaled(T* to, const float* from, int64_t n, float factor, bool stream) {
   const Vec scale = broadcast(factor);
@@ -144,7 +159,9 @@ CLIPVIP_INLINE void store_scaled(T* to, const float* from, int64_t n, float fact
       stream_two(to + i, mul(load(from + i), scale), mul(load(from + i + kLanes), scale));
     }
   } else {
-    for (int64_t i = 0; i < n; i += kLanes) store(to + i, mul(load(from + i), scale));
+    for (int64_t i = 0; i < n; i += kLanes) {
+      store_up_to(n - i, to + i, mul(load(from + i), scale));
+    }
   }
 }
 
@@ -218,7 +235,7 @@ CLIPVIP_INLINE void softmax_row(float* row, int64_t keys, float& highest, float&
 // ---- Forward
 
 struct ForwardPartials {  // of one frame and head
-  float* acc;    // [M, D], sums of weights · values
+  float* acc;    // [M, padded D], sums of weights · values
   float* stats;  // [M, 2], max and sum of weights
 };
 
@@ -228,15 +245,17 @@ CLIPVIP_INLINE ForwardPartials forward_partials(const ProxyAttentionParams& p, i
                 p.threads * proxy_attention_floats_per_thread(p.num_proxies + p.patches,
                                                               p.head_dim(), false);
   const int64_t index = (frame * p.heads() + head) * p.num_proxies;
-  return {base + index * p.head_dim(),
-          base + p.frames() * p.heads() * p.num_proxies * p.head_dim() + index * 2};
+  const int64_t padded = proxy_attention_padded_dim(p.head_dim());
+  return {base + index * padded,
+          base + p.frames() * p.heads() * p.num_proxies * padded + index * 2};
 }
 
 // `next` is the unit that this thread computes after this one; its keys and values are prefetched.
 template <typename Dot, typename T>
 void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& next, int thread) {
   using Word = typename Dot::Word;
-  const int64_t D = p.head_dim(), d_words = D / Dot::kElements, d_vectors = D / kLanes;
+  const int64_t D = p.head_dim(), d_words = D / Dot::kElements;
+  const int64_t width = round_up(D, kLanes), d_vectors = width / kLanes;
   const int64_t keys = unit.tokens(), vectors = (keys + kLanes - 1) / kLanes;
   const int64_t key_words = (keys + Dot::kElements - 1) / Dot::kElements, step = vectors * kLanes;
   const int64_t block = proxy_attention_block_rows(keys);
@@ -247,7 +266,7 @@ void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& n
   float* weights = arena.take<float>(padded_block * step);
   Word* key = arena.take<Word>(packed_words(d_words, vectors));
   Word* value = arena.take<Word>(packed_words(key_words, d_vectors));
-  float* result = arena.take<float>(padded_block * D);
+  float* result = arena.take<float>(padded_block * width);
 
   const auto q = part_of<const T>(p.qkv, 0, unit.head), k = part_of<const T>(p.qkv, 1, unit.head),
              v = part_of<const T>(p.qkv, 2, unit.head);
@@ -255,7 +274,7 @@ void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& n
   const bool stream = streams<T>(p.out);
   float* lse = p.lse.as<float>() + unit.head * p.lse.stride[0];
   pack_transposed<Dot>(key, [&](int64_t i) { return k(unit.token(i)); }, keys, d_words, vectors);
-  pack_rows<Dot>(value, [&](int64_t i) { return v(unit.token(i)); }, keys, d_vectors);
+  pack_rows<Dot>(value, [&](int64_t i) { return v(unit.token(i)); }, keys, D);
 
   const int64_t blocks = (keys + block - 1) / block;
   for (int64_t start = 0; start < keys; start += block) {
@@ -281,16 +300,17 @@ void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& n
     prefetch_rows(part_of<const T>(p.qkv, 2, next.head), next, next_share, D);
     gemm<Dot>(rows, d_vectors, key_words,
               Operand<Dot>{reinterpret_cast<const Word*>(weights), step, 1}, value,
-              StoreTile{result, D});
+              StoreTile{result, width});
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = start + i, token = unit.token(row);
       if (row < unit.proxies && !unit.direct) {
         const ForwardPartials partials = forward_partials(p, unit.frame, unit.head);
-        store_scaled(partials.acc + row * D, result + i * D, D, 1.f, false);
+        store_scaled(partials.acc + row * proxy_attention_padded_dim(D), result + i * width, width,
+                     1.f, false);
         partials.stats[row * 2] = highest[i];
         partials.stats[row * 2 + 1] = sum[i];
       } else {
-        store_scaled(out(token), result + i * D, D, 1.f / sum[i], stream);
+        store_scaled(out(token), result + i * width, D, 1.f / sum[i], stream);
         lse[token] = highest[i] + ::log2f(sum[i]);
       }
     }
@@ -302,7 +322,8 @@ void forward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& n
 template <typename T>
 void combine_forward(const ProxyAttentionParams& p, int64_t video, int64_t head) {
   const int32_t* offsets = p.frame_offsets.as<int32_t>();
-  const int64_t D = p.head_dim(), begin = offsets[video], end = offsets[video + 1];
+  const int64_t begin = offsets[video], end = offsets[video + 1];
+  const int64_t D = p.head_dim(), d_vectors = (D + kLanes - 1) / kLanes;
   const auto out = head_of<T>(p.out, head);
   for (int64_t m = 0; m < p.num_proxies; ++m) {
     float highest = -kInfinity, sum = 0;
@@ -311,18 +332,20 @@ void combine_forward(const ProxyAttentionParams& p, int64_t video, int64_t head)
       highest = each > highest || each != each ? each : highest;
     }
     Vec total[128 / kLanes];
-    for (int64_t d = 0; d < D / kLanes; ++d) total[d] = zero();
+    for (int64_t d = 0; d < d_vectors; ++d) total[d] = zero();
     for (int64_t f = begin; f < end; ++f) {
       const ForwardPartials partials = forward_partials(p, f, head);
+      const float* acc = partials.acc + m * proxy_attention_padded_dim(D);
       const float weight = ::exp2f(partials.stats[m * 2] - highest);
       sum += weight * partials.stats[m * 2 + 1];
-      for (int64_t d = 0; d < D / kLanes; ++d) {
-        total[d] = fma(broadcast(weight), load(partials.acc + m * D + d * kLanes), total[d]);
+      for (int64_t d = 0; d < d_vectors; ++d) {
+        total[d] = fma(broadcast(weight), load(acc + d * kLanes), total[d]);
       }
     }
     const int64_t token = video * p.num_proxies + begin * p.patches + m;
-    for (int64_t d = 0; d < D / kLanes; ++d) {
-      store(out(token) + d * kLanes, mul(total[d], broadcast(1.f / sum)));
+    for (int64_t d = 0; d < d_vectors; ++d) {
+      store_up_to(D - d * kLanes, out(token) + d * kLanes,
+                  mul(total[d], broadcast(1.f / sum)));
     }
     p.lse.as<float>()[head * p.lse.stride[0] + token] = highest + ::log2f(sum);
   }
@@ -473,26 +496,30 @@ struct Scores<Bf16Dot> {
 };
 #endif
 
-// [3, M, D] of one frame and head: the proxies' gradients of query, key and value.
+// [3, M, padded D] of one frame and head: the proxies' gradients of query, key and value.
 CLIPVIP_INLINE float* backward_partials(const ProxyAttentionParams& p, int64_t frame,
                                         int64_t head) {
   return p.workspace +
          p.threads * proxy_attention_floats_per_thread(p.num_proxies + p.patches, p.head_dim(),
                                                        true) +
-         (frame * p.heads() + head) * 3 * p.num_proxies * p.head_dim();
+         (frame * p.heads() + head) * 3 * p.num_proxies *
+             proxy_attention_padded_dim(p.head_dim());
 }
 
 template <typename T>
 CLIPVIP_INLINE float dot_product(const T* a, const T* b, int64_t n) {
   Vec sum = zero();
-  for (int64_t i = 0; i < n; i += kLanes) sum = fma(load(a + i), load(b + i), sum);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    sum = fma(load_up_to(n - i, a + i), load_up_to(n - i, b + i), sum);
+  }
   return reduce_add(sum);
 }
 
 template <typename Dot, typename T>
 void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& next, int thread) {
   using Word = typename Dot::Word;
-  const int64_t D = p.head_dim(), d_words = D / Dot::kElements, d_vectors = D / kLanes;
+  const int64_t D = p.head_dim(), d_words = D / Dot::kElements;
+  const int64_t width = round_up(D, kLanes), d_vectors = width / kLanes;
   const int64_t keys = unit.tokens(), vectors = (keys + kLanes - 1) / kLanes;
   const int64_t key_words = (keys + Dot::kElements - 1) / Dot::kElements, step = vectors * kLanes;
   const int64_t block = proxy_attention_block_rows(keys);
@@ -502,12 +529,13 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
   Scores<Dot> scores(arena, padded_block, step);
   Word* query = arena.take<Word>(padded_block * d_words);
   Word* grad_out = arena.take<Word>(padded_block * d_words);
-  const bool same = packs_like_copy<Dot>(d_vectors);
-  Word* query_rows = same ? query : arena.take<Word>(padded_block * d_words);
-  Word* grad_out_rows = same ? grad_out : arena.take<Word>(padded_block * d_words);
-  float* grad_query = arena.take<float>(padded_block * D);
-  float* grad_key = arena.take<float>(round_up(keys, kRowPadding) * D);
-  float* grad_value = arena.take<float>(round_up(keys, kRowPadding) * D);
+  const bool same = packs_like_copy<Dot>(D);
+  const int64_t packed_block = padded_block / Dot::kElements * width;
+  Word* query_rows = same ? query : arena.take<Word>(packed_block);
+  Word* grad_out_rows = same ? grad_out : arena.take<Word>(packed_block);
+  float* grad_query = arena.take<float>(padded_block * width);
+  float* grad_key = arena.take<float>(round_up(keys, kRowPadding) * width);
+  float* grad_value = arena.take<float>(round_up(keys, kRowPadding) * width);
   Word* key = arena.take<Word>(packed_words(d_words, vectors));
   Word* value = arena.take<Word>(packed_words(d_words, vectors));
   Word* key_rows = arena.take<Word>(packed_words(key_words, d_vectors));
@@ -522,7 +550,8 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
   const auto put = [&](int part, int64_t row, const float* from, float by) {
     if (row < unit.proxies && !unit.direct) {
       float* to = backward_partials(p, unit.frame, unit.head);
-      store_scaled(to + (part * unit.proxies + row) * D, from, D, by, false);
+      store_scaled(to + (part * unit.proxies + row) * proxy_attention_padded_dim(D), from, width,
+                   by, false);
     } else {
       store_scaled(part_of<T>(p.grad_qkv, part, unit.head)(unit.token(row)), from, D, by, stream);
     }
@@ -530,7 +559,7 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
   const auto key_row = [&](int64_t i) { return k(unit.token(i)); };
   pack_transposed<Dot>(key, key_row, keys, d_words, vectors);
   pack_transposed<Dot>(value, [&](int64_t i) { return v(unit.token(i)); }, keys, d_words, vectors);
-  pack_rows<Dot>(key_rows, key_row, keys, d_vectors);
+  pack_rows<Dot>(key_rows, key_row, keys, D);
 
   // Inputs of the next block or unit are prefetched between the products.
   const int64_t blocks = (keys + block - 1) / block;
@@ -547,8 +576,8 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
     copy_rows<Dot>(query, d_words, query_row, rows, padded, d_words);
     copy_rows<Dot>(grad_out, d_words, grad_row, rows, padded, d_words);
     if (!same) {
-      pack_rows<Dot>(query_rows, query_row, rows, d_vectors);
-      pack_rows<Dot>(grad_out_rows, grad_row, rows, d_vectors);
+      pack_rows<Dot>(query_rows, query_row, rows, D);
+      pack_rows<Dot>(grad_out_rows, grad_row, rows, D);
     }
     for (int64_t i = 0; i < padded; ++i) {
       const int64_t token = unit.token(start + i);
@@ -572,17 +601,17 @@ void backward_unit(const ProxyAttentionParams& p, const Unit& unit, const Unit& 
       for (int64_t i = 0; i < rows; ++i) scores.clear_ds(i, keys);
     }
     prefetch_rows(head_of<const T>(p.grad_out, following.head), following, then, D);
-    gemm_into<Dot>(keys, d_vectors, row_words, scores.p_columns(), grad_out_rows, grad_value, D,
-                   start > 0);
+    gemm_into<Dot>(keys, d_vectors, row_words, scores.p_columns(), grad_out_rows, grad_value,
+                   width, start > 0);
     prefetch_rows(part_of<const T>(p.qkv, 2, next.head), next, next_share, D);
-    gemm_into<Dot>(keys, d_vectors, row_words, scores.ds_columns(), query_rows, grad_key, D,
-                   start > 0);
-    gemm<Dot>(rows, d_vectors, key_words, scores.ds_rows(), key_rows, StoreTile{grad_query, D});
-    for (int64_t i = 0; i < rows; ++i) put(0, start + i, grad_query + i * D, p.scale);
+    gemm_into<Dot>(keys, d_vectors, row_words, scores.ds_columns(), query_rows, grad_key,
+                   width, start > 0);
+    gemm<Dot>(rows, d_vectors, key_words, scores.ds_rows(), key_rows, StoreTile{grad_query, width});
+    for (int64_t i = 0; i < rows; ++i) put(0, start + i, grad_query + i * width, p.scale);
   }
   for (int64_t i = 0; i < keys; ++i) {
-    put(1, i, grad_key + i * D, p.scale);
-    put(2, i, grad_value + i * D, 1.f);
+    put(1, i, grad_key + i * width, p.scale);
+    put(2, i, grad_value + i * width, 1.f);
   }
   stream_fence();
 }
@@ -598,9 +627,11 @@ void combine_backward(const ProxyAttentionParams& p, int64_t video, int64_t head
       for (int64_t d = 0; d < D; d += kLanes) {
         Vec sum = zero();
         for (int64_t f = begin; f < end; ++f) {
-          sum = add(sum, load(backward_partials(p, f, head) + (part * p.num_proxies + m) * D + d));
+          const float* row = backward_partials(p, f, head) +
+                             (part * p.num_proxies + m) * proxy_attention_padded_dim(D);
+          sum = add(sum, load(row + d));
         }
-        store(to + d, sum);
+        store_up_to(D - d, to + d, sum);
       }
     }
   }

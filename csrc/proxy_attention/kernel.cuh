@@ -246,13 +246,16 @@ __device__ void accumulate(float (&acc)[kDim / 8][4], const float (&tile)[2][4],
 
 // Writes rows g and g + 8 of acc times their factors, each to `to`, or to `partial` in fp32 where
 // `to` is null, or nowhere where both are. A quad of lanes writes 32 consecutive bytes at a time,
-// which is what memory is written in.
+// which is what memory is written in. The last of a head's tiles of 8 columns may have no pair.
 template <int kDim, typename T>
 __device__ void store_rows(const float (&acc)[kDim / 8][4], const float (&factor)[2],
                            T* const (&to)[2], float* const (&partial)[2], int head_dim) {
   const int t = lane() % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    // Columns to write; of pairs of tiles, the lanes of the second tile write fewer.
+    const int columns = to[half] ? head_dim - (kTensorCore<T> ? t % 2 * 8 : 0) : 0;
+    const int partial_columns = !to[half] && partial[half] ? head_dim : 0;
 #pragma unroll
     for (int n = 0; n < kDim / 8; n += 2) {
       Float2 pair[2];
@@ -265,19 +268,17 @@ __device__ void store_rows(const float (&acc)[kDim / 8][4], const float (&factor
         const uint32_t first = pack<T>(pair[0].x, pair[0].y), second = pack<T>(pair[1].x, pair[1].y);
         const bool odd = t % 2;
         const uint32_t other = shuffle_xor(odd ? first : second, 1);
-        if (to[half] && 8 * n < head_dim) {
+        if (8 * n < columns) {
           *reinterpret_cast<Words2*>(to[half] + 8 * n + t % 2 * 8 + t / 2 * 4) =
               odd ? Words2{other, second} : Words2{first, other};
         }
-      } else if (to[half] && 8 * n < head_dim) {
+      }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < 2; ++i) {
+        if (!kTensorCore<T> && 8 * (n + i) < columns) {
           *reinterpret_cast<Float2*>(to[half] + 8 * (n + i) + 2 * t) = pair[i];
         }
-      }
-      if (!to[half] && partial[half] && 8 * n < head_dim) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        if (8 * (n + i) < partial_columns) {
           *reinterpret_cast<Float2*>(partial[half] + 8 * (n + i) + 2 * t) = pair[i];
         }
       }
@@ -515,6 +516,7 @@ void for_instance(DType dtype, int head_dim, const Body& body) {
     if (head_dim <= 64) return body(Instance<T, 64>{});
     if (head_dim <= 80) return body(Instance<T, 80>{});
     if (head_dim <= 96) return body(Instance<T, 96>{});
+    if (head_dim <= 112) return body(Instance<T, 112>{});
     return body(Instance<T, 128>{});
   };
   switch (dtype) {

@@ -24,7 +24,7 @@ struct ProxyAttentionParams {
   float* workspace = nullptr;  // proxy_attention_workspace_bytes, or null
 
   int64_t heads() const { return qkv.size[2]; }
-  int64_t head_dim() const { return qkv.size[3]; }
+  int64_t head_dim() const { return qkv.size[3]; }  // a multiple of 8 up to 128
   int64_t videos() const { return frame_offsets.size[0] - 1; }
   int64_t frames() const { return frame_offsets.as<const int32_t>()[videos()]; }
 };
@@ -38,20 +38,27 @@ static inline int64_t proxy_attention_block_rows(int64_t keys) {
   return ((keys + blocks - 1) / blocks + 7) / 8 * 8;
 }
 
+// Floats of a head's row in the workspace: whole vectors of every instruction set.
+static inline int64_t proxy_attention_padded_dim(int64_t head_dim) {
+  return (head_dim + 15) / 16 * 16;
+}
+
 // Floats of workspace that one thread needs, whichever instruction set runs.
 static inline int64_t proxy_attention_floats_per_thread(int64_t keys, int64_t head_dim,
                                                         bool backward) {
   const int64_t padded_keys = (keys + 23) / 24 * 24 + 16;
   const int64_t rows = (proxy_attention_block_rows(keys) + 23) / 24 * 24;
-  return backward ? padded_keys * (5 * head_dim + 2 * rows) + rows * (5 * head_dim + 32)
-                  : padded_keys * (2 * head_dim + rows) + rows * (2 * head_dim + 32);
+  const int64_t D = proxy_attention_padded_dim(head_dim);
+  return backward ? padded_keys * (5 * D + 2 * rows) + rows * (5 * D + 32)
+                  : padded_keys * (2 * D + rows) + rows * (2 * D + 32);
 }
 
 // Bytes of workspace: what each thread needs, then the proxies' partial results of each frame and
 // head.
 static inline int64_t proxy_attention_workspace_bytes(const ProxyAttentionParams& p,
                                                       bool backward) {
-  const int64_t keys = p.num_proxies + p.patches, D = p.head_dim();
+  const int64_t keys = p.num_proxies + p.patches;
+  const int64_t D = proxy_attention_padded_dim(p.head_dim());
   return (p.threads * proxy_attention_floats_per_thread(keys, D, backward) +
           p.frames() * p.heads() * p.num_proxies * (backward ? 3 * D : D + 2)) *
          int64_t(sizeof(float));

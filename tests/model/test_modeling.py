@@ -327,7 +327,7 @@ def with_heads_of(head_dim, tower_configs):
     }
 
 
-@pytest.mark.parametrize("head_dim", [8, 16, 72, 80, 88, 104, 128, 136, 144])
+@pytest.mark.parametrize("head_dim", [4, 8, 72, 76, 104, 128, 136, 144])
 def test_heads_that_the_kernels_refuse_are_refused_at_once(tower_configs, head_dim):
     qkv = torch.zeros(5, 3, 2, head_dim)
     try:
@@ -342,9 +342,9 @@ def test_heads_that_the_kernels_refuse_are_refused_at_once(tower_configs, head_d
 @torch.no_grad()
 def test_a_clip_with_other_heads_loads_with_the_reference(tower_configs, texts, tmp_path):
     torch.manual_seed(0)
-    clip = CLIPModel(CLIPConfig(**with_heads_of(72, tower_configs))).eval()
+    clip = CLIPModel(CLIPConfig(**with_heads_of(68, tower_configs))).eval()
     clip.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="vision_config has heads of 72"):
+    with pytest.raises(ValueError, match="vision_config has heads of 68"):
         CLIPViPModel.from_pretrained(tmp_path)
     options = {"num_proxies": 1, "attention_backend": "reference"}
     pixels = frames(3)

@@ -84,6 +84,38 @@ def test_every_instruction_set(kernel, dtype, head_dim, patches, proxies):
     assert_as_good_as_pytorch(qkv, offsets, proxies, patches)
 
 
+@pytest.mark.parametrize("head_dim", range(8, 129, 8))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_size_of_head(dtype, head_dim, kernel):
+    qkv, offsets = make(RAGGED, 7, 5, heads=3, head_dim=head_dim, dtype=dtype, device=kernel)
+    assert_as_good_as_pytorch(qkv, offsets, 5, 7)
+
+
+def beside_nan(x: Tensor) -> Tensor:
+    """A copy of x with 8 NaN after each row, which starts on 16 bytes."""
+    whole = torch.full((*x.shape[:-1], x.shape[-1] + 8), torch.nan, dtype=x.dtype, device=x.device)
+    whole[..., :-8] = x
+    return whole[..., :-8]
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 88, 104, 120])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_beside_a_row_is_read_or_written(dtype, head_dim, kernel):
+    qkv, offsets = make(RAGGED, 7, 5, heads=3, head_dim=head_dim, dtype=dtype, device=kernel)
+    batch = offsets, 5, 7, head_dim**-0.5
+    out, lse = _forward(qkv, *batch)
+    grad = _backward(out, qkv, *batch, out, lse)
+    given, got, got_grad = (beside_nan(x) for x in (qkv, out * 0, qkv * 0))
+    suffix = "_cuda" if kernel == "cuda" else ""
+    _native.run(f"proxy_attention_forward{suffix}", given, *batch, got, lse)
+    given = beside_nan(out), given, *batch, got, lse, got_grad
+    _native.run(f"proxy_attention_backward{suffix}", *given)
+    for written, want in ((got, out), (got_grad, grad)):
+        assert torch.equal(written, want)
+        beside = written.as_strided((*want.shape[:-1], 8), written.stride(), head_dim)
+        assert beside.isnan().all()
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, -1.0, 200.0])
 def test_scales(scale, kernel):
     qkv, offsets = make(RAGGED, 49, 4, device=kernel)
@@ -359,7 +391,7 @@ def test_offsets_that_do_not_add_up(offsets, message, backend):
     [
         ((QKV[0], OFFSETS, 4, 49), ValueError, r"qkv is \[3, 2, 64\], expected \[T, 3, H, D\]"),
         ((QKV[:, :2], OFFSETS, 4, 49), ValueError, r"qkv is \[1131, 2, 2, 64\]"),
-        ((QKV[..., :40], OFFSETS, 4, 49), ValueError, "D=40, expected a multiple of 16 up to 128"),
+        ((QKV[..., :36], OFFSETS, 4, 49), ValueError, "D=36, expected a multiple of 8 up to 128"),
         ((QKV.double(), OFFSETS, 4, 49), TypeError, "float64, expected float32, bfloat16 or"),
         ((QKV.int(), OFFSETS, 4, 49), TypeError, "qkv is torch.int32, expected"),
         ((None, OFFSETS, 4, 49), TypeError, "qkv is NoneType"),

@@ -681,7 +681,7 @@ def test_a_model_that_is_not_there_is_reported_in_one_line(
     assert "such as openai/clip-vit-base-patch32" in said
 
 
-@pytest.mark.parametrize("size", [20, 72, 88, 104, 144])
+@pytest.mark.parametrize("size", [20, 68, 144])
 def test_heads_that_the_kernels_do_not_take_are_refused_at_the_start(
     make_config, world, tmp_path, capsys, size
 ):
@@ -702,7 +702,7 @@ def test_heads_that_the_kernels_do_not_take_are_refused_at_the_start(
             assert caught.value.code == 1 and said.count("\n") == 1
             assert said.startswith(f"clipvip: error: {key}: vision_config {refused}")
             assert (
-                "expected a multiple of 16 up to 128" in said and "give backend=reference" in said
+                "expected a multiple of 8 up to 128" in said and "give backend=reference" in said
             )
 
 

@@ -1,7 +1,9 @@
 // proxy_attention on every instruction set against the formula in double, forward and backward.
-// Buffers are exactly as large as asked for, so that the address sanitizer sees any overrun.
+// Buffers are exactly as large as asked for, so that the address sanitizer sees any overrun; between
+// rows there may be NaN, which must neither be read nor overwritten.
 #include "proxy_attention/op.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -25,7 +27,8 @@ struct Aligned {  // float storage as Python hands it over: aligned to 64 bytes,
   std::vector<float> whole;
 };
 
-Tensor view(void* data, DType dtype, std::vector<int64_t> size) {
+// With `gap` elements between rows along the last dimension.
+Tensor view(void* data, DType dtype, std::vector<int64_t> size, int64_t gap = 0) {
   Tensor t;
   t.data = data;
   t.dtype = dtype;
@@ -34,14 +37,14 @@ Tensor view(void* data, DType dtype, std::vector<int64_t> size) {
   for (int i = t.ndim - 1; i >= 0; --i) {
     t.size[i] = size[i];
     t.stride[i] = stride;
-    stride *= size[i];
+    stride = i == t.ndim - 1 ? size[i] + gap : stride * size[i];
   }
   return t;
 }
 
 struct Case {
   std::vector<int32_t> offsets;
-  int64_t proxies, patches, heads, dim;
+  int64_t proxies, patches, heads, dim, gap = 0;
 };
 
 // Out [T, H, D] and the gradient of qkv [T, 3, H, D] by the definition.
@@ -90,22 +93,33 @@ void reference(const Case& c, const std::vector<float>& qkv, const std::vector<f
 }
 
 // Elements of `dtype`, exactly rounded down from floats that bf16 holds; fp16 is Python's to test.
-std::vector<char> encode(const std::vector<float>& x, DType dtype) {
-  const size_t bytes = dtype == DType::float32 ? 4 : 2;
-  std::vector<char> raw(x.size() * bytes);
-  for (size_t i = 0; i < x.size(); ++i) {
-    std::memcpy(&raw[i * bytes], reinterpret_cast<const char*>(&x[i]) + 4 - bytes, bytes);
+// Rows of c.dim lie c.gap apart, with all bits set between them and nothing after the last.
+struct Rows {
+  const Case& c;
+  size_t bytes;
+
+  Rows(const Case& c, DType dtype) : c(c), bytes(dtype == DType::float32 ? 4 : 2) {}
+  size_t at(size_t i) const { return (i + i / c.dim * c.gap) * bytes; }
+
+  std::vector<char> encode(const std::vector<float>& x) const {
+    std::vector<char> raw(at(x.size() - 1) + bytes, '\xff');
+    for (size_t i = 0; i < x.size(); ++i) {
+      std::memcpy(&raw[at(i)], reinterpret_cast<const char*>(&x[i]) + 4 - bytes, bytes);
+    }
+    return raw;
   }
-  return raw;
-}
-std::vector<float> decode(const std::vector<char>& raw, DType dtype) {
-  const size_t bytes = dtype == DType::float32 ? 4 : 2;
-  std::vector<float> x(raw.size() / bytes, 0.f);
-  for (size_t i = 0; i < x.size(); ++i) {
-    std::memcpy(reinterpret_cast<char*>(&x[i]) + 4 - bytes, &raw[i * bytes], bytes);
+  std::vector<float> decode(const std::vector<char>& raw, size_t count) const {
+    std::vector<float> x(count, 0.f);
+    for (size_t i = 0; i < count; ++i) {
+      std::memcpy(reinterpret_cast<char*>(&x[i]) + 4 - bytes, &raw[at(i)], bytes);
+    }
+    return x;
   }
-  return x;
-}
+  bool gaps_are_untouched(std::vector<char> raw, size_t count) const {
+    for (size_t i = 0; i < count; ++i) std::memset(&raw[at(i)], 0xff, bytes);
+    return std::all_of(raw.begin(), raw.end(), [](char x) { return x == '\xff'; });
+  }
+};
 
 double worst(const std::vector<float>& got, const std::vector<double>& want) {
   double error = 0;
@@ -138,20 +152,22 @@ bool check(const std::string& capability, DType dtype, const Case& c, int thread
   const float scale = 1 / std::sqrt(float(D));
   reference(c, qkv, grad, scale, want, want_grad);
 
-  std::vector<char> raw_qkv = encode(qkv, dtype), raw_grad = encode(grad, dtype);
-  std::vector<char> raw_out(raw_grad.size()), raw_grad_qkv(raw_qkv.size());
+  const Rows rows(c, dtype);
+  std::vector<char> raw_qkv = rows.encode(qkv), raw_grad = rows.encode(grad);
+  std::vector<char> raw_out(raw_grad.size(), '\xff'), raw_grad_qkv(raw_qkv.size(), '\xff');
   std::vector<int32_t> offsets = c.offsets;
   std::vector<float> lse(H * T);
-  const Tensor qkv_t = view(raw_qkv.data(), dtype, {T, 3, H, D});
+  const Tensor qkv_t = view(raw_qkv.data(), dtype, {T, 3, H, D}, c.gap);
   const Tensor offsets_t = view(offsets.data(), DType::int32, {videos + 1});
-  const Tensor out_t = view(raw_out.data(), dtype, {T, H, D});
+  const Tensor out_t = view(raw_out.data(), dtype, {T, H, D}, c.gap);
   const Tensor lse_t = view(lse.data(), DType::float32, {H, T});
   for (const bool backward : {false, true}) {
     const auto run = [&](uintptr_t workspace) {
       return backward ? clipvip::proxy_attention_backward_op(
-                            view(raw_grad.data(), dtype, {T, H, D}), qkv_t, offsets_t, c.proxies,
-                            c.patches, scale, out_t, lse_t,
-                            view(raw_grad_qkv.data(), dtype, {T, 3, H, D}), threads, workspace)
+                            view(raw_grad.data(), dtype, {T, H, D}, c.gap), qkv_t, offsets_t,
+                            c.proxies, c.patches, scale, out_t, lse_t,
+                            view(raw_grad_qkv.data(), dtype, {T, 3, H, D}, c.gap), threads,
+                            workspace)
                       : clipvip::proxy_attention_forward_op(qkv_t, offsets_t, c.proxies, c.patches,
                                                             scale, out_t, lse_t, threads,
                                                             workspace);
@@ -159,23 +175,29 @@ bool check(const std::string& capability, DType dtype, const Case& c, int thread
     Aligned workspace(run(0) / 4);
     run(reinterpret_cast<uintptr_t>(workspace.data()));
   }
-  const double error = worst(decode(raw_out, dtype), want);
-  const double grad_error = worst(decode(raw_grad_qkv, dtype), want_grad);
+  const double error = worst(rows.decode(raw_out, want.size()), want);
+  const double grad_error = worst(rows.decode(raw_grad_qkv, want_grad.size()), want_grad);
+  const bool untouched = rows.gaps_are_untouched(raw_out, want.size()) &&
+                         rows.gaps_are_untouched(raw_grad_qkv, want_grad.size());
   const double allowed = dtype == DType::float32 ? 1e-5 : 0.06;
-  if (error <= allowed && grad_error <= allowed) return true;
-  std::printf("%s %s M=%d L=%d H=%d D=%d threads=%d: out off by %g, gradient by %g\n",
+  if (error <= allowed && grad_error <= allowed && untouched) return true;
+  std::printf("%s %s M=%d L=%d H=%d D=%d threads=%d: out off by %g, gradient by %g%s\n",
               capability.c_str(), dtype == DType::float32 ? "fp32" : "bf16", int(c.proxies),
-              int(c.patches), int(H), int(D), threads, error, grad_error);
+              int(c.patches), int(H), int(D), threads, error, grad_error,
+              untouched ? "" : ", gaps overwritten");
   return false;
 }
 
 }  // namespace
 
 int main() {
-  const std::vector<Case> cases = {
+  std::vector<Case> cases = {
       {{0, 2, 2, 3}, 4, 49, 2, 64}, {{0, 2}, 5, 7, 1, 80},     {{0, 1, 3}, 1, 1, 3, 32},
       {{0, 2}, 16, 60, 1, 96},      {{0, 1, 2}, 4, 100, 1, 128}, {{0, 0}, 3, 2, 1, 64},
   };
+  for (int64_t dim = 8; dim <= 128; dim += 8) {
+    for (const int64_t gap : {0, 8}) cases.push_back({{0, 2, 2, 3}, 3, 5, 2, dim, gap});
+  }
   bool good = true;
   for (const std::string& capability : clipvip::cpu_capabilities()) {
     for (const DType dtype : {DType::float32, DType::bfloat16}) {

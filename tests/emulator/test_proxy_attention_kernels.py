@@ -5,13 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from clipvip.ops import _native
 from clipvip.ops.proxy_attention import _backward_cuda, _forward_cuda, proxy_attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [0, 2, 2, 3]  # two frames, none, one
 ALL, FEW = 232448, 44 * 1024  # bytes of shared memory: enough for a frame's 144 rows, or not
 
-# (dtype, D, L, M): each value with each dtype, and every kernel with rows that fill no tile
+# (dtype, D, L, M): each value with each dtype, and every kernel with rows that fill no tile and with
+# heads that fill it, and that do not
 GRID = [
     (dtype, dim, patches, proxies)
     for dtype in DTYPES
@@ -25,6 +27,14 @@ GRID = [
         (16, 30, 20),
         (48, 16, 2),
         (112, 9, 3),
+        (8, 9, 2),
+        (24, 5, 3),
+        (40, 17, 4),
+        (56, 3, 4),
+        (72, 21, 4),
+        (88, 19, 1),
+        (104, 13, 5),
+        (120, 7, 9),
     ]
 ]
 
@@ -80,6 +90,18 @@ def test_a_frame_of_b16(emulator, dtype):
 def test_every_schedule_with_rows_resident_and_in_a_ring(emulator, seed, dtype, shared):
     emulator.configure(seed=seed, max_shared_bytes=shared)
     assert_as_good_as_pytorch(*make(dtype, 64, 140, 4, [0, 1], heads=1), 4, 140)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_do_not_fill_their_rows_in_a_ring(emulator, dtype):
+    given, most = make(dtype, 72, 170, 4, [0, 1], heads=1), 54 * 1024
+    resident = kernels(*given, 4, 170)
+    forward, _, backward, _ = emulator.launches()
+    assert min(forward[1], backward[1]) > most
+    emulator.configure(seed=2, max_shared_bytes=most)
+    assert all(map(torch.equal, kernels(*given, 4, 170), resident))
+    assert_as_good_as_pytorch(*given, 4, 170)
 
 
 @pytest.mark.sanitized
@@ -168,6 +190,30 @@ def test_strides_are_honoured_and_what_is_not_aligned_is_copied(emulator):
         got = kernels(view, offsets, upstream, 4, 7)
         want = kernels(view.contiguous(), offsets, upstream.contiguous(), 4, 7)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def beside_nan(x: Tensor) -> Tensor:
+    """A copy of x with 8 NaN after each row, which starts on 16 bytes."""
+    whole = torch.full((*x.shape[:-1], x.shape[-1] + 8), torch.nan, dtype=x.dtype)
+    whole[..., :-8] = x
+    return whole[..., :-8]
+
+
+@pytest.mark.parametrize("dim", [8, 56, 72, 88, 104, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_beside_a_row_is_read_or_written(emulator, dtype, dim):
+    emulator.configure(seed=dim)
+    qkv, offsets, grad = make(dtype, dim, 13, 5)
+    out, lse = _forward_cuda(qkv, offsets, 5, 13, 0.1)
+    grad_qkv = _backward_cuda(grad, qkv, offsets, 5, 13, 0.1, out, lse)
+    given, got, got_grad = (beside_nan(x) for x in (qkv, out * 0, qkv * 0))
+    _native.run("proxy_attention_forward_cuda", given, offsets, 5, 13, 0.1, got, lse)
+    given = beside_nan(grad), given, offsets, 5, 13, 0.1, got, lse, got_grad
+    _native.run("proxy_attention_backward_cuda", *given)
+    for written, want in ((got, out), (got_grad, grad_qkv)):
+        assert torch.equal(written, want)
+        beside = written.as_strided((*want.shape[:-1], 8), written.stride(), dim)
+        assert beside.isnan().all()
 
 
 @pytest.mark.sanitized

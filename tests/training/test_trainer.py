@@ -701,9 +701,7 @@ def test_heads_that_the_kernels_do_not_take_are_refused_at_the_start(
             said = capsys.readouterr().err
             assert caught.value.code == 1 and said.count("\n") == 1
             assert said.startswith(f"clipvip: error: {key}: vision_config {refused}")
-            assert (
-                "expected a multiple of 8 up to 128" in said and "give backend=reference" in said
-            )
+            assert "expected a multiple of 8 up to 128" in said and "give backend=reference" in said
 
 
 def environment():

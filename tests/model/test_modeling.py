@@ -339,6 +339,21 @@ def test_heads_that_the_kernels_refuse_are_refused_at_once(tower_configs, head_d
         CLIPViPModel(CLIPViPConfig(**with_heads_of(head_dim, tower_configs)))
 
 
+@pytest.mark.parametrize("head_dim", [72, 88, 104])
+def test_heads_of_so400m_g14_and_bigg_train_as_with_the_reference(tower_configs, texts, head_dim):
+    towers = with_heads_of(head_dim, tower_configs)
+    native, reference = (
+        CLIPViPModel(CLIPViPConfig(**towers, attention_backend=backend)).train()
+        for backend in ("native", "reference")
+    )
+    native.load_state_dict(reference.state_dict())
+    loss, gradients = losses_gradients(native, texts)
+    expected, exact = losses_gradients(reference, texts)
+    torch.testing.assert_close(loss, expected)
+    for name, gradient in exact.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @torch.no_grad()
 def test_a_clip_with_other_heads_loads_with_the_reference(tower_configs, texts, tmp_path):
     torch.manual_seed(0)

@@ -95,6 +95,8 @@ class CLIPViPConfig(CLIPConfig):
         for name, config in sub_configs.items()
     }
 
+    # Packed tokens of batches of different sizes, which transformers' Trainer could not gather.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["text_model_output", "vision_model_output"]
     # Dicts or None become configs in transformers' __post_init__.
     text_config: Any = None
     vision_config: Any = None

@@ -10,6 +10,7 @@ Parameters have the names of transformers' CLIPModel. Two are added:
 `vision_model.embeddings.temporal_embedding` [1, num_frames, C].
 """
 
+import operator
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers import CLIPTextModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from clipvip.files import shown
 from clipvip.losses import contrastive_loss
@@ -41,6 +42,7 @@ from clipvip.model.vision import (
     CLIPViPEncoder,
     CLIPViPVisionEmbeddings,
     proxy_starts,
+    split_tokens,
     video_of_frame,
 )
 
@@ -49,13 +51,36 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class CLIPViPOutput(ModelOutput):
-    """Output of CLIPViPModel; without return_loss, the loss is None."""
+    """Output of CLIPViPModel; without return_loss, the loss is None.
+
+    With frame_pooling="mean", vision_model_output has each frame as a video of its own.
+    """
 
     loss: Tensor | None = None  # 0-d, sum of the contrastive losses of both directions
     logits_per_video: Tensor | None = None  # [B, n], exp(logit_scale) · cosine
     logits_per_text: Tensor | None = None  # [n, B], its transpose
     video_embeds: Tensor | None = None  # [B, P], unit vectors
     text_embeds: Tensor | None = None  # [n, P], unit vectors
+    text_model_output: BaseModelOutputWithPooling | None = None  # of transformers' CLIPTextModel
+    vision_model_output: BaseModelOutputWithPooling | None = None  # of CLIPViPVisionModel
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Return all values that are not None, those of the towers as tuples too."""
+        values = self.values()
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in values)
+
+
+@dataclass
+class CLIPViPTokens(ModelOutput):
+    """Output of `CLIPViPModel.get_video_tokens`, packed or padded.
+
+    With frame_pooling="mean", every frame has M proxies of its own: [F, M, C] or [B, N, M, C].
+    """
+
+    proxies: Tensor | None = None  # [B, M, C]
+    patches: Tensor | None = None  # packed [F, L, C]; padded [B, N, L, C], zero past a video's end
+    frame_offsets: Tensor | None = None  # packed: int32 [B+1], the cumulative number of frames
+    frame_mask: Tensor | None = None  # padded: bool [B, N], True where a video has a frame
 
 
 class CLIPViPPreTrainedModel(CLIPPreTrainedModel):
@@ -108,19 +133,59 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, frame_offsets: Tensor) -> BaseModelOutputWithPooling:
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        frame_offsets: Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
         """Encode packed frames.
 
         pixel_values [F, 3, H, W] floating point, frame_offsets int32 [B+1] on its device.
-        Returns last_hidden_state [B·M + F·L, C] and pooler_output [B, C], the layer-normed
-        first proxy of each video.
+        output_attentions, output_hidden_states: as in transformers; by default those of the
+            configuration. So is return_dict, which may be given by name.
+
+        Returns last_hidden_state [T, C] with T = B·M + F·L, before post_layernorm, and
+        pooler_output [B, C], the first proxy of each video after it. If asked for, also
+
+        - hidden_states: the tokens [T, C] before the first layer (after pre_layrnorm), and after
+          each of n layers: a tuple of n + 1, the last of which is last_hidden_state.
+        - attentions: a tuple of n weights [B, H, S, S], as `clipvip.ops.proxy_attention` has them
+          in proxy_attention_weights: S = M + N·L tokens of the longest video, of N frames. They are
+          computed beside the layers' attention, which never stores them. They take n·B·H·S² values
+          of memory: for a B/32 and 12 frames, 0.2 GB per video in fp32; for a B/16, 3.2 GB.
         """
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, frame_offsets))
-        hidden_states = self.encoder(hidden_states, frame_offsets)
+        states = self._wanted("output_hidden_states", output_hidden_states)
+        attentions = self._wanted("output_attentions", output_attentions)
+        hidden_states = self.encoder(hidden_states, frame_offsets, None, states, attentions)
         first = proxy_starts(frame_offsets, self.config.num_proxies, self.patches_per_frame)
         return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[first])
+            last_hidden_state=hidden_states,
+            pooler_output=self.post_layernorm(hidden_states[first]),
+            hidden_states=None if states is None else (*states, hidden_states),
+            attentions=None if attentions is None else tuple(attentions),
         )
+
+    def _wanted(self, name: str, given: bool | None) -> list[Tensor] | None:
+        """Return a list to collect a kind of output in, or None if it is not asked for."""
+        return [] if (getattr(self.config, name) if given is None else given) else None
+
+    def tokens(self, pixel_values: Tensor, frame_offsets: Tensor, layer: int) -> Tensor:
+        """Return hidden_states[layer] of `forward`, [T, C], without computing later layers.
+
+        Raises ValueError if there is no such layer.
+        """
+        count = len(self.encoder.layers)
+        if not -count - 1 <= layer <= count:
+            raise ValueError(
+                f"layer is {layer}; expected 0 (before the first layer) to {count} (after the "
+                f"last), or -1 (after the last) to {-count - 1}"
+            )
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, frame_offsets))
+        return self.encoder(hidden_states, frame_offsets, layer % (count + 1))
 
 
 class CLIPViPModel(CLIPViPPreTrainedModel):
@@ -204,27 +269,93 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
             frame_offsets.
         frame_offsets: int32 [B+1], the cumulative number of frames.
         """
+        return self._video_features(pixel_values, frame_offsets)[0]
+
+    def _video_features(
+        self, pixel_values: Tensor, frame_offsets: Tensor | None, **outputs: bool
+    ) -> tuple[Tensor, BaseModelOutputWithPooling]:
+        """Return the features of videos, [B, P], and the output of the vision tower."""
         pixel_values, frame_offsets = pack_frames(pixel_values, frame_offsets)
-        frames, offsets = len(pixel_values), frame_offsets
-        one_per_video = self.config.vision_config.frame_pooling == "mean"
-        if one_per_video:
-            offsets = torch.arange(frames + 1, dtype=torch.int32, device=pixel_values.device)
-        features = self.visual_projection(self.vision_model(pixel_values, offsets).pooler_output)
-        if not one_per_video:
-            return features
+        offsets = self._offsets_seen(frame_offsets, len(pixel_values))
+        output = self.vision_model(pixel_values, offsets, return_dict=True, **outputs)
+        features = self.visual_projection(output.pooler_output)
+        if self.config.vision_config.frame_pooling != "mean":
+            return features, output
         features = F.normalize(features, dim=-1)
         total = features.new_zeros(len(frame_offsets) - 1, features.shape[1])
-        total = total.index_add(0, video_of_frame(frame_offsets, frames), features)
-        return total / frame_offsets.diff().clamp(min=1)[:, None]
+        total = total.index_add(0, video_of_frame(frame_offsets, len(pixel_values)), features)
+        return total / frame_offsets.diff().clamp(min=1)[:, None], output
+
+    def _offsets_seen(self, frame_offsets: Tensor, frames: int) -> Tensor:
+        """Return the frame_offsets that the vision tower gets: with frame_pooling="mean", those of
+        one video per frame."""
+        if self.config.vision_config.frame_pooling != "mean":
+            return frame_offsets
+        return torch.arange(frames + 1, dtype=torch.int32, device=frame_offsets.device)
+
+    def get_video_tokens(
+        self,
+        pixel_values: Tensor,
+        frame_offsets: Tensor | None = None,
+        *,
+        layer: int = -1,
+        padded: bool = False,
+    ) -> CLIPViPTokens:
+        """Compute the tokens of videos, such as a language model takes them, with C channels.
+
+        pixel_values, frame_offsets: see `get_video_features`.
+        layer: 0 for the tokens before the first layer (after pre_layrnorm), 1 to n for those after
+            each of n layers; negative ones count from the last, -1. Later layers are not computed.
+        padded: return one row per video instead of packed frames. On a GPU this waits for the
+            lengths of videos.
+
+        Returns proxies [B, M, C] and patches, either packed, [F, L, C] with frame_offsets int32
+        [B+1], or padded with zeros to the N frames of the longest video, [B, N, L, C] with
+        frame_mask bool [B, N]. Patches are in rows from the top left. No post_layernorm is applied,
+        in any layer: `model.vision_model.post_layernorm` does that.
+
+        With frame_pooling="mean", the tower sees every frame as a video of its own. So every frame
+        has M proxies: [F, M, C], or padded [B, N, M, C].
+
+        Raises ValueError if there is no such layer; the tokens carry gradients.
+        """
+        pixel_values, frame_offsets = pack_frames(pixel_values, frame_offsets)
+        frames, tower = len(pixel_values), self.vision_model
+        offsets = self._offsets_seen(frame_offsets, frames)
+        tokens = tower.tokens(pixel_values, offsets, operator.index(layer))
+        per_video = tower.config.num_proxies, tower.patches_per_frame
+        proxies, patches = split_tokens(tokens, offsets, *per_video)
+        if not padded:
+            return CLIPViPTokens(proxies, patches, frame_offsets=frame_offsets)
+        lengths = frame_offsets.diff()
+        longest = int(lengths.max()) if len(lengths) else 0
+        frame_mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+
+        def pad(packed: Tensor) -> Tensor:
+            rows = packed.new_zeros(*frame_mask.shape, *packed.shape[1:])
+            rows[frame_mask] = packed
+            return rows
+
+        if self.config.vision_config.frame_pooling == "mean":
+            proxies = pad(proxies)
+        return CLIPViPTokens(proxies, pad(patches), frame_mask=frame_mask)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Project texts into the common space, without normalising them: [n, P].
 
         input_ids, attention_mask: int64 [n, length], as CLIPTokenizer returns them.
         """
-        pooled = self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        return self.text_projection(pooled)
+        return self._text_features(input_ids, attention_mask)[0]
 
+    def _text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None, **outputs: bool
+    ) -> tuple[Tensor, BaseModelOutputWithPooling]:
+        """Return the features of texts, [n, P], and the output of the text tower."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        output = self.text_model(**given, return_dict=True, **outputs)
+        return self.text_projection(output.pooler_output), output
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -232,15 +363,31 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         frame_offsets: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_loss: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CLIPViPOutput:
         """Compare every video with every text.
 
         input_ids, attention_mask: int64 [n, length].
         pixel_values, frame_offsets: see `get_video_features`.
         return_loss: also compute the contrastive loss; video i belongs to text i, so B = n.
+        output_attentions, output_hidden_states: as in transformers, for both towers; see
+            `CLIPViPVisionModel.forward`. By default those of the configuration, or of a tower's.
+            The text tower has attentions only with attn_implementation="eager".
+        return_dict: may be given by name; False returns a tuple of all values that are not None.
         """
-        video = F.normalize(self.get_video_features(pixel_values, frame_offsets), dim=-1)
-        text = F.normalize(self.get_text_features(input_ids, attention_mask), dim=-1)
+        asked = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        outputs: dict[str, bool] = {}
+        for name, value in asked.items():
+            # Unless the whole model's configuration asks for it, each tower's own decides.
+            value = (getattr(self.config, name) or None) if value is None else value
+            outputs |= {} if value is None else {name: value}
+        video, vision_output = self._video_features(pixel_values, frame_offsets, **outputs)
+        text, text_output = self._text_features(input_ids, attention_mask, **outputs)
+        video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
         scale = self.logit_scale.exp()
         loss = None
         if return_loss:
@@ -252,7 +399,7 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
             backend = self.config.vision_config.attention_backend
             loss = contrastive_loss(video, text, scale, backend=backend)
         logits = scale * video @ text.T
-        return CLIPViPOutput(loss, logits, logits.T, video_embeds=video, text_embeds=text)
+        return CLIPViPOutput(loss, logits, logits.T, video, text, text_output, vision_output)
 
 
 def pack_frames(pixel_values: Tensor, frame_offsets: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 `clipvip.model.modeling` builds CLIPViPVisionModel from these and describes the packed format.
 """
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from transformers.models.clip.modeling_clip import (
 from clipvip.model.configuration import CLIPViPVisionConfig
 from clipvip.model.layers import after_attention, bare, norm_linear, residual_linear
 from clipvip.ops import proxy_attention
-from clipvip.ops.proxy_attention import takes_heads_of
+from clipvip.ops.proxy_attention import proxy_attention_weights, takes_heads_of
 
 
 class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
@@ -91,23 +93,27 @@ class CLIPViPAttention(CLIPAttention):
             )
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, norm: nn.LayerNorm, frame_offsets: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        hidden_states: Tensor,
+        norm: nn.LayerNorm,
+        frame_offsets: Tensor,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention over normalised tokens, without out_proj, which `after_attention` applies.
 
         hidden_states: [T, C]. norm: the LayerNorm before the projections. frame_offsets: int32
-        [B+1]. Returns hidden_states as `norm_linear` does, and [T, C].
+        [B+1]. Returns hidden_states as `norm_linear` does, [T, C], and with output_attentions the
+        weights that `proxy_attention_weights` computes, else None.
         """
         hidden_states, qkv = norm_linear(hidden_states, norm, self.q_proj, self.k_proj, self.v_proj)
-        attended = proxy_attention(
-            qkv.unflatten(1, (3, self.num_heads, self.head_dim)),
-            frame_offsets,
-            self.config.num_proxies,
-            self.patches_per_frame,
-            self.scale,
-            backend=self.config.attention_backend,
-        )
-        return hidden_states, attended.flatten(1)
+        qkv = qkv.unflatten(1, (3, self.num_heads, self.head_dim))
+        sizes = self.config.num_proxies, self.patches_per_frame, self.scale
+        backend = self.config.attention_backend
+        attended = proxy_attention(qkv, frame_offsets, *sizes, backend=backend)
+        weights = None
+        if output_attentions:
+            weights = proxy_attention_weights(qkv, frame_offsets, *sizes)
+        return hidden_states, attended.flatten(1), weights
 
 
 class CLIPViPEncoderLayer(CLIPEncoderLayer):
@@ -117,15 +123,22 @@ class CLIPViPEncoderLayer(CLIPEncoderLayer):
         super().__init__(config)
         self.self_attn = CLIPViPAttention(config, patches_per_frame)
 
-    def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens [T, C], frame_offsets int32 [B+1] → [T, C]."""
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, frame_offsets: Tensor, output_attentions: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """tokens [T, C], frame_offsets int32 [B+1] → [T, C]; with output_attentions also the
+        attention's weights, see `proxy_attention_weights`."""
         attention, mlp = self.self_attn, self.mlp
-        hidden_states, attended = attention(hidden_states, self.layer_norm1, frame_offsets)
+        hidden_states, attended, weights = attention(
+            hidden_states, self.layer_norm1, frame_offsets, output_attentions
+        )
         if type(mlp) is CLIPMLP and mlp.config.hidden_act == "quick_gelu" and bare(mlp):
             rest = attention.out_proj, self.layer_norm2, mlp.fc1, mlp.fc2
-            return after_attention(hidden_states, attended, *rest)
-        hidden_states = residual_linear(hidden_states, attended, attention.out_proj)
-        return hidden_states + mlp(self.layer_norm2(hidden_states))
+            hidden_states = after_attention(hidden_states, attended, *rest)
+        else:
+            hidden_states = residual_linear(hidden_states, attended, attention.out_proj)
+            hidden_states = hidden_states + mlp(self.layer_norm2(hidden_states))
+        return hidden_states if weights is None else (hidden_states, weights)
 
 
 def video_of_frame(frame_offsets: Tensor, num_frames: int) -> Tensor:
@@ -161,6 +174,20 @@ def proxy_starts(frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
     return videos * num_proxies + offsets * patches_per_frame
 
 
+def split_tokens(
+    hidden_states: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
+) -> tuple[Tensor, Tensor]:
+    """Split packed tokens [T, C] into proxies [B, M, C] and patches [F, L, C]."""
+    starts = proxy_starts(frame_offsets, num_proxies, patches_per_frame)
+    proxies = starts[:, None] + torch.arange(num_proxies, device=starts.device)
+    frames = (len(hidden_states) - len(starts) * num_proxies) // patches_per_frame
+    # Before frame f of video v stand v + 1 groups of proxies and f frames.
+    first = (video_of_frame(frame_offsets, frames) + 1) * num_proxies
+    first = first + torch.arange(frames, device=starts.device) * patches_per_frame
+    patches = first[:, None] + torch.arange(patches_per_frame, device=starts.device)
+    return hidden_states[proxies], hidden_states[patches]
+
+
 class CLIPViPEncoder(nn.Module):
     """The encoder layers, under the names that CLIP's checkpoints use."""
 
@@ -170,7 +197,23 @@ class CLIPViPEncoder(nn.Module):
             CLIPViPEncoderLayer(config, patches_per_frame) for _ in range(config.num_hidden_layers)
         )
 
-    def forward(self, hidden_states: Tensor, frame_offsets: Tensor) -> Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, frame_offsets)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        frame_offsets: Tensor,
+        num_layers: int | None = None,
+        all_hidden_states: list[Tensor] | None = None,
+        all_attentions: list[Tensor] | None = None,
+    ) -> Tensor:
+        """tokens [T, C], frame_offsets int32 [B+1] → tokens [T, C] after num_layers layers, by
+        default all. Appends the tokens before each layer to all_hidden_states, if given, and the
+        attention's weights of each layer to all_attentions."""
+        for layer in islice(self.layers, num_layers):
+            if all_hidden_states is not None:
+                all_hidden_states.append(hidden_states)
+            if all_attentions is None:
+                hidden_states = layer(hidden_states, frame_offsets)
+            else:
+                hidden_states, weights = layer(hidden_states, frame_offsets, output_attentions=True)
+                all_attentions.append(weights)
         return hidden_states

@@ -113,6 +113,43 @@ def proxy_attention_reference(
     return torch.cat(outputs) if outputs else qkv[:, 0]
 
 
+def proxy_attention_weights(
+    qkv: Tensor,
+    frame_offsets: Tensor,
+    num_proxies: int,
+    patches_per_frame: int,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute the weights by which `proxy_attention` averages values, in plain PyTorch.
+
+    For arguments see `proxy_attention`; any floating dtype, head size and device.
+
+    Returns [B, H, S, S] in qkv's dtype, with softmax in fp32 or wider. S is the number of tokens of
+    the longest video: M + N·L for N frames. Row i, column j is what token i of a video takes from
+    token j: a video's proxies come first, then its patches frame by frame. It is zero where a token
+    is not seen, and past a shorter video's end. Differentiable in qkv. B·H·S² values are stored.
+    """
+    _check(qkv, frame_offsets, num_proxies, patches_per_frame)
+    _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    offsets = frame_offsets.tolist()
+    most = max((last - first for first, last in itertools.pairwise(offsets)), default=0)
+    longest = num_proxies + most * patches_per_frame
+    # Each token's frame; below 0 for a proxy. It is the same in shorter videos.
+    frame = (torch.arange(longest, device=qkv.device) - num_proxies) // patches_per_frame
+    hidden = (frame[:, None] != frame) & (frame >= 0) & (frame[:, None] >= 0)
+    precise = torch.promote_types(qkv.dtype, torch.float32)
+    weights = qkv.new_zeros(len(offsets) - 1, qkv.shape[2], longest, longest)
+    for video, (first, last) in enumerate(itertools.pairwise(offsets)):
+        start = video * num_proxies + first * patches_per_frame
+        tokens = num_proxies + (last - first) * patches_per_frame
+        query, key, _ = qkv[start : start + tokens].permute(1, 2, 0, 3)  # [H, tokens, D]
+        logits = query @ key.transpose(-1, -2) * scale
+        logits = logits.masked_fill(hidden[:tokens, :tokens], float("-inf"))
+        weights[video, :, :tokens, :tokens] = logits.softmax(-1, dtype=precise)
+    return weights
+
+
 def _check(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int) -> None:
     """Check all that needs no values of frame_offsets."""
     if not isinstance(frame_offsets, Tensor) or frame_offsets.dtype != torch.int32:

@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from clipvip.ops import _native, proxy_attention
-from clipvip.ops.proxy_attention import _backward, _forward, proxy_attention_reference
+from clipvip.ops.proxy_attention import (
+    _backward,
+    _forward,
+    proxy_attention_reference,
+    proxy_attention_weights,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [32, 64, 80, 96, 128]
@@ -476,3 +481,37 @@ def test_sizes_of_what_a_batch_has_none_of_ask_for_no_memory(device):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     out, grad = run(proxy_attention, qkv[:0], offsets[:1], 2**62, 2**62)
     assert out.numel() == grad.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize(("patches", "proxies"), [(7, 4), (1, 1), (49, 16)])
+def test_weights_of_values_are_the_ops(dtype, patches, proxies, device):
+    head_dim = 40 if dtype == torch.float64 else 64  # no kernel is involved
+    qkv, offsets = make(RAGGED, patches, proxies, head_dim=head_dim, dtype=dtype, device=device)
+    qkv.requires_grad_()
+    weights = proxy_attention_weights(qkv, offsets, proxies, patches, 0.2)
+    near = {} if dtype in (torch.float64, torch.float32) else {"atol": 0.02, "rtol": 0.02}
+    longest = proxies + 3 * patches
+    assert weights.dtype == dtype and weights.shape == (len(RAGGED) - 1, 2, longest, longest)
+    tokens = [proxies + (b - a) * patches for a, b in itertools.pairwise(RAGGED)]
+    frame = (torch.arange(longest, device=device) - proxies).div(patches, rounding_mode="floor")
+    outputs = []
+    for own, values, length in zip(weights, qkv[:, 2].split(tokens), tokens, strict=True):
+        assert not own[:, length:].any() and not own[:, :, length:].any()
+        own = own[:, :length, :length]
+        torch.testing.assert_close(own.sum(-1), torch.ones_like(own[..., 0]), **near)
+        other = (frame[:, None] != frame)[:length, :length]
+        other[:proxies] = other[:, :proxies] = False
+        assert not own[:, other].any() and (own[:, ~other] > 0).all()
+        outputs.append((own @ values.transpose(0, 1)).transpose(0, 1))
+    found = torch.cat(outputs)
+    wanted = proxy_attention_reference(qkv, offsets, proxies, patches, 0.2)
+    torch.testing.assert_close(found, wanted, **near)
+    upstream = torch.randn(found.shape).to(found)
+    gradients = (torch.autograd.grad(x, qkv, upstream)[0] for x in (found, wanted))
+    torch.testing.assert_close(*gradients, **near)
+
+
+def test_weights_of_no_video_are_empty():
+    qkv, offsets = make([0], 7, 4)
+    assert proxy_attention_weights(qkv, offsets, 4, 7).shape == (0, 2, 4, 4)

@@ -176,23 +176,47 @@ def convert(
 def embed(
     model: Model,
     videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
-    out: Path = Path("index"),
+    out: Path | None = None,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
+    tokens: bool = False,
+    layer: int | None = None,
+    dtype: Literal["fp16", "bf16", "fp32"] | None = None,
 ) -> None:
     """Embed your videos into an index that `clipvip search` can search by text.
 
     For example, with a plain CLIP, whose features of a video's frames are averaged:
       clipvip embed openai/clip-vit-base-patch32 ~/Videos 'clips/*.mkv'
 
+    With --tokens, write the model's tokens of each clip to a file instead, such as a language
+    model takes them, and list the files in OUT/clips.jsonl:
+      clipvip embed MODEL ~/Videos --tokens --layer -2 --out tokens
+
     Args:
         videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
             Also lists (.txt, one path per line) and annotations (.jsonl).
-        out: Folder of the index. Unchanged videos that it holds already are not embedded again.
+        out: Folder of the index, by default ./index; of the tokens, by default ./tokens.
+            Unchanged videos that it holds already are not embedded again.
+        tokens: Write proxies [M, C] and patches [N, L, C] of each clip to a .safetensors file.
+        layer: With --tokens, the layer to take tokens from: -1 is the last one (the default), -2
+            the one before it, 0 the input of the first.
+        dtype: With --tokens, the precision to store tokens in; fp16 by default.
     """
+    if tokens:
+        from clipvip.token_files import save_tokens
+
+        options: dict[str, Any] = {"layer": layer, "dtype": dtype}
+        options = {name: value for name, value in options.items() if value is not None}
+        options |= {"decoder": decoder, "mixed_precision": mixed_precision}
+        save_tokens(model, videos, out or Path("tokens"), **options)
+        return
+    if layer is not None or dtype is not None:
+        raise ValueError("--layer and --dtype say which tokens to write; give --tokens as well")
     from clipvip.index import build_index
 
-    build_index(model, videos, out, decoder=decoder, mixed_precision=mixed_precision)
+    build_index(
+        model, videos, out or Path("index"), decoder=decoder, mixed_precision=mixed_precision
+    )
 
 
 def search(

@@ -3,6 +3,7 @@
 The index and evaluation embed through this module, so that search needs no training package.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -83,17 +84,37 @@ def embed_clips(
     processor: CLIPViPProcessor,
     clips: Sequence[Clip],
     bad_files: list[BadFile],
+    **options: Any,
+) -> Iterator[dict[int, Tensor]]:
+    """Embed one rank's share of clips, one batch per step, in the caller's `autocast`.
+
+    Arguments are those of `read_clips`. Yields index in `clips` → unit feature [P], fp32 on the
+    CPU.
+    """
+    for batch, frames, offsets in read_clips(model, processor, clips, bad_files, **options):
+        features = model.get_video_features(frames, offsets)
+        features = F.normalize(features.float(), dim=-1).cpu()
+        yield dict(zip(batch["clip_index"].tolist(), features, strict=True))
+
+
+def read_clips(
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor,
+    clips: Sequence[Clip],
+    bad_files: list[BadFile],
     *,
     batch_size: int,
     num_workers: int,
     decoder: str,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[dict[int, Tensor]]:
-    """Embed one rank's share of clips, one batch per step, in the caller's `autocast`.
+) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    """Read one rank's share of clips as inputs of the model, one batch per step.
 
-    Yields index in `clips` → unit feature [P], fp32 on the CPU. Clips that cannot be read are left
-    out; after the last batch, their files are appended to bad_files.
+    Yields the loader's batch (see clipvip.data.loading.build_loader; its clip_index says which
+    clips it holds), and on the model's device frames [F, 3, S, S], fp32 and normalised, and
+    frame_offsets int32 [B+1]. Clips that cannot be read are left out; after the last batch, their
+    files are appended to bad_files.
 
     batch_size: clips per batch. num_workers, decoder: see clipvip.data.loading.LoaderOptions.
     rank, world_size: this rank and the number of ranks that share the clips.
@@ -117,10 +138,20 @@ def embed_clips(
 
     for batch, sent in sent_ahead(loader, send_frames, model.device):
         frames = normalize_frames(sent["pixel_values"], processor.image_mean, processor.image_std)
-        features = model.get_video_features(frames, sent["frame_offsets"])
-        features = F.normalize(features.float(), dim=-1).cpu()
-        yield dict(zip(batch["clip_index"].tolist(), features, strict=True))
+        yield batch, frames, sent["frame_offsets"]
     bad_files += loader.bad_files
+
+
+def fingerprint(model: CLIPViPModel, processor: CLIPViPProcessor) -> str:
+    """Hash all weights, how videos are read and how frames are pooled; not the model's folder."""
+    reading = {name: value for name, value in processor.loading().items() if name != "text_length"}
+    colours = processor.image_mean, processor.image_std
+    whole = sorted(reading.items()), colours, model.config.vision_config.frame_pooling
+    digest = hashlib.sha256(f"{whole};".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def embed_texts(

@@ -15,7 +15,6 @@ Search is exact: one product of all n embeddings with the query. A million clips
 `Index.embeddings` to an approximate nearest-neighbour library.
 """
 
-import hashlib
 import logging
 import os
 import shlex
@@ -70,9 +69,11 @@ class Index(StoredIndex):
 
     @cached_property
     def _encoder(self) -> tuple[Any, Any]:
+        from clipvip.embedding import fingerprint
+
         folder = _model_here(self.model, self.sources)
         model, processor = _load(folder, "cpu", local_files_only=True)
-        if _fingerprint(model, processor) != self.fingerprint:
+        if fingerprint(model, processor) != self.fingerprint:
             raise ValueError(
                 f"the model {shown(self.model)} has changed since this index was made with it; "
                 f"make the index again: {embed_command(self.model, self.sources, 'NEW_INDEX')}"
@@ -165,7 +166,7 @@ def build_index(
     sources = [os.fspath(source) for source in given]
     wanted, bad_files = clips_of(sources)
     check_out(out)
-    from clipvip.embedding import autocast
+    from clipvip.embedding import autocast, fingerprint
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network, processor = _load(model, device)
@@ -173,7 +174,7 @@ def build_index(
     name = str(Path(model).resolve()) if Path(model).exists() else str(model)
     where = sorted(map(os.path.realpath, sources))
     nothing = torch.empty(0, network.config.projection_dim)
-    index = Index(name, _fingerprint(network, processor), where, nothing, [], bad_files)
+    index = Index(name, fingerprint(network, processor), where, nothing, [], bad_files)
     options = {"batch_size": batch_size, "num_workers": workers, "decoder": decoder}
     with only_run(out, "embeds"), precision:
         _Build(index, out, wanted).run(network, processor, options)
@@ -324,18 +325,6 @@ def _load(
     network: Any
     network, processor = load_for_embedding(model, local_files_only=local_files_only)
     return network.to(device), processor
-
-
-def _fingerprint(model: Any, processor: Any) -> str:
-    """Hash all weights, how videos are read and how frames are pooled; not the model's folder."""
-    reading = {name: value for name, value in processor.loading().items() if name != "text_length"}
-    colours = processor.image_mean, processor.image_std
-    whole = sorted(reading.items()), colours, model.config.vision_config.frame_pooling
-    digest = hashlib.sha256(f"{whole};".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _model_here(model: str, sources: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ TOOLS = ("files", "inputs", "retrieval", "terminal")
 IN_PART = {
     "collection": "index",
     "index_files": "index",
+    "token_files": "index",
     "distributed": "losses",
     "sharded": "losses",
     "doctor": "cli",

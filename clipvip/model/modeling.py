@@ -178,14 +178,22 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
 
         Raises ValueError if there is no such layer.
         """
+        layer = self.layer_index(layer)
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, frame_offsets))
+        return self.encoder(hidden_states, frame_offsets, layer)
+
+    def layer_index(self, layer: int) -> int:
+        """Return which of the hidden states `layer` means, counted from 0; -1 is the last.
+
+        Raises ValueError if there is no such one.
+        """
         count = len(self.encoder.layers)
-        if not -count - 1 <= layer <= count:
+        if not -count - 1 <= operator.index(layer) <= count:
             raise ValueError(
                 f"layer is {layer}; expected 0 (before the first layer) to {count} (after the "
                 f"last), or -1 (after the last) to {-count - 1}"
             )
-        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, frame_offsets))
-        return self.encoder(hidden_states, frame_offsets, layer % (count + 1))
+        return layer % (count + 1)
 
 
 class CLIPViPModel(CLIPViPPreTrainedModel):
@@ -322,7 +330,7 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         pixel_values, frame_offsets = pack_frames(pixel_values, frame_offsets)
         frames, tower = len(pixel_values), self.vision_model
         offsets = self._offsets_seen(frame_offsets, frames)
-        tokens = tower.tokens(pixel_values, offsets, operator.index(layer))
+        tokens = tower.tokens(pixel_values, offsets, layer)
         per_video = tower.config.num_proxies, tower.patches_per_frame
         proxies, patches = split_tokens(tokens, offsets, *per_video)
         if not padded:

@@ -63,7 +63,7 @@ def build_loader(
     - task "omnisource": subtitle_ids, subtitle_mask, caption_ids, caption_mask int64 [B, len];
       subtitle_present, caption_present bool [B]; image uint8 [B, 3, S, S], the
       annotated image or the clip's middle frame. Absent texts are tokenised as empty.
-    - task "video": nothing more.
+    - task "video": frame_times float64 [F], seconds from the start of a frame's video.
     """
     if options.task == "retrieval":
         without = next((clip for clip in clips if not clip.text), None)

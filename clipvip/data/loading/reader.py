@@ -81,6 +81,7 @@ class ClipReader:
             if is_image(video):
                 frames = self._read_image(video)
                 sample.hold(Frames(frames, frames[0] if with_middle else None))
+                sample.times = (0.0,)
                 sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
                 return
             with open_clip(
@@ -95,6 +96,7 @@ class ClipReader:
                 decoded, decoder = self._encode_or_decode(opened)
                 if opened.damage is not None:
                     sample.damaged.append(BadFile(str(opened.path), opened.damage, clip.line))
+                sample.times = tuple(opened.index.times[opened.chosen.frames].tolist())
             sample.hold(decoded)
             sample.decoder = decoder
         except DecodeError:

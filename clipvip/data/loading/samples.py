@@ -80,6 +80,7 @@ class Sample:
     place: number of the clip among the data; another clip's if that one replaced it.
     attempt: how many clips were tried before this one.
     frames: uint8 [N, 3, S, S], or Encoded for DALI to decode; None if no clip could be read.
+    times: when each frame is shown, in seconds from the start of its video.
     image: uint8 [3, S, S], the annotated image or the clip's middle frame.
     decoder: "DALI" or "PyAV", with the reason why PyAV took the place of DALI.
     tried: places of all clips tried. failures: those that could not be read. damaged: files that
@@ -90,6 +91,7 @@ class Sample:
     place: int
     attempt: int = 0
     frames: Tensor | Encoded | None = None
+    times: tuple[float, ...] = ()
     image: Tensor | None = None
     texts: tuple[str, ...] = ()
     subtitle: str | None = None
@@ -140,7 +142,10 @@ def _pack(samples: list[Sample], options: LoaderOptions) -> Batch:
         "frame_offsets": torch.tensor([0, *map(len, frames)]).cumsum(0).to(torch.int32),
         "clip_index": torch.tensor([sample.place for sample in samples]),
     }
-    if options.task == "retrieval":
+    if options.task == "video":
+        times = [seconds for sample in samples for seconds in sample.times]
+        batch["frame_times"] = torch.tensor(times, dtype=torch.float64)
+    elif options.task == "retrieval":
         texts = [text for sample in samples for text in sample.texts]
         batch["text_ids"], batch["text_mask"] = tokens(texts)
         owners = [sample.place for sample in samples for _ in sample.texts]

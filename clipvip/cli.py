@@ -197,10 +197,10 @@ def embed(
             Also lists (.txt, one path per line) and annotations (.jsonl).
         out: Folder of the index, by default ./index; of the tokens, by default ./tokens.
             Unchanged videos that it holds already are not embedded again.
-        tokens: Write proxies [M, C] and patches [N, L, C] of each clip to a .safetensors file.
-        layer: With --tokens, the layer to take tokens from: -1 is the last one (the default), -2
-            the one before it, 0 the input of the first.
-        dtype: With --tokens, the precision to store tokens in; fp16 by default.
+        tokens: Write each clip's proxies [M, C] and patches [N, L, C] to a .safetensors file.
+        layer: Layer to take tokens from, counted from 1 or, from the last, -1 (the default).
+            0 is the input of the first layer. Only with --tokens.
+        dtype: Precision to store tokens in, by default fp16. Only with --tokens.
     """
     if tokens:
         from clipvip.token_files import save_tokens

@@ -251,7 +251,7 @@ def check_out(out: Path) -> None:
 def check_folder(out: Path, what: str, is_ours: Callable[[], bool]) -> str:
     """Raise ValueError unless `out` may hold what a command writes; return where else to write.
 
-    what: "an index" or "tokens", for messages. is_ours: whether the folder, which exists, holds that.
+    what: "an index" or "tokens", for messages. is_ours: whether the folder holds that already.
     """
     # An empty --out also means the current folder, perhaps by mistake.
     name = "the current folder" if out == Path() else shown(out)

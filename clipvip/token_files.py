@@ -6,7 +6,8 @@
     clips.jsonl                 a line per clip: its video, start and end (seconds, null for the
                                 video's own), file, and the times of its frames in that video
     3f/3fc0….safetensors        tokens of one clip: "proxies" [M, C], "patches" [N, L, C] and
-                                "times" float64 [N]; the header names the clip and the model
+                                "times" float64 [N]; the metadata are one JSON text, "clip":
+                                video, start, end, model and layer
     bad_files.jsonl             files that the last run could not use, and why
 
 With frame_pooling="mean", every frame has proxies of its own: [N, M, C].
@@ -234,12 +235,10 @@ class _Run:
                 if not tensor.isfinite().all():
                     return "the model gives no finite tokens for it"
                 return f"its tokens are too large for {self.head.dtype}: store them in bf16 or fp32"
-        # Metadata of safetensors are texts in UTF-8; clips.jsonl has the exact path.
-        about = {"video": clip.path.encode("utf-8", "backslashreplace").decode()}
-        about |= {"model": self.head.model, "layer": str(self.head.layer)}
-        span = {"start": clip.start, "end": clip.end}
-        about |= {name: str(seconds) for name, seconds in span.items() if seconds is not None}
-        data = save(stored, about)
+        about = {"video": clip.path, "start": clip.start, "end": clip.end}
+        about |= {"model": self.head.model, "layer": self.head.layer}
+        # Several keys would be saved in random order, and JSON in ASCII holds any name.
+        data = save(stored, {"clip": json.dumps(about)})
         try:
             if self.is_new:
                 content = json.dumps({"format": FORMAT, **self.head._asdict()}, indent=1)
@@ -368,6 +367,8 @@ def _is_pooled_by_mean(network: CLIPViPModel) -> bool:
 
 
 def _bytes(number: float) -> str:
-    """Format a number of bytes, such as 0.92 MB."""
-    unit = "GB" if number >= 1e9 else "MB"
-    return f"{number / (1e9 if unit == 'GB' else 1e6):.3g} {unit}"
+    """Format a number of bytes, such as 0.909 MB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if number >= size / 2:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"

@@ -197,6 +197,14 @@ def test_embed(planted: Path, annotations: Path, model: Path, run, tmp_path: Pat
         assert len(bad_files(out / "bad_files.jsonl")) > 8
 
 
+def test_embed_tokens(planted: Path, annotations: Path, model: Path, run, tmp_path: Path) -> None:
+    status, said = run("embed", model, annotations, "--tokens", "--out", tmp_path / "tokens")
+    assert status == 0, said
+    listed = [json.loads(x) for x in (tmp_path / "tokens" / "clips.jsonl").open()]
+    assert str(planted / "good.mp4") in {record["video"] for record in listed}
+    assert len(bad_files(tmp_path / "tokens" / "bad_files.jsonl")) > 8
+
+
 @pytest.mark.parametrize(
     "options", [(), ("--cut",), ("--size", "32")], ids=["whole", "cut", "size"]
 )

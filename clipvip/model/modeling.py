@@ -41,6 +41,8 @@ from clipvip.model.pretrained import (
 from clipvip.model.vision import (
     CLIPViPEncoder,
     CLIPViPVisionEmbeddings,
+    EqualLengths,
+    Offsets,
     proxy_starts,
     split_tokens,
     video_of_frame,
@@ -137,7 +139,7 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor,
-        frame_offsets: Tensor,
+        frame_offsets: Offsets,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPooling:
@@ -283,6 +285,9 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         self, pixel_values: Tensor, frame_offsets: Tensor | None, **outputs: bool
     ) -> tuple[Tensor, BaseModelOutputWithPooling]:
         """Return the features of videos, [B, P], and the output of the vision tower."""
+        plain = self.config.vision_config.attention_backend == "reference"
+        if plain and pixel_values.ndim == 5 and torch.compiler.is_exporting():
+            return self._equal_lengths_features(pixel_values, **outputs)
         pixel_values, frame_offsets = pack_frames(pixel_values, frame_offsets)
         offsets = self._offsets_seen(frame_offsets, len(pixel_values))
         output = self.vision_model(pixel_values, offsets, return_dict=True, **outputs)
@@ -347,6 +352,21 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         if self.config.vision_config.frame_pooling == "mean":
             proxies = pad(proxies)
         return CLIPViPTokens(proxies, pad(patches), frame_mask=frame_mask)
+
+    def _equal_lengths_features(
+        self, pixel_values: Tensor, **outputs: bool
+    ) -> tuple[Tensor, BaseModelOutputWithPooling]:
+        """Compute `_video_features` of [B, N, 3, H, W], so that torch.export traces it for any
+        number of videos and frames."""
+        videos, frames = pixel_values.shape[:2]
+        one_per_video = self.config.vision_config.frame_pooling == "mean"
+        lengths = EqualLengths(*(videos * frames, 1) if one_per_video else (videos, frames))
+        packed = pixel_values.flatten(0, 1)
+        output = self.vision_model(packed, lengths, return_dict=True, **outputs)
+        features = self.visual_projection(output.pooler_output)
+        if not one_per_video:
+            return features, output
+        return F.normalize(features, dim=-1).unflatten(0, (videos, frames)).mean(1), output
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Project texts into the common space, without normalising them: [n, P].
@@ -443,7 +463,7 @@ def pack_frames(pixel_values: Tensor, frame_offsets: Tensor | None) -> tuple[Ten
             f"pixel_values {list(pixel_values.shape)} are packed frames and need frame_offsets "
             "[B+1]; for one video of these frames pass pixel_values[None]"
         )
-    if frame_offsets.ndim != 1 or len(frame_offsets) < 1 or frame_offsets.is_floating_point():
+    if frame_offsets.ndim != 1 or frame_offsets.shape[0] < 1 or frame_offsets.is_floating_point():
         raise ValueError(
             f"frame_offsets is {frame_offsets.dtype} {list(frame_offsets.shape)}; expected "
             "int32 [B+1]"

@@ -4,6 +4,7 @@
 """
 
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,22 @@ from transformers.models.clip.modeling_clip import (
 from clipvip.model.configuration import CLIPViPVisionConfig
 from clipvip.model.layers import after_attention, bare, norm_linear, residual_linear
 from clipvip.ops import proxy_attention
-from clipvip.ops.proxy_attention import proxy_attention_weights, takes_heads_of
+from clipvip.ops.proxy_attention import (
+    equal_lengths_reference,
+    proxy_attention_weights,
+    takes_heads_of,
+)
+
+
+class EqualLengths(NamedTuple):
+    """Takes the place of frame_offsets where a model with attention_backend="reference" is
+    exported: all videos have the same number of frames, so shapes depend on no values."""
+
+    videos: int
+    frames: int
+
+
+Offsets = Tensor | EqualLengths
 
 
 class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
@@ -45,21 +61,27 @@ class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
         columns = columns.permute(0, 2, 4, 1, 3, 5).reshape(-1, weight[0].numel())
         return F.linear(columns, weight.flatten(1)).view(-1, side * side, self.embed_dim)
 
-    def forward(self, pixel_values: Tensor, frame_offsets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor, frame_offsets: Offsets) -> Tensor:  # type: ignore[override]
         """pixel_values [F, 3, H, W], frame_offsets int32 [B+1] → tokens [B·M + F·L, C]."""
         if pixel_values.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"frames are {list(pixel_values.shape[1:])}; this model reads "
                 f"{[3, self.image_size, self.image_size]} (channels, height, width)"
             )
-        frames, videos = len(pixel_values), len(frame_offsets) - 1
+        frames = pixel_values.shape[0]
         position = self.position_embedding.weight
         time = temporal_positions(self.temporal_embedding[0], frame_offsets, frames)
         patches = (self.patches(pixel_values) + position[1:]).add_(time[:, None])
         proxies = self.class_embedding[None]
         if self.added_cls is not None:
             proxies = torch.cat([proxies, self.added_cls])
-        proxies = (proxies + position[0]).to(patches.dtype).expand(videos, -1, -1)
+        proxies = (proxies + position[0]).to(patches.dtype)
+        if isinstance(frame_offsets, EqualLengths):
+            per_video = frame_offsets.videos, -1, self.embed_dim
+            tokens = torch.cat([proxies.expand(per_video), patches.view(per_video)], 1)
+            return tokens.flatten(0, 1)
+        videos = frame_offsets.shape[0] - 1
+        proxies = proxies.expand(videos, -1, -1)
 
         # Before frame f of video v stand v + 1 groups of proxies and f frames.
         length = patches.shape[1]
@@ -96,7 +118,7 @@ class CLIPViPAttention(CLIPAttention):
         self,
         hidden_states: Tensor,
         norm: nn.LayerNorm,
-        frame_offsets: Tensor,
+        frame_offsets: Offsets,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention over normalised tokens, without out_proj, which `after_attention` applies.
@@ -108,11 +130,14 @@ class CLIPViPAttention(CLIPAttention):
         hidden_states, qkv = norm_linear(hidden_states, norm, self.q_proj, self.k_proj, self.v_proj)
         qkv = qkv.unflatten(1, (3, self.num_heads, self.head_dim))
         sizes = self.config.num_proxies, self.patches_per_frame, self.scale
-        backend = self.config.attention_backend
-        attended = proxy_attention(qkv, frame_offsets, *sizes, backend=backend)
         weights = None
-        if output_attentions:
-            weights = proxy_attention_weights(qkv, frame_offsets, *sizes)
+        if isinstance(frame_offsets, EqualLengths):
+            attended = equal_lengths_reference(qkv, frame_offsets.frames, *sizes)
+        else:
+            backend = self.config.attention_backend
+            attended = proxy_attention(qkv, frame_offsets, *sizes, backend=backend)
+            if output_attentions:
+                weights = proxy_attention_weights(qkv, frame_offsets, *sizes)
         return hidden_states, attended.flatten(1), weights
 
 
@@ -124,7 +149,7 @@ class CLIPViPEncoderLayer(CLIPEncoderLayer):
         self.self_attn = CLIPViPAttention(config, patches_per_frame)
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, frame_offsets: Tensor, output_attentions: bool = False
+        self, hidden_states: Tensor, frame_offsets: Offsets, output_attentions: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens [T, C], frame_offsets int32 [B+1] → [T, C]; with output_attentions also the
         attention's weights, see `proxy_attention_weights`."""
@@ -147,7 +172,7 @@ def video_of_frame(frame_offsets: Tensor, num_frames: int) -> Tensor:
     return torch.searchsorted(frame_offsets, frames, right=True) - 1
 
 
-def temporal_positions(embedding: Tensor, frame_offsets: Tensor, num_frames: int) -> Tensor:
+def temporal_positions(embedding: Tensor, frame_offsets: Offsets, num_frames: int) -> Tensor:
     """Temporal embedding of each packed frame, stretched to the length of its video.
 
     For a video of N frames this is linear interpolation of the embedding's T rows with
@@ -157,9 +182,13 @@ def temporal_positions(embedding: Tensor, frame_offsets: Tensor, num_frames: int
     embedding: [T, C]. Returns [F, C] in its dtype.
     """
     rows = embedding.shape[0]
-    video = video_of_frame(frame_offsets, num_frames)
-    within = torch.arange(num_frames, device=video.device) - frame_offsets[video]
-    length = frame_offsets.diff()[video]
+    if isinstance(frame_offsets, EqualLengths):
+        length = torch.full((), frame_offsets.frames, device=embedding.device)
+        within = torch.arange(num_frames, device=embedding.device) % length
+    else:
+        video = video_of_frame(frame_offsets, num_frames)
+        within = torch.arange(num_frames, device=video.device) - frame_offsets[video]
+        length = frame_offsets.diff()[video]
     at = ((within + 0.5) * (rows / length) - 0.5).clamp(0, rows - 1)
     before = at.long()
     after = (before + 1).clamp(max=rows - 1)
@@ -167,10 +196,13 @@ def temporal_positions(embedding: Tensor, frame_offsets: Tensor, num_frames: int
     return torch.lerp(embedding[before], embedding[after], share)
 
 
-def proxy_starts(frame_offsets: Tensor, num_proxies: int, patches_per_frame: int) -> Tensor:
+def proxy_starts(frame_offsets: Offsets, num_proxies: int, patches_per_frame: int) -> Tensor:
     """Packed row of the first proxy of each video: frame_offsets [B+1] → int64 [B]."""
+    if isinstance(frame_offsets, EqualLengths):
+        tokens = num_proxies + frame_offsets.frames * patches_per_frame
+        return torch.arange(frame_offsets.videos) * tokens
     offsets = frame_offsets[:-1].long()
-    videos = torch.arange(len(offsets), device=offsets.device)
+    videos = torch.arange(offsets.shape[0], device=offsets.device)
     return videos * num_proxies + offsets * patches_per_frame
 
 
@@ -200,7 +232,7 @@ class CLIPViPEncoder(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        frame_offsets: Tensor,
+        frame_offsets: Offsets,
         num_layers: int | None = None,
         all_hidden_states: list[Tensor] | None = None,
         all_attentions: list[Tensor] | None = None,

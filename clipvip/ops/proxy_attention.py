@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from clipvip.ops import _native
 
@@ -93,11 +94,17 @@ def proxy_attention_reference(
     patches_per_frame: int,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute `proxy_attention` in plain PyTorch; differentiable, any dtype and device."""
+    """Compute `proxy_attention` in plain PyTorch; differentiable, any dtype and device.
+
+    Where frame_offsets has no values to read, under torch.export and in FakeTensorMode, every pair
+    of tokens gets a logit, which takes H·T² numbers.
+    """
     if frame_offsets.is_meta:  # no values to read, none to compute
         return qkv[:, 2].clone()
-    _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if torch.compiler.is_exporting() or isinstance(frame_offsets, FakeTensor):
+        return _whole_batch_reference(qkv, frame_offsets, num_proxies, patches_per_frame, scale)
+    _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
     outputs = []
     offsets = frame_offsets.tolist()
     for video, (first, last) in enumerate(itertools.pairwise(offsets)):
@@ -148,6 +155,57 @@ def proxy_attention_weights(
         logits = logits.masked_fill(hidden[:tokens, :tokens], float("-inf"))
         weights[video, :, :tokens, :tokens] = logits.softmax(-1, dtype=precise)
     return weights
+
+
+def equal_lengths_reference(
+    qkv: Tensor,
+    frames_per_video: int,
+    num_proxies: int,
+    patches_per_frame: int,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute `proxy_attention` of videos that all have the same number of frames, N.
+
+    Plain PyTorch whose shapes depend on no values, and in which a patch's logits are those of the
+    M + L tokens that it sees. So torch.export traces it for any number of videos and frames.
+
+    qkv: [B·(M + N·L), 3, H, D]. frames_per_video: N. Returns [B·(M + N·L), H, D].
+    """
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    tokens = num_proxies + frames_per_video * patches_per_frame
+    query, key, value = qkv.unflatten(0, (-1, tokens)).permute(2, 0, 3, 1, 4)  # [B, H, M + N·L, D]
+
+    def by_frame(x: Tensor) -> Tensor:  # [B, H, N, L, D]
+        return x[:, :, num_proxies:].unflatten(2, (frames_per_video, patches_per_frame))
+
+    def seen(x: Tensor) -> Tensor:  # [B, H, N, M + L, D]
+        proxies = x[:, :, None, :num_proxies].expand(-1, -1, frames_per_video, -1, -1)
+        return torch.cat([proxies, by_frame(x)], 3)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (query @ key.transpose(-1, -2) * scale).softmax(-1) @ value
+
+    of_proxies = attend(query[:, :, :num_proxies], key, value)
+    of_patches = attend(by_frame(query), seen(key), seen(value))
+    return torch.cat([of_proxies, of_patches.flatten(2, 3)], 2).transpose(1, 2).flatten(0, 1)
+
+
+def _whole_batch_reference(
+    qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int, scale: float
+) -> Tensor:
+    """Compute `proxy_attention` without reading values of frame_offsets."""
+    token = torch.arange(qkv.shape[0], device=qkv.device)
+    videos = torch.arange(frame_offsets.shape[0], device=qkv.device)
+    starts = videos * num_proxies + frame_offsets * patches_per_frame
+    video = torch.searchsorted(starts, token, right=True) - 1
+    # A proxy belongs to frame -1 of its video.
+    frame = (token - starts[video] - num_proxies).div(patches_per_frame, rounding_mode="floor")
+    frame = frame.clamp(min=-1)
+    seen = (frame[:, None] == frame) | (frame == -1) | (frame[:, None] == -1)
+    seen &= video[:, None] == video
+    query, key, value = qkv.permute(1, 2, 0, 3)  # [H, T, D]
+    logits = (query @ key.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
+    return (logits.softmax(-1) @ value).transpose(0, 1)
 
 
 def _check(qkv: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int) -> None:

@@ -173,6 +173,34 @@ def convert(
     )
 
 
+def export(
+    model: Model,
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    onnx: bool = False,
+) -> None:
+    """Export a model's video and text towers, to be run without this package.
+
+    Writes OUT/video.pt2 and OUT/text.pt2, programs of torch.export; with --onnx also video.onnx and
+    text.onnx. Beside them are the tokenizer's files and export.json, which describes inputs,
+    outputs and how frames are prepared. For example:
+      clipvip export openai/clip-vit-base-patch32 OUT --onnx
+
+    Batch size, number of frames and length of texts are free. Weights are written in fp32. All
+    files are run and compared with the model before OUT appears.
+
+    Args:
+        out: The folder to write.
+        onnx: Also write ONNX; needs `pip install "clipvip[export]"`.
+    """
+    from clipvip.export import export as export_model
+
+    done = export_model(model, out, onnx)
+    if done.stored != "float32":
+        print(f"weights are stored in {done.stored}; they are exported in float32")
+    print(f"{shown(out)}: {', '.join(done.files)}")
+    print(f"largest difference from the model's unit features: {done.difference:.1e}")
+
+
 def embed(
     model: Model,
     videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
@@ -484,6 +512,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "eval": evaluate,
     "convert": convert,
+    "export": export,
     "embed": embed,
     "search": search,
     "prepare": prepare,

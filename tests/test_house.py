@@ -17,9 +17,10 @@ PARTS = {
     "model": ("data.video", "losses", "ops"),
     "embedding": ("model", "data", "losses", "ops"),
     "convert": ("model",),
+    "export": ("embedding", "model"),
     "index": ("embedding", "model", "data"),
     "training": ("embedding", "model", "data", "losses", "ops"),
-    "cli": ("index", "training", "convert", "data", "ops"),
+    "cli": ("index", "training", "export", "convert", "data", "ops"),
 }
 TOOLS = ("files", "inputs", "retrieval", "terminal")
 IN_PART = {

@@ -1,18 +1,30 @@
 """CLIP-ViP: video-text models made from the image-text model CLIP, with kernels of their own.
 
-`clipvip.ops` loads torch and the compiled kernels on first use, so that commands start quickly and
-respond to signals early. Import the model, data path and trainer from their own modules.
+The names below are loaded on first use, so that commands start quickly and respond to signals
+early. The data path, losses, trainer and search are imported from their own modules.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipvip.model import CLIPViPConfig as CLIPViPConfig
+    from clipvip.model import CLIPViPModel as CLIPViPModel
+    from clipvip.model import CLIPViPProcessor as CLIPViPProcessor
 
 __version__ = "0.1.0"
-__all__ = ["ops"]
+_OF_MODEL = ("CLIPViPConfig", "CLIPViPModel", "CLIPViPProcessor")
+__all__ = [*_OF_MODEL, "ops"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OF_MODEL:
+        return getattr(importlib.import_module("clipvip.model"), name)
     if name not in ("ops", "_C"):
         raise AttributeError(f"module 'clipvip' has no attribute {name!r}")
     ops = importlib.import_module("clipvip.ops")  # and torch, whose libraries _C needs
     return ops if name == "ops" else importlib.import_module("clipvip._C")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -49,6 +49,17 @@ def test_import_leaves_heavy_packages_alone():
     assert python(code).stdout.strip() == "[]"
 
 
+def test_the_packages_names_are_loaded_on_first_use():
+    import clipvip
+    from clipvip.model import CLIPViPModel
+
+    assert clipvip.CLIPViPModel is CLIPViPModel
+    assert set(clipvip.__all__) <= set(dir(clipvip))
+    assert all(getattr(clipvip, name) is not None for name in clipvip.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'CLIPVipModel'"):
+        clipvip.CLIPVipModel  # noqa: B018
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_one_openmp_runtime_is_loaded():
     torch.ones(1)

@@ -21,7 +21,7 @@ from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.positions import interpolate_positions, with_sizes
 from clipvip.model.pretrained import found, read_config, unsupported_heads
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
-from clipvip.training import parallel
+from clipvip.training import lora, parallel
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.optimization import freeze
 from clipvip.training.task import task_of
@@ -78,7 +78,7 @@ def training_loader(
 
 
 def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel, CLIPViPProcessor]:
-    """Build the model, in fp32, and its processor, with frozen weights and compiled layers as
+    """Build the model, in fp32, and its processor, with LoRA, frozen weights and compiled layers as
     configured. From here on the processor decides how clips are read.
 
     resumed: checkpoint to load them from; None for model.name or model.config.
@@ -109,6 +109,7 @@ def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel
         # transformers renamed it within version 5
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    lora.prepare(model, config, resumed)
     freeze(model, config.model.freeze, config.model.unfreeze)
     if config.compile != "none":
         parallel.compile_layers(model, only_text=config.compile == "text")

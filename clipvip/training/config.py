@@ -35,6 +35,18 @@ class Preempted(RuntimeError):
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adaptation (LoRA, arXiv 2106.09685) by PEFT, with PEFT's defaults."""
+
+    r: int = 8  # rank of the trained change of each weight
+    alpha: float = 8  # the change is scaled by alpha / r
+    dropout: float = 0.0  # of the inputs of the change, in training
+    # Linear layers that are changed: ends of their names such as fc1, or globs such as
+    # "vision_model.*.fc?".
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+@dataclass
 class ModelConfig:
     """Model to train. Give `name` or `config`, not both."""
 
@@ -52,6 +64,9 @@ class ModelConfig:
     # "text_projection.*"].
     freeze: list[str] = field(default_factory=list)
     unfreeze: list[str] = field(default_factory=list)  # globs of exceptions from `freeze`
+    # Train low-rank changes of linear layers, what CLIP lacks (proxies, temporal embedding), and
+    # logit_scale; all else is frozen, except for what `unfreeze` names. {} for the defaults.
+    lora: LoraConfig | None = None
 
 
 @dataclass
@@ -200,16 +215,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     merged = OmegaConf.structured(TrainConfig)
-    known = list(_settings(merged))
+    known = _settings(OmegaConf.structured(TrainConfig(model=ModelConfig(lora=LoraConfig()))))
     layers = [*_layers(find_config(path), ())]
     try:
         layers.append(("command line", OmegaConf.from_dotlist(list(overrides))))
     except Exception as error:
         raise ConfigError(f"command line: {_first_line(error)}") from None
     for source, layer in layers:
-        for key in _settings(layer):
+        for key, value in _settings(layer).items():
             if not key.startswith("model.config."):  # checked when the model is built
-                refuse_unknown_key(key, known, source)
+                refuse_unknown_key(key, list(known), source)
+                if isinstance(known[key], dict) and not isinstance(value, dict | None):
+                    inner = next(name for name in known if name.startswith(f"{key}."))
+                    raise ConfigError(
+                        f"{source}: {key} is {value!r}; it holds settings, such as {inner}"
+                    )
         try:
             merged = OmegaConf.merge(_without_replaced(merged, layer, source), layer)
         except OmegaConfBaseException as error:
@@ -255,6 +275,17 @@ def check(config: TrainConfig) -> None:
             f"{2 * config.accumulation}"
         )
     data, model = config.data, config.model
+    if model.lora is not None:
+        lora = model.lora
+        for key, good, expected in (
+            ("r", lora.r >= 1, "at least 1"),
+            ("alpha", lora.alpha > 0, "above 0"),
+            ("dropout", 0 <= lora.dropout < 1, "in [0, 1)"),
+            ("targets", bool(lora.targets), "a list with at least one name"),
+        ):
+            if not good:
+                value = getattr(lora, key)
+                raise ConfigError(f"model.lora.{key} is {value}; it must be {expected}")
     if data.train is None and not data.sources:
         raise ConfigError("data.train is required: give it as data.train=VALUE")
     if data.train is not None and data.sources:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.training import lora
 from clipvip.training.build import build_processor, load_clips, model_config, settled
 from clipvip.training.config import ConfigError, TrainConfig, check_batch
 from clipvip.training.optimization import freeze, run_steps
@@ -29,6 +30,7 @@ def dry_run(config: TrainConfig, processes: int) -> None:
     config = settled(config, build_processor(config, shapes))
     with torch.device("meta"):
         model = CLIPViPModel(shapes)
+    lora.prepare(model, config)
     freeze(model, config.model.freeze, config.model.unfreeze)
     print(plan(model, config, processes).describe(clips, steps), flush=True)
     with tempfile.TemporaryDirectory() as folder:

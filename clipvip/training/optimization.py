@@ -17,18 +17,22 @@ _BELOW_LAYERS = ("text_model.embeddings.", "vision_model.embeddings.", "vision_m
 
 
 def freeze(model: nn.Module, frozen: Sequence[str], unfrozen: Sequence[str] = ()) -> None:
-    """Freeze all parameters whose names match one of the `frozen` globs, except for those that
-    match one of the `unfrozen` globs. Raises ConfigError for a glob that matches nothing."""
-    names = [name for name, _ in model.named_parameters()]
+    """Freeze all parameters whose names match one of the `frozen` globs, and train those that match
+    one of the `unfrozen` globs; all others stay as they are. Weights of layers with LoRA have their
+    names without it. Raises ConfigError for a glob that matches nothing."""
+    parameters = {
+        name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()
+    }
+    names = list(parameters)
     for key, globs in (("freeze", frozen), ("unfreeze", unfrozen)):
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise ConfigError(
                     f"model.{key}: {glob!r} matches no parameter; names are such as {names[0]}"
                 )
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         matches = [any(fnmatchcase(name, g) for g in globs) for globs in (frozen, unfrozen)]
-        parameter.requires_grad_(not matches[0] or matches[1])
+        parameter.requires_grad_((parameter.requires_grad and not matches[0]) or matches[1])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("model.freeze leaves no parameter to train")
 

@@ -138,7 +138,7 @@ class _Tower:
         highest = max((height(name, {kind: self.layers}) for name in trained), default=0)
         self.reached = min(highest, self.layers)  # layers that the backward pass reaches
         self.norm_reached = highest > self.layers  # the norm between embeddings and layers
-        self.embedding_trained = any(".embeddings." in name for name in trained)
+        self.embedding_trained = any(".patch_embedding." in name for name in trained)
         self.trained = sum(  # weights in the layers' matrix products
             w.numel() for name, w in trained.items() if ".layers." in name and w.ndim == 2
         )

@@ -17,7 +17,7 @@ from clipvip import distributed
 from clipvip.data.shards import is_shards
 from clipvip.files import shown
 from clipvip.model.pretrained import holds_code
-from clipvip.training import checkpoint, parallel
+from clipvip.training import checkpoint, lora, parallel
 from clipvip.training.build import build_model, load_clips, settled, training_loader
 from clipvip.training.config import TrainConfig, TrainingError, flat
 from clipvip.training.optimization import adamw, run_steps
@@ -99,15 +99,16 @@ class Run:
 def save_state(run: Run) -> None:
     """Write a checkpoint, whole or not at all, and move the links OUT/last and OUT/best to it.
 
-    Its model is the one that is validated: the average, if there is one. If the checkpoint cannot
-    be written, a warning is logged and the run continues, since the next one may succeed; if it is
-    the final one, raises TrainingError on all ranks. All ranks must call.
+    Its model is the one that is validated: the average, if there is one, and with LoRA's changes
+    merged. If the checkpoint cannot be written, a warning is logged and the run continues, since
+    the next one may succeed; if it is the final one, raises TrainingError on all ranks. All ranks
+    must call.
     """
-    state, average = run.state, run.average
+    state, average, with_lora = run.state, run.average, lora.has_lora(run.model)
     weights = parallel.whole_weights(run.model)
     whole = {
         **asdict(state),
-        **({"weights": weights} if average else {}),
+        **({"weights": weights} if average or with_lora else {}),
         "optimizer": parallel.whole_moments(run.model, run.optimizer),
         "random": distributed.all_gather_objects(random_state()),
         "course": course(run.config, run.accelerator.num_processes),
@@ -118,8 +119,10 @@ def save_state(run: Run) -> None:
 
     def write(folder: Path) -> None:
         # A copy, as transformers empties it and the write may be retried.
-        run.model.save_pretrained(folder / "model", state_dict=dict(weights))
+        run.model.save_pretrained(folder / "model", state_dict=lora.merged(run.model, weights))
         run.processor.save_pretrained(folder / "model")
+        if with_lora:
+            lora.save_adapter(run.model, weights, folder / "adapter")
         with (folder / "state.pt").open("wb") as file:  # its errors say why; torch's do not
             torch.save(whole, file)
 
@@ -153,8 +156,9 @@ def save_state(run: Run) -> None:
 def load_state(run: Run, resumed: Path) -> RunState:
     """Restore the optimizer and random generators from a checkpoint, and return its counters.
 
-    The model was built from the checkpoint already. It is the average if the checkpoint holds other
-    weights too; then those are loaded into it. Prints what has changed in the configuration.
+    The model was built from the checkpoint already. If the checkpoint holds other weights too, its
+    model is an average or has LoRA's changes merged; then those weights are loaded. Prints what has
+    changed in the configuration.
 
     Raises TrainingError if state.pt does not hold the state of a run of this model.
     """

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from clipvip.files import shown
 from clipvip.losses import contrastive_loss
+from clipvip.model.card import WithCard
 from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.positions import interpolate_positions, with_sizes
 from clipvip.model.pretrained import (
@@ -95,6 +96,9 @@ class CLIPViPPreTrainedModel(CLIPPreTrainedModel):
     _no_split_modules = ["CLIPTextEmbeddings", "CLIPEncoderLayer", "CLIPViPEncoder"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$"]  # noqa: RUF012
     _can_record_outputs = {}  # noqa: RUF012
+    # The loss is a mean over a batch. So transformers' Trainer divides it by the batches that it
+    # accumulates, whatever keywords forward takes.
+    accepts_loss_kwargs = False
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -198,7 +202,7 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
         return layer % (count + 1)
 
 
-class CLIPViPModel(CLIPViPPreTrainedModel):
+class CLIPViPModel(WithCard, CLIPViPPreTrainedModel):  # type: ignore[misc]
     """Video and text towers that project into a common space, and a learned scale of cosines."""
 
     def __init__(self, config: CLIPViPConfig) -> None:
@@ -288,15 +292,21 @@ class CLIPViPModel(CLIPViPPreTrainedModel):
         plain = self.config.vision_config.attention_backend == "reference"
         if plain and pixel_values.ndim == 5 and torch.compiler.is_exporting():
             return self._equal_lengths_features(pixel_values, **outputs)
+        if frame_offsets is not None and getattr(self, "_is_replica", False):
+            raise ValueError(
+                "nn.DataParallel splits packed frames in the middle of videos; start one process "
+                "per GPU (torchrun), or pass pixel_values [B, N, 3, H, W] without frame_offsets"
+            )
         pixel_values, frame_offsets = pack_frames(pixel_values, frame_offsets)
-        offsets = self._offsets_seen(frame_offsets, len(pixel_values))
+        frames = pixel_values.shape[0]
+        offsets = self._offsets_seen(frame_offsets, frames)
         output = self.vision_model(pixel_values, offsets, return_dict=True, **outputs)
         features = self.visual_projection(output.pooler_output)
         if self.config.vision_config.frame_pooling != "mean":
             return features, output
         features = F.normalize(features, dim=-1)
-        total = features.new_zeros(len(frame_offsets) - 1, features.shape[1])
-        total = total.index_add(0, video_of_frame(frame_offsets, len(pixel_values)), features)
+        total = features.new_zeros(frame_offsets.shape[0] - 1, features.shape[1])
+        total = total.index_add(0, video_of_frame(frame_offsets, frames), features)
         return total / frame_offsets.diff().clamp(min=1)[:, None], output
 
     def _offsets_seen(self, frame_offsets: Tensor, frames: int) -> Tensor:

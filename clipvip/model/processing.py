@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from clipvip.data.video import check_sampling, read_frames, rgb_of
 from clipvip.inputs import send, tokenize
+from clipvip.model.card import Pushable
 from clipvip.model.checkpoints import is_checkpoint_file
 from clipvip.model.configuration import CLIPViPConfig
 from clipvip.model.layouts import ADDED_TO_CLIP, image_size
@@ -42,7 +43,7 @@ _SAVED = ("image_size", "image_mean", "image_std", *READING)
 Video = Any
 
 
-class CLIPViPProcessor(ProcessorMixin):
+class CLIPViPProcessor(Pushable, ProcessorMixin):  # type: ignore[misc]
     """CLIP's tokenizer, and the settings by which videos and texts are read.
 
     tokenizer: a CLIPTokenizer.

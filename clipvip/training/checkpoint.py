@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from clipvip import distributed
 from clipvip.files import LOCK, flush_folder, only_run, read_own, sha256_of, shown, write_whole
+from clipvip.model.card import README
 from clipvip.model.pretrained import failed_writes
 from clipvip.training.config import ConfigError, TrainConfig, TrainingError
 
@@ -279,7 +280,8 @@ def _absent(manifest: Collection[str]) -> str | None:
 
 
 def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:
-    """Flush all files of a folder to disk; return the size and checksum of each."""
+    """Flush all files of a folder to disk; return the size and checksum of each, except for model
+    cards, which users edit."""
 
     def flush(path: Path) -> str:
         with path.open("rb") as file:
@@ -290,6 +292,7 @@ def _hash_and_flush(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
         for path, checksum in zip(paths, _in_threads(flush, paths), strict=True)
+        if path.name != README
     }
 
 

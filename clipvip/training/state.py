@@ -16,9 +16,11 @@ from accelerate.utils import set_seed
 from clipvip import distributed
 from clipvip.data.shards import is_shards
 from clipvip.files import shown
+from clipvip.model.card import write_card
 from clipvip.model.pretrained import holds_code
 from clipvip.training import checkpoint, lora, parallel
 from clipvip.training.build import build_model, load_clips, settled, training_loader
+from clipvip.training.card import run_card
 from clipvip.training.config import TrainConfig, TrainingError, flat
 from clipvip.training.optimization import adamw, run_steps
 from clipvip.training.plan import peak_tera, plan
@@ -90,6 +92,7 @@ class Run:
         self.optimizer = adamw(self.model, config.optimizer)
         self.average = parallel.Average(self.model, config.ema) if config.ema else None
         set_seed(config.seed, device_specific=True)
+        self.measured: tuple[int, dict[str, float]] = 0, {}  # last validated step, and its metrics
         self.state = load_state(self, resumed) if resumed else RunState()
         distributed.first_does(lambda: checkpoint.write_settings(config))
         distributed.first_does(lambda: start_trackers(accelerator, config, self.state.step))
@@ -117,10 +120,21 @@ def save_state(run: Run) -> None:
         with average.in_place():
             weights = parallel.whole_weights(run.model)
 
+    measured_at, metrics = run.measured
+    card = run_card(
+        run.config,
+        run.model.config,
+        step=state.step,
+        steps=run.total_steps,
+        clips=run.clips,
+        metrics=metrics if measured_at == state.step else {},
+    )
+
     def write(folder: Path) -> None:
         # A copy, as transformers empties it and the write may be retried.
         run.model.save_pretrained(folder / "model", state_dict=lora.merged(run.model, weights))
         run.processor.save_pretrained(folder / "model")
+        write_card(folder / "model", card)
         if with_lora:
             lora.save_adapter(run.model, weights, folder / "adapter")
         with (folder / "state.pt").open("wb") as file:  # its errors say why; torch's do not

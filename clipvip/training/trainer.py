@@ -184,6 +184,7 @@ def validate(run: Run) -> bool:
     state.unmeasured = False
     row = {f"{name}/{key}": value for name in TABLES for key, value in result[name].items()}
     run.reporter.write(state.step, {f"validation/{key}": value for key, value in row.items()})
+    run.measured = state.step, row
     value, best = row[config.best_metric], state.best_metric
     better = best is None or (value < best if "rank" in config.best_metric else value > best)
     if better:

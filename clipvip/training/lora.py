@@ -2,7 +2,7 @@
 
 A checkpoint's `adapter/` holds what was trained, for peft.PeftModel.from_pretrained(base, folder).
 Its `model/` holds all weights with the changes added to them, which needs no PEFT to load and runs
-at full speed. The unmerged weights, from which a run resumes, are in `state.pt`.
+at full speed. The unmerged ones of these weights, with which a run resumes, are in `state.pt`.
 """
 
 import difflib
@@ -78,9 +78,9 @@ def linear_layers(model: nn.Module, targets: list[str]) -> list[str]:
 def merged(model: CLIPViPModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return whole weights by the names that they have without LoRA, with its changes added.
 
-    weights: result of parallel.whole_weights, which is not changed.
+    weights: result of parallel.whole_weights, which is not changed. Other weights are not copied.
     """
-    if not has_lora(model):
+    if not has_lora(model) or not weights:
         return dict(weights)
     plain = {
         name.replace(".base_layer.", "."): weight

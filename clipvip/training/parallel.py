@@ -125,7 +125,7 @@ def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any]) -> None:
-    """Load the result of whole_weights, given on every rank, into the model."""
+    """Load the result of whole_weights, or a part of it, given on every rank, into the model."""
     states.set_model_state_dict(
         model, weights, options=states.StateDictOptions(full_state_dict=True)
     )

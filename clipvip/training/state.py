@@ -107,19 +107,20 @@ def save_state(run: Run) -> None:
     the next one may succeed; if it is the final one, raises TrainingError on all ranks. All ranks
     must call.
     """
-    state, average, with_lora = run.state, run.average, lora.has_lora(run.model)
-    weights = parallel.whole_weights(run.model)
+    state = run.state
+    weights = own = parallel.whole_weights(run.model)
+    if run.average:
+        with run.average.in_place():
+            weights = parallel.whole_weights(run.model)
+    plain = lora.merged(run.model, weights)
+    not_in_model = {name: weight for name, weight in own.items() if plain.get(name) is not weight}
     whole = {
         **asdict(state),
-        **({"weights": weights} if average or with_lora else {}),
+        **({"weights": not_in_model} if not_in_model else {}),
         "optimizer": parallel.whole_moments(run.model, run.optimizer),
         "random": distributed.all_gather_objects(random_state()),
         "course": course(run.config, run.accelerator.num_processes),
     }
-    if average:
-        with average.in_place():
-            weights = parallel.whole_weights(run.model)
-
     measured_at, metrics = run.measured
     card = run_card(
         run.config,
@@ -132,10 +133,10 @@ def save_state(run: Run) -> None:
 
     def write(folder: Path) -> None:
         # A copy, as transformers empties it and the write may be retried.
-        run.model.save_pretrained(folder / "model", state_dict=lora.merged(run.model, weights))
+        run.model.save_pretrained(folder / "model", state_dict=dict(plain))
         run.processor.save_pretrained(folder / "model")
         write_card(folder / "model", card)
-        if with_lora:
+        if lora.has_lora(run.model):
             lora.save_adapter(run.model, weights, folder / "adapter")
         with (folder / "state.pt").open("wb") as file:  # its errors say why; torch's do not
             torch.save(whole, file)
@@ -170,9 +171,9 @@ def save_state(run: Run) -> None:
 def load_state(run: Run, resumed: Path) -> RunState:
     """Restore the optimizer and random generators from a checkpoint, and return its counters.
 
-    The model was built from the checkpoint already. If the checkpoint holds other weights too, its
-    model is an average or has LoRA's changes merged; then those weights are loaded. Prints what has
-    changed in the configuration.
+    The model was built from the checkpoint already. If its state.pt holds weights too, the model
+    is an average or has LoRA's changes merged; then those weights replace the model's. Prints what
+    has changed in the configuration.
 
     Raises TrainingError if state.pt does not hold the state of a run of this model.
     """

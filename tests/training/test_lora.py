@@ -87,6 +87,8 @@ def test_what_is_trained_loads_with_peft_and_without(make, base):
 
     adapter = checkpoint(trained, 60) / "adapter"
     assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", lora.WEIGHTS}
+    state = torch.load(checkpoint(trained, 60) / "state.pt", weights_only=True)
+    assert not set(state["weights"]) & set(after)  # nothing is stored twice
     loaded = peft.PeftModel.from_pretrained(CLIPViPModel.from_pretrained(base), str(adapter))
     with torch.inference_mode():
         found, wanted = features(loaded.base_model.model), features(whole)

@@ -280,6 +280,38 @@ def search(
     Console().print(table)
 
 
+def explain(
+    model: Model,
+    video: Annotated[Positional[Path], arg(metavar="VIDEO")],
+    texts: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT …")],
+    out: Path | None = None,
+    json: Path | None = None,
+    layers: int = 3,
+) -> None:
+    """Draw what a model attends to in a video, and how well texts fit the video over time.
+
+    For example, which writes dog.explain.png:
+      clipvip explain openai/clip-vit-base-patch32 dog.mp4 'a dog runs' 'a dog sleeps'
+
+    The picture shows the frames that the model reads, the attention of its video proxies to each
+    frame's patches, and the similarity to each text: of the whole video, of parts of it, and of
+    single frames. Attention depends on the video alone, not on the texts.
+
+    Args:
+        video: A video or image.
+        texts: One to ten texts, each in quotes.
+        out: PNG file to write, by default VIDEO.explain.png in the current folder. An earlier
+            picture of this command is replaced; any other file is not.
+        json: Also write the numbers to this JSON file.
+        layers: Number of layers, counted from the last, over which attention is averaged.
+    """
+    from clipvip.explain import explain_to_files
+
+    written = explain_to_files(model, video, texts, layers, out=out, numbers=json)
+    for path in filter(None, (written, json)):
+        print(f"wrote {shown(path)}")
+
+
 def prepare(
     kind: Annotated[Positional[DataSet], arg(metavar="SET")],
     source: Annotated[Positional[Path], arg(metavar="SRC")],
@@ -515,6 +547,7 @@ COMMANDS: dict[str, Any] = {
     "export": export,
     "embed": embed,
     "search": search,
+    "explain": explain,
     "prepare": prepare,
     "shard": shard,
     "verify": verify,

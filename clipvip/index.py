@@ -44,6 +44,7 @@ from clipvip.index_files import (
     read_index,
     write_index,
 )
+from clipvip.inputs import sentence
 from clipvip.terminal import progress
 
 __all__ = ["Hit", "Index", "IndexedClip", "build_index", "load_index", "search"]
@@ -87,17 +88,11 @@ class Index(StoredIndex):
         Raises ValueError for a query that is empty or not text, for k < 1, and for a model that has
         changed or moved.
         """
-        if not query.strip():
-            raise ValueError("the query is empty; expected a sentence")
+        query = sentence(query, "the query")
         if k < 1:
             raise ValueError(f"k is {k}; expected at least 1")
-        try:
-            # In an ASCII locale, Python stores other bytes of the command line as surrogates.
-            query = query.encode(errors="surrogateescape").decode()
-        except UnicodeError:
-            raise ValueError(f"the query {query!r} is not UTF-8; expected a sentence") from None
         model, processor = self._encoder
-        inputs = processor(text=query.lstrip()[:LONGEST_QUERY])
+        inputs = processor(text=query[:LONGEST_QUERY])
         features = F.normalize(model.get_text_features(**inputs).float(), dim=-1)
         if not is_unit(features).all():
             raise ValueError(

@@ -15,6 +15,20 @@ MOST_CHARACTERS = 20_000
 Item = TypeVar("Item")
 
 
+def sentence(text: str, what: str) -> str:
+    """Return a text from a person, without the spaces before it.
+
+    what: subject of the errors. Raises ValueError if it is empty or no text.
+    """
+    if not text.strip():
+        raise ValueError(f"{what} is empty; expected a sentence")
+    try:
+        # In an ASCII locale, Python stores other bytes of the command line as surrogates.
+        return text.encode(errors="surrogateescape").decode().lstrip()
+    except UnicodeError:
+        raise ValueError(f"{what} {text!r} is not UTF-8; expected a sentence") from None
+
+
 def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, int64 [len(texts), longest], padded to the longest text.
 

@@ -17,10 +17,11 @@ PARTS = {
     "model": ("data.video", "losses", "ops"),
     "embedding": ("model", "data", "losses", "ops"),
     "convert": ("model",),
+    "explain": ("embedding", "model", "data"),
     "export": ("embedding", "model"),
     "index": ("embedding", "model", "data"),
     "training": ("embedding", "model", "data", "losses", "ops"),
-    "cli": ("index", "training", "export", "convert", "data", "ops"),
+    "cli": ("index", "explain", "export", "training", "convert", "data", "ops"),
 }
 TOOLS = ("files", "inputs", "retrieval", "terminal")
 IN_PART = {

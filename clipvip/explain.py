@@ -1,0 +1,596 @@
+"""Show how a model reads a video and how well it fits a text: as arrays, and as a picture.
+
+A model reads a video without its text. So attention is the same for every text; only similarities
+tell texts apart.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from clipvip.data.video import is_image, open_clip, read_frames
+from clipvip.embedding import embed_texts, load_for_embedding
+from clipvip.files import json_line, shown, write_whole
+from clipvip.inputs import send, sentence
+from clipvip.model import CLIPViPModel, CLIPViPProcessor
+from clipvip.model.processing import normalize_frames
+from clipvip.terminal import progress
+
+WINDOWS, WINDOW_SHARE = 13, 0.25  # number of windows, and the length of each as a share of a video
+MOST_TEXTS = 10  # as many colours can be told apart
+MADE_BY = "clipvip explain"  # in a picture's metadata
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Arrays that say how a model reads a video, and its similarity to texts.
+
+    N frames were read; M is the number of proxies, P = side² that of patches per frame. Similarity
+    is the cosine of features, as in `clipvip search`. All tensors are on the CPU.
+    """
+
+    video: Path
+    texts: list[str]  # T
+    similarity: Tensor  # fp32 [T], of the whole video
+    frames: Tensor  # uint8 [N, 3, image_size, image_size], as the model saw them
+    times: Tensor  # float64 [N], seconds from the video's first frame
+    frame_similarity: Tensor  # fp32 [T, N], of each frame as a video of one frame
+    windows: Tensor  # float64 [W, 2], start and end in seconds; W = 0 for a single frame
+    window_similarity: Tensor  # fp32 [T, W], of each window as a video of its own
+    layers: list[int]  # K, counted from 0
+    heads: int
+    attention: Tensor
+    """fp32 [K, M, N, side, side]: attention of each proxy to each patch, mean over heads.
+
+    The weights of a proxy sum to 1 over the patches of all frames and the M proxies. If
+    frame_pooling is "mean", each frame has proxies of its own, whose weights sum to 1 over the
+    patches of that frame and those proxies.
+    """
+    frame_pooling: str  # "proxy" or "mean", see CLIPViPVisionConfig
+
+    @property
+    def maps(self) -> Tensor:
+        """Attention as mean over layers: fp32 [M, N, side, side]."""
+        return self.attention.mean(0)
+
+    @property
+    def shares(self) -> Tensor:
+        """Attention of each proxy to each frame, the sum over its patches: fp32 [M, N]."""
+        return self.maps.sum((-2, -1))
+
+
+@torch.inference_mode()
+def explain(
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor,
+    video: str | Path,
+    texts: str | Sequence[str],
+    *,
+    layers: int = 3,
+    advance: Callable[[int], None] = lambda clips: None,
+) -> Explanation:
+    """Compute the attention of a model's proxies in a video, and its similarity to texts over time.
+
+    Besides the whole video, its windows are embedded: WINDOWS clips, each WINDOW_SHARE of its
+    length, read as `clipvip embed` reads a clip with start and end.
+
+    model, processor: from `clipvip.embedding.load_for_embedding`; the model on any device.
+    video: a video or image file.
+    layers: number of last layers whose attention is returned; all if the model has fewer.
+    advance: called with 1 after each of the 1 + WINDOWS clips; see clipvip.terminal.progress.
+    Raises ValueError for unusable texts and layers, and DecodeError for an unreadable video.
+    """
+    path, config = Path(video), model.config.vision_config
+    sentences = _sentences([texts] if isinstance(texts, str) else texts)
+    if layers < 1:
+        raise ValueError(f"layers is {layers}; expected at least 1")
+    chosen = list(model.vision_model.encoder.layers)[-layers:]
+    frames, times, windows = _read(processor, path)
+    of_texts = embed_texts(model, processor, sentences, len(sentences))
+    with _inputs_of(chosen) as inputs:
+        whole = _features(model, processor, frames, [len(frames)])
+    advance(1)
+    singly = _features(model, processor, frames, [1] * len(frames))
+    parts = []
+    for start, end in windows:
+        clip = read_frames(path, start=start, end=end, **_reading(processor))
+        parts.append(_features(model, processor, clip, [len(clip)]))
+        advance(1)
+    similarity, of_frames, of_windows = (
+        of_texts @ features.T for features in (whole, singly, torch.cat(parts or [whole[:0]]))
+    )
+    if not all(each.isfinite().all() for each in (similarity, of_frames, of_windows)):
+        raise ValueError("the model gives no finite features; its weights are damaged")
+    videos = len(frames) if config.frame_pooling == "mean" else 1
+    attention = [
+        _attention(layer, tokens.unflatten(0, (videos, -1)), config.num_proxies).cpu()
+        for layer, tokens in zip(chosen, inputs, strict=True)
+    ]
+    side = config.image_size // config.patch_size
+    return Explanation(
+        path,
+        sentences,
+        similarity[:, 0],
+        frames,
+        times,
+        of_frames,
+        torch.tensor(windows, dtype=torch.float64).view(-1, 2),
+        of_windows,
+        list(range(config.num_hidden_layers))[-layers:],
+        config.num_attention_heads,
+        torch.stack([_by_patch(each, side) for each in attention]),
+        config.frame_pooling,
+    )
+
+
+def explain_to_files(
+    model: str | Path,
+    video: str | Path,
+    texts: Sequence[str],
+    layers: int = 3,
+    *,
+    out: str | Path | None = None,
+    numbers: str | Path | None = None,
+) -> Path:
+    """Explain a video to people: write a picture (PNG), and its numbers if wanted. This is
+    `clipvip explain`.
+
+    model: a model folder or hub name. video, texts, layers: see `explain`.
+    out: the picture; by default VIDEO.explain.png in the current folder. An earlier picture of
+        this function is replaced, any other file refused.
+    numbers: JSON file to write too.
+    Returns the picture's path. Raises ValueError for what cannot be used, and OSError.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError('matplotlib is not installed: pip install "clipvip[explain]"')
+    path = Path(video)
+    _sentences(texts)
+    out = Path(f"{path.stem}.explain.png" if out is None else out)
+    _check_output("out", out, ".png")
+    if numbers is not None:
+        _check_output("json", Path(numbers), ".json")
+    if out.exists() and not _is_ours(out):
+        raise ValueError(f"{out} exists and is no picture of {MADE_BY}; give another out")
+    if not path.is_file():
+        raise ValueError(f"the video is {str(video)!r}; expected a video or image file")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the bar for loading weights would break our own
+    network: Any
+    network, processor = load_for_embedding(model)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    windows = 0 if is_image(path) else WINDOWS
+    note = f"embedding {shown(path.name)}" + f" and {windows} windows of it" * (windows > 0)
+    with progress(note, 1 + windows) as advance:
+        found = explain(network, processor, path, texts, layers=layers, advance=advance)
+    write_whole(out, picture(found))
+    if numbers is not None:
+        write_whole(Path(numbers), json_line(_as_numbers(found)))
+    return out
+
+
+def _sentences(texts: Sequence[str]) -> list[str]:
+    if not 1 <= len(texts) <= MOST_TEXTS:
+        raise ValueError(f"{len(texts)} texts were given; expected 1 to {MOST_TEXTS}")
+    return [sentence(text, "the text") for text in texts]
+
+
+def _check_output(name: str, path: Path, suffix: str) -> None:
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{name} is {str(path)!r}; expected a name that ends with {suffix}")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == MADE_BY
+    except (UnidentifiedImageError, OSError, ValueError):
+        return False
+
+
+def _as_numbers(found: Explanation) -> dict[str, Any]:
+    """Return everything but the frames' pixels as JSON can hold it."""
+
+    def rounded(tensor: Tensor) -> Any:
+        return tensor.double().mul(1e6).round().div(1e6).tolist()
+
+    return {
+        "video": str(found.video),
+        "texts": found.texts,
+        "similarity": rounded(found.similarity),
+        "times": rounded(found.times),
+        "frame_similarity": rounded(found.frame_similarity),
+        "windows": rounded(found.windows),
+        "window_similarity": rounded(found.window_similarity),
+        "frame_pooling": found.frame_pooling,
+        "layers": found.layers,
+        "attention": rounded(found.maps),
+    }
+
+
+# --- what the model saw ---------------------------------------------------------------------------
+
+
+def _reading(processor: CLIPViPProcessor) -> dict[str, Any]:
+    settings = processor.loading()
+    names = {"num_frames": "num_frames", "size": "image_size"}
+    names |= {"sampling": "sampling", "resize": "resize"}
+    return {name: settings[setting] for name, setting in names.items()}
+
+
+def _read(
+    processor: CLIPViPProcessor, path: Path
+) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
+    """Read the frames that the model reads: uint8 [N, 3, size, size], their times in seconds,
+    float64 [N], and the windows of the video."""
+    reading = _reading(processor)
+    if is_image(path):
+        return read_frames(path, **reading), torch.zeros(1, dtype=torch.float64), []
+    size, resize = reading.pop("size"), reading.pop("resize")
+    with open_clip(path, **reading) as clip:
+        frames = clip.decode(size, resize=resize).frames
+        times, duration = clip.index.times, clip.index.duration
+        seconds = torch.from_numpy(times[clip.chosen.frames])
+    if len(times) == 1:
+        return frames, seconds, []
+    length = WINDOW_SHARE * duration
+    starts = torch.linspace(0, duration - length, WINDOWS, dtype=torch.float64).tolist()
+    return frames, seconds, [(start, start + length) for start in starts]
+
+
+def _features(
+    model: CLIPViPModel, processor: CLIPViPProcessor, frames: Tensor, lengths: list[int]
+) -> Tensor:
+    """Embed videos of these numbers of packed frames: unit features [B, P], fp32 on the CPU."""
+    frames = send(frames, model.device)
+    pixels = normalize_frames(frames, processor.image_mean, processor.image_std)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    features = model.get_video_features(pixels, send(offsets, model.device))
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+@contextmanager
+def _inputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the hidden states [T, C] that enter each layer."""
+    inputs: list[Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for layer in layers
+    ]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attention(layer: Any, tokens: Tensor, num_proxies: int) -> Tensor:
+    """Attention of the proxies to all tokens of their video: softmax(scale · query · keyᵀ), mean
+    over heads.
+
+    tokens: hidden states [B, S, C] that enter the layer. Returns fp32 [B, M, S].
+    """
+    attention, normed = layer.self_attn, layer.layer_norm1(tokens)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2).float()
+
+    query, key = attention.q_proj(normed[:, :num_proxies]), attention.k_proj(normed)
+    return (attention.scale * heads(query) @ heads(key).mT).softmax(-1).mean(1)
+
+
+def _by_patch(attention: Tensor, side: int) -> Tensor:
+    """Leave out attention to proxies: [B, M, M + n·side²] → [M, B·n, side, side]."""
+    patches = attention[..., attention.shape[1] :].unflatten(-1, (-1, side, side))
+    return patches.transpose(0, 1).flatten(1, 2)
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+MOST_FRAMES, MOST_PROXIES = 32, 8  # that are drawn
+INK, SOFT, LINE = "#1c2430", "#667085", "#d5dae3"
+COLOURS = (
+    *("#1f56c4", "#d9480f", "#16874a", "#9c36b5", "#b08900"),
+    *("#0b7285", "#c2255c", "#5c4033", "#748ffc", "#868e96"),
+)
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "axes.edgecolor": LINE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "text.parse_math": False,  # a text may hold dollars
+}
+PALE = 0.5  # share of white in the grey frames under the maps
+HEAT = ("#ffd60060", "#ff8c00b0", "#e3371ed8", "#86003cf0")  # of the maps, with their opacity
+TICKS = (1, 1.5, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)
+OWN_FONT = "DejaVu Sans"  # comes with matplotlib
+SMALL = 8  # points
+LEFT, RIGHT, EDGE, GAP = 1.2, 1.0, 0.2, 0.04  # inches: margins, and between two frames
+PIXELS = 100  # per inch
+
+
+def picture(found: Explanation) -> bytes:
+    """Draw an explanation as docs/explain.md describes; return the bytes of a PNG.
+
+    Frames are columns. Of more than MOST_FRAMES frames, or more than MOST_PROXIES proxies, evenly
+    spread ones are drawn.
+    """
+    import matplotlib
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    texts = "".join(shown(text) for text in (found.video.name, *found.texts))
+    with (
+        warnings.catch_warnings(),
+        matplotlib.style.context("default"),  # whatever the user's own style is
+        matplotlib.rc_context(STYLE | {"font.family": _families(texts)}),
+    ):
+        warnings.simplefilter("ignore", UserWarning)  # about letters that no font has
+        figure = Figure(dpi=PIXELS, facecolor="white")
+        FigureCanvasAgg(figure)  # measures texts while the page is made
+        _Page(figure, found).draw()
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=PIXELS, metadata={"Software": MADE_BY})
+    return buffer.getvalue()
+
+
+class _Page:
+    """A figure that is filled from top to bottom. Lengths are inches."""
+
+    def __init__(self, figure: Any, found: Explanation) -> None:
+        self.figure, self.found = figure, found
+        proxies, count = found.maps.shape[:2]
+        self.columns, self.rows = _spread(count, MOST_FRAMES), _spread(proxies, MOST_PROXIES)
+        shape = len(self.columns), 1 + len(self.rows)
+        self.cell = max(min(1.5, 12 / shape[0], 9 / shape[1]), 0.5)
+        self.step = self.cell + GAP
+        self.wide = max(shape[0] * self.step - GAP, 7.4)  # between the margins
+        self.shares = count > 1 and found.frame_pooling == "proxy"
+        self.over_time = len(found.windows) > 0
+        self.width = LEFT + self.wide + RIGHT
+        self.height = 1.0 + 0.22 * len(found.texts) + shape[1] * self.step
+        self.height += 1.25 * self.shares + 2.45 * self.over_time
+        figure.set_size_inches(self.width, self.height)
+
+    def draw(self) -> None:
+        top = self._header(0.15)
+        top = self._frames(top)
+        if self.shares:
+            top = self._shares(top)
+        if self.over_time:
+            self._similarity(top)
+
+    def _text(self, left: float, top: float, text: str, **options: Any) -> Any:
+        place = left / self.width, 1 - top / self.height
+        return self.figure.text(*place, text, **{"va": "top", **options})
+
+    def _bold(self, left: float, top: float, text: str, **options: Any) -> None:
+        # Other fonts may have no bold face, of which matplotlib would tell.
+        self._text(left, top, text, **{"weight": "bold", "family": OWN_FONT, **options})
+
+    def _line(self, left: float, top: float, text: str, **options: Any) -> None:
+        """Write a name or text from elsewhere; leave out its middle if it is too long."""
+        text = shown(text)
+        ends = min((len(text) + 1) // 2, 200)  # letters kept on either side
+        line = self._text(left, top, text, **options)
+        room = (self.width - left - EDGE) * PIXELS
+        while True:
+            if 2 * ends < len(text):
+                line.set_text(f"{text[:ends]}…{text[-ends:]}")
+            wide = line.get_window_extent(self.figure.canvas.get_renderer()).width
+            if wide <= room or ends <= 1:
+                return
+            ends = max(1, min(ends - 1, int(ends * room / wide)))
+
+    def _axes(self, left: float, top: float, width: float, height: float) -> Any:
+        bottom = 1 - (top + height) / self.height
+        size = width / self.width, height / self.height
+        return self.figure.add_axes((left / self.width, bottom, *size))
+
+    def _header(self, top: float) -> float:
+        found = self.found
+        self._line(EDGE, top, found.video.name, fontsize=13)
+        for number, text in enumerate(found.texts):
+            line = top + 0.29 + 0.22 * number
+            score = f"{found.similarity[number]:.3f}".replace("-", "−")
+            colour = {"color": COLOURS[number], "fontsize": 10}
+            self._bold(EDGE + 0.53, line, score, ha="right", **colour)
+            self._line(EDGE + 0.63, line, text, **colour)
+        return top + 0.42 + 0.22 * len(found.texts)
+
+    def _frames(self, top: float) -> float:
+        """Draw the frames, and below them a row of maps for each proxy."""
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+        found, left = self.found, LEFT
+        self._text(EDGE, top, self._about_attention(), color=SOFT, fontsize=SMALL)
+        top += 0.36
+        last = float(found.times[-1])
+        for place, frame in enumerate(self.columns):
+            middle = left + place * self.step + self.cell / 2
+            time = _clock(float(found.times[frame]), last) if self.over_time else ""
+            self._text(middle, top, time, ha="center", va="bottom", fontsize=SMALL, color=SOFT)
+        top += 0.03
+        maps = (found.maps / self._even()).numpy()
+        highest = max(float(np.quantile(maps, 0.998)), 2.0)
+        norm = LogNorm(1, highest)
+        colours = LinearSegmentedColormap.from_list("heat", HEAT).with_extremes(under="#ffffff00")
+        rows = 1 + len(self.rows)
+        wide, tall = len(self.columns) * self.step, rows * self.step
+        grid = self._axes(left, top, wide, tall)
+        grid.axis("off")
+        grid.set(xlim=(0, wide), ylim=(tall, 0), autoscale_on=False)
+        for row in range(rows):
+            self._label(row, top + row * self.step)
+            for place, frame in enumerate(self.columns):
+                x, y = place * self.step, row * self.step
+                where = {"extent": (x, x + self.cell, y + self.cell, y), "aspect": "auto"}
+                pixels = found.frames[frame].permute(1, 2, 0).numpy()
+                if row == 0:
+                    grid.imshow(pixels, **where)
+                else:
+                    pale = (1 - PALE) * pixels.mean(-1) + PALE * 255
+                    grid.imshow(pale, "gray", vmin=0, vmax=255, **where)
+                    heat = maps[self.rows[row - 1], frame]
+                    grid.imshow(heat, colours, norm, interpolation="nearest", **where)
+        high = min(tall - self.step - GAP, 3.0)
+        axes = self._axes(left + wide + 0.08, top + self.step, 0.12, high)
+        scale = ScalarMappable(norm, colours)
+        ticks = [tick for tick in TICKS if tick <= highest]
+        bar = self.figure.colorbar(scale, axes, extend="max", ticks=ticks, format="%g ×")
+        bar.ax.minorticks_off()
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=SMALL, length=2)
+        bar.set_label("even spread", fontsize=SMALL)
+        return top + tall
+
+    def _even(self) -> float:
+        """Attention to each token, if all that a proxy attends to had the same."""
+        proxies, frames, *patches = self.found.maps.shape
+        together = 1 if self.found.frame_pooling == "mean" else frames
+        return 1 / (proxies + together * patches[0] * patches[1])
+
+    def _about_attention(self) -> str:
+        found = self.found
+        count, layers = len(found.frames), len(found.layers)
+        which = "frame" if count == 1 else f"{count} frames"
+        if len(self.columns) < count:
+            which += f" (here {len(self.columns)} of them)"
+        where = "the class token attends" if len(found.maps) == 1 else "each proxy attends"
+        if found.frame_pooling == "mean":
+            where += " in each by itself (features of frames are averaged)"
+        over = "the last layer" if layers == 1 else f"the last {layers} layers"
+        heads = "" if found.heads == 1 else f"{found.heads} heads of "
+        return f"The {which} that the model read, and where {where}: mean over {heads}{over}"
+
+    def _label(self, row: int, top: float) -> None:
+        """Name a row, and say how much of a proxy's attention its maps show."""
+        middle, right = top + self.cell / 2, LEFT - 0.12
+        if row == 0:
+            return self._text(right, middle, "frames", ha="right", va="center")
+        proxy = self.rows[row - 1]
+        mean, share = self.found.frame_pooling == "mean", self.found.shares[proxy]
+        on_patches = float(share.mean() if mean else share.sum())
+        name = "class token" if proxy == 0 else f"proxy {proxy + 1}"
+        at = {"ha": "right", "va": "center"}
+        self._bold(right, middle - 0.09, name, color=self._colour(row), **at)
+        note = f"{100 * on_patches:.0f} % on patches"
+        self._text(right, middle + 0.09, note, color=SOFT, fontsize=SMALL, **at)
+
+    def _colour(self, row: int) -> Any:
+        """Colour of a proxy, unlike those of texts."""
+        import matplotlib
+
+        return matplotlib.colormaps["viridis"](0.8 * (row - 1) / max(len(self.rows) - 1, 1))
+
+    def _shares(self, top: float) -> float:
+        """Draw below each frame the share of each proxy's attention that it receives."""
+        found, rows, columns = self.found, len(self.rows), len(self.columns)
+        axes = self._axes(LEFT, top + 0.1, columns * self.step - GAP, 0.75)
+        axes.set_xlim(-0.5 * self.cell / self.step, columns - 1 + 0.5 * self.cell / self.step)
+        shares, places = found.shares[:, self.columns].numpy(), np.arange(columns)
+        for number, proxy in enumerate(self.rows):
+            shift = 0.8 * ((number + 0.5) / rows - 0.5)
+            heights = 100 * shares[proxy]
+            axes.bar(places + shift, heights, 0.8 / rows, color=self._colour(number + 1))
+        even = 100 * found.maps[0, 0].numel() * self._even()
+        axes.axhline(even, color=SOFT, linewidth=0.8, linestyle="--")
+        axes.set_xticks([])
+        axes.tick_params(axis="y", labelsize=SMALL, length=2)
+        axes.locator_params(axis="y", nbins=4)
+        axes.set_ylim(0, max(1.1 * even, *axes.get_ylim()))
+        self._label_axis(axes, "% per frame")
+        note = "share of each proxy's attention per frame; dashed: an even spread"
+        self._text(LEFT, top + 0.9, note, color=SOFT, fontsize=SMALL)
+        return top + 1.25
+
+    def _label_axis(self, axes: Any, text: str) -> None:
+        axes.set_ylabel(text, fontsize=SMALL)
+        axes.yaxis.set_label_coords(-0.5 / (axes.get_position().width * self.width), 0.5)
+
+    def _similarity(self, top: float) -> None:
+        """Draw the similarity to each text over time."""
+        from matplotlib.lines import Line2D
+
+        found = self.found
+        axes = self._axes(LEFT, top + 0.3, self.wide, 1.7)
+        middles, times = found.windows.mean(1).numpy(), found.times.numpy()
+        for text, colour in zip(range(len(found.texts)), COLOURS, strict=False):
+            axes.axhline(float(found.similarity[text]), color=colour, linewidth=1, linestyle="--")
+            axes.plot(middles, found.window_similarity[text].numpy(), color=colour, linewidth=2)
+            single = {"s": 22, "facecolors": "white", "edgecolors": colour, "zorder": 3}
+            axes.scatter(times, found.frame_similarity[text].numpy(), **single)
+        start, end = float(found.windows[0, 0]), float(found.windows[-1, 1])
+        axes.set_xlim(start - 0.01 * end, 1.01 * end)
+        if end >= 60:
+            axes.xaxis.set_major_formatter(lambda seconds, _: _clock(seconds, end))
+        else:
+            axes.xaxis.set_major_formatter("{x:g} s")
+        axes.grid(color=LINE, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=SMALL, length=2)
+        self._label_axis(axes, "cosine")
+        length = _clock(float(found.windows[0, 1]), end)
+        kinds: dict[str, dict[str, Any]] = {
+            "whole video": {"linestyle": "--"},
+            f"windows of {length}, at their middles": {"linewidth": 2},
+            "each frame alone": {"linestyle": "", "marker": "o", "markerfacecolor": "white"},
+        }
+        lines = [Line2D([], [], color=SOFT, label=label, **how) for label, how in kinds.items()]
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+        axes.legend(handles=lines, ncols=3, fontsize=SMALL, frameon=False, **place)
+        axes.set_title("similarity of video and text", loc="left", fontsize=9)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return all of 0 … count-1, or `most` evenly spread ones."""
+    return torch.linspace(0, count - 1, min(count, most)).round().int().tolist()
+
+
+def _clock(seconds: float, longest: float) -> str:
+    if longest < 60:
+        return f"{seconds:.{2 if longest < 10 else 1}f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if longest >= 3600 else f"{minutes}:{rest:02}"
+
+
+def _families(text: str) -> list[str]:
+    """Return font families to draw a text with: matplotlib's own, and for letters that it lacks,
+    installed ones that have them."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    families = [OWN_FONT]
+    missing = {letter for letter in text if not letter.isspace()}
+    # Its own first, and plain faces before bold or slanted ones.
+    fonts = sorted(
+        fontManager.ttflist,
+        key=lambda font: (font.name != families[0], font.style != "normal", font.name, font.fname),
+    )
+    for entry in fonts:
+        if not missing:
+            break
+        try:
+            font = get_font(entry.fname)
+        except (OSError, RuntimeError):
+            continue
+        has = {letter for letter in missing if font.get_char_index(ord(letter))}
+        # Fonts of pictures, such as emoji, cannot be drawn, and one has a box for every letter.
+        if has and font.scalable and not entry.name.startswith("Last Resort"):
+            missing -= has
+            families.append(entry.name)
+    return list(dict.fromkeys(families))

@@ -293,15 +293,15 @@ def explain(
     For example, which writes dog.explain.png:
       clipvip explain openai/clip-vit-base-patch32 dog.mp4 'a dog runs' 'a dog sleeps'
 
-    The picture shows the frames that the model reads, the attention of its video proxies to each
-    frame's patches, and the similarity to each text: of the whole video, of parts of it, and of
-    single frames. Attention depends on the video alone, not on the texts.
+    The picture shows the frames that the model reads, the attention of its video proxies (a plain
+    CLIP's class token) to each frame's patches, and the similarity to each text: of the whole
+    video, of parts of it, and of single frames. Attention is the same for every text.
 
     Args:
         video: A video or image.
         texts: One to ten texts, each in quotes.
-        out: PNG file to write, by default VIDEO.explain.png in the current folder. An earlier
-            picture of this command is replaced; any other file is not.
+        out: PNG file to write, by default VIDEO.explain.png in the current folder.
+            An earlier picture of this command is replaced; any other existing file is refused.
         json: Also write the numbers to this JSON file.
         layers: Number of layers, counted from the last, over which attention is averaged.
     """

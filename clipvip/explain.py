@@ -475,7 +475,8 @@ class _Page:
             where += " in each by itself (features of frames are averaged)"
         over = "the last layer" if layers == 1 else f"the last {layers} layers"
         heads = "" if found.heads == 1 else f"{found.heads} heads of "
-        return f"The {which} that the model read, and where {where}: mean over {heads}{over}"
+        means = f"mean over {heads}{over}, the same for every text"
+        return f"The {which} that the model read, and where {where}: {means}"
 
     def _label(self, row: int, top: float) -> None:
         """Name a row, and say how much of a proxy's attention its maps show."""

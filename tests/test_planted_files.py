@@ -234,6 +234,18 @@ def test_verify(annotations: Path, run, tmp_path: Path) -> None:
     assert status == 0 and ", 0 bad" in said
 
 
+def test_explain(planted: Path, model: Path, run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out.png"
+    for path in sorted(planted.iterdir()):
+        if path.suffix in (".txt", ".jsonl") or path.name == "gap.mkv":
+            continue
+        status, said = run("explain", model, path, TEXT, "--out", out)
+        assert status == int(path.name != "good.mp4"), said
+        assert out.exists() == (status == 0) and not list(tmp_path.glob(".*"))
+        out.unlink(missing_ok=True)
+
+
 def test_prepare(planted: Path, run, tmp_path: Path) -> None:
     out = tmp_path / "prepared.jsonl"
     status, said = run("prepare", "folder", planted, out)

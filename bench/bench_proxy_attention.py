@@ -1,8 +1,8 @@
 """proxy_attention against its alternatives: `clipvip bench ops --only attention`.
 
-Attention of one layer of ViT-B/16, B/32 or L/14 with heads of 64: forward, backward alone, or both.
-Videos lie in one packed batch, as the op takes them; "ragged" ones have 4 to 20 frames, 12 on
-average. Records: ops-proxy_attention-*.
+Attention of one layer of ViT-B/16, B/32 or L/14 with heads of 64, of SO400M/14 with heads of 72, or
+of bigG/14 with heads of 104: forward, backward alone, or both. Videos lie in one packed batch, as
+the op takes them; "ragged" ones have 4 to 20 frames, 12 on average. Records: ops-proxy_attention-*.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from clipvip.ops.proxy_attention import proxy_attention
 
+SO400M = dict(patches=256, heads=16, head_dim=72)
+BIGG = dict(patches=256, heads=16, head_dim=104)
 ON_GPU = dict(frames=12, dtype="bfloat16", device="cuda")
 PLAIN = ON_GPU | {"compiled": False}  # compiling takes longer than the rest of the case
 SIZES: dict[str, dict[str, Any]] = {
@@ -30,6 +32,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "b16-fp32-frames1": dict(videos=2, frames=1, patches=196, dtype="float32"),
     "b16-fp32-frames4": dict(videos=2, frames=4, patches=196, dtype="float32"),
     "b16-fp32-frames32": dict(videos=2, frames=32, patches=196, dtype="float32"),
+    "so400m-bf16": dict(videos=1, frames=12, dtype="bfloat16", **SO400M),
+    "bigg-bf16": dict(videos=1, frames=12, dtype="bfloat16", **BIGG),
     "b32-bf16-batch1": dict(videos=1, patches=49, **PLAIN),
     "b32-bf16-batch32": dict(videos=32, patches=49, **ON_GPU),
     "b32-bf16-batch128": dict(videos=128, patches=49, **PLAIN),
@@ -40,6 +44,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "b16-bf16-ragged32": dict(videos=32, patches=196, ragged=True, **ON_GPU),
     "l14-bf16-batch32": dict(videos=32, patches=256, heads=16, **ON_GPU),
     "l14_336-bf16-batch16": dict(videos=16, patches=576, heads=16, **PLAIN),
+    "so400m-bf16-batch16": dict(videos=16, **SO400M, **PLAIN),
+    "bigg-bf16-batch16": dict(videos=16, **BIGG, **PLAIN),
 }
 CASES = records.each_way(
     {
@@ -83,7 +89,7 @@ def with_proxies(proxies: Tensor, patches: Tensor) -> Tensor:
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query * HEAD_DIM**-0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
+    return (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
 def eager(
@@ -242,9 +248,12 @@ def left_out(
 
 
 def work(
-    frames: Sequence[int], patches: int, proxies: int, heads: int, dtype: str, way: str
+    frames: Sequence[int], patches: int, proxies: int, channels: int, dtype: str, way: str
 ) -> dict[str, float]:
-    """Return the operations of the products, and the bytes that must be read and written once."""
+    """Return the operations of the products, and the bytes that must be read and written once.
+
+    channels: of all heads together.
+    """
     products, tensors = WAYS[way]
     tokens = [proxies + n * patches for n in frames]
     pairs = sum(
@@ -252,8 +261,8 @@ def work(
     )
     size = getattr(torch, dtype).itemsize
     return {
-        "flop": 2.0 * products * heads * HEAD_DIM * pairs,
-        "bytes": tensors * sum(tokens) * heads * HEAD_DIM * size,
+        "flop": 2.0 * products * channels * pairs,
+        "bytes": tensors * sum(tokens) * channels * size,
     }
 
 
@@ -290,6 +299,7 @@ def measure(
     way: str,
     proxies: int = PROXIES,
     heads: int = HEADS,
+    head_dim: int = HEAD_DIM,
     ragged: bool = False,
     device: str = "cpu",
     compiled: bool = True,
@@ -300,7 +310,7 @@ def measure(
     torch.compiler.reset()
     each = lengths(videos, frames, ragged)
     tokens = sum(proxies + n * patches for n in each)
-    qkv = torch.randn(tokens, 3, heads, HEAD_DIM)
+    qkv = torch.randn(tokens, 3, heads, head_dim)
     grad = torch.randn_like(qkv[:, 0])
     qkv, grad = (x.to(device, getattr(torch, dtype)) for x in (qkv, grad))
 
@@ -330,7 +340,7 @@ def measure(
             {name: contestant(form) for name, form in forms(device).items() if name not in without},
             expected={"forward": [output], "backward": [gradient]}.get(way, [output, gradient]),
             tolerance=1e-5 if dtype == "float32" else 2e-2,
-            work=work(each, patches, proxies, heads, dtype, way),
+            work=work(each, patches, proxies, heads * head_dim, dtype, way),
             seconds=budget,
             device=device,
             left_out=without,

@@ -24,13 +24,16 @@ from clipvip.ops import proxy_attention
 from clipvip.ops.proxy_attention import proxy_attention_reference
 
 # (dtype, D, L): several warps. Rows stay in shared memory, or pass through a ring: in backward, and
-# for fp32 and D=128 in forward, too.
+# for fp32 and D=128 in forward, too. Heads of 72 and 104 end within a pair of tiles.
 ATTENTION = [
     (torch.bfloat16, 64, 140),
     (torch.float32, 64, 140),
     (torch.bfloat16, 64, 576),
     (torch.float32, 64, 576),
     (torch.float16, 128, 576),
+    (torch.bfloat16, 72, 256),
+    (torch.bfloat16, 104, 256),
+    (torch.float32, 88, 256),
 ]
 # (dtype, n, D): rows that stay in shared memory, and rows that pass through a ring.
 LOSSES = [(torch.bfloat16, 300, 512), (torch.bfloat16, 300, 40), (torch.float32, 300, 512)]

@@ -504,6 +504,10 @@ MEASURES = {
         bench_proxy_attention,
         ATTENTION | FP32 | {"way": "both", "videos": 3, "frames": 3, "ragged": True},
     ),
+    "proxy_attention heads of 72": (
+        bench_proxy_attention,
+        ATTENTION | BF16 | {"way": "both", "heads": 2, "head_dim": 72, "compiled": False},
+    ),
     "symmetric": (bench_pairwise_logsumexp, dict(loss="symmetric", n=70) | FP32),
     "symmetric bf16": (bench_pairwise_logsumexp, dict(loss="symmetric", n=70) | BF16),
     "vsc_fc": (bench_pairwise_logsumexp, dict(loss="vsc_fc", n=70) | FP32),

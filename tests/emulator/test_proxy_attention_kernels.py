@@ -12,8 +12,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RAGGED = [0, 2, 2, 3]  # two frames, none, one
 ALL, FEW = 232448, 44 * 1024  # bytes of shared memory: enough for a frame's 144 rows, or not
 
-# (dtype, D, L, M): each value with each dtype, and every kernel with rows that fill no tile and
-# with heads that fill it, and that do not
+# (dtype, D, L, M): each value with each dtype, and every kernel with rows that fill no tile, with
+# heads that fill its rows and with heads that do not
 GRID = [
     (dtype, dim, patches, proxies)
     for dtype in DTYPES

@@ -148,6 +148,12 @@ def fingerprint(model: CLIPViPModel, processor: CLIPViPProcessor) -> str:
     colours = processor.image_mean, processor.image_std
     whole = sorted(reading.items()), colours, model.config.vision_config.frame_pooling
     digest = hashlib.sha256(f"{whole};".encode())
+    towers = [
+        (each.hidden_act, each.hidden_size // each.num_attention_heads)
+        for each in (model.config.text_config, model.config.vision_config)
+    ]
+    if set(towers) != {("quick_gelu", 64)}:  # which weights do not show
+        digest.update(f"{towers};".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -312,11 +312,8 @@ def _embed(
 def _load(
     model: str | Path, device: str | torch.device, *, local_files_only: bool = False
 ) -> tuple[Any, Any]:
-    from transformers.utils import logging
-
     from clipvip.embedding import load_for_embedding
 
-    logging.disable_progress_bar()  # the bar for loading weights would break our own
     network: Any
     network, processor = load_for_embedding(model, local_files_only=local_files_only)
     return network.to(device), processor
@@ -336,16 +333,19 @@ def _model_here(model: str, sources: Sequence[str]) -> str:
 
     try:
         # With the path of a folder, unlike with a name, transformers never contacts the hub.
-        config = try_to_load_from_cache(model, "config.json")
+        configs = [
+            try_to_load_from_cache(model, name) for name in ("config.json", "open_clip_config.json")
+        ]
     except ValueError:
         raise ValueError(
             f"the index names no model that may be loaded: {shown(model)!r}; expected an absolute "
             "path or a name on the Hugging Face hub: make the index again with clipvip embed"
         ) from None
     except OSError:
-        config = None
-    if isinstance(config, str):
-        return os.path.dirname(os.path.abspath(config))
+        configs = []
+    for config in configs:
+        if isinstance(config, str):
+            return os.path.dirname(os.path.abspath(config))
     raise ValueError(
         f"the model {shown(model)} that this index was made with is not on this machine, and "
         "search downloads none; if you trust it, download it: "

@@ -100,10 +100,12 @@ def found(
     except OSError as failed:
         if path.exists():
             raise
+        inside = len(path.parts) > 1 and path.parent.is_dir()
+        here = f"the folder {shown(path.parent)} does not hold" if inside else "does not exist here"
         raise error(
-            f"{what} is {value!r}, which does not exist here and could not be fetched from the hub "
-            f"(it does not exist there, needs a login, or this machine is offline); {wanted}"
-            f"{_nearest(path)}"
+            f"{what} is {value!r}, which {here} and could not be fetched from the hub (it does not "
+            f"exist there, needs a login, or this machine is offline); {wanted}"
+            f"{'' if inside and not _close(path) else _nearest(path)}"
         ) from failed
     except BaseException as failed:
         if not isinstance(failed, Exception) and type(failed).__name__ != "PanicException":
@@ -126,22 +128,27 @@ def found(
 
 
 def _nearest(path: Path) -> str:
-    """Describe which part of a path that does not exist does, for the end of an error.
+    """Suggest what a path that does not exist may mean, for the end of an error.
 
-    Empty if that is only the current or the root folder and has no name that is close.
+    It is a name that is close, beside the first part that does not exist, or else the folder in
+    which that part was looked for, unless that is the current one or the root.
     """
     while not path.parent.exists():
         path = path.parent
-    try:
-        names = [entry.name for entry in islice(os.scandir(path.parent), 10_000)]
-    except OSError:
-        return ""
-    close = get_close_matches(path.name, names, n=1)
-    if close:
-        return f"; did you mean {shown(path.parent / close[0])}?"
+    if close := _close(path):
+        return f"; did you mean {shown(path.parent / close)}?"
     if path.parent in (Path(), Path(path.anchor)):
         return ""
     return f"; the folder {shown(path.parent)} exists, but holds no {shown(path.name)}"
+
+
+def _close(path: Path) -> str | None:
+    """Return the name in a path's folder that is most like the path's, if one is close."""
+    try:
+        names = [entry.name for entry in islice(os.scandir(path.parent), 10_000)]
+    except OSError:
+        return None
+    return next(iter(get_close_matches(path.name, names, n=1)), None)
 
 
 def holds_code(error: BaseException | None) -> bool:

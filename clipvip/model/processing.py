@@ -25,7 +25,7 @@ from clipvip.model.checkpoints import is_checkpoint_file
 from clipvip.model.configuration import CLIPViPConfig
 from clipvip.model.layouts import ADDED_TO_CLIP, image_size
 from clipvip.model.positions import MOST
-from clipvip.model.pretrained import found, open_clip_config, read_json, read_weights
+from clipvip.model.pretrained import cached, found, open_clip_config, read_json, read_weights
 from clipvip.ops.resize_crop import check_resize, resize_frames
 
 logger = logging.get_logger(__name__)
@@ -279,6 +279,9 @@ def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
     Raises FileNotFoundError if there is no such folder or name, and NoTokenizer if it has none.
     """
     with found("the tokenizer", where, kind="tokenizer"):
+        if not os.path.exists(where):
+            # Fails once if the hub cannot be reached, not for each of a tokenizer's files.
+            cached(where, "config.json", hub)
         loaded = None if is_checkpoint_file(where) else CLIPTokenizer.from_pretrained(where, **hub)
         # Without files, transformers makes a tokenizer of the special tokens alone.
         if loaded is None or len(loaded) <= len(loaded.all_special_ids):

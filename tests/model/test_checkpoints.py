@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from clipvip.convert import convert
 from clipvip.embedding import load_for_embedding
 from clipvip.model import CLIPViPModel
+from clipvip.model.processing import read_settings
 
 PLAIN = {"frame_pooling": "mean", "num_proxies": 1}
 VISION = {"layers": 2, "width": 128, "patch_size": 8, "image_size": 32}
@@ -56,7 +58,7 @@ def openai(clip, open_clip):
 
 
 def assert_same_features(theirs, source, **options):
-    ours = CLIPViPModel.from_pretrained(source, **PLAIN, **options).eval()
+    ours = CLIPViPModel.from_pretrained(source, **(PLAIN | options)).eval()
     assert ours.dtype == torch.float32
     images, ids = torch.randn(3, 3, 32, 32), torch.randint(1, 58, (3, 16))
     ids[:, 0] = 58
@@ -178,6 +180,86 @@ def test_clip4clip(openai, tmp_path, caplog):
     assert_same_features(model, tmp_path / "pytorch_model.bin.4")
     (said,) = [r.getMessage() for r in caplog.records if "CLIP4Clip" in r.getMessage()]
     assert "frame_position_embeddings, transformerClip" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("activation", "end", "dtype", "kind"),
+    [
+        ("gelu", 2, torch.float16, "shards"),
+        ("quick_gelu", 59, torch.bfloat16, "bin"),
+        ("gelu", 59, torch.float32, "safetensors"),
+        ("quick_gelu", 2, torch.float32, "file"),
+    ],
+    ids=str,
+)
+def test_folder_of_transformers(tmp_path, activation, end, dtype, kind):
+    """As OpenAI, LAION, MetaCLIP and DFN publish them; old ones say 2 for their end token."""
+    tower = {"hidden_size": 128, "intermediate_size": 96, "hidden_act": activation}
+    tower |= {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 24}
+    ends = {"bos_token_id": 58, "eos_token_id": end, "pad_token_id": 1, "vocab_size": 60}
+    text = {**tower, **ends, "max_position_embeddings": 16}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=40)
+    model = stirred(CLIPModel(config)).to(dtype)
+    options = {"max_shard_size": "100KB"} if kind == "shards" else {}
+    model.save_pretrained(tmp_path, **options)
+    source, options = tmp_path, {}
+    if kind == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    elif kind == "file":
+        source, options = (
+            tmp_path / "model.safetensors",
+            {"activation": activation, "head_width": 64},
+        )
+    assert CLIPViPModel.from_pretrained(source, **options).dtype == dtype
+
+    class Theirs:
+        logit_scale = model.logit_scale
+
+        def float(self):
+            model.float()
+            return self
+
+        def encode_image(self, images):
+            return model.get_image_features(images).pooler_output
+
+        def encode_text(self, ids):
+            return model.get_text_features(ids).pooler_output
+
+    assert_same_features(Theirs(), source, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize(
+    ("mode", "resize"), [("shortest", "crop"), ("longest", "pad"), ("squash", "squash")]
+)
+def test_frames_are_read_as_open_clip_reads_images(clip, tmp_path, caplog, mode, resize):
+    torch.save(clip().state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    towers = {"vision_cfg": VISION, "text_cfg": TEXT}
+    config = {"model_cfg": towers, "preprocess_cfg": {"resize_mode": mode, "std": [0.5] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    convert(tmp_path, tmp_path / "ours")
+    settings = read_settings(tmp_path / "ours")
+    assert (settings["resize"], settings["image_std"], settings["image_size"]) == (
+        resize,
+        [0.5] * 3,
+        32,
+    )
+    assert ("using the nearest way" in caplog.text) == (mode == "squash")
+
+
+@pytest.mark.parametrize("to", ["clipvip", "clip"])
+def test_conversion_keeps_features_and_takes_a_tokenizer(clip, tokenizer, tmp_path, to):
+    model = clip(quick_gelu=True)
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = {"activation": "quick_gelu", "head_width": 64}
+    convert(tmp_path / "clip.pt", tmp_path / "ours", to, tmp_path / "tokenizer", **options)
+    options = {"strict": False, "num_proxies": 1} if to == "clipvip" else {}
+    assert_same_features(model, tmp_path / "ours", **options)
+    processor = load_for_embedding(tmp_path / "ours")[1]
+    assert (processor.image_size, processor.resize) == (32, "crop")
+    assert processor.tokenizer("a cat").input_ids == tokenizer("a cat").input_ids
 
 
 FOREIGN = {

@@ -355,3 +355,46 @@ def test_a_subfolder_is_looked_for_where_it_is(make_model, tmp_path):
     assert loaded.config.projection_dim == model.config.projection_dim
     with pytest.raises(FileNotFoundError, match=r"a folder without config\.json"):
         CLIPViPModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("./models/clpvip-b32", r"does not exist; .*; did you mean models/clipvip-b32\?"),
+        ("models/clpvip-b32", r"the folder models does not hold and .* mean models/clipvip-b32\?"),
+        ("models/other", r"the folder models does not hold and could not .*base-patch32$"),
+        ("modls/clipvip-b32", r"does not exist here and could not .*; did you mean models\?"),
+        ("models/mine/best/model", r"does not exist; .* models exists, but holds no mine$"),
+        ("models/clipvip-b3/model", r"does not exist; .*; did you mean models/clipvip-b32\?"),
+        ("models/weights", r"without config.json; .* in it, give models/weights/epoch_1\.pt$"),
+        ("models/weights/epoch_2.pt", r"did you mean models/weights/epoch_1\.pt\?"),
+        ("zzz", r"does not exist here and could not be fetched .*base-patch32$"),
+    ],
+)
+def test_names_close_to_one_that_is_not_there_are_suggested(source, hint, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("clipvip-b32", "weights"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "models" / "weights" / "epoch_1.pt").touch()
+    with pytest.raises(FileNotFoundError, match=hint) as error:
+        load_for_embedding(source)
+    assert "\n" not in str(error.value)
+
+
+def test_a_load_shows_one_line_and_no_bar_or_table(clip_folder, capfd, caplog):
+    CLIPViPModel.from_pretrained(clip_folder)
+    shown = "".join(capfd.readouterr())
+    assert "LOAD REPORT" not in shown + caplog.text and "%" not in shown
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{clip_folder} is a CLIP checkpoint: added 3 video proxies (proxy_init='class_token') "
+        "and a temporal embedding of 12 frames, zero at the start"
+    ]
+
+
+def test_heads_that_the_kernel_does_not_take_use_the_reference(model_folder, caplog):
+    damage_config(model_folder, {"vision_config.num_attention_heads": 16})
+    model = CLIPViPModel.from_pretrained(model_folder)
+    assert model.config.vision_config.attention_backend == "reference"
+    assert "heads of D=8" in caplog.text
+    model.get_video_features(torch.zeros(1, 2, 3, 32, 32))

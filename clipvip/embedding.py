@@ -143,7 +143,8 @@ def read_clips(
 
 
 def fingerprint(model: CLIPViPModel, processor: CLIPViPProcessor) -> str:
-    """Hash all weights, how videos are read and how frames are pooled; not the model's folder."""
+    """Hash all weights, how videos are read and how features are computed from them; not the
+    model's folder."""
     reading = {name: value for name, value in processor.loading().items() if name != "text_length"}
     colours = processor.image_mean, processor.image_std
     whole = sorted(reading.items()), colours, model.config.vision_config.frame_pooling

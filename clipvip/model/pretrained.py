@@ -30,7 +30,7 @@ from clipvip.files import shown
 from clipvip.model.checkpoints import FILE_SUFFIXES, is_checkpoint_file, read_checkpoint
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
 from clipvip.model.layouts import ADDED_TO_CLIP, Weights, configured_by_open_clip, infer_config
-from clipvip.ops import proxy_attention
+from clipvip.ops.proxy_attention import takes_heads_of
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -231,26 +231,17 @@ def resolve(
     return source, options, frozenset(() if model_type == "clipvip" else ADDED_TO_CLIP)
 
 
-def unsupported_heads(config: CLIPViPConfig, backend: str) -> str | None:
-    """Return why the video tower's attention cannot run with this backend, or None if it can."""
-    width, heads = config.vision_config.hidden_size, config.vision_config.num_attention_heads
-    proxy = torch.zeros(1, 3, 1, width // heads)
-    try:  # the op knows the sizes it supports
-        proxy_attention(proxy, torch.zeros(2, dtype=torch.int32), 1, 1, backend=backend)
-    except ValueError as error:
-        return str(error).partition(";")[0]
-    return None
-
-
 def _backend(config: CLIPViPConfig, source: str | PathLike, given: dict[str, Any]) -> str:
     """Return the attention_backend of a model: unless it was given, one that takes its heads."""
-    backend: str = config.vision_config.attention_backend
-    if "attention_backend" in given:
-        return backend
-    reason = unsupported_heads(config, backend)
-    if reason is None:
-        return backend
-    logger.warning(f"{shown(source)}: {reason}; using the slower attention_backend='reference'")
+    vision = config.vision_config
+    head_dim = vision.hidden_size // vision.num_attention_heads
+    if "attention_backend" in given or takes_heads_of(head_dim):
+        return vision.attention_backend
+    if vision.attention_backend != "reference":
+        logger.warning(
+            f"{shown(source)} has heads of {head_dim}, which the compiled attention does not take; "
+            "using the slower attention_backend='reference'"
+        )
     return "reference"
 
 

@@ -19,8 +19,9 @@ from clipvip.data.shards import Shards, Source, build_shard_loader, is_shards
 from clipvip.embedding import join_texts
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.positions import interpolate_positions, with_sizes
-from clipvip.model.pretrained import found, read_config, unsupported_heads
+from clipvip.model.pretrained import found, read_config
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
+from clipvip.ops import proxy_attention
 from clipvip.training import lora, parallel
 from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
 from clipvip.training.optimization import freeze
@@ -222,12 +223,14 @@ def _sized(config: TrainConfig, shapes: CLIPViPConfig) -> CLIPViPConfig:
 
 def _check_heads(key: str, shapes: CLIPViPConfig, backend: str) -> None:
     """Raise ConfigError if the video tower's attention cannot run with this backend."""
-    reason = unsupported_heads(shapes, backend)
-    if reason is None:
-        return
     width, heads = shapes.vision_config.hidden_size, shapes.vision_config.num_attention_heads
-    raise ConfigError(
-        f"{key}: vision_config has heads of {width // heads} (hidden_size {width} / "
-        f"num_attention_heads {heads}), which the compiled attention does not support "
-        f"({reason}); give backend=reference, which supports any, or other shapes"
-    )
+    proxy = torch.zeros(1, 3, 1, width // heads)
+    try:  # the op knows the sizes it supports
+        proxy_attention(proxy, torch.zeros(2, dtype=torch.int32), 1, 1, backend=backend)
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+        raise ConfigError(
+            f"{key}: vision_config has heads of {width // heads} (hidden_size {width} / "
+            f"num_attention_heads {heads}), which the compiled attention does not support "
+            f"({reason}); give backend=reference, which supports any, or other shapes"
+        ) from None

@@ -100,7 +100,7 @@ def evaluate_checkpoint(
     annotations: str | Path,
     *,
     out: str | Path | None = None,
-    backend: str = "native",
+    backend: str | None = None,
     mixed_precision: str = "auto",
     print_table: bool = True,
     **options: Any,
@@ -112,13 +112,15 @@ def evaluate_checkpoint(
     checkpoint: model that load_for_embedding accepts.
     annotations: JSON Lines, whose texts are the queries.
     out: JSON file for the result, written whole or not at all.
+    backend: attention_backend of the model; by default that of its configuration.
     mixed_precision: see clipvip.embedding.precision_on; the result names what was chosen.
     options: options of `evaluate`: batch_size, num_workers, max_bad_share, decoder.
     """
     state = distributed.start(TrainConfig.timeout)
     with watch.Watch(TrainConfig.lost_after):
         clips = load_annotations(annotations)
-        model, processor = load_for_embedding(checkpoint, attention_backend=backend)
+        given_backend = {} if backend is None else {"attention_backend": backend}
+        model, processor = load_for_embedding(checkpoint, **given_backend)
         model.to(state.device)
         precision = precision_on(model, mixed_precision)
         result = evaluate(model, clips, processor, mixed_precision=precision, **options)

@@ -5,12 +5,13 @@ data/N holds the numbers of storage N, and code/ the programs, which are never o
 torch.jit.load would compile these programs.
 """
 
+import math
 import os
 import pickle
 import pickletools
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -146,9 +147,20 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
 
 
-def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    """Return a part of a storage as a tensor. Raises RuntimeError if it does not lie within."""
-    part = storage.as_strided(size, stride, offset)
-    if part.numel() > storage.numel():
-        raise ValueError(f"a tensor {list(part.shape)} shares {storage.numel()} numbers")
-    return part
+def _tensor(
+    storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any
+) -> Tensor:
+    """Return a part of a storage as a tensor. Raises ValueError if it does not lie within, or has
+    more numbers than there are; PyTorch checks neither on the meta device."""
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    whole = math.prod(size) <= storage.numel()
+    if (
+        min(offset, *size, *stride, 0) < 0
+        or (last >= storage.numel() and 0 not in size)
+        or not whole
+    ):
+        raise ValueError(
+            f"a tensor of size {list(size)}, stride {list(stride)} and offset {offset} does not "
+            f"lie within its {storage.numel()} numbers"
+        )
+    return storage.as_strided(size, stride, offset)

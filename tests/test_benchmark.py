@@ -12,6 +12,7 @@ import bench_elementwise
 import bench_gradient_caching
 import bench_growth
 import bench_linear
+import bench_load
 import bench_model
 import bench_pairwise_logsumexp
 import bench_proxy_attention
@@ -580,3 +581,19 @@ def test_gradient_caching_gives_the_same_and_goes_where_records_go(tmp_path, mon
     config = SimpleNamespace(getoption={"--bench-out": tmp_path}.get)
     bench_gradient_caching.test_gradient_caching(SimpleNamespace(config=config))
     assert "micro_batch" in json.loads((tmp_path / "gradient_caching.json").read_text())
+
+
+def test_loads_are_compared_and_go_where_records_go(tmp_path, monkeypatch):
+    """Here in one process; the benchmark gives each load its own."""
+    tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    tower |= {"num_attention_heads": 1}
+    monkeypatch.setattr(bench_load, "B32", {"text_config": tower, "vision_config": tower})
+    monkeypatch.setattr(bench_load, "ROUNDS", 1)
+    monkeypatch.setattr(cases, "run", lambda module, function, given: bench_load.load(**given))
+    config = SimpleNamespace(getoption={"--bench-out": tmp_path}.get)
+    bench_load.test_load(SimpleNamespace(config=config))
+    results = json.loads((tmp_path / "load.json").read_text())["results"]
+    assert results.keys() == bench_load.SOURCES.keys()
+    for row in results.values():
+        assert row["ratio"]["both_seconds"] > 0
+        assert row["ours"]["both_seconds"] > row["ours"]["load_seconds"] > 0

@@ -11,7 +11,6 @@ from clipvip import cli
 from clipvip.convert import convert
 from clipvip.embedding import load_for_embedding
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
-from clipvip.model.layouts import authors_state_dict
 from clipvip.model.positions import interpolate_patches, interpolate_texts
 
 PATCHES = "vision_model.embeddings.position_embedding.weight"
@@ -52,12 +51,11 @@ def said(monkeypatch):
 def source(request, clip_folder, make_model, tmp_path):
     if request.param == "clip":
         return clip_folder
-    path = tmp_path / request.param
-    if request.param == "ours":
-        make_model().save_pretrained(path)
-    else:
-        torch.save(authors_state_dict(make_model()), path)
-    return path
+    ours = tmp_path / "ours"
+    make_model().save_pretrained(ours)
+    if request.param == "authors.pt":
+        convert(ours, tmp_path / request.param, to="authors")
+    return tmp_path / request.param
 
 
 def sizes_known_to(model):
@@ -188,7 +186,8 @@ def test_the_processor_reads_what_a_resized_model_reads(clip_folder, tokenizer, 
 
 
 def test_sizes_wait_for_a_tokenizer(make_model, tokenizer, tmp_path):
-    torch.save(authors_state_dict(make_model()), tmp_path / "x.pt")
+    make_model().save_pretrained(tmp_path / "before")
+    convert(tmp_path / "before", tmp_path / "x.pt", to="authors")
     convert(tmp_path / "x.pt", tmp_path / "ours", image_size=40, text_length=24)
     tokenizer.save_pretrained(tmp_path / "ours")
     _, processor = load_for_embedding(tmp_path / "ours")

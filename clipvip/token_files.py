@@ -156,12 +156,13 @@ class _Run:
         written, unfit = 0, {}
         due = time.monotonic() + SAVE_SECONDS
         with progress(f"writing tokens of {len(todo)} clips{there}", len(todo)) as advance:
-            for clip, tensors in self._computed(network, processor, todo, options):
-                if reason := self._add(clip, tensors):
-                    unfit[clip.path] = reason
-                else:
-                    written += 1
-                advance(1)
+            for clips in self._computed(network, processor, todo, options):
+                for clip, tensors in clips:
+                    if reason := self._add(clip, tensors):
+                        unfit[clip.path] = reason
+                    else:
+                        written += 1
+                advance(len(clips))
                 if len(unfit) >= COUNTED_FROM and not written:
                     break  # the others would fail too
                 if (started := time.monotonic()) > due:
@@ -205,8 +206,8 @@ class _Run:
         processor: CLIPViPProcessor,
         clips: list[IndexedClip],
         options: dict[str, Any],
-    ) -> Iterator[tuple[IndexedClip, dict[str, Tensor]]]:
-        """Yield each clip with proxies, patches and times, as computed.
+    ) -> Iterator[list[tuple[IndexedClip, dict[str, Tensor]]]]:
+        """Yield batches of clips, each clip with proxies, patches and times, as computed.
 
         Appends the files that could not be decoded to `bad_files` at the end.
         """
@@ -221,9 +222,11 @@ class _Run:
             by_mean = _is_pooled_by_mean(network)
             proxies = tokens.proxies.split(lengths) if by_mean else tokens.proxies.unbind()
             others = tokens.patches.split(lengths), batch["frame_times"].split(lengths)
-            places = batch["clip_index"].tolist()
-            for place, *own in zip(places, proxies, *others, strict=True):
-                yield clips[place], dict(zip(("proxies", "patches", "times"), own, strict=True))
+            names, places = ("proxies", "patches", "times"), batch["clip_index"].tolist()
+            yield [
+                (clips[place], dict(zip(names, own, strict=True)))
+                for place, *own in zip(places, proxies, *others, strict=True)
+            ]
         self.bad_files += [{"path": bad.path, "reason": bad.reason} for bad in unread]
 
     def _add(self, clip: IndexedClip, tensors: dict[str, Tensor]) -> str | None:

@@ -140,7 +140,7 @@ def proxy_attention_weights(
     _check_offsets(qkv, frame_offsets, num_proxies, patches_per_frame)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     offsets = frame_offsets.tolist()
-    most = max((last - first for first, last in itertools.pairwise(offsets)), default=0)
+    most = max([0, *(last - first for first, last in itertools.pairwise(offsets))])
     longest = num_proxies + most * patches_per_frame
     # Each token's frame; below 0 for a proxy. It is the same in shorter videos.
     frame = (torch.arange(longest, device=qkv.device) - num_proxies) // patches_per_frame

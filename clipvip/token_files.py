@@ -197,7 +197,7 @@ class _Run:
         lack = f"; only {_bytes(free)} are free there" if free < each * clips else ""
         return (
             f"{frames} frames give {tokens} tokens of {width} values in {self.head.dtype}: "
-            f"{_bytes(each)} per clip, {_bytes(each * clips)} in all{lack}"
+            f"at most {_bytes(each)} per clip, {_bytes(each * clips)} in all{lack}"
         )
 
     def _computed(

@@ -420,9 +420,10 @@ class CLIPViPModel(WithCard, CLIPViPPreTrainedModel):  # type: ignore[misc]
         }
         outputs: dict[str, bool] = {}
         for name, value in asked.items():
-            # Unless the whole model's configuration asks for it, each tower's own decides.
-            value = (getattr(self.config, name) or None) if value is None else value
-            outputs |= {} if value is None else {name: value}
+            if value is None:
+                value = getattr(self.config, name) or None
+            if value is not None:  # else each tower's own configuration decides
+                outputs[name] = value
         video, vision_output = self._video_features(pixel_values, frame_offsets, **outputs)
         text, text_output = self._text_features(input_ids, attention_mask, **outputs)
         video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)

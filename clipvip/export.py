@@ -6,6 +6,7 @@ PyTorch in both. docs/export.md shows how to run them.
 
 import copy
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -204,9 +205,28 @@ def _write_program(tower: _Tower, path: Path) -> torch.export.ExportedProgram:
     }
     with _quiet():
         program = torch.export.export(tower.module, tower.example, dynamic_shapes=shapes)
-        with path.open("wb") as file:  # its errors give the reason, torch's do not
+        with _Output(path, "wb") as file:
             torch.export.save(program, file)
+    if file.failure is not None:
+        raise file.failure
     return program
+
+
+class _Output(io.FileIO):
+    """A file that remembers its first error and drops what it cannot write: where writing raises,
+    torch.export.save ends the process."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:  # type: ignore[override]
+        rest = memoryview(data).cast("B")
+        count = len(rest)
+        try:
+            while rest and self.failure is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+        return count
 
 
 def _opened_program(path: Path) -> Callable[..., Tensor]:

@@ -3,11 +3,13 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from clipvip.ops import _native, proxy_attention
 from clipvip.ops.proxy_attention import (
     _backward,
     _forward,
+    equal_lengths_reference,
     proxy_attention_reference,
     proxy_attention_weights,
 )
@@ -303,6 +305,41 @@ def test_backends_agree(device):
     qkv, offsets = make(RAGGED, 7, 4, device=device)
     got = proxy_attention(qkv, offsets, 4, 7, backend="reference")
     torch.testing.assert_close(got, proxy_attention(qkv, offsets, 4, 7))
+
+
+@pytest.mark.parametrize(("videos", "frames"), [(1, 1), (3, 1), (2, 5), (2, 0)])
+@pytest.mark.parametrize(("patches", "proxies"), [(7, 4), (1, 1), (9, 5)])
+def test_equal_lengths_are_the_reference(videos, frames, patches, proxies):
+    offsets = [i * frames for i in range(videos + 1)]
+    qkv, offsets = make(offsets, patches, proxies, dtype=torch.float64)
+    want = run(proxy_attention_reference, qkv, offsets, proxies, patches, 0.3)
+    got = run(equal_lengths_reference, qkv, frames, proxies, patches, 0.3)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_reference_is_traced_without_values_of_frame_offsets():
+    """For any batch, and under autograd."""
+
+    class Attend(torch.nn.Module):
+        def forward(self, qkv: Tensor, offsets: Tensor) -> Tensor:
+            return proxy_attention(qkv, offsets, 4, 7, backend="reference")
+
+    dynamic = {0: torch.export.Dim.DYNAMIC}
+    given = make([0, 2, 3], 7, 4, dtype=torch.float64)
+    program = torch.export.export(Attend(), given, dynamic_shapes=(dynamic,) * 2)
+    for frames in (RAGGED, [0, 0, 1], [0, 1], [0]):
+        qkv, offsets = make(frames, 7, 4, dtype=torch.float64)
+        got, want = run(program.module(), qkv, offsets), run(Attend(), qkv, offsets)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_reference_on_fake_tensors_gives_shapes():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        qkv, offsets = (mode.from_tensor(x) for x in make(RAGGED, 7, 4, dtype=torch.bfloat16))
+        out = proxy_attention(qkv, offsets, 4, 7, backend="reference")
+    assert out.shape == qkv[:, 0].shape and out.dtype == qkv.dtype
 
 
 @pytest.mark.usefixtures("cuda")

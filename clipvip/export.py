@@ -5,33 +5,34 @@ PyTorch in both. docs/export.md shows how to run them.
 """
 
 import copy
-import importlib.util
-import io
 import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipvip import __version__
 from clipvip.embedding import load_for_embedding
+from clipvip.export_files import (
+    Tower,
+    check_onnx_packages,
+    opened_onnx,
+    opened_program,
+    write_onnx,
+    write_program,
+)
 from clipvip.files import shown
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.pretrained import check_name, failed_writes
 
 DESCRIPTION = "export.json"
-OPSET = 18  # that of PyTorch's own translations; others are converted from it
 TOLERANCE = 1e-4  # of unit features
 RESIZES = {
     "crop": "the shortest side is resized to `size` (bicubic, antialiased), the centre is cut out",
@@ -47,22 +48,6 @@ class Exported:
     files: list[str]
     difference: float  # largest, of numbers of unit features
     stored: str  # dtype of the model's weights; those exported are float32
-
-
-@dataclass
-class _Tower:
-    """A tower to export, and what its files must compute."""
-
-    name: str
-    module: nn.Module
-    inputs: dict[str, dict[int, str]]  # name → the dimensions of any size, and what they count
-    largest: dict[str, int]  # limits of some of these
-    example: tuple[Tensor, ...]
-    cases: list[tuple[tuple[Tensor, ...], Tensor]]  # inputs and features, of other sizes
-
-    @property
-    def output(self) -> str:
-        return f"{self.name}_features"
 
 
 class _VideoTower(nn.Module):
@@ -129,19 +114,8 @@ def export(source: str | os.PathLike, destination: str | os.PathLike, onnx: bool
     return Exported(files, difference, stored)
 
 
-def check_onnx_packages() -> None:
-    """Raise RuntimeError unless what writes, checks and runs ONNX is installed."""
-    wanted = ("onnx", "onnxscript", "onnxruntime")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RuntimeError(
-            f"ONNX needs {' and '.join(missing)}, not installed here: "
-            'pip install "clipvip[export]", or leave out --onnx'
-        )
-
-
 @torch.no_grad()
-def _towers(model: CLIPViPModel, processor: CLIPViPProcessor) -> list[_Tower]:
+def _towers(model: CLIPViPModel, processor: CLIPViPProcessor) -> list[Tower]:
     vision, text = model.config.vision_config, model.config.text_config
     generator = torch.Generator().manual_seed(0)
 
@@ -163,7 +137,7 @@ def _towers(model: CLIPViPModel, processor: CLIPViPProcessor) -> list[_Tower]:
     of_texts = [texts(*shape) for shape in ((1, 2), (3, most), (2, (most + 2) // 2))]
     batch = {0: "texts", 1: "length"}
     return [
-        _Tower(
+        Tower(
             "video",
             video_tower,
             {"pixel_values": {0: "videos", 1: "frames"}},
@@ -171,7 +145,7 @@ def _towers(model: CLIPViPModel, processor: CLIPViPProcessor) -> list[_Tower]:
             videos(2, 3),
             [(inputs, video_tower(*inputs)) for inputs in of_videos],
         ),
-        _Tower(
+        Tower(
             "text",
             text_tower,
             {"input_ids": batch, "attention_mask": batch},
@@ -182,89 +156,21 @@ def _towers(model: CLIPViPModel, processor: CLIPViPProcessor) -> list[_Tower]:
     ]
 
 
-def _write(tower: _Tower, folder: Path, onnx: bool) -> float:
+def _write(tower: Tower, folder: Path, onnx: bool) -> float:
     """Write a tower's files; return the largest difference of their outputs from the model's."""
     path = folder / f"{tower.name}.pt2"
     _say(f"{path.name}: tracing, writing and comparing the {tower.name} tower")
-    program = _write_program(tower, path)
-    difference = _compare(tower, path.name, _opened_program(path))
+    program = write_program(tower, path)
+    difference = _compare(tower, path.name, opened_program(path))
     if onnx:
         path = folder / f"{tower.name}.onnx"
         _say(f"{path.name}: translating, writing and comparing the {tower.name} tower")
-        _write_onnx(tower, program, path)
-        difference = max(difference, _compare(tower, path.name, _opened_onnx(tower, path)))
+        write_onnx(tower, program, path)
+        difference = max(difference, _compare(tower, path.name, opened_onnx(tower, path)))
     return difference
 
 
-def _write_program(tower: _Tower, path: Path) -> torch.export.ExportedProgram:
-    counts = {word for words in tower.inputs.values() for word in words.values()}
-    sizes = {word: torch.export.Dim(word, max=tower.largest.get(word)) for word in counts}
-    shapes = {
-        name: {at: sizes[word] for at, word in words.items()}
-        for name, words in tower.inputs.items()
-    }
-    with _quiet():
-        program = torch.export.export(tower.module, tower.example, dynamic_shapes=shapes)
-        with _Output(path, "wb") as file:
-            torch.export.save(program, file)
-    if file.failure is not None:
-        raise file.failure
-    return program
-
-
-class _Output(io.FileIO):
-    """A file that remembers its first error and drops what it cannot write: where writing raises,
-    torch.export.save ends the process."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:  # type: ignore[override]
-        rest = memoryview(data).cast("B")
-        count = len(rest)
-        try:
-            while rest and self.failure is None:
-                rest = rest[super().write(rest) :]
-        except OSError as error:
-            self.failure = error
-        return count
-
-
-def _opened_program(path: Path) -> Callable[..., Tensor]:
-    with _quiet():
-        return torch.export.load(path).module()
-
-
-def _write_onnx(tower: _Tower, program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write a graph. Weights of more than 1.5 GB go into a second file, NAME.onnx.data."""
-    import onnx
-
-    with _quiet():
-        translated = torch.onnx.export(
-            program,
-            input_names=list(tower.inputs),
-            output_names=[tower.output],
-            dynamic_shapes=tower.inputs,
-            opset_version=OPSET,
-            verbose=False,
-        )
-        assert translated is not None
-        translated.save(path)
-    onnx.checker.check_model(path, full_check=True)
-
-
-def _opened_onnx(tower: _Tower, path: Path) -> Callable[..., Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def run(*inputs: Tensor) -> Tensor:
-        given = {name: x.numpy() for name, x in zip(tower.inputs, inputs, strict=True)}
-        return torch.from_numpy(np.asarray(session.run([tower.output], given)[0]))
-
-    return run
-
-
-def _compare(tower: _Tower, name: str, run: Callable[..., Tensor]) -> float:
+def _compare(tower: Tower, name: str, run: Callable[..., Tensor]) -> float:
     """Return the largest difference of outputs from the model's. Raises ValueError if too large."""
     largest = 0.0
     for inputs, wanted in tower.cases:
@@ -284,12 +190,12 @@ def _describe(
     source: str | os.PathLike,
     model: CLIPViPModel,
     processor: CLIPViPProcessor,
-    towers: list[_Tower],
+    towers: list[Tower],
     folder: Path,
 ) -> dict[str, Any]:
     """Return what export.json says: all that one must know to run the files."""
 
-    def described(tower: _Tower) -> dict[str, Any]:
+    def described(tower: Tower) -> dict[str, Any]:
         inputs = {}
         for (name, words), x in zip(tower.inputs.items(), tower.example, strict=True):
             shape = [words.get(at, size) for at, size in enumerate(x.shape)]
@@ -328,20 +234,6 @@ def _describe(
             "Features are unit vectors. Logits are logit_scale * video_features @ text_features.T.",
         ],
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide warnings of PyTorch about its own calls, and that torchvision is not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _say(line: str) -> None:

@@ -30,6 +30,7 @@ IN_PART = {
     "token_files": "index",
     "distributed": "losses",
     "sharded": "losses",
+    "export_files": "export",
     "doctor": "cli",
     "benchmark": "cli",
     "configs": "training",

@@ -225,11 +225,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         for key, value in _settings(layer).items():
             if not key.startswith("model.config."):  # checked when the model is built
                 refuse_unknown_key(key, list(known), source)
-                if isinstance(known[key], dict) and not isinstance(value, dict | None):
-                    inner = next(name for name in known if name.startswith(f"{key}."))
-                    raise ConfigError(
-                        f"{source}: {key} is {value!r}; it holds settings, such as {inner}"
-                    )
+                _check_kind(key, value, known, source)
         try:
             merged = OmegaConf.merge(_without_replaced(merged, layer, source), layer)
         except OmegaConfBaseException as error:
@@ -392,6 +388,17 @@ def _settings(tree: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             settings |= _settings(value, f"{prefix}{name}.")
     return settings
+
+
+def _check_kind(key: str, value: Any, known: dict[str, Any], source: str) -> None:
+    """Raise ConfigError if a setting is a list or a group of settings, and `value` is not."""
+    kind = type(known[key])
+    if kind not in (dict, list) or isinstance(value, kind | None) or "${" in str(value):
+        return
+    like = f"a list, such as {key}=[{value}]"
+    if kind is dict:
+        like = f"settings, such as {next(name for name in known if name.startswith(f'{key}.'))}"
+    raise ConfigError(f"{source}: {key} is {value!r}; expected {like}")
 
 
 def _first_line(error: Exception) -> str:

@@ -68,8 +68,8 @@ def linear_layers(model: nn.Module, targets: list[str]) -> list[str]:
             near = difflib.get_close_matches(target, [*ends, *names], 1)
             raise ConfigError(
                 f"model.lora.targets: {target!r} matches no linear layer"
-                + (f"; did you mean {near[0]}?" if near else "")
-                + f"; expected one of {', '.join(ends)}, or a glob such as {names[0]}"
+                + (f"; did you mean {near[0]}?" if near else ";")
+                + f" linear layers are {', '.join(ends)}; or give a glob such as *.layers.0.*"
             )
         found |= matched
     return sorted(found)

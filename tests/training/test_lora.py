@@ -183,7 +183,11 @@ def test_a_dry_run_counts_moments_of_trained_weights_alone(make, base, world, ca
         ("model.lora={r: 0}", "model.lora.r is 0; it must be at least 1"),
         ("model.lora={rank: 8}", "unknown key model.lora.rank"),
         ("model.lora.dropout=1", r"model.lora.dropout is 1.0; it must be in \[0, 1\)"),
-        ("model.lora=8", "model.lora is 8; it holds settings, such as model.lora.r"),
+        ("model.lora=8", "model.lora is 8; expected settings, such as model.lora.r"),
+        (
+            "model.lora.targets=fc1",
+            r"is 'fc1'; expected a list, such as model.lora.targets=\[fc1\]",
+        ),
     ],
 )
 def test_wrong_settings_are_one_line(make, given, message):

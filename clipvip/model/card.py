@@ -23,6 +23,7 @@ TAGS = ("clip", "clip-vip", "video", "text-to-video-retrieval", "video-to-text-r
 PAPER = "https://arxiv.org/abs/2209.06430"
 _MARK = re.compile(r"<!-- clipvip card ([0-9a-f]{16}) -->\n\Z")
 _LARGEST = 1 << 20  # bytes of a card
+_HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "revision", "token")
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 USE = """## Use
@@ -108,8 +109,11 @@ def base_model(source: str | None) -> str | None:
     """Return the name on the hub of what a model was made from, if it can be known."""
     if source is None or _is_hub_name(source):
         return source
-    text = _read(Path(source))
-    return None if text is None else _loaded(text).data.get("base_model")
+    try:
+        name = _loaded(_read(Path(source)) or "").data.get("base_model")
+    except Exception:  # a card by anybody: yaml's errors have no common base with huggingface_hub's
+        return None
+    return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else None
 
 
 def write_card(folder: str | Path, text: str) -> None:
@@ -161,7 +165,7 @@ class Pushable:
             card = Path(folder, README)
             if card.exists() and api.file_exists(repo_id, README, revision=revision):
                 there = api.hf_hub_download(repo_id, README, revision=revision)
-                if is_edited(Path(there).read_text(encoding="utf-8")):
+                if is_edited(Path(there).read_bytes().decode(errors="replace")):
                     card.unlink()
             if tags and card.exists():
                 card.write_text(_with_tags(card.read_text(encoding="utf-8"), tags), "utf-8")
@@ -192,17 +196,20 @@ class WithCard(Pushable):
         source = model.name_or_path or None
         weights = model.state_dict() if state_dict is None else state_dict
         text = _card_of(source, weights) or model_card(model.config, source=source)
-        if push_to_hub:
-            repository = options.pop("repo_id", Path(save_directory).name)
-            hub = ("commit_message", "create_pr", "private", "revision", "token")
-            to_hub = {name: options.pop(name) for name in hub if name in options}
+        hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+        again = None if state_dict is None else dict(state_dict)  # transformers empties its own
         super().save_pretrained(  # type: ignore[misc]
             save_directory, is_main_process, state_dict, **options
         )
         if is_main_process:
             write_card(save_directory, text)
             if push_to_hub:
-                self.push_to_hub(repository, **to_hub)
+                model.name_or_path = str(save_directory)  # whose card goes along
+                try:
+                    repo_id = hub.pop("repo_id", Path(save_directory).name)
+                    self.push_to_hub(repo_id, **hub, state_dict=again, **options)
+                finally:
+                    model.name_or_path = source or ""
 
 
 def _signed(text: str) -> str:
@@ -243,6 +250,10 @@ def _card_of(source: str | None, weights: Mapping[str, Tensor]) -> str | None:
                 return None
             pairs = ((file.get_tensor(name), weight.cpu()) for name, weight in weights.items())
             same = all(x.dtype == y.dtype and x.equal(y) for x, y in pairs)
-    except (OSError, SafetensorError):
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ):  # RuntimeError: weights on no device, or shards
         return None
     return text if same else None

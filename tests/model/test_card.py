@@ -1,7 +1,7 @@
 """Model cards: they go along with their weights, tell no private path, and keep edits."""
 
+import inspect
 import shutil
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -32,7 +32,13 @@ def hub(monkeypatch, tmp_path):
         "upload_folder": upload_folder,
     }
     for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(huggingface_hub.HfApi, name, stand_in)
+        signature = inspect.signature(getattr(huggingface_hub.HfApi, name))
+
+        def checked(*given, stand_in=stand_in, signature=signature, **options):
+            signature.bind(*given, **options)
+            return stand_in(*given, **options)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, name, checked)
     return folder
 
 
@@ -58,9 +64,13 @@ def test_a_pushed_model_comes_back_with_a_card(make_model, tokenizer, hub):
 def test_a_card_on_the_hub_is_replaced_unless_it_was_edited(make_model, hub):
     make_model(num_proxies=2).push_to_hub("user/name")
     assert "from 2 video proxies" in (hub / README).read_text()
-    make_model(num_proxies=3).save_pretrained(hub.parent / "new", push_to_hub=True, repo_id="name")
+    make_model(num_proxies=3).save_pretrained(hub.parent / "name", push_to_hub=True, private=True)
     assert "from 3 video proxies" in (hub / README).read_text()
-    edited = edit(hub)
+    edited = edit(hub.parent / "name")
+    CLIPViPModel.from_pretrained(hub.parent / "name").save_pretrained(
+        hub.parent / "name", push_to_hub=True, commit_message="With a license"
+    )
+    assert (hub / README).read_text() == edited
     make_model(num_proxies=4).push_to_hub("user/name")
     assert (hub / README).read_text() == edited
 
@@ -103,7 +113,22 @@ def test_the_base_of_a_base_is_named(make_model, tmp_path):
     assert "Made from tuned." in card.text and str(tmp_path) not in card.text
 
 
-def test_a_card_that_is_no_text_is_left_alone(make_model, tmp_path):
-    (tmp_path / README).write_bytes(b"\xff\xfe\x00")
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\x00",
+        b"---\nbase_model: [\n---\n",
+        b"---\nbase_model: {a: b}\n---\n",
+        b"---\n- a\n---\n",
+    ],
+)
+def test_a_card_that_is_none_of_ours_is_left_alone(make_model, tmp_path, content):
     make_model().save_pretrained(tmp_path)
-    assert Path(tmp_path / README).read_bytes() == b"\xff\xfe\x00"
+    (tmp_path / README).write_bytes(content)
+    model = CLIPViPModel.from_pretrained(tmp_path)
+    model.logit_scale.data += 1
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / README).read_bytes() == content
+    model.logit_scale.data += 1
+    model.save_pretrained(tmp_path / "more")
+    assert ModelCard.load(tmp_path / "more" / README).data.base_model is None

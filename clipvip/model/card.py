@@ -250,10 +250,6 @@ def _card_of(source: str | None, weights: Mapping[str, Tensor]) -> str | None:
                 return None
             pairs = ((file.get_tensor(name), weight.cpu()) for name, weight in weights.items())
             same = all(x.dtype == y.dtype and x.equal(y) for x, y in pairs)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ):  # RuntimeError: weights on no device, or shards
+    except (OSError, RuntimeError, SafetensorError):  # RuntimeError: shards, or on no device
         return None
     return text if same else None

@@ -88,9 +88,9 @@ def merged(model: CLIPViPModel, weights: dict[str, Tensor]) -> dict[str, Tensor]
         if ".lora_" not in name
     }
     for name, module in model.named_modules():
-        if (scaling := getattr(module, "scaling", {}).get(NAME)) is not None:
+        if isinstance(module, _peft().tuners.lora.LoraLayer):
             a, b = (weights[f"{name}.lora_{factor}.{NAME}.weight"] for factor in "AB")
-            plain[f"{name}.weight"] = plain[f"{name}.weight"] + (b @ a) * scaling
+            plain[f"{name}.weight"] = plain[f"{name}.weight"] + (b @ a) * module.scaling[NAME]
     return plain
 
 

@@ -26,6 +26,12 @@ PEAKS = {
 # Bytes per token and channel that a layer keeps for the backward pass: in fp32, and under bf16
 # autocast, which keeps the residual stream and LayerNorms in fp32.
 _KEPT = {"vision": {"no": 40.2, "bf16": 24.2}, "text": {"no": 80.5, "bf16": 47.0}}
+# The same that a layer of the video tower keeps in addition for each linear layer with LoRA, which
+# runs as plain PyTorch.
+_KEPT_BY_LORA = {
+    "no": {"q_proj": 1.0, "k_proj": 1.0, "v_proj": 1.0, "fc1": 4.0, "fc2": 16.0},
+    "bf16": {"q_proj": 2.0, "k_proj": 2.0, "v_proj": 2.0, "out_proj": 2.0, "fc1": 3.0, "fc2": 9.0},
+}
 _FLOAT = 4  # bytes
 
 
@@ -139,6 +145,8 @@ class _Tower:
         self.reached = min(highest, self.layers)  # layers that the backward pass reaches
         self.norm_reached = highest > self.layers  # the norm between embeddings and layers
         self.embedding_trained = any(".patch_embedding." in name for name in trained)
+        # Names of linear layers with LoRA, one for each layer of the tower that has it.
+        self.changed = [name.split(".")[-4] for name in trained if ".lora_A." in name]
         self.trained = sum(  # weights in the layers' matrix products
             w.numel() for name, w in trained.items() if ".layers." in name and w.ndim == 2
         )
@@ -146,6 +154,9 @@ class _Tower:
     def kept(self, tokens: int, config: TrainConfig) -> tuple[float, float]:
         """Return the bytes kept until the backward pass, and those in one layer at a time."""
         per_layer, in_a_layer = _KEPT[self.kind][config.mixed_precision], 0.0
+        if self.kind == "vision":
+            more = _KEPT_BY_LORA[config.mixed_precision]
+            per_layer += sum(more.get(name, 0.0) for name in self.changed) / self.layers
         if config.model.gradient_checkpointing:  # inputs of layers, and the inside of one of them
             per_layer, in_a_layer = _FLOAT, per_layer * (self.reached > 0)
         channel = self.reached * per_layer + _FLOAT * (self.kind == "text" and self.reached > 0)

@@ -164,6 +164,17 @@ def test_memory_is_what_the_model_keeps(wide, precision, frozen):
     assert kept == pytest.approx(predicted, rel=0.15, abs=2**18)
 
 
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "fc1", "'*'"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_memory_with_lora_is_what_the_model_keeps(wide, precision, targets):
+    config, towers, batch = wide(10, "backend=native", f"model.lora={{r: 1, targets: [{targets}]}}")
+    config.mixed_precision = precision
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        kept = bytes_kept(lambda: towers(batch), towers.parameters())
+    predicted = plan(towers.model, config, 1).activation_bytes
+    assert kept == pytest.approx(predicted, rel=0.15, abs=2**18)
+
+
 def test_memory_with_checkpoints_is_what_is_kept_and_a_layers_insides(wide):
     config, towers, batch = wide(10, "backend=native", "model.gradient_checkpointing=true")
     kept = bytes_kept(lambda: towers(batch), towers.parameters())

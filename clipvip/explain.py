@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from clipvip.data.video import is_image, open_clip, read_frames
@@ -36,8 +36,8 @@ MADE_BY = "clipvip explain"  # in a picture's metadata
 class Explanation:
     """Arrays that say how a model reads a video, and its similarity to texts.
 
-    N frames were read; M is the number of proxies, P = side² that of patches per frame. Similarity
-    is the cosine of features, as in `clipvip search`. All tensors are on the CPU.
+    N frames were read; M is the number of proxies, side² that of patches per frame. Similarity is
+    the cosine of features, as in `clipvip search`. All tensors are on the CPU.
     """
 
     video: Path
@@ -119,18 +119,18 @@ def explain(
     ]
     side = config.image_size // config.patch_size
     return Explanation(
-        path,
-        sentences,
-        similarity[:, 0],
-        frames,
-        times,
-        of_frames,
-        torch.tensor(windows, dtype=torch.float64).view(-1, 2),
-        of_windows,
-        list(range(config.num_hidden_layers))[-layers:],
-        config.num_attention_heads,
-        torch.stack([_by_patch(each, side) for each in attention]),
-        config.frame_pooling,
+        video=path,
+        texts=sentences,
+        similarity=similarity[:, 0],
+        frames=frames,
+        times=times,
+        frame_similarity=of_frames,
+        windows=torch.tensor(windows, dtype=torch.float64).view(-1, 2),
+        window_similarity=of_windows,
+        layers=list(range(config.num_hidden_layers))[-layers:],
+        heads=config.num_attention_heads,
+        attention=torch.stack([_by_patch(each, side) for each in attention]),
+        frame_pooling=config.frame_pooling,
     )
 
 
@@ -193,9 +193,11 @@ def _check_output(name: str, path: Path, suffix: str) -> None:
 
 def _is_ours(path: Path) -> bool:
     try:
+        if not path.is_file():  # opening a pipe would wait for its other end
+            return False
         with Image.open(path) as image:
             return image.info.get("Software") == MADE_BY
-    except (UnidentifiedImageError, OSError, ValueError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
@@ -203,7 +205,7 @@ def _as_numbers(found: Explanation) -> dict[str, Any]:
     """Return everything but the frames' pixels as JSON can hold it."""
 
     def rounded(tensor: Tensor) -> Any:
-        return tensor.double().mul(1e6).round().div(1e6).tolist()
+        return tensor.double().round(decimals=9).tolist()
 
     return {
         "video": str(found.video),
@@ -313,8 +315,9 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a text may hold dollars
 }
 PALE = 0.5  # share of white in the grey frames under the maps
-HEAT = ("#ffd60060", "#ff8c00b0", "#e3371ed8", "#86003cf0")  # of the maps, with their opacity
-TICKS = (1, 1.5, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)
+HEAT = ("#ffd60010", "#ff8c00b0", "#e3371ed8", "#86003cf0")  # of the maps, with their opacity
+TICKS = (1, 1.5, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)  # of the colour scale
+STEPS = (10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200)  # seconds
 OWN_FONT = "DejaVu Sans"  # comes with matplotlib
 SMALL = 8  # points
 LEFT, RIGHT, EDGE, GAP = 1.2, 1.0, 0.2, 0.04  # inches: margins, and between two frames
@@ -537,10 +540,12 @@ class _Page:
             axes.scatter(times, found.frame_similarity[text].numpy(), **single)
         start, end = float(found.windows[0, 0]), float(found.windows[-1, 1])
         axes.set_xlim(start - 0.01 * end, 1.01 * end)
-        if end >= 60:
-            axes.xaxis.set_major_formatter(lambda seconds, _: _clock(seconds, end))
-        else:
+        if end < 60:
             axes.xaxis.set_major_formatter("{x:g} s")
+        else:
+            step = next((step for step in STEPS if end <= 9 * step), end / 8)
+            places = np.arange(0, end, step)
+            axes.set_xticks(places, [_clock(place, end) for place in places])
         axes.grid(color=LINE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=SMALL, length=2)

@@ -305,7 +305,7 @@ def explain(
         json: Also write the numbers to this JSON file.
         layers: Number of layers, counted from the last, over which attention is averaged.
     """
-    from clipvip.explain import explain_to_files
+    from clipvip.explain_picture import explain_to_files
 
     written = explain_to_files(model, video, texts, layers, out=out, numbers=json)
     for path in filter(None, (written, json)):

@@ -18,7 +18,8 @@ from clipvip import cli
 from clipvip.data.annotations import Clip
 from clipvip.data.video import DecodeError, read_frames
 from clipvip.embedding import embed_clips, load_for_embedding
-from clipvip.explain import MOST_FRAMES, WINDOWS, Explanation, explain, picture
+from clipvip.explain import WINDOWS, Explanation, explain
+from clipvip.explain_picture import MOST_FRAMES, picture
 
 pytest.importorskip("matplotlib")
 

@@ -26,6 +26,7 @@ PARTS = {
 TOOLS = ("files", "inputs", "retrieval", "terminal")
 IN_PART = {
     "collection": "index",
+    "explain_picture": "explain",
     "index_files": "index",
     "token_files": "index",
     "distributed": "losses",

@@ -133,7 +133,9 @@ def test_help_lists_the_commands_with_one_line_each(clipvip):
     assert "Args" not in output and "JSON Lines" not in output
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "convert", "embed", "search", "explain", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "convert", "embed", "search", "explain", "doctor"]
+)
 def test_help_describes_every_command(clipvip, command):
     status, output, _ = clipvip(command, "--help")
     assert status == 0

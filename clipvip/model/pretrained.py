@@ -377,6 +377,8 @@ class SameDraws(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
 
         def draw(tensor: Tensor, mean: float = 0.0, std: float = 1.0, **_: Any) -> Tensor:
+            if tensor.is_meta:  # has no numbers, and would shift those of the others
+                return tensor
             shape, generator = tensor.shape, self.generator
             numbers = torch.randn(shape, generator=generator, dtype=torch.double, device="cpu")
             return tensor.copy_((numbers * std + mean).float())

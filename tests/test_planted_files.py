@@ -352,3 +352,35 @@ def test_tars_of_others(planted: Path, model: Path, run, tmp_path: Path) -> None
     for workers in (0, 2):
         status, said = train(run, model, folder, tmp_path / f"run{workers}", "omnisource", workers)
         assert status == 0, said
+
+
+# --- models of others ---------------------------------------------------------------------------
+
+
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, ("planted",)
+
+
+def test_models_of_others(
+    planted: Path, annotations: Path, model: Path, run, tmp_path, monkeypatch
+):
+    """Each command says in one line what is wrong with a file, runs no code and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"visual.proj": torch.zeros(1), "a": Planted()}, "code.pt")
+    torch.save({"visual.proj": torch.zeros(100)}, "part.pt")
+    Path("cut off.bin").write_bytes(Path("part.pt").read_bytes()[:-200])
+    Path("empty.pth").touch()
+    Path("words.safetensors").write_text("only words\n")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    trained = (f"data.train={annotations}", "batch_size=4", "out=out", "--dry-run")
+    for file in files:
+        for words in (
+            ("convert", file, "out", "--tokenizer", model),
+            ("embed", file, planted / "good.mp4", "--out", "out"),
+            ("eval", file, annotations, "--out", "out"),
+            ("train", "msrvtt", f"model.name={file}", *trained),
+        ):
+            status, said = run(*words)
+            assert status == 1 and said.count("\n") == 1 and file in said, (words, said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files

@@ -132,6 +132,8 @@ class CLIPViPAttention(CLIPAttention):
         sizes = self.config.num_proxies, self.patches_per_frame, self.scale
         weights = None
         if isinstance(frame_offsets, EqualLengths):
+            if output_attentions:
+                raise ValueError("output_attentions=True cannot be exported; leave it out")
             attended = equal_lengths_reference(qkv, frame_offsets.frames, *sizes)
         else:
             backend = self.config.attention_backend

@@ -692,3 +692,16 @@ def test_names_that_no_file_can_have_cost_themselves_alone(build, videos, tmp_pa
             *("pipe.mp4", "pipe.txt", "zero.mp4", "gone.mkv"),
         }
         assert build(given, out).bad_files == index.bad_files
+
+
+def test_weights_with_another_activation_are_another_model(build, videos, model, tmp_path):
+    """No weight differs, but every feature does."""
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    build([videos], model=folder)
+    config = json.loads((folder / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        config[tower]["hidden_act"] = "gelu"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has changed since this index was made"):
+        search(tmp_path / "index", "a red clip")

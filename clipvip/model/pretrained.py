@@ -30,7 +30,6 @@ from clipvip.files import shown
 from clipvip.model.checkpoints import FILE_SUFFIXES, is_checkpoint_file, read_checkpoint
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
 from clipvip.model.layouts import ADDED_TO_CLIP, Weights, configured_by_open_clip, infer_config
-from clipvip.ops.proxy_attention import takes_heads_of
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -210,7 +209,6 @@ def resolve(
             video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
             config = options["config"] = infer_config(weights, source, **told, **video)
             _check_size(config, source, options)
-            config.vision_config.attention_backend = _backend(config, source, video)
         if weights.left_out:
             logger.warning(
                 f"{shown(source)} is a {weights.layout} checkpoint: its CLIP is read, and left out "
@@ -227,22 +225,7 @@ def resolve(
         video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
         shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)
         _check_size(shapes, source, options)
-        options["attention_backend"] = _backend(shapes, source, video)
     return source, options, frozenset(() if model_type == "clipvip" else ADDED_TO_CLIP)
-
-
-def _backend(config: CLIPViPConfig, source: str | PathLike, given: dict[str, Any]) -> str:
-    """Return the attention_backend of a model: unless it was given, one that takes its heads."""
-    vision = config.vision_config
-    head_dim = vision.hidden_size // vision.num_attention_heads
-    if "attention_backend" in given or takes_heads_of(head_dim):
-        return vision.attention_backend
-    if vision.attention_backend != "reference":
-        logger.warning(
-            f"{shown(source)} has heads of {head_dim}, which the compiled attention does not take; "
-            "using the slower attention_backend='reference'"
-        )
-    return "reference"
 
 
 def read_weights(

@@ -96,7 +96,8 @@ class ClipReader:
                 decoded, decoder = self._encode_or_decode(opened)
                 if opened.damage is not None:
                     sample.damaged.append(BadFile(str(opened.path), opened.damage, clip.line))
-                sample.times = tuple(opened.index.times[opened.chosen.frames].tolist())
+                if self.options.task == "video":
+                    sample.times = tuple(opened.index.times[opened.chosen.frames].tolist())
             sample.hold(decoded)
             sample.decoder = decoder
         except DecodeError:

@@ -80,7 +80,7 @@ class Sample:
     place: number of the clip among the data; another clip's if that one replaced it.
     attempt: how many clips were tried before this one.
     frames: uint8 [N, 3, S, S], or Encoded for DALI to decode; None if no clip could be read.
-    times: when each frame is shown, in seconds from the start of its video.
+    times: for task "video", when each frame is shown, in seconds from the start of its video.
     image: uint8 [3, S, S], the annotated image or the clip's middle frame.
     decoder: "DALI" or "PyAV", with the reason why PyAV took the place of DALI.
     tried: places of all clips tried. failures: those that could not be read. damaged: files that

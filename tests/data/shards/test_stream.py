@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, frames: int, with_middle: bool) -> None:
             self.frames = frames
             self.with_middle = with_middle
+            self.index = SimpleNamespace(times=np.zeros(frames))
+            self.chosen = SimpleNamespace(frames=np.arange(frames))
 
         def decode(self, size: int, **options: Any) -> Frames:
             frames = torch.zeros(self.frames, 3, size, size, dtype=torch.uint8)

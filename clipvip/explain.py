@@ -188,7 +188,7 @@ def _inputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 def _attention(layer: Any, tokens: Tensor, num_proxies: int) -> Tensor:
     """Attention of the proxies to all tokens of their video: softmax(scale · query · keyᵀ), mean
-    over heads.
+    over heads. `proxy_attention_weights` would compute S rows per video for these M.
 
     tokens: hidden states [B, S, C] that enter the layer. Returns fp32 [B, M, S].
     """

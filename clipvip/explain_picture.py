@@ -73,9 +73,6 @@ def explain_to_files(
         raise ValueError(f"{out} exists and is no picture of {MADE_BY}; give another out")
     if not path.is_file():
         raise ValueError(f"the video is {str(video)!r}; expected a video or image file")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # the bar for loading weights would break our own
     network: Any
     network, processor = load_for_embedding(model)
     network.to("cuda" if torch.cuda.is_available() else "cpu")

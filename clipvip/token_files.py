@@ -33,7 +33,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers.utils import logging
 
 from clipvip.collection import IndexedClip, clips_of, listed
 from clipvip.data.annotations import Clip
@@ -106,7 +105,6 @@ def save_tokens(
     sources = [os.fspath(source) for source in given]
     wanted, bad_files = clips_of(sources)
     _check_out(out)
-    logging.disable_progress_bar()  # the bar for loading weights would break our own
     network, processor = load_for_embedding(model)
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
     precision = autocast(network, mixed_precision)
@@ -164,7 +162,11 @@ class _Run:
                         written += 1
                 advance(len(clips))
                 if len(unfit) >= COUNTED_FROM and not written:
-                    break  # the others would fail too
+                    path, reason = next(iter(unfit.items()))
+                    raise ValueError(
+                        f"none of the first {len(unfit)} clips gave tokens, and others were not "
+                        f"tried; the first: {shown(path)}: {shown(reason)}"
+                    )
                 if (started := time.monotonic()) > due:
                     self._save_list()
                     # However long the list grows, saving takes at most a twentieth of the time.

@@ -256,6 +256,24 @@ def test_tokens_that_cannot_be_stored_are_listed(write, videos, tmp_path, monkey
     assert os.listdir(tmp_path / "none") == [".lock"]
 
 
+def test_a_run_that_gives_up_says_so(write, videos, tmp_path, monkeypatch):
+    write(videos / "a.mp4")
+    compute = token_files.CLIPViPModel.get_video_tokens
+
+    def broken(self, *given, **options):
+        tokens = compute(self, *given, **options)
+        tokens.patches.fill_(float("nan"))
+        return tokens
+
+    monkeypatch.setattr(token_files.CLIPViPModel, "get_video_tokens", broken)
+    monkeypatch.setattr(token_files, "COUNTED_FROM", 1)
+    with pytest.raises(
+        ValueError, match="first 1 clips gave tokens, and others were not"
+    ):
+        write(videos, batch_size=1)
+    assert len(lines(tmp_path / "tokens" / "clips.jsonl")) == 1
+
+
 def test_the_list_is_saved_meanwhile(write, videos, tmp_path, monkeypatch):
     saved = []
 

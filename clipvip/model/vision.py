@@ -80,16 +80,9 @@ class CLIPViPVisionEmbeddings(CLIPVisionEmbeddings):
             per_video = frame_offsets.videos, -1, self.embed_dim
             tokens = torch.cat([proxies.expand(per_video), patches.view(per_video)], 1)
             return tokens.flatten(0, 1)
-        videos = frame_offsets.shape[0] - 1
+        videos, length = frame_offsets.shape[0] - 1, patches.shape[1]
         proxies = proxies.expand(videos, -1, -1)
-
-        # Before frame f of video v stand v + 1 groups of proxies and f frames.
-        length = patches.shape[1]
-        video, device = video_of_frame(frame_offsets, frames), frame_offsets.device
-        first = (video + 1) * self.num_proxies + torch.arange(frames, device=device) * length
-        rows = first[:, None] + torch.arange(length, device=device)
-        starts = proxy_starts(frame_offsets, self.num_proxies, length)
-        proxy_rows = starts[:, None] + torch.arange(self.num_proxies, device=device)
+        proxy_rows, rows = token_rows(frame_offsets, frames, self.num_proxies, length)
         tokens = patches.new_empty(videos * self.num_proxies + frames * length, self.embed_dim)
         tokens = tokens.index_copy_(0, rows.flatten(), patches.flatten(0, 1))
         return tokens.index_copy_(0, proxy_rows.flatten(), proxies.flatten(0, 1))
@@ -208,18 +201,28 @@ def proxy_starts(frame_offsets: Offsets, num_proxies: int, patches_per_frame: in
     return videos * num_proxies + offsets * patches_per_frame
 
 
+def token_rows(
+    frame_offsets: Tensor, num_frames: int, num_proxies: int, patches_per_frame: int
+) -> tuple[Tensor, Tensor]:
+    """Packed rows of each video's proxies, int64 [B, M], and of each frame's patches, [F, L]."""
+    device = frame_offsets.device
+    starts = proxy_starts(frame_offsets, num_proxies, patches_per_frame)
+    # Before frame f of video v stand v + 1 groups of proxies and f frames.
+    groups = video_of_frame(frame_offsets, num_frames) + 1
+    before = torch.arange(num_frames, device=device) * patches_per_frame
+    first = groups * num_proxies + before
+    proxies = starts[:, None] + torch.arange(num_proxies, device=device)
+    return proxies, first[:, None] + torch.arange(patches_per_frame, device=device)
+
+
 def split_tokens(
     hidden_states: Tensor, frame_offsets: Tensor, num_proxies: int, patches_per_frame: int
 ) -> tuple[Tensor, Tensor]:
     """Split packed tokens [T, C] into proxies [B, M, C] and patches [F, L, C]."""
-    starts = proxy_starts(frame_offsets, num_proxies, patches_per_frame)
-    proxies = starts[:, None] + torch.arange(num_proxies, device=starts.device)
-    frames = (len(hidden_states) - len(starts) * num_proxies) // patches_per_frame
-    # Before frame f of video v stand v + 1 groups of proxies and f frames.
-    first = (video_of_frame(frame_offsets, frames) + 1) * num_proxies
-    first = first + torch.arange(frames, device=starts.device) * patches_per_frame
-    patches = first[:, None] + torch.arange(patches_per_frame, device=starts.device)
-    return hidden_states[proxies], hidden_states[patches]
+    proxies = (frame_offsets.shape[0] - 1) * num_proxies
+    frames = (hidden_states.shape[0] - proxies) // patches_per_frame
+    rows = token_rows(frame_offsets, frames, num_proxies, patches_per_frame)
+    return hidden_states[rows[0]], hidden_states[rows[1]]
 
 
 class CLIPViPEncoder(nn.Module):

@@ -155,7 +155,7 @@ def test_ranks_train_as_one(make, base, tmp_path):
     for kind in ("ddp", "fsdp"):
         assert losses(tmp_path / kind) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
         adapter = load_file(checkpoint(tmp_path / kind, 2) / "adapter" / lora.WEIGHTS)
-        assert adapter.keys() == one.keys()
+        torch.testing.assert_close(adapter, one, rtol=1e-3, atol=1e-5)
 
 
 def test_a_dry_run_counts_moments_of_trained_weights_alone(make, base, world, capsys):

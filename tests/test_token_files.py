@@ -267,9 +267,7 @@ def test_a_run_that_gives_up_says_so(write, videos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(token_files.CLIPViPModel, "get_video_tokens", broken)
     monkeypatch.setattr(token_files, "COUNTED_FROM", 1)
-    with pytest.raises(
-        ValueError, match="first 1 clips gave tokens, and others were not"
-    ):
+    with pytest.raises(ValueError, match="first 1 clips gave tokens, and others were not"):
         write(videos, batch_size=1)
     assert len(lines(tmp_path / "tokens" / "clips.jsonl")) == 1
 

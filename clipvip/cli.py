@@ -1,6 +1,9 @@
 """The command `clipvip`: parse, call, print."""
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -171,6 +174,7 @@ def convert(
         image_size=image_size,
         text_length=text_length,
     )
+    print(f"wrote {shown(destination)}")
 
 
 def export(
@@ -556,6 +560,20 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Let SIGTERM end this process as an exception does, so that unfinished files are deleted."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main() -> None:
     """Run one command."""
     overview = not COMMANDS.keys() & set(sys.argv[1:2])  # shows one line per command
@@ -564,7 +582,8 @@ def main() -> None:
         summary = (command.__doc__ or "").partition("\n")[0] if overview else None
         commands.append(Annotated[Any, subcommand(name, constructor=command, description=summary)])
     choice: Any = Union[tuple(commands)]  # noqa: UP007
-    with safe_output(), one_line_errors():
+    training = sys.argv[1:2] == ["train"]  # which saves a checkpoint on SIGTERM
+    with safe_output(), one_line_errors(), nullcontext() if training else _sigterm_exits():
         tyro.cli(choice, prog="clipvip", description=DESCRIPTION)
 
 

@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextConfig
+from transformers.utils import logging
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile, LoaderOptions, build_loader
+from clipvip.files import shown
 from clipvip.inputs import send, sent_ahead, tokenize
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.pretrained import found, hub_options, read_json
 from clipvip.model.processing import normalize_frames
+
+logger = logging.get_logger(__name__)
 
 PRECISIONS = ("auto", "bf16", "no")
 
@@ -47,7 +51,19 @@ def load_for_embedding(
             options = {"frame_pooling": "mean", "num_proxies": 1, **options}
         model = CLIPViPModel.from_pretrained(source, **options)
         processor.fit(model.config, options.get("text_length"))
+        _warn_if_untrained(source, model)
     return model, processor
+
+
+def _warn_if_untrained(source: str | PathLike, model: CLIPViPModel) -> None:
+    """Warn of proxies that were added to a plain CLIP if the temporal embedding is still zero."""
+    added = model.vision_model.embeddings.added_cls is not None
+    if added and not model.vision_model.embeddings.temporal_embedding.any():
+        logger.warning(
+            f"{shown(source)} has video proxies that were never trained, so its features are not "
+            "those of the CLIP that they were added to; train it, or convert that CLIP again with "
+            "--to clip"
+        )
 
 
 def precision_on(model: CLIPViPModel, mixed_precision: str) -> str:

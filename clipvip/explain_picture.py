@@ -72,7 +72,8 @@ def explain_to_files(
     if out.exists() and not _is_ours(out):
         raise ValueError(f"{out} exists and is no picture of {MADE_BY}; give another out")
     if not path.is_file():
-        raise ValueError(f"the video is {str(video)!r}; expected a video or image file")
+        what = "not a file" if path.exists() else "a file that does not exist"
+        raise ValueError(f"the video is {str(video)!r}, {what}; expected a video or image")
     network: Any
     network, processor = load_for_embedding(model)
     network.to("cuda" if torch.cuda.is_available() else "cpu")

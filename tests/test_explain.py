@@ -264,7 +264,7 @@ def test_an_image_is_explained_as_one_frame(folder, run):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("{model}", "none.mp4", "a"), "the video is 'none.mp4'; expected a video or image file"),
+        (("{model}", "none.mp4", "a"), "the video is 'none.mp4', a file that does not exist"),
         (("{model}", "noise.mp4", "a"), "noise.mp4: "),
         (("{model}", "{clip}", " "), "the text is empty"),
         (("{model}", "{clip}"), "0 texts were given; expected 1 to 10"),

@@ -425,6 +425,8 @@ class CLIPViPModel(WithCard, CLIPViPPreTrainedModel):  # type: ignore[misc]
             if value is not None:  # else each tower's own configuration decides
                 outputs[name] = value
         video, vision_output = self._video_features(pixel_values, frame_offsets, **outputs)
+        if self.text_model.config._attn_implementation != "eager":
+            outputs.pop("output_attentions", None)  # transformers would warn that it has none
         text, text_output = self._text_features(input_ids, attention_mask, **outputs)
         video, text = F.normalize(video, dim=-1), F.normalize(text, dim=-1)
         scale = self.logit_scale.exp()

@@ -15,12 +15,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from difflib import get_close_matches
 from itertools import islice
-from logging import LogRecord, getLogger
+from logging import ERROR, LogRecord, getLogger
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +60,8 @@ _CODE = re.compile(
 logger = logging.get_logger(__name__)
 
 _SLACK = 1 << 24  # number of weights that a file may lack
+_HEADS = ("config.json", OPEN_CLIP_CONFIG, "tokenizer_config.json")  # one is in every model
+_UNREACHED: set[str] = set()  # names for which the hub could not be reached: it is not tried again
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -93,6 +97,8 @@ def found(
         if not any((inner / name).is_file() for name in ("config.json", OPEN_CLIP_CONFIG)):
             files = sorted(file for file in inner.glob("*") if file.suffix in FILE_SUFFIXES)
             hint = f"; for the file of weights in it, give {shown(files[0])}" if files else ""
+            if (inner / "adapter_config.json").is_file():
+                hint = "; it holds an adapter of PEFT: give the model that it is merged into"
             raise error(f"{what} is {value!r}, a folder without config.json; {wanted}{hint}")
     try:
         yield
@@ -177,11 +183,43 @@ def hub_options(options: dict[str, Any]) -> dict[str, Any]:
 def cached(source: str | PathLike, name: str, options: dict[str, Any]) -> Path | None:
     """Return a file of a folder or hub name, fetched if needed; None if there is no such file.
 
+    If the hub cannot be reached, files that are not in the cache count as absent, provided that
+    something of the model is there.
     options: options of `from_pretrained`; see `hub_options`.
+    Raises OSError if nothing is there, here or on the hub.
     """
-    hub = hub_options(options)
-    file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-    return None if file is None else Path(file)
+    hub, folder = hub_options(options), options.get("subfolder") or ""
+    if os.path.isdir(source):
+        path = Path(source, folder, name)
+        return path if path.is_file() else None
+    where, known = fspath(source), {key: hub.get(key) for key in ("cache_dir", "revision")}
+    if where in _UNREACHED:
+        hub["local_files_only"] = True
+    try:
+        with _no_retries_shown():
+            return Path(hf_hub_download(where, name, **hub))
+    except LocalEntryNotFoundError:
+        _UNREACHED.add(where)
+        for head in _HEADS:
+            if isinstance(
+                try_to_load_from_cache(where, f"{folder}/{head}".strip("/"), **known), str
+            ):
+                return None
+        raise
+    except EntryNotFoundError:
+        return None
+
+
+@contextmanager
+def _no_retries_shown() -> Iterator[None]:
+    """Keep the hub's client from logging each of its retries; the error says what they say."""
+    client = getLogger("huggingface_hub.utils._http")
+    level = client.level
+    client.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(level)
 
 
 def read_json(source: str | PathLike, name: str, options: dict[str, Any]) -> dict[str, Any]:

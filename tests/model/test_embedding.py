@@ -46,6 +46,19 @@ def test_plain_clip_embeds_a_video_as_the_mean_of_its_frames(plain, logged):
     assert len(logged) == 1 and "the mean of its frames'" in logged[0] and str(plain) in logged[0]
 
 
+def test_proxies_that_were_never_trained_are_told(plain, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("clipvip.embedding.logger.warning", said.append)
+    load_for_embedding(plain)
+    model = CLIPViPModel.from_pretrained(plain)
+    for trained in (False, True):
+        if trained:
+            model.vision_model.embeddings.temporal_embedding.data[0, 0, 0] = 1e-3
+        model.save_pretrained(plain)
+        load_for_embedding(plain)
+        assert len(said) == 1 and "never trained" in said[0]
+
+
 def test_explicit_options_hold(plain, logged):
     model, _ = load_for_embedding(plain, frame_pooling="proxy")
     trained = CLIPViPModel.from_pretrained(plain)

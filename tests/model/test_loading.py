@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from clipvip.embedding import load_for_embedding
 from clipvip.index import build_index
-from clipvip.model import CLIPViPModel
+from clipvip.model import CLIPViPModel, pretrained
 from clipvip.model.pretrained import check_finite
 from clipvip.training.evaluate import evaluate_checkpoint
 
@@ -208,3 +209,24 @@ def test_large_weights_are_finite():
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     ]
     check_finite("source", torch.nn.ParameterList([*large, *map(torch.neg, large)]))
+
+
+def test_what_the_hub_cannot_say_is_not_taken_for_absent(monkeypatch, tmp_path):
+    asked = []
+
+    def unreachable(*given, local_files_only=False, **options):
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", unreachable)
+    monkeypatch.setattr(pretrained, "_UNREACHED", set())
+    hub = {"cache_dir": str(tmp_path)}
+    for _ in range(2):
+        with pytest.raises(LocalEntryNotFoundError):
+            pretrained.cached("who/what", "processor_config.json", hub)
+    assert asked == [False, True]  # the connection is tried once
+
+    snapshot = tmp_path / "models--who--what" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert pretrained.cached("who/what", "processor_config.json", hub) is None

@@ -25,6 +25,7 @@ from clipvip.model.configuration import CLIPViPConfig
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 ADDED_TO_CLIP = ("vision_model.embeddings.added_cls", "vision_model.embeddings.temporal_embedding")
+AUTHORS = "CLIP-ViP"  # the layout of the authors' code
 _PREFIX = "clipmodel."
 # The sizes that OpenAI's archives hold beside the weights.
 _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
@@ -93,9 +94,18 @@ def recognise(content: dict[str, Tensor], source: object) -> Weights:
     are constants, are left out.
 
     source: name of the checkpoint in errors.
-    Raises ValueError if it is no CLIP, or one of an architecture that CLIP's towers cannot hold.
+    Raises ValueError if it is no CLIP, or one of an architecture that CLIP's towers cannot hold,
+    or if two of its weights have one name.
     """
-    names = {name: name.removeprefix("module.").removeprefix(_PREFIX) for name in content}
+    unwrapped = {name: name.removeprefix("module.") for name in content}
+    names = {name: inner.removeprefix(_PREFIX) for name, inner in unwrapped.items()}
+    if len(set(names.values())) < len(names):
+        once: dict[str, str] = {}
+        first, second = next((once[n], k) for k, n in names.items() if once.setdefault(n, k) != k)
+        raise ValueError(
+            f"{source} holds two weights of one name, {shown(first)} and {shown(second)}; expected "
+            "the weights of one model: save only those to use"
+        )
     weights = {
         ours: content[name]
         for name, ours in names.items()
@@ -103,9 +113,11 @@ def recognise(content: dict[str, Tensor], source: object) -> Weights:
     }
     _refuse_foreign(weights, source)
     if _has(weights, ("vision_model.", "text_model.")):
-        if ADDED_TO_CLIP[1] in weights:
-            return Weights(weights, "CLIP-ViP", "quick_gelu", 64, added=frozenset())
-        return Weights(weights, "transformers")
+        if ADDED_TO_CLIP[1] not in weights:
+            return Weights(weights, "transformers")
+        if _PREFIX + ADDED_TO_CLIP[1] in unwrapped.values():
+            return Weights(weights, AUTHORS, "quick_gelu", 64, added=frozenset())
+        return Weights(weights, "transformers", added=frozenset())
     if _has(weights, ("clip.visual.", "clip.transformer.", "clip.token_embedding.")):
         clip = {
             name.removeprefix("clip."): weights.pop(name)

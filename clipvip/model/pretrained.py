@@ -42,12 +42,11 @@ _DAMAGED = (
     json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError,
     pickle.UnpicklingError, EOFError,
 )  # fmt: skip
-_WEIGHTS = (  # in the order in which transformers looks for them, open_clip's last
+_TRANSFORMERS_WEIGHTS = (  # in the order in which transformers looks for them
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
-    *_OPEN_CLIP_WEIGHTS,
 )
 # What errors of torch.load and of our own reader say about TorchScript, and about a pickle that
 # names or calls more than tensors need. Pickles of protocol 4 or later, which torch.save does not
@@ -274,16 +273,12 @@ def read_weights(
     options: options of `from_pretrained`. device: see `read_checkpoint`.
     Returns None for all others, which transformers reads.
     """
+    config = open_clip_config(source, options)
     if is_checkpoint_file(source):
         file = Path(source)
-        # A file of open_clip lies beside its configuration if both were downloaded.
-        beside = file.with_name(OPEN_CLIP_CONFIG)
-        where = file.parent if file.name in _OPEN_CLIP_WEIGHTS and beside.is_file() else None
-        config = {} if where is None else open_clip_config(where, {})
+    elif not config:
+        return None
     else:
-        config = open_clip_config(source, options)
-        if not config:
-            return None
         files = [cached(source, name, options) for name in _OPEN_CLIP_WEIGHTS]
         found_file = next((each for each in files if each is not None), None)
         if found_file is None:
@@ -294,7 +289,14 @@ def read_weights(
         file = found_file
     weights = read_checkpoint(file, device)
     if config:
-        weights = configured_by_open_clip(weights, config.get("model_cfg"), source)
+        return configured_by_open_clip(weights, config.get("model_cfg"), source)
+    # transformers loads files of these names with the configuration beside them.
+    beside = file.name in _TRANSFORMERS_WEIGHTS and file.with_name("config.json").is_file()
+    if beside and weights.hidden_act is None and options.get("config") is None:
+        raise ValueError(
+            f"{shown(source)} lies beside its config.json, which says what weights alone do not; "
+            f"give the folder, {shown(file.parent)}"
+        )
     return weights
 
 
@@ -319,8 +321,12 @@ def read_config(source: str | PathLike, **hub: Any) -> CLIPViPConfig:
 
 
 def open_clip_config(source: str | PathLike, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the open_clip_config.json of a folder or hub name; empty if there is none, or if
-    there is the configuration of a CLIP of transformers."""
+    """Return the open_clip_config.json of a folder or hub name, or beside a file of open_clip;
+    empty if there is none, or if a folder has the configuration of a CLIP of transformers."""
+    if is_checkpoint_file(source):
+        file = Path(source)
+        here = file.name in _OPEN_CLIP_WEIGHTS and file.with_name(OPEN_CLIP_CONFIG).is_file()
+        return read_json(file.parent, OPEN_CLIP_CONFIG, {}) if here else {}
     config = read_json(source, "config.json", options)
     if "text_config" in config and "vision_config" in config:
         return {}
@@ -477,7 +483,7 @@ def _check_size(config: CLIPViPConfig, source: str | PathLike, options: dict[str
 
 def _weight_bytes(source: str | PathLike, options: dict[str, Any]) -> int | None:
     """Bytes of the weights of a folder or hub name; None if their files have unusual names."""
-    for name in _WEIGHTS:
+    for name in _TRANSFORMERS_WEIGHTS + _OPEN_CLIP_WEIGHTS:
         file = cached(source, name, options)
         if file is None:
             continue

@@ -19,11 +19,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging
 
 from clipvip.data.video import check_sampling, read_frames, rgb_of
+from clipvip.files import shown
 from clipvip.inputs import send, tokenize
 from clipvip.model.card import Pushable
 from clipvip.model.checkpoints import is_checkpoint_file
 from clipvip.model.configuration import CLIPViPConfig
-from clipvip.model.layouts import ADDED_TO_CLIP, image_size
+from clipvip.model.layouts import ADDED_TO_CLIP, AUTHORS, image_size
 from clipvip.model.positions import MOST
 from clipvip.model.pretrained import cached, found, open_clip_config, read_json, read_weights
 from clipvip.ops.resize_crop import check_resize, resize_frames
@@ -247,12 +248,16 @@ def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     if weights is not None:
         settings: dict[str, Any] = {"image_size": image_size(weights, source)}
         if weights.trained_on_video:
-            frames = weights.state_dict[ADDED_TO_CLIP[1]].shape[1]
-            return {**settings, "num_frames": frames, **AUTHORS_READING}
-        if is_checkpoint_file(source):
-            return settings
-        chosen = open_clip_config(source, hub).get("preprocess_cfg") or {}
-        return settings | _settings_of_open_clip(chosen, source)
+            settings["num_frames"] = weights.state_dict[ADDED_TO_CLIP[1]].shape[1]
+            if weights.layout == AUTHORS:
+                return settings | AUTHORS_READING
+            logger.warning(
+                f"{shown(source)} does not say how its model read videos in training; they are "
+                f"read by sampling={CLIP_READING['sampling']!r}, resize={CLIP_READING['resize']!r}"
+            )
+        if config := open_clip_config(source, hub):
+            settings |= _settings_of_open_clip(config.get("preprocess_cfg") or {}, source)
+        return settings
     own = read_json(source, PROCESSOR_CONFIG, hub)
     if "image_size" not in own:
         clip = own.get("image_processor") or read_json(source, "preprocessor_config.json", hub)

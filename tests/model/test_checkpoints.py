@@ -2,6 +2,7 @@
 towers cannot hold is refused by name."""
 
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -14,7 +15,8 @@ from transformers import CLIPConfig, CLIPModel
 from clipvip.convert import convert
 from clipvip.embedding import load_for_embedding
 from clipvip.model import CLIPViPModel
-from clipvip.model.processing import read_settings
+from clipvip.model.layouts import authors_state_dict
+from clipvip.model.processing import AUTHORS_READING, read_settings
 
 PLAIN = {"frame_pooling": "mean", "num_proxies": 1}
 VISION = {"layers": 2, "width": 128, "patch_size": 8, "image_size": 32}
@@ -169,6 +171,7 @@ def test_hub_folder_of_open_clip(clip, tokenizer, tmp_path, safe, custom, quick)
     assert processor.image_mean == [0.1, 0.2, 0.3] and processor.image_std == [0.4, 0.5, 0.6]
     assert (processor.image_size, processor.resize) == (32, "crop")
     assert processor.tokenizer("a cat").input_ids == tokenizer("a cat").input_ids
+    assert read_settings(file) == read_settings(tmp_path / "hub")
 
 
 def test_clip4clip(openai, tmp_path, caplog):
@@ -208,6 +211,7 @@ def test_folder_of_transformers(tmp_path, activation, end, dtype, kind):
         (tmp_path / "model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     elif kind == "file":
+        (tmp_path / "config.json").unlink()
         source, options = (
             tmp_path / "model.safetensors",
             {"activation": activation, "head_width": 64},
@@ -228,6 +232,51 @@ def test_folder_of_transformers(tmp_path, activation, end, dtype, kind):
             return model.get_text_features(ids).pooler_output
 
     assert_same_features(Theirs(), source, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("source", ["ours", "CLIP"])
+def test_a_file_beside_its_configuration_is_not_guessed_at(
+    make_model, clip_folder, tmp_path, source
+):
+    """Our own names say no more about activation and heads than those of transformers do."""
+    folder = clip_folder
+    if source == "ours":
+        make_model().save_pretrained(folder := tmp_path / "ours")
+    file = folder / "model.safetensors"
+    for load in (CLIPViPModel.from_pretrained, read_settings):
+        with pytest.raises(
+            ValueError, match=r"lies beside its config.json.* give the folder, "
+        ) as e:
+            load(file)
+        assert "\n" not in str(e.value)
+    alone = shutil.copy(file, tmp_path / "alone.safetensors")
+    with pytest.raises(ValueError, match="does not say which activation"):
+        CLIPViPModel.from_pretrained(alone)
+    options = {"activation": "gelu", "head_width": 32}
+    config = CLIPViPModel.from_pretrained(alone, **options).config
+    assert (config.vision_config.hidden_act, config.vision_config.num_attention_heads) == (
+        "gelu",
+        4,
+    )
+
+
+def test_videos_are_read_as_by_the_authors_for_their_files_alone(make_model, tmp_path, caplog):
+    model = make_model(num_frames=5)
+    torch.save(model.state_dict(), tmp_path / "ours.pt")
+    torch.save(authors_state_dict(model), tmp_path / "theirs.pt")
+    frames = {"image_size": 32, "num_frames": 5}
+    assert read_settings(tmp_path / "theirs.pt") == frames | AUTHORS_READING
+    assert not caplog.text
+    assert read_settings(tmp_path / "ours.pt") == frames
+    assert "ours.pt does not say how its model read videos" in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["module.", "clipmodel."])
+def test_two_weights_of_one_name_are_refused(make_model, tmp_path, prefix):
+    weights = make_model().state_dict()
+    torch.save({**weights, f"{prefix}logit_scale": torch.tensor(9.0)}, tmp_path / "two.pt")
+    message = rf"holds two weights of one name, logit_scale and {prefix}logit_scale"
+    refused_in_one_line(tmp_path / "two.pt", message)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from clipvip.convert import convert
 from clipvip.embedding import load_for_embedding
 from clipvip.model import CLIPViPModel
+from clipvip.model.layouts import authors_state_dict
 
 LOADS = {
     "from_pretrained": CLIPViPModel.from_pretrained,
@@ -227,8 +228,8 @@ def test_weights_cut_short_are_not_called_code(name, model_folder, monkeypatch):
 
 
 def test_an_authors_file_of_large_shapes_without_their_numbers_is_refused(make_model, tmp_path):
-    weights = make_model().state_dict()
-    for tower in ("text_model", "vision_model"):
+    weights = authors_state_dict(make_model())
+    for tower in ("clipmodel.text_model", "clipmodel.vision_model"):
         weights[f"{tower}.encoder.layers.0.mlp.fc1.weight"] = torch.zeros(1).expand(10**7, 10**7)
     torch.save(weights, tmp_path / "authors.pt")
     with pytest.raises(ValueError, match=r"authors\.pt.*its configuration has .* weights"):

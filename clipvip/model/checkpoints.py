@@ -19,6 +19,7 @@ from clipvip.model.torchscript import is_torchscript, read_torchscript
 
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _NESTED = ("model", "state_dict", "model_state_dict")
+_MOST_NESTED = 8  # a dict may hold itself
 
 
 def is_checkpoint_file(source: str | os.PathLike) -> bool:
@@ -42,8 +43,9 @@ def read_checkpoint(path: str | os.PathLike, device: str = "cpu") -> Weights:
         content: Any = load_file(path)
     else:
         content = _read_pickled(path, device)
-    while isinstance(content, dict) and (inner := [key for key in _NESTED if key in content]):
-        content = content[inner[0]]
+    for _ in range(_MOST_NESTED):
+        if isinstance(content, dict) and (inner := [key for key in _NESTED if key in content]):
+            content = content[inner[0]]
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
@@ -84,9 +86,10 @@ def _read_pickled(path: str | os.PathLike, device: str) -> Any:
 def _check_members(path: str | os.PathLike) -> None:
     """Raise ValueError if a zip's members take more bytes than it has: a small file may claim any
     size of members that are compressed or share bytes. PyTorch compresses none but TorchScript's
-    programs, which are not read."""
+    programs in NAME/code/, which are not read."""
     with zipfile.ZipFile(path) as archive:
-        read = [each for each in archive.infolist() if "/code/" not in each.filename]
+        members = archive.infolist()
+    read = [each for each in members if each.filename.split("/")[1:2] != ["code"]]
     claimed = sum(member.file_size for member in read)
     if claimed > os.path.getsize(path):
         raise ValueError(

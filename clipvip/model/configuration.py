@@ -117,12 +117,8 @@ class CLIPViPConfig(CLIPConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read config.json of one of our models or of a CLIP checkpoint."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_type(config, pretrained_model_name_or_path)
         if config.get("model_type") != cls.model_type:
-            if "text_config" not in config or "vision_config" not in config:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} holds a {config.get('model_type')!r} "
-                    "model; expected 'clipvip', or 'clip' with a text and a vision tower"
-                )
             config = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
         return _settings_in(config, shown(pretrained_model_name_or_path)), kwargs
 
@@ -131,6 +127,18 @@ class CLIPViPConfig(CLIPConfig):
         """Build a config as transformers does; kwargs may also override VIDEO_OPTIONS."""
         given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
+
+
+def check_type(config: dict[str, Any], source: object) -> None:
+    """Raise ValueError if a config.json is none of CLIP's or ours: other models may have weights of
+    the same names and shapes, such as MetaCLIP 2, which reads a text's feature elsewhere."""
+    kind = config.get("model_type", "clip")  # old ones do not say
+    towers = "text_config" in config and "vision_config" in config
+    if kind != "clipvip" and not (kind == "clip" and towers):
+        raise ValueError(
+            f"{shown(source)} holds a {shown(repr(config.get('model_type')))} model; expected "
+            "'clipvip', or 'clip' with a text and a vision tower"
+        )
 
 
 _LEAST_LAYER = 1 << 14  # weights that take as much memory as the Python objects of a layer

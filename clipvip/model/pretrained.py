@@ -30,7 +30,7 @@ from transformers.utils import cached_file, logging
 
 from clipvip.files import shown
 from clipvip.model.checkpoints import FILE_SUFFIXES, is_checkpoint_file, read_checkpoint
-from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, count_weights
+from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, check_type, count_weights
 from clipvip.model.layouts import ADDED_TO_CLIP, Weights, configured_by_open_clip, infer_config
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -254,15 +254,20 @@ def resolve(
         return None, options, weights.added
     if given := [name for name, value in told.items() if value is not None]:
         raise ValueError(f"its config.json says the {given[0]}; leave out {' and '.join(given)}")
-    model_type = read_json(source, "config.json", options).get("model_type")
+    settings = read_json(source, "config.json", options)
     if cached(source, "adapter_config.json", options) is not None:
         # With peft, transformers would load the model that the adapter names.
         raise ValueError("it holds an adapter; merge it into the model")
+    check_type(settings, source)
     if options.get("config") is None:
         video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
         shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)
         _check_size(shapes, source, options)
-    return source, options, frozenset(() if model_type == "clipvip" else ADDED_TO_CLIP)
+    return (
+        source,
+        options,
+        frozenset(() if settings.get("model_type") == "clipvip" else ADDED_TO_CLIP),
+    )
 
 
 def read_weights(

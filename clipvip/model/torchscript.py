@@ -9,14 +9,17 @@ import math
 import os
 import pickle
 import pickletools
+import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from clipvip.files import shown
 
 _DTYPES = {
     "HalfStorage": torch.float16,
@@ -69,7 +72,7 @@ class _Archive:
 
     def __init__(self, archive: zipfile.ZipFile, folder: str, device: str) -> None:
         self.archive, self.folder, self.device = archive, folder, device
-        self.storages: dict[str, Tensor] = {}
+        self.storages: dict[str, Tensor] = {}  # by key
 
     def tensors(self) -> dict[str, Tensor]:
         data = self.archive.read(f"{self.folder}data.pkl")
@@ -84,26 +87,47 @@ class _Archive:
         class Module:
             """A module's attributes; a new class per archive, as a pickle may change it."""
 
-            def walk(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-                if id(self) in seen:  # shared, as in a hostile tree that grows exponentially
-                    return
-                seen.add(id(self))
-                for name, value in vars(self).items():
-                    if isinstance(value, Tensor):
-                        yield prefix + name, value
-                    elif isinstance(value, Module):
-                        yield from Module.walk(value, f"{prefix}{name}.")
+        def walk(module: Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+            if id(module) in seen:  # shared, as in a hostile tree that grows exponentially
+                return
+            seen.add(id(module))
+            for name, value in vars(module).items():
+                if isinstance(value, _Part):
+                    yield prefix + name, self.tensor(value)
+                elif isinstance(value, Module):
+                    yield from walk(value, f"{prefix}{name}.")
 
-        root = _Unpickler(data, Module, self.storage).load()
+        root = _Unpickler(data, Module).load()
         if not isinstance(root, Module):
             raise ValueError("its data.pkl describes no module")
-        return dict(Module.walk(root))
+        return dict(walk(root))
+
+    def tensor(self, part: "_Part") -> Tensor:
+        """Return a part of a storage as a tensor. Raises ValueError if it does not lie within, or
+        has more numbers than there are; PyTorch checks neither on the meta device."""
+        storage, (_, offset, size, stride) = self.storage(*part.storage), part
+        if any(type(number) is not int for number in (offset, *size, *stride)):
+            raise ValueError("a tensor's size, stride or offset is no number")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        whole = math.prod(size) <= storage.numel()
+        if (
+            min(offset, *size, *stride, 0) < 0
+            or (last >= storage.numel() and 0 not in size)
+            or not whole
+        ):
+            raise ValueError(
+                f"a tensor of size {list(size)}, stride {list(stride)} and offset {offset} does "
+                f"not lie within its {storage.numel()} numbers"
+            )
+        return storage.as_strided(size, stride, offset)
 
     def storage(self, identity: Any) -> Tensor:
         """Return the numbers of a storage [n], which `identity` names."""
         kind, dtype, key, _, count = identity
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(count) is not int:
             raise pickle.UnpicklingError("Unsupported operand BINPERSID")
+        if not re.fullmatch("[0-9]+", key):
+            raise ValueError(f"its storage {shown(key)} is not named by a number")
         if key not in self.storages:
             member = self.archive.getinfo(f"{self.folder}data/{key}")
             if count * dtype.itemsize != member.file_size:
@@ -121,15 +145,29 @@ class _Archive:
         return self.storages[key]
 
 
+class _Storage(NamedTuple):
+    identity: Any
+
+
+class _Part(NamedTuple):
+    """What a pickle says of a tensor: a part of a storage. Nothing in it is checked."""
+
+    storage: Any
+    offset: Any
+    size: Any
+    stride: Any
+
+
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors, lists and `module`s, and nothing else."""
+    """Builds `module`s, lists and what describes tensors, and nothing else: no instruction of a
+    pickle acts on a tensor, whose __setstate__ would reach beyond its storage."""
 
-    def __init__(self, data: bytes, module: type, storage: Callable[[Any], Tensor]) -> None:
+    def __init__(self, data: bytes, module: type) -> None:
         super().__init__(BytesIO(data))
-        self.module, self.storage = module, storage
+        self.module = module
 
-    def persistent_load(self, identity: Any) -> Tensor:
-        return self.storage(identity)
+    def persistent_load(self, identity: Any) -> Any:
+        return _Storage(identity)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
@@ -137,7 +175,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *given: _tensor(*given)
+            return lambda storage, offset, size, stride, *_: _Part(storage, offset, size, stride)
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle" and name in _LISTS:
@@ -145,22 +183,3 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch.jit._pickle", "restore_type_tag"):
             return lambda value, tag: value
         raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
-
-
-def _tensor(
-    storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any
-) -> Tensor:
-    """Return a part of a storage as a tensor. Raises ValueError if it does not lie within, or has
-    more numbers than there are; PyTorch checks neither on the meta device."""
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    whole = math.prod(size) <= storage.numel()
-    if (
-        min(offset, *size, *stride, 0) < 0
-        or (last >= storage.numel() and 0 not in size)
-        or not whole
-    ):
-        raise ValueError(
-            f"a tensor of size {list(size)}, stride {list(stride)} and offset {offset} does not "
-            f"lie within its {storage.numel()} numbers"
-        )
-    return storage.as_strided(size, stride, offset)

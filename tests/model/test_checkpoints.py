@@ -445,6 +445,10 @@ def tree(depth):
 
 
 CALL = text("planted") + b"\x85R"
+STORAGE = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu")
+STORAGE += integer(4) + b"tQ"
+# Tensor.__setstate__ takes a storage, offset, size and stride, and trusts them.
+STATE = b"(" + STORAGE + integer(0) + integer(10**6) + b"\x85" + integer(1) + b"\x85t"
 HOSTILE = {
     "code": (pickled(name("os", "mkdir") + CALL), "holds more than weights"),
     "code in a module": (pickled(module(a=name("os", "mkdir") + CALL)), "holds more than weights"),
@@ -466,7 +470,13 @@ HOSTILE = {
         pickled(module(a=tensor(size=(10**9, 10**9), stride=(0, 0)))),
         "does not lie within",
     ),
-    "no storage": (pickled(module(a=tensor(key="../0"))), r"no item named"),
+    "no storage": (pickled(module(a=tensor(key="1"))), r"no item named"),
+    "elsewhere": (
+        pickled(module(a=tensor(key="../0"))),
+        r"storage \.\./0 is not named by a number",
+    ),
+    "changed after": (pickled(module(a=tensor() + STATE + b"b")), "cannot be read as a PyTorch"),
+    "changed storage": (pickled(module(a=STORAGE + STATE + b"b")), "cannot be read as a PyTorch"),
     "not a tensor": (pickled(module(a=b"]")), "none of the names looked for"),
     "cut off": (pickled(module(a=tensor()))[:-20], "cannot be read as a PyTorch file"),
     "wide tree": (tree(200), "none of the names looked for"),
@@ -495,13 +505,20 @@ def test_damaged_files_are_refused_in_one_line(openai, tmp_path):
             (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("script", [True, False], ids=["TorchScript", "state dict"])
-def test_a_small_file_that_claims_much_is_refused(tmp_path, script):
+@pytest.mark.parametrize(("script", "key"), [(True, "0"), (False, "0"), (False, "code/0")], ids=str)
+def test_a_small_file_that_claims_much_is_refused(tmp_path, script, key):
     huge = bytes(50_000_000)
     data = pickled(module(a=tensor(count=len(huge) // 4)))
     write_planted(tmp_path / "bomb.pt", data, zipfile.ZIP_DEFLATED, huge)
     if not script:
         with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("archive/data.pkl", pickled(tensor(count=len(huge) // 4)))
-            archive.writestr("archive/data/0", huge)
+            archive.writestr("archive/data.pkl", pickled(tensor(count=len(huge) // 4, key=key)))
+            archive.writestr(f"archive/data/{key}", huge)
     refused_in_one_line(tmp_path / "bomb.pt", r"it has \d+ bytes, but its members claim 50000")
+
+
+def test_a_dict_that_holds_itself_is_no_state_dict(tmp_path):
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "endless.pt")
+    refused_in_one_line(tmp_path / "endless.pt", "holds no state dict")

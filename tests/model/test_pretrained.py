@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from clipvip.convert import convert
 from clipvip.embedding import load_for_embedding
-from clipvip.model import CLIPViPModel
+from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.layouts import authors_state_dict
 
 LOADS = {
@@ -135,6 +136,21 @@ def test_json_of_anything_else_is_reported_in_one_line(name, content, model_fold
     with pytest.raises((ValueError, OSError)) as error:
         load_for_embedding(model_folder)
     assert str(model_folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["metaclip_2", "chinese_clip", "siglip", None, ["clip"]])
+def test_other_models_with_names_and_shapes_of_clip_are_refused(kind, model_folder):
+    """MetaCLIP 2 reads a text's feature at another token."""
+    damage_config(model_folder, {"model_type": kind})
+    config = CLIPViPConfig()
+    for load in (
+        CLIPViPModel.from_pretrained,
+        CLIPViPConfig.from_pretrained,
+        lambda source: CLIPViPModel.from_pretrained(source, config=config),
+        lambda source: convert(source, model_folder / "converted"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"holds a {kind!r} model; expected")):
+            load(model_folder)
 
 
 def rewrite(folder, change):
@@ -393,9 +409,10 @@ def test_a_load_shows_one_line_and_no_bar_or_table(clip_folder, capfd, caplog):
     ]
 
 
-def test_heads_that_the_kernel_does_not_take_use_the_reference(model_folder, caplog):
-    damage_config(model_folder, {"vision_config.num_attention_heads": 16})
-    model = CLIPViPModel.from_pretrained(model_folder)
-    assert model.config.vision_config.attention_backend == "reference"
-    assert "heads of 8, which the compiled" in caplog.text
+def test_heads_that_the_kernel_does_not_take_are_left_to_the_reference(model_folder):
+    damage_config(model_folder, {"vision_config.num_attention_heads": 32})
+    with pytest.raises(ValueError, match=r'heads of 4 .*attention_backend="reference"') as error:
+        CLIPViPModel.from_pretrained(model_folder)
+    assert model_folder.name in str(error.value) and "\n" not in str(error.value)
+    model = CLIPViPModel.from_pretrained(model_folder, attention_backend="reference")
     model.get_video_features(torch.zeros(1, 2, 3, 32, 32))

@@ -16,14 +16,22 @@ from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.checkpoints import FILE_SUFFIXES
 from clipvip.model.configuration import VIDEO_OPTIONS
 from clipvip.model.layouts import ADDED_TO_CLIP, authors_state_dict
-from clipvip.model.pretrained import check_name, failed_writes, found, is_plain_clip, no_bars
+from clipvip.model.pretrained import (
+    check_name,
+    failed_writes,
+    found,
+    is_plain_clip,
+    needs_reference,
+    no_bars,
+    read_config,
+)
 from clipvip.model.processing import (
     AUTHORS_READING,
     CLIP_READING,
     NoTokenizer,
+    image_processor_settings,
     read_settings,
     save_settings,
-    settings_of_clip,
 )
 
 KINDS = ("clipvip", "clip", "authors")
@@ -65,9 +73,12 @@ def convert(
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
     with found("the model", source):
         plain = is_plain_clip(source)
+        by_reference = needs_reference(read_config(source, activation, head_width))
     told: dict[str, Any] = {"activation": activation, "head_width": head_width}
     if to == "clip" and plain:  # without what would be added to it
         told |= {"num_proxies": 1, "frame_pooling": "mean"}
+    if by_reference:  # nothing is computed here
+        told["attention_backend"] = "reference"
     model = CLIPViPModel.from_pretrained(
         source, image_size=image_size, text_length=text_length, **told
     )
@@ -97,6 +108,11 @@ def convert(
         elif to != "authors":
             _warn_of_no_tokenizer(source, destination)
         os.rename(unfinished, destination)
+    if by_reference and to == "clipvip":
+        logger.warning(
+            f"{source} has heads of a size that the compiled attention does not take; "
+            f"{destination} says attention_backend='reference', which is slower plain PyTorch"
+        )
     if plain and to == "clipvip":
         logger.warning(
             f"{source} is not trained on video: train {destination} first, or convert it with "
@@ -147,7 +163,7 @@ def _save_clip(model: CLIPViPModel, settings: dict[str, Any], folder: Path) -> N
     weights = {k: v for k, v in model.state_dict().items() if k not in ADDED_TO_CLIP}
     clip.load_state_dict(weights, assign=True)
     clip.save_pretrained(folder)
-    images = json.dumps(settings_of_clip(settings), indent=2)
+    images = json.dumps(image_processor_settings(settings), indent=2)
     Path(folder, "preprocessor_config.json").write_text(images + "\n")
 
 

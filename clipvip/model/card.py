@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clipvip.files import read_own, shown, write_whole
 from clipvip.model.configuration import CLIPViPConfig
+from clipvip.model.pretrained import no_bars
 
 README = "README.md"
 TAGS = ("clip", "clip-vip", "video", "text-to-video-retrieval", "video-to-text-retrieval")
@@ -109,8 +110,11 @@ def base_model(source: str | None) -> str | None:
     """Return the name on the hub of what a model was made from, if it can be known."""
     if source is None or _is_hub_name(source):
         return source
+    card = _read(Path(source))
+    if not card:
+        return None
     try:
-        name = _loaded(_read(Path(source)) or "").data.get("base_model")
+        name = _loaded(card).data.get("base_model")
     except Exception:  # a card by anybody: yaml's errors have no common base with huggingface_hub's
         return None
     return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) else None
@@ -198,9 +202,10 @@ class WithCard(Pushable):
         text = _card_of(source, weights) or model_card(model.config, source=source)
         hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
         again = None if state_dict is None else dict(state_dict)  # transformers empties its own
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory, is_main_process, state_dict, **options
-        )
+        with no_bars():
+            super().save_pretrained(  # type: ignore[misc]
+                save_directory, is_main_process, state_dict, **options
+            )
         if is_main_process:
             write_card(save_directory, text)
             if push_to_hub:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def read_checkpoint(path: str | os.PathLike, device: str = "cpu") -> Weights:
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty; fetch it again")
     if Path(path).suffix == ".safetensors":
-        content: Any = load_file(path)
+        content: Any = _read_header(path) if device == "meta" else load_file(path)
     else:
         content = _read_pickled(path, device)
     for _ in range(_MOST_NESTED):
@@ -62,6 +63,18 @@ def read_checkpoint(path: str | os.PathLike, device: str = "cpu") -> Weights:
                 "expected plain floating-point weights"
             )
     return weights
+
+
+def _read_header(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Return a safetensors file's tensors on the meta device, without reading their numbers."""
+    tensors = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            shape = part.get_shape()
+            dtype = (part[:0] if shape else file.get_tensor(name)).dtype
+            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+    return tensors
 
 
 def _read_pickled(path: str | os.PathLike, device: str) -> Any:

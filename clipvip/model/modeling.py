@@ -253,8 +253,9 @@ class CLIPViPModel(WithCard, CLIPViPPreTrainedModel):  # type: ignore[misc]
             without its open_clip_config.json. All others go to transformers' `from_pretrained`.
 
         As in transformers, dtype= is by default that which config.json names, or else that of the
-        file's first weight. Missing weights are drawn from a fixed seed: the same files give the
-        same model in every process, on every device and, up to rounding, in every dtype.
+        first weight; for one file of weights, it is the widest of theirs. Missing weights are drawn
+        from a fixed seed: the same files give the same model in every process, on every device and,
+        up to rounding, in every dtype.
         Raises FileNotFoundError if there is no such folder, file or hub name.
         """
         source = pretrained_model_name_or_path

@@ -35,16 +35,17 @@ def with_sizes(
     if image_size is not None:
         patch = config.vision_config.patch_size
         if type(image_size) is not int or not 0 < image_size <= MOST or image_size % patch:
-            near = max(1, round(min(image_size, MOST) / patch)) * patch
+            wanted = image_size if type(image_size) is int else config.vision_config.image_size
+            near = max(1, round(min(wanted, MOST) / patch)) * patch
             raise ValueError(
-                f"image_size is {image_size}; expected a multiple of {patch}, the patch size, such "
-                f"as {near}, up to {MOST}"
+                f"image_size is {image_size!r}; expected a multiple of {patch}, the patch size, "
+                f"such as {near}, up to {MOST}"
             )
         config.vision_config.image_size = image_size
     if text_length is not None:
         if type(text_length) is not int or not 1 < text_length <= MOST:
             raise ValueError(
-                f"text_length is {text_length}; expected a number of tokens from 2 to {MOST}"
+                f"text_length is {text_length!r}; expected a number of tokens from 2 to {MOST}"
             )
         config.text_config.max_position_embeddings = text_length
     return config

@@ -32,6 +32,7 @@ from clipvip.files import shown
 from clipvip.model.checkpoints import FILE_SUFFIXES, is_checkpoint_file, read_checkpoint
 from clipvip.model.configuration import VIDEO_OPTIONS, CLIPViPConfig, check_type, count_weights
 from clipvip.model.layouts import ADDED_TO_CLIP, Weights, configured_by_open_clip, infer_config
+from clipvip.ops.proxy_attention import takes_heads_of
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -240,8 +241,11 @@ def resolve(
     if source is None:
         return None, options, frozenset()
     weights = read_weights(source, options)
+    given = [name for name, value in told.items() if value is not None]
     if weights is not None:
         options["state_dict"] = weights.state_dict
+        if given and options.get("config") is not None:
+            raise ValueError(f"config says the {given[0]}; leave out {' and '.join(given)}")
         if options.get("config") is None:
             video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
             config = options["config"] = infer_config(weights, source, **told, **video)
@@ -252,7 +256,7 @@ def resolve(
                 f"is what it adds to CLIP: {shown(', '.join(weights.left_out))}"
             )
         return None, options, weights.added
-    if given := [name for name, value in told.items() if value is not None]:
+    if given:
         raise ValueError(f"its config.json says the {given[0]}; leave out {' and '.join(given)}")
     settings = read_json(source, "config.json", options)
     if cached(source, "adapter_config.json", options) is not None:
@@ -313,16 +317,28 @@ def is_plain_clip(source: str | PathLike) -> bool:
     return not weights.trained_on_video
 
 
-def read_config(source: str | PathLike, **hub: Any) -> CLIPViPConfig:
+def read_config(
+    source: str | PathLike,
+    activation: str | None = None,
+    head_width: int | None = None,
+    **hub: Any,
+) -> CLIPViPConfig:
     """Return the configuration of any model that `CLIPViPModel.from_pretrained` reads, without its
     weights' numbers.
 
-    hub: transformers' hub options.
+    activation, head_width: see `infer_config`. hub: transformers' hub options.
     """
     weights = read_weights(source, hub, "meta")
     if weights is None:
         return CLIPViPConfig.from_pretrained(source, **hub)
-    return infer_config(weights, source)
+    return infer_config(weights, source, activation, head_width)
+
+
+def needs_reference(config: CLIPViPConfig) -> bool:
+    """Whether a model has heads that the compiled attention, which it asks for, does not take."""
+    vision = config.vision_config
+    width = vision.hidden_size // vision.num_attention_heads
+    return vision.attention_backend == "native" and not takes_heads_of(width)
 
 
 def open_clip_config(source: str | PathLike, options: dict[str, Any]) -> dict[str, Any]:

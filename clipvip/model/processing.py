@@ -335,7 +335,7 @@ def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[s
     return settings
 
 
-def settings_of_clip(settings: dict[str, Any]) -> dict[str, Any]:
+def image_processor_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Convert arguments of CLIPViPProcessor to settings of a CLIPImageProcessor, as
     preprocessor_config.json holds them. Raises ValueError if there is no equal."""
     side = settings["image_size"]
@@ -371,13 +371,21 @@ def _settings_of_open_clip(chosen: Any, source: str | os.PathLike) -> dict[str, 
     settings = {ours: chosen[name] for name, ours in names.items() if name in chosen}
     mode = chosen.get("resize_mode", "shortest")
     ways = {"shortest": "crop", "longest": "pad", "squash": "squash"}
-    if mode not in ways:
-        raise ValueError(f"{source} has resize_mode {mode!r}; expected one of {', '.join(ways)}")
+    if not isinstance(mode, str) or mode not in ways:
+        raise ValueError(
+            f"{source} has resize_mode {shown(repr(mode))}; expected one of {', '.join(ways)}"
+        )
     interpolation = chosen.get("interpolation", "bicubic")
     if mode == "squash" or interpolation != "bicubic":
         logger.warning(
             f"{source} resizes frames by resize_mode={mode}, interpolation={interpolation}; using "
             f"the nearest way, resize={ways[mode]!r}"
+        )
+    fill = chosen.get("fill_color", 0)
+    if mode == "longest" and fill not in (0, [0, 0, 0]):
+        logger.warning(
+            f"{source} pads frames with fill_color={shown(repr(fill))}; using the nearest way, "
+            "resize='pad', which pads with black"
         )
     return {**settings, "resize": ways[mode]}
 

@@ -3,11 +3,13 @@ import resource
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from clipvip.convert import convert
 from clipvip.embedding import load_for_embedding
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
+from clipvip.model.checkpoints import read_checkpoint
 from clipvip.model.layouts import authors_state_dict
 from clipvip.model.processing import READING
 
@@ -213,6 +215,44 @@ def test_a_plain_clip_stays_one(clip_folder, tokenizer, tmp_path):
     model, processor = load_for_embedding(tmp_path / "clip")
     assert model.config.vision_config.frame_pooling == "mean"
     assert processor.tokenizer("a cat").input_ids == tokenizer("a cat").input_ids
+
+
+def test_heads_that_the_kernel_does_not_take_are_converted_for_the_reference(
+    make_model, tmp_path, caplog
+):
+    folder = tmp_path / "heads of 4"
+    make_model().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 32
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r'heads of 4 .*attention_backend="reference"'):
+        CLIPViPModel.from_pretrained(folder)
+    convert(folder, tmp_path / "ours")
+    (line,) = [r.getMessage() for r in caplog.records if "compiled attention" in r.getMessage()]
+    assert "ours says attention_backend='reference'" in line and "\n" not in line
+    written = CLIPViPModel.from_pretrained(tmp_path / "ours")
+    assert written.config.vision_config.attention_backend == "reference"
+    written.get_video_features(torch.zeros(1, 2, 3, 32, 32))
+
+
+def test_a_file_of_safetensors_is_read_once(make_model, tmp_path, monkeypatch):
+    """Its configuration comes from its header."""
+    path = tmp_path / "x.safetensors"
+    save_file(authors_state_dict(make_model().half()), path)
+    whole, shapes = (read_checkpoint(path, device).state_dict for device in ("cpu", "meta"))
+    assert [(x, y.shape, y.dtype) for x, y in whole.items()] == [
+        (x, y.shape, y.dtype) for x, y in shapes.items()
+    ]
+    assert all(weight.is_meta for weight in shapes.values())
+    read = []
+
+    def load_once(path):
+        read.append(path)
+        return load_file(path)
+
+    monkeypatch.setattr("clipvip.model.checkpoints.load_file", load_once)
+    convert(path, tmp_path / "ours")
+    assert read == [path]
 
 
 def test_formats_that_cannot_hold_a_model_refuse_it(make_model, clip_folder, tmp_path):

@@ -137,6 +137,8 @@ def test_the_auto_classes_take_sizes_too(make_model, tmp_path):
         ({"image_size": 0}, "image_size is 0; expected a multiple of 8"),
         ({"image_size": -8}, "image_size is -8; expected a multiple of 8"),
         ({"image_size": 80_000}, "image_size is 80000; expected .*, up to 10000"),
+        ({"image_size": "40"}, "image_size is '40'; expected a multiple of 8"),
+        ({"text_length": "9"}, "text_length is '9'; expected a number of tokens"),
         ({"image_size": 40.0}, r"image_size is 40\.0; expected"),
         ({"text_length": 1}, "text_length is 1; expected a number of tokens from 2 to 10000"),
         ({"text_length": 10**9}, "text_length is 1000000000; expected"),

@@ -409,6 +409,23 @@ def test_a_load_shows_one_line_and_no_bar_or_table(clip_folder, capfd, caplog):
     ]
 
 
+def test_a_save_shows_nothing(clip_folder, tmp_path, capfd, caplog):
+    model = CLIPViPModel.from_pretrained(clip_folder)
+    capfd.readouterr(), caplog.clear()
+    model.save_pretrained(tmp_path)
+    assert "".join(capfd.readouterr()) + caplog.text == ""
+
+
+@pytest.mark.parametrize("told", [{"activation": "gelu"}, {"head_width": 32}], ids=str)
+def test_what_a_given_configuration_says_is_not_told_twice(make_model, tmp_path, told):
+    model = make_model()
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    (name,) = told
+    with pytest.raises(ValueError, match=rf"config says the {name}; leave out {name}"):
+        CLIPViPModel.from_pretrained(tmp_path / "x.pt", config=model.config, **told)
+    CLIPViPModel.from_pretrained(tmp_path / "x.pt", config=model.config)
+
+
 def test_heads_that_the_kernel_does_not_take_are_left_to_the_reference(model_folder):
     damage_config(model_folder, {"vision_config.num_attention_heads": 32})
     with pytest.raises(ValueError, match=r'heads of 4 .*attention_backend="reference"') as error:

@@ -199,6 +199,15 @@ def test_other_clips_are_read_as_nearly_as_can_be(
     assert said in " ".join(warnings) if said else not warnings
 
 
+@pytest.mark.parametrize(("fill", "said"), [(0, False), ([0, 0, 0], False), (127, True)], ids=str)
+def test_only_frames_padded_with_black_are_read_alike(fill, said, caplog):
+    chosen = {"resize_mode": "longest", "fill_color": fill}
+    assert processing._settings_of_open_clip(chosen, "it") == {"resize": "pad"}
+    assert (f"it pads frames with fill_color={fill}" in caplog.text) == said
+    with pytest.raises(ValueError, match=r"it has resize_mode \['x'\]; expected one of shortest"):
+        processing._settings_of_open_clip({"resize_mode": ["x"]}, "it")
+
+
 def test_wrong_input_is_explained(processor, tmp_path):
     (tmp_path / "x.pt").touch()
     for source in ("x.pt", "."):

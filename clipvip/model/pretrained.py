@@ -262,7 +262,8 @@ def resolve(
     if cached(source, "adapter_config.json", options) is not None:
         # With peft, transformers would load the model that the adapter names.
         raise ValueError("it holds an adapter; merge it into the model")
-    check_type(settings, source)
+    if settings:
+        check_type(settings, source)
     if options.get("config") is None:
         video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
         shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)

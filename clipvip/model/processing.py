@@ -71,21 +71,8 @@ class CLIPViPProcessor(Pushable, ProcessorMixin):  # type: ignore[misc]
         resize: str = CLIP_READING["resize"],
     ) -> None:
         super().__init__(tokenizer)
-        channels, count = "three finite numbers, one per channel", f"an integer of 1 to {MOST}"
-        positive = f"{channels}, above 0"
-        for name, value, fits, expected in (
-            ("image_mean", image_mean, _are_channels(image_mean), channels),
-            ("image_std", image_std, _are_channels(image_std) and min(image_std) > 0, positive),
-            ("image_size", image_size, _is_count(image_size), count),
-            ("num_frames", num_frames, _is_count(num_frames), count),
-            ("text_length", text_length, text_length is None or _is_count(text_length), count),
-            ("paragraph", paragraph, isinstance(paragraph, bool), "a bool"),
-            ("sampling", sampling, isinstance(sampling, str), "a str"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
-        check_sampling(sampling)
-        check_resize(resize)
+        given = locals()
+        check_settings({name: given[name] for name in _SAVED})
         self.image_size = image_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
@@ -238,13 +225,41 @@ def normalize_frames(
     return frames * scale - shift
 
 
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of CLIPViPProcessor that are none that it can have."""
+    for name, value in settings.items():
+        if name in ("image_mean", "image_std"):
+            expected = "three finite numbers, one per channel" + ", above 0" * (name == "image_std")
+            fits = _are_channels(value) and (name == "image_mean" or min(value) > 0)
+        elif name == "paragraph":
+            fits, expected = isinstance(value, bool), "a bool"
+        elif name in ("sampling", "resize"):
+            fits, expected = isinstance(value, str), "a str"
+        else:
+            fits = _is_count(value) or (name == "text_length" and value is None)
+            expected = f"an integer of 1 to {MOST}"
+        if not fits:
+            raise ValueError(f"{name} is {shown(repr(value))}; expected {expected}")
+    if "sampling" in settings:
+        check_sampling(settings["sampling"])
+    if "resize" in settings:
+        check_resize(settings["resize"])
+
+
 def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     """Return the arguments of CLIPViPProcessor, except the tokenizer, that are saved with a model.
 
     source: folder, hub name or file of weights. hub: transformers' hub options.
+    Raises ValueError if a value is none that the processor can have.
     """
     with found("the model", source, hub.get("subfolder") or "", kind="tokenizer"):
-        weights = read_weights(source, hub, "meta")
+        settings = _saved_settings(source, **hub)
+        check_settings(settings)
+        return settings
+
+
+def _saved_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
+    weights = read_weights(source, hub, "meta")
     if weights is not None:
         settings: dict[str, Any] = {"image_size": image_size(weights, source)}
         if weights.trained_on_video:
@@ -264,7 +279,8 @@ def read_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
         return _settings_of_clip(clip, source)
     settings = {name: own[name] for name in _SAVED if name in own}
     if "sampling" not in own:  # older models keep how clips are read in a file of its own
-        settings |= read_json(source, "reading.json", hub)
+        older = read_json(source, "reading.json", hub)
+        settings |= {name: older[name] for name in READING if name in older}
     return settings
 
 

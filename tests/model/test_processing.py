@@ -132,6 +132,21 @@ def test_settings_saved_alone_wait_for_a_tokenizer(tokenizer, tmp_path):
         assert {name: getattr(loaded, name) for name in READ_OTHERWISE} == READ_OTHERWISE
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"image_mean": "abc"}, {"image_std": [0, 1, 1]}, {"resize": ["x"]}, {"image_size": [8]}],
+    ids=str,
+)
+@pytest.mark.parametrize("load", [read_settings, CLIPViPProcessor.from_pretrained])
+def test_saved_settings_of_no_processor_are_refused(settings, load, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    save_settings(tmp_path, **{"image_size": 32, **settings})
+    (name,) = settings
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}.* {name} is .*; expected") as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_not_said_is_clips(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     processor = CLIPViPProcessor.from_pretrained(tmp_path)

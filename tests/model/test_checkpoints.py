@@ -172,6 +172,9 @@ def test_hub_folder_of_open_clip(clip, tokenizer, tmp_path, safe, custom, quick)
     assert (processor.image_size, processor.resize) == (32, "crop")
     assert processor.tokenizer("a cat").input_ids == tokenizer("a cat").input_ids
     assert read_settings(file) == read_settings(tmp_path / "hub")
+    # Some folders hold both open_clip's files and those of transformers.
+    (tmp_path / "hub" / "config.json").write_text('{"text_config": {}, "vision_config": {}}')
+    assert_same_features(model, file)
 
 
 def test_clip4clip(openai, tmp_path, caplog):

@@ -507,7 +507,7 @@ MEASURES = {
     ),
     "proxy_attention heads of 72": (
         bench_proxy_attention,
-        ATTENTION | BF16 | {"way": "both", "heads": 2, "head_dim": 72, "compiled": False},
+        ATTENTION | BF16 | {"way": "both", "heads": 2, "head_dim": 72},
     ),
     "symmetric": (bench_pairwise_logsumexp, dict(loss="symmetric", n=70) | FP32),
     "symmetric bf16": (bench_pairwise_logsumexp, dict(loss="symmetric", n=70) | BF16),

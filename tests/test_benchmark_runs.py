@@ -477,8 +477,8 @@ def test_the_script_runs_its_parts_and_leaves_everything_in_one_folder(tmp_path)
     assert [path.name for path in (tmp_path / "kit/traces").iterdir()] == [
         "train-small-fp32-default-ours.json.gz"
     ]
-    # Five cases of attention, three of losses and three of elementwise, these in two forms each.
-    assert ended.stdout.count(": off by ") == 5 + 2 * 3 + 2 * 3
+    # Eight cases of attention, three of losses and three of elementwise, these in two forms each.
+    assert ended.stdout.count(": off by ") == 8 + 2 * 3 + 2 * 3
     assert "counters: skipped" in ended.stdout
 
 

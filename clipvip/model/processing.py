@@ -26,7 +26,14 @@ from clipvip.model.checkpoints import is_checkpoint_file
 from clipvip.model.configuration import CLIPViPConfig
 from clipvip.model.layouts import ADDED_TO_CLIP, AUTHORS, image_size
 from clipvip.model.positions import MOST
-from clipvip.model.pretrained import cached, found, open_clip_config, read_json, read_weights
+from clipvip.model.pretrained import (
+    cached,
+    found,
+    is_plain_clip,
+    open_clip_config,
+    read_json,
+    read_weights,
+)
 from clipvip.ops.resize_crop import check_resize, resize_frames
 
 logger = logging.get_logger(__name__)
@@ -276,6 +283,11 @@ def _saved_settings(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
     own = read_json(source, PROCESSOR_CONFIG, hub)
     if "image_size" not in own:
         clip = own.get("image_processor") or read_json(source, "preprocessor_config.json", hub)
+        if not clip and not os.path.exists(source):
+            logger.warning(
+                f"{source} does not say how frames are read, or its file that does is not in the "
+                "cache and the hub cannot be reached; they are read as by OpenAI's CLIP"
+            )
         return _settings_of_clip(clip, source)
     settings = {name: own[name] for name in _SAVED if name in own}
     if "sampling" not in own:  # older models keep how clips are read in a file of its own
@@ -306,10 +318,10 @@ def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
         loaded = None if is_checkpoint_file(where) else CLIPTokenizer.from_pretrained(where, **hub)
         # Without files, transformers makes a tokenizer of the special tokens alone.
         if loaded is None or len(loaded) <= len(loaded.all_special_ids):
+            kind = " --to clip" if is_plain_clip(where) else ""
             raise NoTokenizer(
-                f"{where} holds no tokenizer; give tokenizer= a folder or hub name that does, or "
-                f"convert it with one: clipvip convert {where} FOLDER "
-                "--tokenizer openai/clip-vit-base-patch32"
+                f"{where} holds no tokenizer; convert it with one: clipvip convert {where} FOLDER"
+                f"{kind} --tokenizer openai/clip-vit-base-patch32 (in Python, give tokenizer=)"
             )
         # Whatever its files say: CLIP counts positions from a text's start.
         loaded.padding_side = loaded.truncation_side = "right"

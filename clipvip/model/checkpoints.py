@@ -84,7 +84,9 @@ def _read_pickled(path: str | os.PathLike, device: str) -> Any:
             _check_members(path)
             if is_torchscript(path):
                 return read_torchscript(path, device)
-        return torch.load(path, map_location=device, weights_only=True)
+        # Mapped, as transformers maps its files: weights are read when they are first used.
+        mapped = zipfile.is_zipfile(path) and device == "cpu"
+        return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # a damaged or hostile file may cause any

@@ -227,7 +227,7 @@ def test_wrong_input_is_explained(processor, tmp_path):
     with pytest.raises(NoTokenizer, match="holds no tokenizer"):
         CLIPViPProcessor.from_pretrained(tmp_path)
     (tmp_path / "x.pt").touch()
-    with pytest.raises(ValueError, match="x.pt is empty"):
+    with pytest.raises(ValueError, match=r"x\.pt is empty"):
         CLIPViPProcessor.from_pretrained(tmp_path / "x.pt")
     for wrong in ({"resize": "fit"}, {"sampling": "best"}):
         with pytest.raises(ValueError, match="expected"):

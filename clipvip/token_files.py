@@ -14,7 +14,7 @@ With frame_pooling="mean", every frame has proxies of its own: [N, M, C].
 
 A file's name is a hash of the clip and of the size and modification time of its video. Files are
 complete or absent. So the same command after any interruption finds what was written, even what
-clips.jsonl does not list yet, and goes on from there.
+clips.jsonl does not list yet, and resumes from there.
 """
 
 import hashlib

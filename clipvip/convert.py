@@ -5,13 +5,13 @@ to a plain CLIP of transformers, or to the authors' kind. This is `clipvip conve
 import json
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import CLIPConfig, CLIPModel
 from transformers.utils import logging
 
+from clipvip.files import renamed_when_whole
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.checkpoints import FILE_SUFFIXES
 from clipvip.model.configuration import VIDEO_OPTIONS
@@ -90,12 +90,7 @@ def convert(
     settings["image_size"] = model.config.vision_config.image_size
     if text_length is not None:
         settings["text_length"] = text_length
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    beside = TemporaryDirectory(
-        prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True
-    )
-    with beside as folder, failed_writes(), no_bars():
-        unfinished = Path(folder, destination.name)
+    with renamed_when_whole(destination) as unfinished, failed_writes(), no_bars():
         if to == "authors":
             _save_for_authors(model, settings, source, unfinished)
         elif to == "clip":
@@ -107,7 +102,6 @@ def convert(
             processor.tokenizer.save_pretrained(unfinished)
         elif to != "authors":
             _warn_of_no_tokenizer(source, destination)
-        os.rename(unfinished, destination)
     if by_reference and to == "clipvip":
         logger.warning(
             f"{source} has heads of a size that the compiled attention does not take; "

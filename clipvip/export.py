@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from clipvip.export_files import (
     write_onnx,
     write_program,
 )
-from clipvip.files import shown
+from clipvip.files import renamed_when_whole, shown
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.pretrained import check_name, failed_writes
 
@@ -99,18 +98,12 @@ def export(source: str | os.PathLike, destination: str | os.PathLike, onnx: bool
     # exported for any number of frames. The vision tower has a configuration of its own.
     for config in (model.config.vision_config, model.vision_model.config):
         config.attention_backend = "reference"
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    beside = TemporaryDirectory(
-        prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True
-    )
-    with beside as folder, failed_writes():
-        unfinished = Path(folder, destination.name)
+    with renamed_when_whole(destination) as unfinished, failed_writes():
         processor.save_pretrained(unfinished)
         difference = max(_write(tower, unfinished, onnx) for tower in towers)
         description = _describe(source, model, processor, towers, unfinished)
         unfinished.joinpath(DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         files = sorted(path.name for path in unfinished.iterdir())
-        os.rename(unfinished, destination)
     return Exported(files, difference, stored)
 
 

@@ -24,6 +24,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, BinaryIO
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,21 @@ def json_line(record: Any) -> bytes:
     """Return a line of JSON Lines, from which json.loads restores names that are not UTF-8."""
     # This handler replaces a lone surrogate by what is also its escape in JSON.
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+@contextmanager
+def renamed_when_whole(destination: Path) -> Iterator[Path]:
+    """Yield a path beside `destination` for a new file or folder, and rename it when it is written.
+
+    After an error, nothing is left of it. The folder around `destination` is made if it is missing.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(
+        prefix=f".{destination.name}.", dir=destination.parent, ignore_cleanup_errors=True
+    ) as folder:
+        unfinished = Path(folder, destination.name)
+        yield unfinished
+        os.rename(unfinished, destination)
 
 
 def write_whole(path: Path, data: str | bytes | Iterable[bytes]) -> None:

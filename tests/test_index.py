@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clipvip import cli, files
-from clipvip import index as index_module
 from clipvip.files import only_run
-from clipvip.index import Index, IndexedClip, build_index, load_index, search
+from clipvip.index import old as index_module
+from clipvip.index.old import Index, IndexedClip, build_index, load_index, search
 from clipvip.index_files import write_index
 
 

@@ -332,7 +332,7 @@ class Store:
         paths: dict[str, int] = {}
         file, number = np.empty(n, np.int32), np.empty(n, np.int32)
         puts: dict[str, int] = {}
-        put = np.empty(n, np.int64)
+        put = np.empty(n, np.int32)
         at = 0
         columns = ["put", "path", "number", "start", "end", "vector"]
         for batch in table.search().select(columns).to_batches(8192):
@@ -340,8 +340,8 @@ class Store:
             if rows.stop > n:
                 raise _damaged(self.where, "it has more rows than it says")
             at = rows.stop
-            file[rows] = [paths.setdefault(path, len(paths)) for path in batch["path"].to_pylist()]
-            put[rows] = [puts.setdefault(mark, len(puts)) for mark in batch["put"].to_pylist()]
+            file[rows] = _numbered(batch["path"], paths)
+            put[rows] = _numbered(batch["put"], puts)
             number[rows] = batch["number"].to_numpy()
             for name, column in (("start", start), ("end", end)):
                 column[rows] = batch[name].to_numpy(zero_copy_only=False)
@@ -363,8 +363,8 @@ class Store:
         order = order[keep[order]]
         if not keep.all() or (order[1:] < order[:-1]).any():  # else spare the copy of all vectors
             file, start, end, vectors = file[order], start[order], end[order], vectors[order]
-        for block in range(0, len(vectors), 1 << 16):
-            self._check_unit(vectors[block : block + (1 << 16)].astype(np.float32))
+        for block in range(0, len(vectors), 1024):
+            self._check_unit(vectors[block : block + 1024].astype(np.float32))
         if not ((start >= 0) | np.isnan(start)).all() or (end < start).any() or np.isinf(end).any():
             raise _damaged(self.where, "a span ends before it starts")
         return Rows(states, file, start, end, vectors)
@@ -784,6 +784,14 @@ def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
 def _matrix(column: Any, width: int) -> np.ndarray:
     """Return a column of vectors as float16 [n, P]."""
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
+
+
+def _numbered(column: Any, numbers: dict[str, int]) -> np.ndarray:
+    """Return the number of each text of a column, and give new texts the next ones."""
+    distinct = column.dictionary_encode()
+    texts = distinct.dictionary.to_pylist()
+    own = np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+    return own[distinct.indices.to_numpy()]
 
 
 def _number(value: float | None) -> str:

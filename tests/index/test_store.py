@@ -240,6 +240,7 @@ def test_sources_add_up_and_the_model_stays(tmp_path, store):
             Store.create(tmp_path / "index", other)
 
 
+@pytest.mark.filterwarnings("ignore:optimize")  # it is just what the test is about
 def test_an_open_reader_sees_what_is_put_later(store, tmp_path, monkeypatch):
     reader = Store.open(tmp_path / "index")
     seen = {reader.version()}

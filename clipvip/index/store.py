@@ -13,6 +13,9 @@ two processes put the same file at the same moment, both sets of its rows can ge
 wins: the second process deletes the other set as soon as it has committed, and readers leave it
 out.
 
+Up to EXACT_ROWS moments, a search compares every vector. In larger collections it reads one bit per
+value (RaBitQ, arXiv 2405.12497) and compares the best of these exactly.
+
 An index may come from a stranger. So the tables' columns are compared with those expected, and
 every value that is read is checked. Paths are stored with all bytes that could end an SQL text
 escaped (see `encoded`).
@@ -400,7 +403,13 @@ class Store:
             self._delete_duplicates()
             self._index_vectors()
             for table in (self._about, self._bad_files, self._moments):
-                _committed(table.optimize, cleanup_older_than=KEPT)  # adds new rows to the index
+                try:
+                    _committed(
+                        table.optimize, cleanup_older_than=KEPT
+                    )  # and adds rows to the index
+                except Exception as error:
+                    if not _CONFLICT.search(str(error)):  # else the next process tidies
+                        raise
 
     def _index_vectors(self) -> None:
         """Make the approximate index of a large table; again after most of its rows are new."""
@@ -667,6 +676,8 @@ def _local(where: str) -> str:
 
 
 def _connect(where: str) -> Any:
+    # What it warns of, such as two processes that compact at once, this module retries.
+    os.environ.setdefault("LANCEDB_LOG", "error")
     try:
         import lancedb
     except ModuleNotFoundError as error:
@@ -730,6 +741,11 @@ def _reported(where: str) -> Iterator[None]:
     except (StoreError, KeyError, MemoryError):
         raise
     except Exception as error:
+        if _CONFLICT.search(str(error)):
+            raise StoreError(
+                f"other processes changed the index in {shown(where)} all the time; run the same "
+                "command again"
+            ) from error
         line = _PLACE.sub("", str(error).partition("\n")[0].removeprefix("lance error: "))
         number = int(found[1]) if (found := _SYSTEM.search(line)) else errno.ENOENT
         if number != errno.ENOENT:  # a full disk, for example; a missing file is damage

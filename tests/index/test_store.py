@@ -482,6 +482,31 @@ def test_a_process_that_put_a_file_at_the_same_moment_as_another_deletes_the_oth
     assert store.count() - store.drop(["/v/a.mp4"]) == len(store.of_files(["/v/b.mp4"])[0]) > 0
 
 
+def test_changes_that_others_prevent_are_retried_and_then_named(store, monkeypatch):
+    monkeypatch.setattr(store_module, "COMMITS", 3)
+    calls = []
+
+    def busy(self, *args, **options):
+        calls.append(args)
+        raise RuntimeError("lance error: Retryable commit conflict for version 18\nmore")
+
+    monkeypatch.setattr(LanceMergeInsertBuilder, "execute", busy)
+    with pytest.raises(ValueError, match=r"other processes .* run the same command again"):
+        store.put([one("/v/a.mp4")])
+    assert len(calls) == 3
+    monkeypatch.setattr(type(store._moments), "optimize", busy)
+    store.tidy()
+
+
+def test_a_full_disk_is_no_damage(store, monkeypatch):
+    def full(self, *args, **options):
+        raise RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), a")
+
+    monkeypatch.setattr(LanceMergeInsertBuilder, "execute", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*index"):
+        store.put([one("/v/a.mp4")])
+
+
 def test_a_large_index_is_searched_nearly_exactly(store, monkeypatch):
     monkeypatch.setattr(store_module, "EXACT_ROWS", 300)
     store.put([one(f"/v/{i}/a.mp4", n=60, seed=i, date=i) for i in range(10)])

@@ -86,7 +86,8 @@ def videos(tmp_path):
 @pytest.fixture
 def build(model, tmp_path):
     def run(videos, out=tmp_path / "index", model=model):
-        return build_index(model, videos, out, num_workers=0, device="cpu")
+        options = {"num_workers": 0, "device": "cpu", "mixed_precision": "no"}
+        return build_index(model, videos, out, **options)
 
     return run
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from clipvip.index.rows import FileState, Hit, Moment, Where
+from clipvip.index.rows import About, FileState, Hit, Moment, Where
+from clipvip.index.video_index import VideoIndex
 
-__all__ = ["FileState", "Hit", "Moment", "Where"]
+__all__ = ["About", "FileState", "Hit", "Moment", "VideoIndex", "Where"]
 
 
 def __getattr__(name: str) -> Any:

@@ -142,9 +142,7 @@ def stretches(
     return found
 
 
-def _peaks(
-    first: np.ndarray, last: np.ndarray, scores: np.ndarray, least: float
-) -> Iterator[int]:
+def _peaks(first: np.ndarray, last: np.ndarray, scores: np.ndarray, least: float) -> Iterator[int]:
     """Yield the rows to which no better row touches, best first."""
     begins: list[float] = []  # the union of all better rows, as disjoint spans
     ends: list[float] = []

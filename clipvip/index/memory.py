@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from clipvip.index.hits import Curve, scores_of
-from clipvip.index.rows import FileState, Where
+from clipvip.index.rows import Where
 from clipvip.index.store import Rows
 
 AT_ONCE = 1 << 14  # rows that are computed again in one piece: 64 MB for P = 512

@@ -113,7 +113,7 @@ class VideoIndex:
 
     @property
     def store(self) -> stored.Store:
-        """The tables of the index, opened when first needed. Raises ValueError if there are none."""
+        """The tables of the index, opened when first needed. Raises ValueError without an index."""
         with self._lock:
             if self._store is None:
                 self._store = stored.Store.open(self.where)

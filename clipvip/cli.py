@@ -1,5 +1,6 @@
 """The command `clipvip`: parse, call, print."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -252,36 +253,72 @@ def embed(
 
 
 def search(
-    query: Annotated[Positional[str], arg(metavar="QUERY")],
+    queries: Annotated[Positional[tuple[str, ...]], arg(metavar="[QUERY …]")] = (),
     index: Path | None = None,
     k: Annotated[int, arg(aliases=["-k"])] = 10,
+    image: tuple[Path, ...] = (),
+    video: tuple[Path, ...] = (),
+    weights: tuple[float, ...] = (),
+    like: str | None = None,
+    folder: Path | None = None,
+    min_duration: str | None = None,
+    max_duration: str | None = None,
+    after: str | None = None,
+    before: str | None = None,
+    json: bool = False,
 ) -> None:
-    """Find the videos of an index that match a sentence, best first.
+    """Find the moments of your videos that match a sentence, an image or a video, best first.
 
     For example:
       clipvip search 'a dog catches a ball' -k 5
+      clipvip search 'a beach' 'people' --weights 1 -0.5 --folder ~/Videos/2024
+      clipvip search --image dog.jpg --json
+
+    Several queries are added up: their vectors are weighted, and the sum is searched for. A hit is
+    a stretch of one video; its best moment is shown.
 
     Args:
-        query: The sentence to search for.
+        queries: Sentences to search for.
         index: Folder that `clipvip embed` wrote. By default ./index, else that of the demo.
-        k: Number of videos to show.
+        k: Number of hits to show.
+        image: Images to search for.
+        video: Videos to search for, each as a whole.
+        weights: One number per query, first of the sentences, then of the images, then of the
+            videos. Negative numbers search for what is unlike that query. By default all are 1.
+        like: Search for more like this moment, given by its id, which --json shows.
+        folder: Look only at files in this folder and below.
+        min_duration: Look only at videos at least this long, in seconds or as 1:30 or 1:02:03.
+        max_duration: Look only at videos at most this long.
+        after: Look only at videos recorded on this day or later, such as 2024-05-01. Where a video
+            does not say when it was recorded, this is the date of its file.
+        before: Look only at videos recorded before this day.
+        json: Print one hit per line, as JSON.
     """
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
+    # A sentence's products are so small that threads cost more than they save.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from clipvip.index import VideoIndex
+    from clipvip.index.rows import Where
+    from clipvip.index.show import day, duration, print_hits
 
-    from clipvip.index import search as search_index
-
-    index = index or next((path for path in INDEXES if path.is_dir()), INDEXES[0])
-    video = Column("video", overflow="fold")
-    title = Text(shown(query), style="italic")  # Text, as brackets in a str are markup
-    table = Table("rank", "score", video, "seconds", title=title)
-    for rank, hit in enumerate(search_index(index, query, k), start=1):
-        path = hit.path.relative_to(Path.cwd()) if hit.path.is_relative_to(Path.cwd()) else hit.path
-        whole = hit.start is None and hit.end is None
-        span = "" if whole else f"{hit.start or 0:g}–{'' if hit.end is None else f'{hit.end:g}'}"
-        table.add_row(str(rank), f"{hit.score:.3f}", Text(shown(path)), span)
-    Console().print(table)
+    where = Where(
+        None if folder is None else os.path.abspath(folder),
+        duration("--min-duration", min_duration),
+        duration("--max-duration", max_duration),
+        day("--after", after),
+        day("--before", before),
+    )
+    found = VideoIndex(index or next((path for path in INDEXES if path.is_dir()), INDEXES[0]))
+    given: list[Any] = [*queries, *image, *video]
+    if like is not None and (given or weights):
+        raise ValueError("--like takes no other query; leave out the sentences, images and weights")
+    if like is None and not given:
+        raise ValueError("there is no query; expected a sentence, --image, --video or --like")
+    if like is not None:
+        hits = found.like(like, k, where=where)
+    else:
+        hits = found.search(given, k, weights=weights or None, where=where)
+    title = ", ".join([*queries, *map(str, (*image, *video))]) or f"like {like}"
+    print_hits(hits, title, json)
 
 
 def explain(

@@ -2,8 +2,8 @@
 
 An index consists of three tables:
 
-    about      rows of one JSON text each; the first says the format and the model, and later ones
-               add sources
+    about      rows of one JSON text each: the format, the model and sources; the last one says
+               where the model is, and the sources of all count
     moments    one row per moment: its file's state, its span, and a unit vector in float16
     bad_files  files that could not be decoded, and why
 
@@ -134,12 +134,13 @@ class Store:
     def create(cls, where: str | Path, about: About) -> "Store":
         """Open an index, or create it, and add `about.sources` to its sources.
 
+        A model of the same fingerprint may have moved: its place is then `about.model`.
+
         Raises ValueError if the folder holds something else, or if the index there is of another
         model.
         """
         name = os.fspath(where)
-        if not _is_uri(name):
-            check_folder(Path(_local(name)), "an index", lambda: is_index(name))
+        check_place(name)
         _check_width(about.width, name)
         database = _connect(name)
         with _reported(name):
@@ -151,7 +152,7 @@ class Store:
             _make(database, "moments", _moments_schema(about.width))
             _make(database, "bad_files", _bad_files_schema())
         store = cls(name, database)
-        if not set(about.sources) <= set(stored.sources):
+        if stored.model != about.model or not set(about.sources) <= set(stored.sources):
             with _reported(name):
                 _committed(lambda: store._about.add(_about_row(about)))
         return store
@@ -209,18 +210,18 @@ class Store:
     def move(self, moves: Mapping[str, FileState]) -> set[str]:
         """Give files another state, such as another path, and keep their vectors; in one commit.
 
-        moves: the new state of the file at each path. Rows of other files at the new paths are
-        replaced. Return the new paths of the files that were here.
+        moves: the new state of the file at each path, with the same content. Rows of other files
+        at the new paths are replaced. Return the new paths of the files whose content was here.
         """
-        return self._derive(list(moves.items()), list(moves))
+        return self._derive(list(moves.items()), moves=True)
 
     def copy(self, copies: Sequence[tuple[str, FileState]]) -> set[str]:
         """Add files whose content equals that of stored ones, with the same vectors; in one commit.
 
         copies: the path of a stored file, and the state of the new one.
-        Return the new paths whose originals were here.
+        Return the new paths of those whose content was here.
         """
-        return self._derive(copies, [])
+        return self._derive(copies, moves=False)
 
     def drop(self, paths: Iterable[str]) -> int:
         """Delete all moments of these files. Return how many there were."""
@@ -424,19 +425,22 @@ class Store:
                 for some in _chunks(paths):
                     self._delete_duplicates(_in(some))
 
-    def _derive(self, new: Sequence[tuple[str, FileState]], gone: Sequence[str]) -> set[str]:
+    def _derive(self, new: Sequence[tuple[str, FileState]], moves: bool) -> set[str]:
         with _reported(self.where):
             rows = self._of_files([path for path, _ in new])
             vectors = self._vectors(rows)
             starts, ends = rows["start"].to_pylist(), rows["end"].to_pylist()
             numbers, paths = rows["number"].to_pylist(), rows["path"].to_pylist()
-        by_path: dict[str, list[int]] = {}
+            contents = rows["content"].to_pylist()
+        # Another process may have put another content at a path meanwhile.
+        found: dict[tuple[str, str], list[int]] = {}
         for row in sorted(range(len(paths)), key=numbers.__getitem__):
-            by_path.setdefault(paths[row], []).append(row)
-        files = []
+            found.setdefault((paths[row], contents[row]), []).append(row)
+        files, gone = [], []
         for path, state in new:
-            if own := by_path.get(encoded(path)):
+            if own := found.get((encoded(path), encoded(state.content))):
                 files.append((state, [(starts[row], ends[row]) for row in own], vectors[own]))
+                gone += [path] * moves
         if files:
             done = [state.path for state, _, _ in files]
             self._replace(self._as_table(files), [*gone, *done])
@@ -577,7 +581,7 @@ def _about_row(about: About) -> Any:
 
 
 def _parse_about(where: str, table: Any) -> About:
-    """Join the rows of `about`: one model, and all sources. Raises ValueError."""
+    """Join the rows of `about`: the model as last seen, and all sources. Raises ValueError."""
     if table.schema.names != _about_schema().names or not table.num_rows:
         raise _damaged(where, "its table about has other columns than expected, or no row")
     rows = []
@@ -598,10 +602,10 @@ def _parse_about(where: str, table: Any) -> About:
             raise _damaged(where, "its table about is not from clipvip embed")
         _check_width(about.width, where)
         rows.append(about)
-    if len({(row.model, row.fingerprint, row.width) for row in rows}) > 1:
+    if len({(row.fingerprint, row.width) for row in rows}) > 1:
         raise _damaged(where, "it names several models")
     sources = dict.fromkeys(source for row in rows for source in row.sources)
-    return rows[0]._replace(sources=tuple(sources))
+    return rows[-1]._replace(sources=tuple(sources))
 
 
 def _check_width(width: object, where: str) -> None:
@@ -626,6 +630,13 @@ def is_index(where: str | Path) -> bool:
         return os.path.isdir(os.path.join(_local(name), "about.lance"))
     with _reported(name):
         return "about" in _tables(_connect(name))
+
+
+def check_place(where: str | Path) -> None:
+    """Raise ValueError if an index made there would harm what is in it."""
+    name = os.fspath(where)
+    if not _is_uri(name):
+        check_folder(Path(_local(name)), "an index", lambda: is_index(name))
 
 
 def _is_uri(where: str) -> bool:

@@ -1,5 +1,6 @@
 """The command `clipvip`: parse, call, print."""
 
+import gc
 import os
 import signal
 import sys
@@ -294,11 +295,11 @@ def search(
         before: Look only at videos recorded before this day.
         json: Print one hit per line, as JSON.
     """
-    # A sentence's products are so small that threads cost more than they save.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from clipvip.index import VideoIndex
-    from clipvip.index.rows import Where
-    from clipvip.index.show import day, duration, print_hits
+    with _quick_imports():
+        import lancedb  # noqa: F401
+
+        from clipvip.index import VideoIndex, Where
+        from clipvip.index.show import day, duration, print_hits
 
     where = Where(
         None if folder is None else os.path.abspath(folder),
@@ -595,6 +596,21 @@ COMMANDS: dict[str, Any] = {
     "bench": bench,
     "doctor": doctor,
 }
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Import what a search needs in less time: it is most of what a search takes."""
+    if "numpy" not in sys.modules:
+        # The products for one sentence are so small that threads cost more than they save.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    collects = gc.isenabled()
+    gc.disable()  # LanceDB makes very many objects that stay
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

@@ -255,7 +255,7 @@ def embed(
 
 def search(
     queries: Annotated[Positional[tuple[str, ...]], arg(metavar="[QUERY …]")] = (),
-    index: Path | None = None,
+    index: str | None = None,
     k: Annotated[int, arg(aliases=["-k"])] = 10,
     image: tuple[Path, ...] = (),
     video: tuple[Path, ...] = (),
@@ -296,11 +296,11 @@ def search(
         json: Print one hit per line, as JSON.
     """
     with _quick_imports():
-        import lancedb  # noqa: F401
-
         from clipvip.index import VideoIndex, Where
         from clipvip.index.show import day, duration, print_hits
 
+        found = VideoIndex(index or next((path for path in INDEXES if path.is_dir()), INDEXES[0]))
+        _ = found.store  # imports LanceDB
     where = Where(
         None if folder is None else os.path.abspath(folder),
         duration("--min-duration", min_duration),
@@ -308,7 +308,6 @@ def search(
         day("--after", after),
         day("--before", before),
     )
-    found = VideoIndex(index or next((path for path in INDEXES if path.is_dir()), INDEXES[0]))
     given: list[Any] = [*queries, *image, *video]
     if like is not None and (given or weights):
         raise ValueError("--like takes no other query; leave out the sentences, images and weights")

@@ -1,5 +1,6 @@
 """The command `clipvip`: parse, call, print."""
 
+import gc
 import os
 import signal
 import sys
@@ -278,7 +279,7 @@ def embed(
 
 def search(
     queries: Annotated[Positional[tuple[str, ...]], arg(metavar="[QUERY …]")] = (),
-    index: Path | None = None,
+    index: str | None = None,
     k: Annotated[int, arg(aliases=["-k"])] = 10,
     image: tuple[Path, ...] = (),
     video: tuple[Path, ...] = (),
@@ -318,12 +319,12 @@ def search(
         before: Look only at videos recorded before this day.
         json: Print one hit per line, as JSON.
     """
-    # A sentence's products are so small that threads cost more than they save.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from clipvip.index import VideoIndex
-    from clipvip.index.rows import Where
-    from clipvip.index.show import day, duration, print_hits
+    with _quick_imports():
+        from clipvip.index import VideoIndex, Where
+        from clipvip.index.show import day, duration, print_hits
 
+        found = VideoIndex(index or next((path for path in INDEXES if path.is_dir()), INDEXES[0]))
+        _ = found.store  # imports LanceDB
     where = Where(
         None if folder is None else os.path.abspath(folder),
         duration("--min-duration", min_duration),
@@ -331,7 +332,6 @@ def search(
         day("--after", after),
         day("--before", before),
     )
-    found = VideoIndex(index or next((path for path in INDEXES if path.is_dir()), INDEXES[0]))
     given: list[Any] = [*queries, *image, *video]
     if like is not None and (given or weights):
         raise ValueError("--like takes no other query; leave out the sentences, images and weights")
@@ -619,6 +619,21 @@ COMMANDS: dict[str, Any] = {
     "bench": bench,
     "doctor": doctor,
 }
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Import what a search needs in less time: it is most of what a search takes."""
+    if "numpy" not in sys.modules:
+        # The products for one sentence are so small that threads cost more than they save.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    collects = gc.isenabled()
+    gc.disable()  # LanceDB makes very many objects that stay
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

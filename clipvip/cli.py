@@ -59,7 +59,8 @@ MixedPrecision = Annotated[
     Literal["auto", "bf16", "no"],
     arg(
         help="Precision to compute in, named as in training: bf16 (autocast) or no (that of the "
-        "weights, usually fp32). auto is bf16 on a CUDA GPU that computes in it, else no."
+        "weights, usually fp32). auto is bf16 on a CUDA GPU or a CPU (AVX512-BF16) that computes "
+        "in it, else no."
     ),
 ]
 DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]

@@ -39,6 +39,7 @@ from clipvip.inputs import send, sent_ahead, tokenize
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.pretrained import found, hub_options, read_json
 from clipvip.model.processing import normalize_frames
+from clipvip.ops import _native
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +87,8 @@ def precision_on(model: CLIPViPModel, mixed_precision: str) -> str:
     """Return the precision, "bf16" or "no", in which a model computes on its device.
 
     mixed_precision: "bf16" for autocast over the model's weights, as in training; "no" for the
-        weights' own precision; "auto" for bf16 on a CUDA GPU that computes in it, else "no".
+        weights' own precision; "auto" for bf16 on a CUDA GPU or a CPU (AVX512-BF16) that computes
+        in it, else "no".
 
     Weights in fp16 cannot be mixed with bf16: "auto" is "no" for them, and "bf16" a ValueError.
     """
@@ -99,9 +101,13 @@ def precision_on(model: CLIPViPModel, mixed_precision: str) -> str:
         raise ValueError('mixed_precision is "bf16", but the model\'s weights are fp16; use no')
     if mixed_precision != "auto":
         return mixed_precision
-    device = model.device
-    in_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if in_bf16 and mixable else "no"
+    return "bf16" if mixable and _computes_in_bf16(model.device) else "no"
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and _native.module().cpu_capability() == "avx512bf16"
 
 
 def autocast(model: CLIPViPModel, mixed_precision: str) -> torch.autocast:

@@ -36,6 +36,7 @@ from clipvip.index.changes import (
     named_files,
     plan_of,
 )
+from clipvip.index.migrate import migrate
 from clipvip.index.query import Files, files_of, model_here, note_model
 from clipvip.index.rows import About, FileState
 from clipvip.index.store import Span, Store, check_place, is_index
@@ -429,6 +430,7 @@ class _Done:
 def _listed(where: str, sources: list[str]) -> tuple[list[IndexedClip], list[dict[str, str]]]:
     """List the clips of the sources, and check that `where` is an index or may become one."""
     clips, left_out = clips_of(sources)
+    migrate(where)
     check_place(where)
     return clips, left_out
 

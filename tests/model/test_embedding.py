@@ -157,14 +157,18 @@ def test_texts_are_embedded_on_a_cpu_as_the_model_embeds_them(make_model, tokeni
         assert inputs["attention_mask"].all() == (start == 2)
 
 
-def test_a_gpu_that_computes_in_bf16_embeds_in_it(monkeypatch):
+def test_a_device_that_computes_in_bf16_embeds_in_it(monkeypatch):
     on_gpu, on_cpu = (SimpleNamespace(device=where, dtype=torch.float32) for where in (CUDA, CPU))
     capability = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     for capability[:], chosen in (([(9, 0)], "bf16"), ([(8, 0)], "bf16"), ([(7, 5)], "no")):
         assert precision_on(on_gpu, "auto") == chosen
         assert precision_on(on_gpu, "no") == "no" and precision_on(on_gpu, "bf16") == "bf16"
-    assert precision_on(on_cpu, "auto") == "no" and precision_on(on_cpu, "bf16") == "bf16"
+    for best, chosen in (("avx512bf16", "bf16"), ("avx512", "no"), ("avx2", "no")):
+        core = SimpleNamespace(cpu_capability=lambda best=best: best)
+        monkeypatch.setattr("clipvip.ops._native.module", lambda core=core: core)
+        assert precision_on(on_cpu, "auto") == chosen
+        assert precision_on(on_cpu, "no") == "no" and precision_on(on_cpu, "bf16") == "bf16"
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of auto, bf16"):
         precision_on(on_cpu, "fp16")
 
@@ -187,10 +191,10 @@ def test_weights_in_fp16_are_not_mixed_with_bf16(make_model, texts, monkeypatch)
 def test_a_model_computes_in_bf16_where_that_is_asked_for(make_model, texts):
     model, seen = make_model(), []
     model.text_projection.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
-    for precision in ("auto", "no", "bf16"):
+    for precision in ("no", "bf16"):
         with autocast(model, precision):
             assert text_features(model, *texts.values()).dtype == torch.float32
-    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 # --- files -------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ TOLD = 64  # frames between two calls of `alive`
 
 def check_windows(window: float, stride: float, scenes: bool) -> None:
     """Raise ValueError for lengths that no video can be divided by, and where scenes are asked for
-    but PySceneDetect is not installed."""
+    but PySceneDetect cannot be loaded."""
     for name, value in (("window", window), ("stride", stride)):
         if not SHORTEST <= value < math.inf:
             raise ValueError(f"{name} is {value:g}; expected seconds, at least {SHORTEST:g}")
@@ -32,10 +31,14 @@ def check_windows(window: float, stride: float, scenes: bool) -> None:
             f"stride is {stride:g} s, longer than the window ({window:g} s), which would leave out "
             "parts of each video; give a shorter stride or a longer window"
         )
-    if scenes and find_spec("scenedetect") is None:
-        raise ValueError(
-            'scenes are found by PySceneDetect, which is missing: pip install "clipvip[search]"'
-        )
+    if scenes:
+        try:
+            import scenedetect.detectors  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"scenes are found by PySceneDetect, which cannot be loaded ({error}): "
+                'pip install "clipvip[search]"'
+            ) from error
 
 
 def windows(

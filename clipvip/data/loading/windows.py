@@ -176,6 +176,8 @@ class PartReader:
             )
         except DecodeError as error:
             found = [error.reason] * len(spans)
+        if facts is not None:  # reading may find more damage than the index did
+            facts = facts._replace(damage=video.index.damage)
         return Part(
             task.place,
             [span for span, count in zip(spans, found, strict=True) if isinstance(count, int)],

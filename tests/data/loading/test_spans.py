@@ -2,12 +2,12 @@
 
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clipvip.data.loading import spans
 from clipvip.data.loading.spans import check_windows, find_cuts, scenes, windows
 from clipvip.data.video import DecodeError
 
@@ -75,10 +75,8 @@ def test_lengths_that_divide_nothing_are_refused(window, stride, message):
 
 def test_scenes_without_their_package_say_what_to_install(monkeypatch):
     check_windows(10, 5, scenes=True)
-    monkeypatch.setattr(spans, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r'PySceneDetect, which is missing: pip install "clipvip\['
-    ):
+    monkeypatch.setitem(sys.modules, "scenedetect.detectors", None)
+    with pytest.raises(ValueError, match=r'cannot be loaded \(.*\): pip install "clipvip\[search'):
         check_windows(10, 5, scenes=True)
     check_windows(10, 5, scenes=False)
 

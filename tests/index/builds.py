@@ -49,7 +49,7 @@ def start(index, slow=0.0, **environment):
     """Start a build, which ends with 100 + the number of files that it embedded."""
 
     def build():
-        options = {"num_workers": 0, "device": "cpu", "batch_size": 1}
+        options = {"num_workers": 0, "device": "cpu", "mixed_precision": "no", "batch_size": 1}
         show = lambda progress: time.sleep(slow)  # noqa: E731
         return 100 + module.build(index, MODEL, VIDEOS, progress=show, **options).embedded
 

@@ -22,6 +22,8 @@ from clipvip.index.build import build as build_index
 from clipvip.index.store import Store, is_index
 
 LATIN = os.fsdecode(b"caf\xe9.mp4")
+# One process, and features that do not depend on the batch.
+PLAIN = {"num_workers": 0, "device": "cpu", "mixed_precision": "no"}
 ODD = ["[dQw4w9WgXcQ].mp4", "it's 100%.mp4", "red\x1b[31m\n.mp4", "a\u202eb.mp4", LATIN]
 
 
@@ -79,7 +81,7 @@ def film(drawn, videos):
 @pytest.fixture
 def build(model, tmp_path):
     def run(videos, out=tmp_path / "index", model=model, **options):
-        return build_index(out, model, videos, **{"num_workers": 0, "device": "cpu", **options})
+        return build_index(out, model, videos, **{**PLAIN, **options})
 
     return run
 
@@ -424,7 +426,7 @@ def test_builds_in_several_processes(model, videos, film, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("index-ranks: 8 files") == 1  # only the first rank reports
-    build_index(tmp_path / "alone", model, videos, num_workers=0, device="cpu")
+    build_index(tmp_path / "alone", model, videos, **PLAIN)
     alone = held(tmp_path / "alone")
     for way in ("kill", "both", "ranks"):
         found = held(tmp_path / f"index-{way}")

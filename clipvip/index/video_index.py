@@ -15,10 +15,12 @@ import numpy as np
 from clipvip.files import shown
 from clipvip.index import store as stored
 from clipvip.index.hits import Curve, best_hits, scores_of
+from clipvip.index.migrate import migrate
 from clipvip.index.query import Encoder, Query
 from clipvip.index.rows import About, FileState, Hit, Moment, Where
 
 if TYPE_CHECKING:
+    from clipvip.index.build import Added
     from clipvip.index.memory import Memory
 
 MOST_HITS = 10_000
@@ -48,6 +50,22 @@ class VideoIndex:
         self._encoder: Encoder | None = None
         self._memory: tuple[int, Memory | None] | None = None  # of which version
         self._reload_from = 0.0  # time.monotonic()
+
+    def add(
+        self,
+        videos: str | Path | Sequence[str | Path],
+        model: str | Path | None = None,
+        **options: Any,
+    ) -> "Added":
+        """Embed videos into the index, which is made if there is none.
+
+        videos: videos, images, folders, annotations, lists and patterns.
+        model: a CLIP-ViP folder or hub name; None for that of the index.
+        options: see clipvip.index.build.build.
+        """
+        from clipvip.index.build import build
+
+        return build(self.where, model, videos, **options)
 
     def search(
         self,
@@ -116,6 +134,7 @@ class VideoIndex:
         """The tables of the index, opened when first needed. Raises ValueError without an index."""
         with self._lock:
             if self._store is None:
+                migrate(self.where)
                 self._store = stored.Store.open(self.where)
             return self._store
 

@@ -59,7 +59,8 @@ MixedPrecision = Annotated[
     Literal["auto", "bf16", "no"],
     arg(
         help="Precision to compute in, named as in training: bf16 (autocast) or no (that of the "
-        "weights, usually fp32). auto is bf16 on a CUDA GPU that computes in it, else no."
+        "weights, usually fp32). auto is bf16 on a CUDA GPU or a CPU (AVX512-BF16) that computes "
+        "in it, else no."
     ),
 ]
 DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]
@@ -210,7 +211,10 @@ def export(
 def embed(
     model: Model,
     videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
-    out: Path | None = None,
+    out: str | None = None,
+    window: float | None = None,
+    stride: float | None = None,
+    scenes: bool = False,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
     tokens: bool = False,
@@ -222,35 +226,56 @@ def embed(
     For example, with a plain CLIP, whose features of a video's frames are averaged:
       clipvip embed openai/clip-vit-base-patch32 ~/Videos 'clips/*.mkv'
 
+    A long video is divided into moments of 10 seconds, a new one every 5 seconds, so that a search
+    finds the moment. A video no longer than that is one moment.
+
+    Run the same command again after changes. Only new and changed videos are embedded, renamed
+    ones are recognised, and deleted ones are dropped. Other videos can be added at any time. After
+    an interruption, the same command resumes.
+
+    On several GPUs, which share the videos:
+      torchrun --nproc-per-node 8 -m clipvip.cli embed MODEL ~/Videos
+
     With --tokens, write the model's tokens of each clip to a file instead, such as a language
     model takes them, and list the files in OUT/clips.jsonl:
       clipvip embed MODEL ~/Videos --tokens --layer -2 --out tokens
 
     Args:
         videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
-            Also lists (.txt, one path per line) and annotations (.jsonl).
+            Also lists (.txt, one path per line) and annotations (.jsonl), whose clips with a start
+            or end become moments as they are.
         out: Folder of the index, by default ./index; of the tokens, by default ./tokens.
-            Unchanged videos that it holds already are not embedded again.
+            An index may also be in a bucket, such as s3://bucket/index.
+        window: Length of a moment in seconds, by default 10. Longer moments give more context and
+            a smaller index; shorter ones find brief events.
+        stride: Seconds from the start of a moment to the start of the next, by default half of
+            --window. Moments that overlap leave no event cut in two.
+        scenes: Make a moment of each scene, from cut to cut, instead of fixed windows.
+            Scenes longer than two windows are divided. This decodes every frame.
         tokens: Write each clip's proxies [M, C] and patches [N, L, C] to a .safetensors file.
         layer: Layer to take tokens from, counted from 1 or, from the last, -1 (the default).
             0 is the input of the first layer. Only with --tokens.
         dtype: Precision to store tokens in, by default fp16. Only with --tokens.
     """
+    given: dict[str, Any] = {"window": window, "stride": stride, "scenes": scenes or None}
+    given = {name: value for name, value in given.items() if value is not None}
     if tokens:
+        if given:
+            named = " and ".join(f"--{name}" for name in given)
+            raise ValueError(f"--tokens writes one file per clip; leave {named} out")
         from clipvip.token_files import save_tokens
 
         options: dict[str, Any] = {"layer": layer, "dtype": dtype}
         options = {name: value for name, value in options.items() if value is not None}
         options |= {"decoder": decoder, "mixed_precision": mixed_precision}
-        save_tokens(model, videos, out or Path("tokens"), **options)
+        save_tokens(model, videos, Path(out or "tokens"), **options)
         return
     if layer is not None or dtype is not None:
         raise ValueError("--layer and --dtype say which tokens to write; give --tokens as well")
-    from clipvip.index import build_index
+    from clipvip.index.build import build
 
-    build_index(
-        model, videos, out or Path("index"), decoder=decoder, mixed_precision=mixed_precision
-    )
+    given |= {"decoder": decoder, "mixed_precision": mixed_precision}
+    build("index" if out is None else out, model, videos, **given)
 
 
 def search(

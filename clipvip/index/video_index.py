@@ -55,16 +55,20 @@ class VideoIndex:
         self,
         videos: str | Path | Sequence[str | Path],
         model: str | Path | None = None,
+        *,
+        window: float = 10.0,
+        stride: float | None = None,
+        scenes: bool = False,
         **options: Any,
     ) -> "Added":
-        """Embed videos into the index, which is made if there is none.
+        """Embed what is new in videos, folders, annotations, lists and patterns; drop what is gone.
 
-        videos: videos, images, folders, annotations, lists and patterns.
-        model: a CLIP-ViP folder or hub name; None for that of the index.
-        options: see clipvip.index.build.build.
+        model: a folder or hub name; None for the model of this index.
+        All arguments and options are those of clipvip.index.build.build.
         """
         from clipvip.index.build import build
 
+        options |= {"window": window, "stride": stride, "scenes": scenes}
         return build(self.where, model, videos, **options)
 
     def search(

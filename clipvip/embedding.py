@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import filterfalse
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,6 +164,7 @@ def embed_files(
     num_workers: int | None,
     decoder: str,
     on_moments: Callable[[int], None] = lambda moments: None,
+    skip: Callable[[int], bool] = lambda place: False,
 ) -> Iterator[Embedded]:
     """Embed the moments of files, in the caller's `autocast`, and yield each file once all of its
     moments are embedded, in order.
@@ -178,6 +180,7 @@ def embed_files(
     batch_size: moments per batch. num_workers: processes that decode; None for one per core.
     decoder: see clipvip.data.loading.LoaderOptions.
     on_moments: called with the number of moments in each batch, once they are embedded.
+    skip: called with a place just before its file is read; if it returns True, the file is not.
 
     Raises ValueError for a window or a stride out of its range.
     """
@@ -197,7 +200,8 @@ def embed_files(
         return {key: send(value, model.device) for key, value in given.items()}
 
     rows: dict[int, list[tuple[Span, Tensor]]] = defaultdict(list)
-    batches = moment_batches(reader, bad_files, batch_size, workers)
+    wanted = filterfalse(skip, range(len(files)))
+    batches = moment_batches(reader, wanted, bad_files, batch_size, workers)
     for batch, sent in sent_ahead(batches, send_frames, model.device):
         if sent:
             frames = normalize_frames(

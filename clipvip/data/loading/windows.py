@@ -11,7 +11,7 @@ divides the file into moments. The frames that a part's moments need are decoded
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -203,38 +203,46 @@ class _Tasks:
     Workers.run asks for a task again after there was none.
     """
 
-    def __init__(self, files: int) -> None:
-        self.first = iter(range(files))
+    def __init__(self, files: Iterable[int]) -> None:
+        self.files = iter(files)
+        self.begun: deque[int] = deque()
         self.more: deque[Task] = deque()
 
     def __iter__(self) -> Iterator[Task]:
         return self
 
     def __next__(self) -> Task:
-        return self.more.popleft() if self.more else Task(next(self.first))
+        if self.more:
+            return self.more.popleft()
+        self.begun.append(next(self.files))
+        return Task(self.begun[-1])
 
 
-def read_parts(reader: PartReader, num_workers: int) -> Iterator[tuple[Part, bool]]:
+def read_parts(
+    reader: PartReader, files: Iterable[int], num_workers: int
+) -> Iterator[tuple[Part, bool]]:
     """Yield the parts of each file in order, one file after the other, whatever the number of
-    workers; with each part, whether it is the last of its file."""
+    workers; with each part, whether it is the last of its file.
+
+    files: places of the files to read, asked for one by one.
+    """
     workers: Workers[Task, Part] = Workers(reader.read, num_workers, reader.name)
-    tasks = _Tasks(len(reader.files))
+    tasks = _Tasks(files)
     # First parts of later files arrive before the rest of the file that is due: a few per worker.
     held: dict[int, deque[Part]] = defaultdict(deque)
     left: dict[int, int] = {}  # parts of each file that are still to be given
-    due = 0
     try:
         for task, part in workers.run(tasks):
             held[task.place].append(part)
             if task.spans is None:
                 left[task.place] = 1 + len(part.more)
                 tasks.more += [Task(task.place, spans) for spans in part.more]
-            while held[due]:
+            while tasks.begun and held[due := tasks.begun[0]]:
                 left[due] -= 1
                 yield held[due].popleft(), not left[due]
                 if not left[due]:
                     del held[due], left[due]
-                    due += 1
+                    tasks.begun.popleft()
     finally:
         workers.close()
 
@@ -289,17 +297,22 @@ class MomentBatch:
 
 
 def moment_batches(
-    reader: PartReader, bad_files: list[BadFile], batch_size: int, num_workers: int
+    reader: PartReader,
+    files: Iterable[int],
+    bad_files: list[BadFile],
+    batch_size: int,
+    num_workers: int,
 ) -> Iterator[MomentBatch]:
     """Yield batches of moments in the order of the files. The last one may hold no moment.
 
-    bad_files: each file of which something cannot be read is added once it has been read.
+    files: places of the files to read, asked for one by one. bad_files: each file of which
+    something cannot be read is added once it has been read.
     """
     batch = MomentBatch()
     lost: list[str] = []
     facts: Facts | None = None
     read = 0
-    for part, last in read_parts(reader, num_workers):
+    for part, last in read_parts(reader, files, num_workers):
         facts = part.facts or facts
         rows = part.frames.split([*part.counts])
         for span, frames in zip(part.spans, rows, strict=True):

@@ -51,7 +51,8 @@ def read(
     given = [file if isinstance(file, tuple) else (file, None) for file in files]
     bad_files: list[BadFile] = []
     reader = PartReader(given, division, **{**READING, **reading})
-    return list(moment_batches(reader, bad_files, batch_size, workers)), bad_files
+    wanted = range(len(given))
+    return list(moment_batches(reader, wanted, bad_files, batch_size, workers)), bad_files
 
 
 def moments(batches: list[module.MomentBatch]) -> list[tuple[int, Any]]:

@@ -326,7 +326,8 @@ class _Classifier:
                 f"classified; the first: {shown(path)}: {shown(reason)}"
             )
         if reasons:
-            print(f"{len(reasons)} unusable files:", file=sys.stderr)
+            files = "file" if len(reasons) == 1 else "files"
+            print(f"{len(reasons)} {files} could not be used:", file=sys.stderr)
         for path, reason in reasons.items():
             print(f"  {shown(path)}: {shown(reason)}", file=sys.stderr)
 

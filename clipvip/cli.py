@@ -307,15 +307,16 @@ def classify(
     Args:
         videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
             Also lists (.txt, one path per line) and annotations (.jsonl).
-        labels: Text file with one label per line; blank lines and those that begin with # are
-            skipped. After a label, separated by tabs, may stand sentences of its own, which
-            replace the templates for this label.
-        template: Sentence in which {} stands for the label. May be given several times; a label's
-            vector is the mean over its sentences. By default a few that suit most labels.
+        labels: Text file with one label per line.
+            Blank lines and lines that begin with # are skipped.
+            Sentences after a label, separated by tabs, replace the templates for this label.
+        template: Sentence in which {} stands for the label, such as 'a video of {}.'.
+            May be given several times: a label's vector is the mean over its sentences.
+            By default a few that suit most labels.
         templates: Text file with one such sentence per line.
         top: Number of labels to show per video.
-        csv: Write a row per video and rank to this file instead of printing a table; - is standard
-            output.
+        csv: Write a row per video and rank to this file instead of printing a table.
+            A dash (-) is standard output.
     """
     from clipvip.classify import (
         TEMPLATES,

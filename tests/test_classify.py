@@ -187,7 +187,9 @@ def test_damaged_videos_are_left_out_and_listed(model, videos, tmp_path, run):
     labels.write_text("\n".join(LABELS))
     status, out, err = run(model, tmp_path, videos, "--labels", labels, "--csv", "-")
     assert status == 0 and len(out.splitlines()) == 1 + 2 * len(LABELS)
-    assert "1 unusable file" in err and err.splitlines()[-1].startswith(f"  {tmp_path}/\\x1bnoise")
+    assert "1 file could not be used:" in err and err.splitlines()[-1].startswith(
+        f"  {tmp_path}/\\x1bnoise"
+    )
     out = tmp_path / "out.csv"
     status, _, err = run(model, tmp_path, "--labels", labels, "--csv", out)
     assert status == 1 and "none of 1 clips" in err and not out.exists()

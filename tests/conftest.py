@@ -20,10 +20,11 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let threads that wait sleep if several processes share the cores: OpenMP's threads wait
-    actively otherwise, at the cost of the other processes."""
+    """Let one thread compute per process if several processes share the cores. Where a test asks
+    for more, those that wait sleep: by default they wait actively, at the cost of the others."""
     if getattr(config.option, "numprocesses", None):
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # which the processes inherit
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes inherit both
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.hookimpl(tryfirst=True)

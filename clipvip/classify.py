@@ -70,8 +70,9 @@ def classify(
     labels: names; or name → sentences of its own, which replace the templates if there are any.
     templates: sentences in which {} stands for the label.
     top: number of labels to return per clip.
-    options: batch_size, num_workers, decoder, device and mixed_precision, as for
-        `clipvip.index.build_index`.
+    options: batch_size, clips per batch (16); num_workers, decoding processes (one per core);
+        decoder, see clipvip.data.loading.LoaderOptions; device (a CUDA GPU, if there is one);
+        mixed_precision, see clipvip.embedding.precision_on.
 
     Raises ValueError for unusable labels and templates, for a name in `videos` that matches
     nothing, and if no clip could be classified.

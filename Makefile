@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/python -m demo.run
 
 test: setup lint native-test $(CLIPS)/ready
-	$(BIN)/python -m pytest -q -rs --durations=10
+	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --dist loadfile
 
 lint: setup
 	ruff check . && ruff format --check .

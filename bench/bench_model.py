@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
+import peers
 import pytest
 import records
 import torch
@@ -157,6 +158,11 @@ def pooled_features(tower: CLIPVisionModelWithProjection, pixels: Tensor) -> Ten
     return tower(pixels.flatten(0, 1)).image_embeds.unflatten(0, pixels.shape[:2]).mean(1)
 
 
+def onnx_features(model: CLIPViPModel, pixels: Tensor) -> Tensor:
+    """Return unit features [B, P] of pixels [B, N, 3, H, W], by ONNX Runtime."""
+    return peers.onnx_runtime(model)(pixels)
+
+
 Features = tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]
 
 
@@ -221,6 +227,9 @@ def measure(
         tower = name.startswith(("vision_model", "visual_projection"))
         parameter.requires_grad_(tower)
     able = contestants(model, compiled)
+    runtime = "ONNX Runtime" if dtype == "float32" else "ONNX Runtime, fp32"
+    if device == "cpu" and not backward:
+        able[runtime] = (model, onnx_features)
     kept = functools.partial(eager_features, run_layer=kept_little)
     expected = step(copy.deepcopy(model).double(), kept, narrow=False)
     pooled = copy.deepcopy(able["mean pooling"][0]).double()
@@ -228,7 +237,10 @@ def measure(
     return harness.compare(
         {name: functools.partial(step, *each) for name, each in able.items()},
         expected=expected,
-        expected_of={"mean pooling": step(pooled, pooled_features, narrow=False)},
+        expected_of={
+            "mean pooling": step(pooled, pooled_features, narrow=False),
+            runtime: [F.normalize(expected[0], dim=-1)],
+        },
         tolerance=TOLERANCES[dtype],
         work={"flop": flop(videos, patch, layers) * (3 if backward else 1)},
         seconds=budget,

@@ -1,19 +1,23 @@
-"""Published third-party kernels as contestants of the benchmarks.
+"""Published third-party kernels and runtimes as contestants of the benchmarks.
 
 Each function imports its package when called, so a missing package raises ImportError only there.
 Written for flash-attn 2.8, FlashAttention-3 of August 2026, flash-attn-4 4.0.0b36, natten 0.21.7,
 inf-cl 1.2.1, memeff 0.3.1 and siglip-kernel 0.1.1.
 """
 
+import copy
 import functools
 import importlib
 import itertools
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -281,3 +285,40 @@ def sigmoid_loss(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 # Kernels of another loss, each with that loss in plain PyTorch.
 OTHER_LOSSES: dict[str, tuple[Loss, Loss]] = {"siglip-kernel": (siglip, sigmoid_loss)}
+
+# --- the vision tower ----------------------------------------------------------------------------
+
+
+@functools.cache
+def onnx_runtime(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a function from pixels fp32 [B, N, 3, H, W] to unit features [B, P], fp32, by ONNX
+    Runtime on the CPU, with as many threads as PyTorch has.
+
+    The graph is the one that `clipvip export --onnx` writes. ONNX Runtime has no bf16 on a CPU.
+    """
+    import onnxruntime
+
+    from clipvip.export import VideoTower, make_exportable
+    from clipvip.export_files import Tower, write_onnx, write_program
+
+    exported: Any = copy.deepcopy(model).eval()
+    make_exportable(exported)
+    side = exported.config.vision_config.image_size
+    names = {"pixel_values": {0: "videos", 1: "frames"}}
+    tower = Tower("video", VideoTower(exported), names, {}, (torch.zeros(2, 3, 3, side, side),), [])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Otherwise its threads wait actively for a while, at the cost of the contestant that is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    with tempfile.TemporaryDirectory() as folder, torch.autocast("cpu", enabled=False):
+        program = write_program(tower, Path(folder, "video.pt2"))
+        write_onnx(tower, program, Path(folder, "video.onnx"))
+        session = onnxruntime.InferenceSession(
+            Path(folder, "video.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(pixels: Tensor) -> Tensor:
+        (features,) = session.run([tower.output], {"pixel_values": pixels.numpy()})
+        return torch.from_numpy(features)
+
+    return run

@@ -15,7 +15,7 @@ if Path(sys.argv[0]).stem == "clipvip" and sys.argv[1:2] == ["train"]:
     leave_on_sigterm()  # before the slow imports
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 from clipvip.data import Decoder
 from clipvip.files import shown
@@ -346,6 +346,64 @@ def search(
     print_hits(hits, title, json)
 
 
+def classify(
+    model: Model,
+    videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
+    labels: Path,
+    template: UseAppendAction[tuple[str, ...]] = (),
+    templates: Path | None = None,
+    top: int = 5,
+    csv: str | None = None,
+    decoder: DecodeWith = "auto",
+    mixed_precision: MixedPrecision = "auto",
+) -> None:
+    """Say which of your labels fit each video best. Nothing is trained.
+
+    For example, with one label per line in labels.txt:
+      clipvip classify openai/clip-vit-base-patch32 ~/Videos --labels labels.txt
+      clipvip classify MODEL ~/Videos --labels actions.txt --template 'a person is {}.'
+      clipvip classify MODEL ~/Videos --labels labels.txt --csv labels.csv
+
+    Probabilities are relative to the given labels: they add up to 1 over these, even if none fits.
+
+    Args:
+        videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
+            Also lists (.txt, one path per line) and annotations (.jsonl).
+        labels: Text file with one label per line.
+            Blank lines and lines that begin with # are skipped.
+            Sentences after a label, separated by tabs, replace the templates for this label.
+        template: Sentence in which {} stands for the label, such as 'a video of {}.'.
+            May be given several times: a label's vector is the mean over its sentences.
+            By default a few that suit most labels.
+        templates: Text file with one such sentence per line.
+        top: Number of labels to show per video.
+        csv: Write a row per video and rank to this file instead of printing a table.
+            A dash (-) is standard output.
+    """
+    from clipvip.classify import (
+        TEMPLATES,
+        classify_to_csv,
+        print_table,
+        read_labels,
+        read_templates,
+    )
+    from clipvip.classify import classify as classify_videos
+
+    if csv not in (None, "-") and Path(str(csv)).suffix.lower() != ".csv":
+        raise ValueError(f"--csv is {csv}; expected a name that ends in .csv, or -")
+    wanted = read_labels(labels)
+    given = [*template, *(read_templates(templates) if templates else ())]
+    options: dict[str, Any] = {"top": top, "decoder": decoder, "mixed_precision": mixed_precision}
+    options["templates"] = given or TEMPLATES
+    if csv is None:
+        print_table(classify_videos(model, videos, wanted, **options), len(wanted))
+        return
+    out = None if csv == "-" else Path(csv)
+    clips = classify_to_csv(model, videos, wanted, out, **options)
+    if out is not None:
+        print(f"{shown(out)}: {clips} clips")
+
+
 def explain(
     model: Model,
     video: Annotated[Positional[Path], arg(metavar="VIDEO")],
@@ -613,6 +671,7 @@ COMMANDS: dict[str, Any] = {
     "export": export,
     "embed": embed,
     "search": search,
+    "classify": classify,
     "explain": explain,
     "prepare": prepare,
     "shard": shard,

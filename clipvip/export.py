@@ -49,7 +49,9 @@ class Exported:
     stored: str  # dtype of the model's weights; those exported are float32
 
 
-class _VideoTower(nn.Module):
+class VideoTower(nn.Module):
+    """From pixel_values [B, N, 3, H, W] to unit features [B, P], as exported."""
+
     def __init__(self, model: CLIPViPModel) -> None:
         super().__init__()
         self.model = _with_only(model, "vision_model", "visual_projection")
@@ -94,10 +96,8 @@ def export(source: str | os.PathLike, destination: str | os.PathLike, onnx: bool
     model, processor = load_for_embedding(source, attn_implementation="sdpa")
     stored = str(model.dtype).removeprefix("torch.")
     towers = _towers(model.float().requires_grad_(False), processor)
-    # The towers' expected features come from the model as it was loaded. Only the reference can be
-    # exported for any number of frames. The vision tower has a configuration of its own.
-    for config in (model.config.vision_config, model.vision_model.config):
-        config.attention_backend = "reference"
+    # The towers' expected features come from the model as it was loaded.
+    make_exportable(model)
     with renamed_when_whole(destination) as unfinished, failed_writes():
         processor.save_pretrained(unfinished)
         difference = max(_write(tower, unfinished, onnx) for tower in towers)
@@ -105,6 +105,13 @@ def export(source: str | os.PathLike, destination: str | os.PathLike, onnx: bool
         unfinished.joinpath(DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         files = sorted(path.name for path in unfinished.iterdir())
     return Exported(files, difference, stored)
+
+
+def make_exportable(model: CLIPViPModel) -> None:
+    """Compute attention by the reference: it alone can be exported for any number of frames."""
+    # The vision tower has a configuration of its own.
+    for config in (model.config.vision_config, model.vision_model.config):
+        config.attention_backend = "reference"
 
 
 @torch.no_grad()
@@ -125,7 +132,7 @@ def _towers(model: CLIPViPModel, processor: CLIPViPProcessor) -> list[Tower]:
         return ids.where(mask, processor.tokenizer.pad_token_id), mask.long()
 
     most, usual = text.max_position_embeddings, vision.num_frames
-    video_tower, text_tower = _VideoTower(model).eval(), _TextTower(model).eval()
+    video_tower, text_tower = VideoTower(model).eval(), _TextTower(model).eval()
     of_videos = [videos(*shape) for shape in ((1, 1), (3, 2), (1, usual), (1, usual + 5))]
     of_texts = [texts(*shape) for shape in ((1, 2), (3, most), (2, (most + 2) // 2))]
     batch = {0: "texts", 1: "length"}

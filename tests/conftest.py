@@ -12,6 +12,21 @@ CLIPS = Path(__file__).parent.parent / ".cache" / "test-clips"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Let `pytest -n auto` run one process per core, but a single one where there is a GPU: tests
+    measure its memory, and some need most of it."""
+    return 0 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let one thread compute per process if several processes share the cores. Where a test asks
+    for more, those that wait sleep: by default they wait actively, at the cost of the others."""
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes inherit both
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a GPU: `pytest -m gpu` runs that alone."""

@@ -19,13 +19,14 @@ PARTS = {
     "convert": ("model",),
     "explain": ("embedding", "model", "data"),
     "export": ("embedding", "model"),
-    "index": ("embedding", "model", "data", "losses"),
+    "collection": ("data",),
+    "classify": ("embedding", "model", "data", "collection"),
+    "index": ("embedding", "model", "data", "losses", "collection"),
     "training": ("embedding", "model", "data", "losses", "ops"),
-    "cli": ("index", "explain", "export", "training", "convert", "data", "ops"),
+    "cli": ("index", "classify", "explain", "export", "training", "convert", "data", "ops"),
 }
 TOOLS = ("files", "inputs", "retrieval", "sentences", "terminal")
 IN_PART = {
-    "collection": "index",
     "explain_picture": "explain",
     "token_files": "index",
     "distributed": "losses",

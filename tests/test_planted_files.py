@@ -246,6 +246,16 @@ def test_explain(planted: Path, model: Path, run, tmp_path: Path) -> None:
         out.unlink(missing_ok=True)
 
 
+def test_classify(annotations: Path, model: Path, run, tmp_path: Path) -> None:
+    labels, out = tmp_path / "labels.txt", tmp_path / "out.csv"
+    labels.write_text(f"{TEXT}\nnoise\n")
+    status, said = run("classify", model, annotations, "--labels", labels, "--csv", out)
+    assert status == 0 and "files could not be used:" in said, said
+    rows = out.read_text().splitlines()
+    good = [row for row in rows if row.startswith(f"{annotations.parent}/good.mp4,,,")]
+    assert len(good) == 2 and len(rows) % 2
+
+
 def test_prepare(planted: Path, run, tmp_path: Path) -> None:
     out = tmp_path / "prepared.jsonl"
     status, said = run("prepare", "folder", planted, out)

@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU: a module with those functions of clipvip._C that end in _cuda."""
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import platform
@@ -30,13 +31,17 @@ def build(sanitized: bool) -> Path:
         "CLIPVIP_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
     }
     flags = [f"-D{name}={value}" for name, value in definitions.items()]
-    for command in (
-        ["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja", *flags],
-        ["cmake", "--build", tree, "--target", "_emulator"],
-    ):
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode != 0:
-            pytest.fail(f"{' '.join(map(str, command))}:\n{run.stdout}{run.stderr}", pytrace=False)
+    tree.mkdir(parents=True, exist_ok=True)
+    with (tree / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until closed: one process builds, others find it built
+        for command in (
+            ["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja", *flags],
+            ["cmake", "--build", tree, "--target", "_emulator"],
+        ):
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode != 0:
+                said = f"{' '.join(map(str, command))}:\n{run.stdout}{run.stderr}"
+                pytest.fail(said, pytrace=False)
     (module,) = tree.glob("_emulator*.so")
     return module
 

@@ -1,9 +1,10 @@
-"""The CUDA kernels' machine code, for tests of more than one op."""
+"""The CUDA kernels' machine code, for tests of more than one op, and threads for all of them."""
 
 from pathlib import Path
 
 import kernel_table
 import pytest
+import torch
 
 from clipvip.ops import _native
 
@@ -16,3 +17,12 @@ def kernels() -> list[dict]:
     if kernel_table.cuobjdump() is None:
         pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     return kernel_table.read(Path(_native.module().__file__))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def several_threads():
+    """Let kernels compute with several threads, also where tests share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, 2))
+    yield
+    torch.set_num_threads(before)

@@ -153,8 +153,6 @@ def test_compiled_towers_are_compiled_once_for_all_lengths(
     # What is compiled, and how often, does not depend on what is made of it; that takes a minute.
     quick = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(parallel.nn.Module, "compile", quick)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     # Frames a clip differ, and so do tokens a batch; texts are padded to a batch's longest. Each
     # step has a part of one clip, which is compiled for itself, as is a text without padding.
@@ -172,6 +170,8 @@ def test_compiled_towers_are_compiled_once_for_all_lengths(
         return better
 
     monkeypatch.setattr(trainer, "validate", counting)
-    train(make_config(*common, "compile=all", f"out={compiled}"))
+    # monkeypatch would leave these settings deleted, and later tests could compile nothing.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4):
+        train(make_config(*common, "compile=all", f"out={compiled}"))
     assert len(graphs) == 3 and 0 < graphs[0] == graphs[2]
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)

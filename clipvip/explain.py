@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from clipvip.data.video import is_image, open_clip, read_frames
 from clipvip.embedding import embed_texts
-from clipvip.inputs import send, sentence
+from clipvip.inputs import send
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.processing import normalize_frames
+from clipvip.sentences import sentence
 
 WINDOWS, WINDOW_SHARE = 13, 0.25  # number of windows, and the length of each as a share of a video
 MOST_TEXTS = 10  # as many colours can be told apart

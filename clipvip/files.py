@@ -45,6 +45,7 @@ LOCK = ".lock"
 HERE_WAIT, ELSEWHERE_WAIT = 10.0, 100.0
 _NOTE = re.compile(r"(host \S+, process \d+, since .*\s*)?")  # whole content of our lock files
 
+LIST_BYTES = 1 << 28  # limit for a list of files that this package wrote, far more than it needs
 TEXT_BYTES = 16 << 20  # limit for one text, in a tar or beside a video
 NOT_A_FILE = "a pipe, socket or device, not a file"
 
@@ -292,6 +293,32 @@ def shown(name: object) -> str:
         return letter
 
     return "".join(map(escape, str(name)))
+
+
+def check_folder(out: Path, what: str, is_ours: Callable[[], bool]) -> str:
+    """Raise ValueError unless `out` may hold what a command writes; return where else to write.
+
+    what: "an index" or "tokens", for messages. is_ours: whether the folder holds that already.
+    """
+    # An empty --out also means the current folder, perhaps by mistake.
+    name = "the current folder" if out == Path() else shown(out)
+    noun = what.removeprefix("an ")
+    own = f"give a new or empty folder, such as {shown(out / noun)}"
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{name} is a link to nowhere; give another --out, or delete it")
+    if not out.exists():
+        return own
+    if not out.is_dir():
+        raise ValueError(f"{name} is a file; expected the folder of {what}: give another --out")
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} cannot be written to; give another --out")
+    if not is_ours():
+        # Here bad_files.jsonl is not ours: it is written after what tells that a folder is.
+        ours = re.compile(r"\..*|.*\.partial", re.DOTALL)
+        others = sorted(entry for entry in os.listdir(out) if not ours.fullmatch(entry))
+        if others:
+            raise ValueError(f"{name} holds {shown(others[0])!r} and no {noun}; {own}")
+    return own
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import os
 import re
 import secrets
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -35,10 +35,17 @@ from torch import Tensor
 
 from clipvip.collection import MOST_NAMED, IndexedClip
 from clipvip.data.annotations import parse_json
-from clipvip.files import json_line, read_own, shown, write_new, write_whole
+from clipvip.files import (
+    LIST_BYTES,
+    check_folder,
+    json_line,
+    read_own,
+    shown,
+    write_new,
+    write_whole,
+)
 
 FORMAT = 2
-LIST_BYTES = 1 << 28  # limit for index.json and bad_files.jsonl, far more than they need
 READS = 100  # attempts to read an index that is replaced during each of them
 
 _HEAD, _BAD_FILES = "index.json", "bad_files.jsonl"
@@ -246,32 +253,6 @@ def check_out(out: Path) -> None:
         raise ValueError(
             f"{shown(out / _BAD_FILES)} is not from clipvip embed; {own}, or move that file away"
         ) from None
-
-
-def check_folder(out: Path, what: str, is_ours: Callable[[], bool]) -> str:
-    """Raise ValueError unless `out` may hold what a command writes; return where else to write.
-
-    what: "an index" or "tokens", for messages. is_ours: whether the folder holds that already.
-    """
-    # An empty --out also means the current folder, perhaps by mistake.
-    name = "the current folder" if out == Path() else shown(out)
-    noun = what.removeprefix("an ")
-    own = f"give a new or empty folder, such as {shown(out / noun)}"
-    if out.is_symlink() and not out.exists():
-        raise ValueError(f"{name} is a link to nowhere; give another --out, or delete it")
-    if not out.exists():
-        return own
-    if not out.is_dir():
-        raise ValueError(f"{name} is a file; expected the folder of {what}: give another --out")
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} cannot be written to; give another --out")
-    if not is_ours():
-        # Here bad_files.jsonl is not ours: it is written after what tells that a folder is.
-        ours = re.compile(r"\..*|.*\.partial", re.DOTALL)
-        others = sorted(entry for entry in os.listdir(out) if not ours.fullmatch(entry))
-        if others:
-            raise ValueError(f"{name} holds {shown(others[0])!r} and no {noun}; {own}")
-    return own
 
 
 def write_index(index: StoredIndex, out: Path) -> None:

@@ -1,7 +1,6 @@
 """Prepare what a model reads: tokens of texts, and tensors on its device."""
 
 import functools
-import html
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -9,36 +8,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# A text of megabytes would take seconds and much memory, and no model reads that far.
-MOST_CHARACTERS = 20_000
+from clipvip.sentences import plain
 
 Item = TypeVar("Item")
-
-
-def sentence(text: str, what: str) -> str:
-    """Return a text from a person, without the spaces before it.
-
-    what: subject of the errors. Raises ValueError if it is empty or no text.
-    """
-    if not text.strip():
-        raise ValueError(f"{what} is empty; expected a sentence")
-    try:
-        # In an ASCII locale, Python stores other bytes of the command line as surrogates.
-        return text.encode(errors="surrogateescape").decode().lstrip()
-    except UnicodeError:
-        raise ValueError(f"{what} {text!r} is not UTF-8; expected a sentence") from None
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], text_length: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, int64 [len(texts), longest], padded to the longest text.
 
-    HTML entities are resolved first, as in CLIP's own tokenizer. Only MOST_CHARACTERS are read.
+    Texts are read as `clipvip.sentences.plain` has them.
 
     text_length: number of tokens at which texts are cut off, start and end token included.
     """
-    texts = [html.unescape(html.unescape(text[:MOST_CHARACTERS])) for text in texts]
     tokens = tokenizer(
-        texts, padding=True, truncation=True, max_length=text_length, return_tensors="pt"
+        [*map(plain, texts)],
+        padding=True,
+        truncation=True,
+        max_length=text_length,
+        return_tensors="pt",
     )
     return tokens["input_ids"], tokens["attention_mask"]
 

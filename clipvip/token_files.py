@@ -38,8 +38,15 @@ from clipvip.collection import IndexedClip, clips_of, listed
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import COUNTED_FROM, BadFile
 from clipvip.embedding import autocast, fingerprint, load_for_embedding, read_clips
-from clipvip.files import json_line, only_run, read_own, shown, write_whole
-from clipvip.index_files import LIST_BYTES, check_folder
+from clipvip.files import (
+    LIST_BYTES,
+    check_folder,
+    json_line,
+    only_run,
+    read_own,
+    shown,
+    write_whole,
+)
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.terminal import progress
 

@@ -23,7 +23,7 @@ PARTS = {
     "training": ("embedding", "model", "data", "losses", "ops"),
     "cli": ("index", "explain", "export", "training", "convert", "data", "ops"),
 }
-TOOLS = ("files", "inputs", "retrieval", "terminal")
+TOOLS = ("files", "inputs", "retrieval", "sentences", "terminal")
 IN_PART = {
     "collection": "index",
     "explain_picture": "explain",

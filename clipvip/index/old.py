@@ -44,7 +44,7 @@ from clipvip.index_files import (
     read_index,
     write_index,
 )
-from clipvip.inputs import sentence
+from clipvip.sentences import sentence
 from clipvip.terminal import progress
 
 __all__ = ["Hit", "Index", "IndexedClip", "build_index", "load_index", "search"]

@@ -1,0 +1,180 @@
+"""From the scores of moments to hits: the stretches of videos that match a query.
+
+Windows of a video overlap, and a scene lasts longer than one window. So a film that fits would
+fill a page with nearly equal rows. This module returns each matching stretch once:
+
+1. The scores of a file's moments, in the order of time, are its curve. Two moments touch if they
+   overlap or if one starts where the other ends. A peak is a moment to which no better one touches.
+   Of equal scores, the earlier counts as better.
+2. Half height is halfway from the median of the file's scores up to the peak. A peak's stretch is
+   the peak and all that can be reached from it over touching moments of at least half height: its
+   full width at half maximum. Moments that contain the peak do not widen it. A peak that does not
+   rise above the median is its own stretch.
+3. Peaks are taken from best to worst. One whose stretch touches that of a better peak of the same
+   file belongs to that one, and is no hit of its own. So between two hits of a film the curve falls
+   below the half height of both.
+
+A hit names the peak as its best moment, and its score. A file of one moment is one hit. How a file
+is divided depends on its own scores alone, not on other files, on k or on the number of candidates.
+"""
+
+import bisect
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from clipvip.index.rows import FileState, Hit, Moment, Where
+from clipvip.index.store import moment_id
+
+ROUNDING = 1e-6  # of scores in fp32: nearer ones count as equal until they are computed again
+
+
+class Curve(NamedTuple):
+    """All moments of one file, with the scores of a query.
+
+    start, end: float64 [n], seconds, NaN for the file's own start or end. scores: float32 [n].
+    """
+
+    file: FileState
+    start: np.ndarray
+    end: np.ndarray
+    scores: np.ndarray
+
+
+class Stretch(NamedTuple):
+    """A peak of a curve: its row, and start and end of its stretch, None for the file's own."""
+
+    row: int
+    from_: float | None
+    to: float | None
+
+
+class Source(Protocol):
+    """Where moments are: an index on disk, or in memory."""
+
+    def candidates(
+        self, vector: np.ndarray, most: int, where: Where | None
+    ) -> tuple[list[str], np.ndarray]:
+        """Return the files of the `most` nearest moments, and their scores, best first; fewer if
+        there are no more moments."""
+
+    def curves(self, vector: np.ndarray, paths: Sequence[str]) -> list[Curve]:
+        """Return the curves of these files, in any order."""
+
+
+def scores_of(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Return the scores of vectors [n, P] for a query float64 [P]: float32 [n].
+
+    They are summed in double precision, so that a moment's score is the same whichever others are
+    computed with it.
+    """
+    return (vectors.astype(np.float64) @ query).astype(np.float32)
+
+
+def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -> list[Hit]:
+    """Return the k best hits for a unit vector [P], best first, then by path and time."""
+    most = 4 * k + 32
+    seen: set[str] = set()
+    found: list[Hit] = []
+    while True:
+        paths, scores = source.candidates(vector, most, where)
+        order = [path for path in dict.fromkeys(paths) if path not in seen]
+        best = dict(zip(reversed(paths), reversed(scores.tolist()), strict=True))
+        while order and not _certain(found, k, best[order[0]]):
+            some, order = order[:k], order[k:]
+            seen.update(some)
+            for curve in source.curves(vector, some):
+                found += _hits(curve, k, found[k - 1].score if len(found) >= k else -2.0)
+            found = sorted(found, key=_rank)[:k]
+        if len(paths) < most or _certain(found, k, float(scores[-1])):
+            return found
+        most *= 4
+
+
+def _certain(found: list[Hit], k: int, other: float) -> bool:
+    """Whether no moment with at most the score `other` can be among the k best hits."""
+    return len(found) >= k and found[k - 1].score > other + ROUNDING
+
+
+def _rank(hit: Hit) -> tuple[float, str, float]:
+    return -hit.score, hit.path, hit.start or 0.0
+
+
+def _hits(curve: Curve, k: int, least: float) -> list[Hit]:
+    hits = []
+    for row, from_, to in stretches(curve.start, curve.end, curve.scores, k, least):
+        start, end = _seconds(curve.start[row]), _seconds(curve.end[row])
+        moment = Moment(moment_id(curve.file.path, start, end), curve.file, start, end)
+        hits.append(Hit(float(curve.scores[row]), moment, from_, to))
+    return hits
+
+
+def stretches(
+    start: np.ndarray, end: np.ndarray, scores: np.ndarray, k: int, least: float = -np.inf
+) -> list[Stretch]:
+    """Return the k best hits in one file's curve, best first, of those with a score of at least
+    `least`; see this module.
+
+    start, end, scores: [n], as in Curve, in any order.
+    """
+    first, last = np.nan_to_num(start, nan=0.0), np.nan_to_num(end, nan=np.inf)
+    middle = float(np.median(scores))
+    found: list[Stretch] = []
+    taken: list[tuple[float, float]] = []
+    for row in _peaks(first, last, scores, least):
+        score = float(scores[row])
+        height = (score + min(middle, score)) / 2
+        begin, finish, rows = _widened(first, last, scores, row, height)
+        if any(begin <= other[1] and other[0] <= finish for other in taken):
+            continue
+        taken.append((begin, finish))
+        at_own_start = np.isnan(start[rows]) & (first[rows] == begin)
+        found.append(
+            Stretch(
+                row,
+                None if at_own_start.any() else begin,
+                None if np.isinf(finish) else finish,
+            )
+        )
+        if len(found) == k:
+            break
+    return found
+
+
+def _peaks(
+    first: np.ndarray, last: np.ndarray, scores: np.ndarray, least: float
+) -> Iterator[int]:
+    """Yield the rows to which no better row touches, best first."""
+    begins: list[float] = []  # the union of all better rows, as disjoint spans
+    ends: list[float] = []
+    for row in np.lexsort((last, first, -scores)).tolist():
+        if scores[row] < least:
+            return
+        begin, end = float(first[row]), float(last[row])
+        # Those spans that this row touches.
+        low, high = bisect.bisect_left(ends, begin), bisect.bisect_right(begins, end)
+        if low == high:
+            yield row
+        else:
+            begin, end = min(begin, begins[low]), max(end, ends[high - 1])
+        begins[low:high], ends[low:high] = [begin], [end]
+
+
+def _widened(
+    first: np.ndarray, last: np.ndarray, scores: np.ndarray, peak: int, height: float
+) -> tuple[float, float, np.ndarray]:
+    """Return start, end and rows of a peak's stretch: what touching rows of this height reach."""
+    begin, end = first[peak], last[peak]
+    contains = (first <= begin) & (last >= end) & ((first < begin) | (last > end))
+    rows = np.flatnonzero((scores >= height) & ~contains)
+    rows = np.union1d(rows, [peak])  # whatever rounding does to its height
+    rows = rows[np.argsort(first[rows], kind="stable")]
+    reached = np.maximum.accumulate(last[rows])
+    group = np.concatenate([[0], np.cumsum(first[rows][1:] > reached[:-1])])
+    rows = rows[group == group[np.flatnonzero(rows == peak)[0]]]
+    return float(first[rows].min()), float(last[rows].max()), rows
+
+
+def _seconds(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

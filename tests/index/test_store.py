@@ -1,0 +1,280 @@
+"""Properties of the tables of an index: what is put is found, whole, once, and by nobody's tricks."""
+
+import os
+
+import numpy as np
+import pytest
+
+from clipvip.index import store as store_module
+from clipvip.index.rows import About, FileState, Where
+from clipvip.index.store import Store, decoded, encoded, moment_id
+
+WIDTH = 16
+ABOUT = About("/models/mine", "0" * 64, WIDTH, ("/videos",))
+
+
+def state(path, **values):
+    given = {"size": 9, "mtime_ns": 7, "content": "c", "plan": "windows 10 5", **values}
+    return FileState(path, **{"duration": 60.0, "date": 1.7e9, **given})
+
+
+def unit(*shape, seed=0):
+    vectors = np.random.default_rng(seed).standard_normal((*shape, WIDTH)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def windows(n):
+    return [(5.0 * i, 5.0 * i + 10) for i in range(n)]
+
+
+def one(path, n=3, seed=0, **values):
+    """A file as `put` takes it."""
+    return state(path, **values), windows(n), unit(n, seed=seed)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store.create(tmp_path / "index", ABOUT)
+
+
+def paths(moments):
+    return [moment.file.path for moment in moments]
+
+
+ODD = [
+    "/v/plain.mp4",
+    "/v/it's.mp4",
+    "/v/''.mp4",
+    '/v/"quoted".mp4',
+    "/v/100%.mp4",
+    "/v/%41.mp4",
+    "/v/_.mp4",
+    "/v/back\\slash\\.mp4",
+    "/v/\\'.mp4",
+    os.fsdecode(b"/v/caf\xe9.mp4"),
+    "/v/café.mp4",
+    "/v/映画.mp4",
+    "/v/\x1b[31m\n.mp4",
+    "/v/') or 1=1 --.mp4",
+]
+
+
+def test_every_name_is_kept_apart_from_every_other(store):
+    store.put([one(path, n=2, seed=i) for i, path in enumerate(ODD)])
+    assert sorted(store.files()) == sorted(ODD)
+    for path in ODD:
+        moments, _ = store.of_files([path])
+        assert paths(moments) == [path, path]
+        assert decoded(encoded(path)) == path
+    for i, path in enumerate(ODD):
+        assert store.drop([path]) == 2
+        assert sorted(store.files()) == sorted(ODD[i + 1 :])
+
+
+def test_a_path_that_no_file_can_have_is_refused(store):
+    with pytest.raises(ValueError, match="is no path"):
+        store.put([one("/v/\ud800.mp4")])
+    with pytest.raises(ValueError, match="is no path"):
+        store.files(Where(folder="/v/\ud800"))
+
+
+@pytest.mark.parametrize("folder", ["/a", "/a%", "/a'", os.fsdecode(b"/a\xe9"), "/_", "/a\\"])
+def test_a_folder_is_itself_and_what_is_below_it(store, folder):
+    inside = [f"{folder}/x.mp4", f"{folder}/deep/er/y.mp4"]
+    beside = [f"{folder}b/x.mp4", f"{folder}.mp4", f"{folder}0", f"{folder}.x/y", "/b/a/x", "/A/x"]
+    store.put([one(path, n=1) for path in inside + beside])
+    for name in (folder, f"{folder}/"):
+        assert sorted(store.files(Where(folder=name))) == sorted(inside)
+    assert len(store.files(Where(folder="/"))) == len(inside + beside)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A store of 40 files of 25 moments, and these as arrays."""
+    store = Store.create(tmp_path_factory.mktemp("many") / "index", ABOUT)
+    generator = np.random.default_rng(1)
+    files = []
+    for i in range(40):
+        folder = f"/v/{'ab'[i % 2]}"
+        duration, date = float(generator.integers(0, 100)), float(generator.integers(0, 100))
+        files.append(one(f"{folder}/{i}.mp4", n=25, seed=i, duration=duration, date=date))
+    store.put(files[:25])
+    store.put(files[25:])
+    return store, files
+
+
+WHERES = [
+    None,
+    Where(),
+    Where(folder="/v/a"),
+    Where(min_duration=50),
+    Where(max_duration=20.0),
+    Where(after=30, before=60.5),
+    Where(folder="/v/b", min_duration=10, max_duration=90, after=5, before=95),
+    Where(min_duration=1e9),
+]
+
+
+def passes(file, where):
+    where = where or Where()
+    return (
+        (where.folder is None or file.path.startswith(where.folder + "/"))
+        and (where.min_duration is None or file.duration >= where.min_duration)
+        and (where.max_duration is None or file.duration <= where.max_duration)
+        and (where.after is None or file.date >= where.after)
+        and (where.before is None or file.date < where.before)
+    )
+
+
+@pytest.mark.parametrize("where", WHERES, ids=str)
+@pytest.mark.parametrize("k", [1, 10, 5000])
+def test_search_equals_a_product_of_all_vectors(many, where, k):
+    store, files = many
+    query = unit(seed=99)
+    expected = []
+    for file, spans, vectors in files:
+        if passes(file, where):
+            scores = vectors.astype(np.float16).astype(np.float64) @ query
+            expected += [(score, file, *span) for score, span in zip(scores, spans, strict=True)]
+    expected.sort(key=lambda row: -row[0])
+    moments, scores = store.nearest(query, k, where)
+    assert [(m.file, m.start, m.end) for m in moments] == [row[1:] for row in expected[:k]]
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, [row[0] for row in expected[:k]], atol=1e-6)
+    assert store.count(where) == len(expected)
+    assert list(store.files(where).values()) == [f for f, *_ in files if passes(f, where)]
+
+
+def test_everything_is_all_of_it(many):
+    store, files = many
+    rows = store.everything()
+    assert set(rows.files) == {file for file, *_ in files}
+    for file, spans, vectors in files:
+        own = rows.file == rows.files.index(file)
+        assert list(zip(rows.start[own], rows.end[own], strict=True)) == spans
+        assert (rows.vectors[own] == vectors.astype(np.float16)).all()
+
+
+def test_near_ties_are_in_the_right_order(store):
+    query = unit(seed=5)
+    vectors = unit(400, seed=6) * 2e-4 + query
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    store.put([(state("/v/a.mp4"), windows(400), vectors)])
+    exact = np.sort(vectors.astype(np.float16).astype(np.float64) @ query)[::-1]
+    for k in (1, 7, 150):
+        np.testing.assert_allclose(store.nearest(query, k)[1], exact[:k], atol=2e-7)
+
+
+def test_an_empty_index_has_no_nearest(store):
+    moments, scores = store.nearest(unit(), 5)
+    assert moments == [] and scores.shape == (0,)
+    assert store.files() == {} and store.count() == 0 and store.bad_files() == []
+    assert store.everything().vectors.shape == (0, WIDTH)
+    assert store.of_files(["/v/a.mp4"])[1].shape == (0, WIDTH)
+    store.put([])
+    store.tidy()
+
+
+def test_put_replaces_all_of_a_file(store):
+    store.put([one("/v/a.mp4", n=9), one("/v/b.mp4", n=2)])
+    store.put([one("/v/a.mp4", n=4, seed=1, plan="scenes")])
+    moments, vectors = store.of_files(["/v/b.mp4", "/v/a.mp4"])
+    assert paths(moments) == ["/v/b.mp4"] * 2 + ["/v/a.mp4"] * 4
+    assert (vectors[2:] == unit(4, seed=1).astype(np.float16)).all()
+    assert store.files()["/v/a.mp4"].plan == "scenes"
+    assert store.count() == 6
+
+
+def test_a_moment_is_found_by_its_id(store):
+    store.put([(state("/v/a.mp4"), [(None, None)], unit(1))])
+    moment, vector = store.moment(moment_id("/v/a.mp4", None, None))
+    assert (moment.file.path, moment.start, moment.end) == ("/v/a.mp4", None, None)
+    assert (vector == unit(1)[0].astype(np.float16)).all()
+    for id in ("0" * 16, "' or 1=1 --", ""):
+        with pytest.raises(KeyError):
+            store.moment(id)
+
+
+def test_files_are_renamed_copied_and_touched_with_their_vectors(store):
+    store.put([one("/v/a.mp4", seed=1), one("/v/b.mp4", seed=2), one("/v/c.mp4", seed=3)])
+    new = state("/v/new.mp4", mtime_ns=8)
+    touched = state("/v/b.mp4", mtime_ns=8)
+    moves = {"/v/a.mp4": new, "/v/b.mp4": touched, "/v/missing.mp4": state("/v/x.mp4")}
+    assert store.move(moves) == {"/v/new.mp4", "/v/b.mp4"}
+    swap = {"/v/b.mp4": state("/v/c.mp4"), "/v/c.mp4": state("/v/b.mp4")}
+    assert store.move(swap) == {"/v/b.mp4", "/v/c.mp4"}
+    assert store.copy([("/v/b.mp4", state("/v/d.mp4"))]) == {"/v/d.mp4"}
+    seeds = {"/v/new.mp4": 1, "/v/c.mp4": 2, "/v/b.mp4": 3, "/v/d.mp4": 3}
+    assert store.files().keys() == seeds.keys()
+    for path, seed in seeds.items():
+        moments, vectors = store.of_files([path])
+        assert [(m.start, m.end) for m in moments] == windows(3)
+        assert all(m.id == moment_id(path, m.start, m.end) for m in moments)
+        assert (vectors == unit(3, seed=seed).astype(np.float16)).all()
+    assert store.files()["/v/new.mp4"] == new
+
+
+def test_bad_files_are_those_of_the_last_build_that_considered_them(store):
+    odd = os.fsdecode(b"/v/caf\xe9'.mp4")
+    store.put_bad_files([odd, "/v/b.mp4"], [{"path": odd, "reason": "it's \udce9 bad"}])
+    store.put_bad_files(["/v/c.mp4"], [{"path": "/v/c.mp4", "reason": "empty"}])
+    known = [{"path": odd, "reason": "it's \udce9 bad"}, {"path": "/v/c.mp4", "reason": "empty"}]
+    assert store.bad_files() == sorted(known, key=lambda file: file["path"])
+    store.put_bad_files(["/v/c.mp4"], [{"path": "/v/c.mp4", "reason": "short"}])
+    store.put_bad_files([odd], [])
+    assert store.bad_files() == [{"path": "/v/c.mp4", "reason": "short"}]
+
+
+def test_sources_add_up_and_the_model_stays(tmp_path, store):
+    odd = os.fsdecode(b"/caf\xe9")
+    again = Store.create(tmp_path / "index", ABOUT._replace(sources=(odd, "/videos")))
+    assert store.about == again.about == ABOUT._replace(sources=("/videos", odd))
+    Store.create(tmp_path / "index", ABOUT)
+    assert store.about.sources == ("/videos", odd)
+    for other in (ABOUT._replace(fingerprint="1"), ABOUT._replace(width=8, model="other")):
+        with pytest.raises(ValueError, match="give another --out"):
+            Store.create(tmp_path / "index", other)
+
+
+def test_an_open_reader_sees_what_is_put_later(store, tmp_path, monkeypatch):
+    reader = Store.open(tmp_path / "index")
+    seen = {reader.version()}
+    monkeypatch.setattr(store_module, "KEPT", store_module.timedelta(0))
+    for i in range(4):
+        store.put([one(f"/v/{i}.mp4", seed=i)])
+        store.drop([f"/v/{i - 1}.mp4"])
+        store.tidy()
+        assert list(reader.files()) == [f"/v/{i}.mp4"]
+        assert len(reader.nearest(unit(), 10)[0]) == 3
+        seen.add(reader.version())
+    assert len(seen) == 5
+
+
+WRONG = {
+    "a vector that is not finite": (state("/v/a"), [(None, None)], unit(1) * np.nan),
+    "a vector that is not unit": (state("/v/a"), [(None, None)], unit(1) * 2),
+    "too few vectors": (state("/v/a"), windows(3), unit(2)),
+    "vectors of another width": (state("/v/a"), windows(1), np.ones((1, 1), np.float32)),
+    "no spans": (state("/v/a"), [], unit(0)),
+    "a span that ends before it starts": (state("/v/a"), [(3.0, 2.0)], unit(1)),
+    "a start that is not finite": (state("/v/a"), [(np.nan, None)], unit(1)),
+    "a negative size": (state("/v/a", size=-1), [(None, None)], unit(1)),
+    "a huge size": (state("/v/a", size=1 << 63), [(None, None)], unit(1)),
+    "a duration that is not finite": (state("/v/a", duration=np.inf), [(None, None)], unit(1)),
+}
+
+
+@pytest.mark.parametrize("file", WRONG.values(), ids=WRONG)
+def test_what_no_index_may_hold_is_refused_whole(store, file):
+    with pytest.raises(ValueError, match="/v/a has ") as error:
+        store.put([one("/v/good.mp4"), file])
+    assert "\n" not in str(error.value)
+    assert store.count() == 0
+
+
+def test_a_query_of_another_shape_is_refused(store):
+    for query in (np.ones(3, np.float32), unit() * np.nan, unit() * 3, unit(2)):
+        with pytest.raises(ValueError, match="expected a unit vector"):
+            store.nearest(query, 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        store.nearest(unit(), 0)

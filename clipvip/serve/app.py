@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote_from_bytes
 
 from anyio import CapacityLimiter, to_thread
@@ -26,6 +26,7 @@ from starlette.routing import Route
 from clipvip.data.video import DecodeError
 from clipvip.files import shown
 from clipvip.index import FileState, Hit, Moment, Where
+from clipvip.index.video_index import VideoIndex
 from clipvip.serve import in_decoder, media
 from clipvip.serve.adding import Adding, folder_to_add
 from clipvip.serve.cache import Cache
@@ -56,19 +57,6 @@ PICTURE_BYTES, FILM_BYTES = 64 << 20, 128 << 20  # that are kept in memory
 Result = TypeVar("Result")
 
 
-class Searchable(Protocol):
-    """What the server needs of clipvip.index.VideoIndex."""
-
-    @property
-    def about(self) -> Any: ...
-    @property
-    def count(self) -> int: ...
-    def search(self, query: Any, k: int, *, where: Where | None) -> list[Hit]: ...
-    def like(self, hit_or_id: Any, k: int, *, where: Where | None) -> list[Hit]: ...
-    def moment(self, id: str) -> Moment: ...
-    def videos(self, where: Where | None = None) -> list[FileState]: ...
-
-
 class App:
     """The state of a server, and one method per route.
 
@@ -76,7 +64,7 @@ class App:
     local: whether only this machine can reach the server; others may not read its folders.
     """
 
-    def __init__(self, index: Searchable, where: str, local: bool) -> None:
+    def __init__(self, index: VideoIndex, where: str, local: bool) -> None:
         self.index, self.where, self.can_add = index, where, local
         self.decoders = Decoders(max(2, min(4, (os.cpu_count() or 1) // 2)))
         self.pictures, self.films = Cache(PICTURE_BYTES), Cache(FILM_BYTES)
@@ -92,9 +80,7 @@ class App:
         if not query:
             raise ApiError(400, "q is empty; expected a sentence")
         if len(query) > LONGEST_QUERY:
-            raise ApiError(
-                400, f"q has {len(query)} characters; expected at most {LONGEST_QUERY}"
-            )
+            raise ApiError(400, f"q has {len(query)} characters; expected at most {LONGEST_QUERY}")
         return await self._hits(self.index.search, query, given)
 
     async def like(self, request: Request) -> Response:
@@ -105,7 +91,9 @@ class App:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         main = kind.partition("/")[0]
         if main not in ("image", "video") and kind != "application/octet-stream":
-            raise ApiError(415, f"the body is {shown(kind) or 'of no type'}; expected an image or a video")
+            raise ApiError(
+                415, f"the body is {shown(kind) or 'of no type'}; expected an image or a video"
+            )
         given = values(request)
         filters(given)  # before anything is read
         if self.uploads >= SEARCHES:
@@ -116,9 +104,7 @@ class App:
                 path = Path(folder, "query.png" if main == "image" else "query.video")
                 await _receive(request, path)
                 # A file from a stranger is decoded by a process that may crash.
-                copied = await self.decoders.run(
-                    in_decoder.copy, str(path), seconds=UPLOAD_SECONDS
-                )
+                copied = await self.decoders.run(in_decoder.copy, str(path), seconds=UPLOAD_SECONDS)
                 return await self._hits(self.index.search, Path(copied), given)
         except DecodeError as error:
             reason = f"the upload is no image or video that can be read: {shown(error.reason)}"
@@ -236,8 +222,11 @@ class App:
 
     async def add(self, request: Request) -> Response:
         if not self.can_add:
-            raise ApiError(403, "folders are added only if the server listens on this machine alone")
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise ApiError(
+                403, "folders are added only if the server listens on this machine alone"
+            )
+        kind = request.headers.get("content-type", "")
+        if kind.partition(";")[0].strip() != "application/json":
             raise ApiError(415, "expected a body of type application/json")
         body = bytearray()
         async for piece in request.stream():
@@ -247,7 +236,9 @@ class App:
         try:
             given = json.loads(bytes(body))
         except (ValueError, RecursionError):
-            raise ApiError(400, 'the body is not JSON; expected {"path": "/absolute/path"}') from None
+            raise ApiError(
+                400, 'the body is not JSON; expected {"path": "/absolute/path"}'
+            ) from None
         path = given.get("path") if isinstance(given, dict) else None
         folder = await to_thread.run_sync(folder_to_add, path)
         self.adding_.start(folder)
@@ -257,7 +248,7 @@ class App:
         return answer(self.adding_.state())
 
 
-def build_app(index: Searchable, where: str, host: str = "127.0.0.1", local: bool = True) -> Any:
+def build_app(index: VideoIndex, where: str, host: str = "127.0.0.1", local: bool = True) -> Any:
     """Return the ASGI application that serves an index; see App and Guard for the arguments."""
     app = App(index, where, local)
 
@@ -281,7 +272,9 @@ def build_app(index: Searchable, where: str, host: str = "127.0.0.1", local: boo
         ClientDisconnect: lambda _, error: Response(None, 499),
         Exception: lambda _, error: _failure(500, "the server failed; its terminal says why"),
     }
-    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=running), host, local)
+    return Guard(
+        Starlette(routes=routes, exception_handlers=handlers, lifespan=running), host, local
+    )
 
 
 def _static(data: bytes, kind: str) -> Callable[[Request], Response]:

@@ -15,6 +15,7 @@ from clipvip.index import FileState, Moment
 from clipvip.serve.errors import ApiError
 
 PIECE = 1 << 18  # bytes read at a time
+GONE = "the file cannot be read; was it moved, or is its disk missing?"
 CHANGED = "the file has changed since it was embedded; run clipvip embed again"
 # What a browser may play or show. It gets all other files as bytes that it does not interpret.
 TYPES = {
@@ -60,7 +61,9 @@ def open_file(file: FileState) -> int:
     try:
         descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
-        raise ApiError(404, "the file cannot be read; was it moved, or is its disk missing?") from None
+        raise ApiError(
+            404, "the file cannot be read; was it moved, or is its disk missing?"
+        ) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_size != file.size:
         os.close(descriptor)

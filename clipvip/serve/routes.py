@@ -1,4 +1,4 @@
-"""The table of the server's API, and what is generated from it: the page /docs and /openapi.json."""
+"""The table of the API, and what is generated from it: the page /docs and /openapi.json."""
 
 import html
 from typing import Any, NamedTuple

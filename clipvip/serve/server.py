@@ -10,6 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from clipvip.files import shown
+from clipvip.index.video_index import VideoIndex
 from clipvip.serve.app import build_app
 
 STOP_SECONDS = 1  # for answers that are being sent
@@ -20,8 +21,6 @@ def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
 
     Raises ValueError if there is no index, or if the server cannot listen on host and port.
     """
-    from clipvip.index import VideoIndex
-
     index = VideoIndex(where, in_memory=True)
     moments = index.count
     listening = listen(host, port)
@@ -56,9 +55,12 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = found[0]
         return socket.create_server(address[:2], family=family, backlog=256)
     except (socket.gaierror, UnicodeError):
-        raise ValueError(f"host is {shown(host)!r}; expected an address of this machine") from None
+        reason = f"host is {shown(host)!r}; expected a name or address of this machine"
+        raise ValueError(reason) from None
     except PermissionError:
-        raise ValueError(f"port {port} needs more rights; give another --port, such as 8000") from None
+        raise ValueError(
+            f"port {port} needs more rights; give another --port, such as 8000"
+        ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             reason = f"port {port} of {shown(host)} is in use; give another one, such as --port"

@@ -290,9 +290,7 @@ def _demuxed(video: Video, streams: list[Any]) -> Iterator[Packet]:
             continue
 
 
-def _frames(
-    video: Video, packets: Iterator[Packet]
-) -> Iterator[tuple[float | None, VideoFrame]]:
+def _frames(video: Video, packets: Iterator[Packet]) -> Iterator[tuple[float | None, VideoFrame]]:
     """Yield the frames in packets with their seconds, None where a file does not say. Packets that
     cannot be decoded are skipped."""
     zero = _zero(video)

@@ -9,10 +9,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
-
 from clipvip.files import shown
 from clipvip.serve.errors import ApiError
+from clipvip.serve.threads import Threads
 
 
 class Adding:
@@ -22,7 +21,7 @@ class Adding:
         self._index = index
         self._process: Any = None
         self._watching: asyncio.Task[None] | None = None
-        self._limiter = CapacityLimiter(1)
+        self._threads = Threads(1, 2)
         self._state: dict[str, Any] = {"state": "idle"}
         self._started = 0.0
 
@@ -43,23 +42,25 @@ class Adding:
         connection, theirs = context.Pipe()
         # Not a daemon, since it starts processes itself.
         self._process = context.Process(target=embed, args=(theirs, self._index, path))
-        self._process.start()
-        theirs.close()
-        self._watching = asyncio.create_task(self._watch(self._process, connection))
+        self._watching = asyncio.create_task(self._watch(self._process, connection, theirs))
 
     async def close(self) -> None:
         """End the process."""
         if self._watching is not None:
-            self._process.terminate()
-            await asyncio.wait([self._watching], timeout=3)
-            self._process.kill()
+            with suppress(AttributeError, ValueError):  # it has not started, or has ended
+                self._process.terminate()
+                await asyncio.wait([self._watching], timeout=3)
+                self._process.kill()
+            self._watching.cancel()
 
-    async def _watch(self, process: Any, connection: Connection) -> None:
+    async def _watch(self, process: Any, connection: Connection, theirs: Connection) -> None:
+        await self._threads.run(process.start)  # slow for the first process
+        theirs.close()
         with suppress(EOFError, OSError):
             while True:
-                self._state |= await to_thread.run_sync(connection.recv, limiter=self._limiter)
+                self._state |= await self._threads.run(connection.recv)
         connection.close()
-        await to_thread.run_sync(process.join, limiter=self._limiter)
+        await self._threads.run(process.join)
         self.state()  # notes the time
         if self._state["state"] == "running":
             what = f"the process ended with exit status {process.exitcode}"

@@ -9,16 +9,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote_from_bytes
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -34,6 +33,7 @@ from clipvip.serve.decoders import Decoders
 from clipvip.serve.errors import ApiError, Busy
 from clipvip.serve.guard import Guard
 from clipvip.serve.routes import ROUTES, docs, openapi
+from clipvip.serve.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,14 @@ class App:
         self.decoders = Decoders(max(2, min(4, (os.cpu_count() or 1) // 2)))
         self.pictures, self.films = Cache(PICTURE_BYTES), Cache(FILM_BYTES)
         self.adding_ = Adding(where)
-        self.searches, self.waiting = CapacityLimiter(SEARCHES), 0
+        self.searches = Threads(SEARCHES, MOST_SEARCHES)
         self.uploads = 0
+
+    async def warm_up(self) -> None:
+        """Load the model and the vectors, and start a decoder, before the first search."""
+        with suppress(Exception):  # that search will report it
+            await self._ask(partial(self.index.search, "a", 1, where=None))
+            await self.decoders.run(in_decoder.nothing, seconds=PICTURE_SECONDS)
 
     # --- searches -------------------------------------------------------------------------
 
@@ -123,15 +129,10 @@ class App:
 
     async def _ask(self, work: Callable[[], Result]) -> Result:
         """Do work of the index in a thread. Raises ApiError."""
-        if self.waiting >= MOST_SEARCHES:
-            raise Busy("too many searches are waiting; try again in a moment")
-        self.waiting += 1
         try:
-            return await to_thread.run_sync(work, limiter=self.searches, abandon_on_cancel=True)
+            return await self.searches.run(work)
         except ValueError as error:
             raise ApiError(400, shown(" ".join(str(error).split()))) from None
-        finally:
-            self.waiting -= 1
 
     # --- what is in the index -------------------------------------------------------------
 
@@ -254,7 +255,9 @@ def build_app(index: VideoIndex, where: str, host: str = "127.0.0.1", local: boo
 
     @asynccontextmanager
     async def running(_: Starlette) -> AsyncIterator[None]:
+        warming = asyncio.create_task(app.warm_up())
         yield
+        warming.cancel()
         app.decoders.close()
         await app.adding_.close()
 
@@ -268,7 +271,8 @@ def build_app(index: VideoIndex, where: str, host: str = "127.0.0.1", local: boo
     routes += [Route(path, _static(data, kind)) for path, data, kind in static]
     handlers: dict[Any, Any] = {
         ApiError: lambda _, error: _failure(error.status, str(error)),
-        HTTPException: lambda _, error: _failure(error.status_code, error.detail),
+        404: lambda _, error: _failure(404, "there is nothing here; /docs lists what there is"),
+        405: lambda _, error: _failure(405, "this address takes another method; see /docs"),
         ClientDisconnect: lambda _, error: Response(None, 499),
         Exception: lambda _, error: _failure(500, "the server failed; its terminal says why"),
     }
@@ -389,6 +393,6 @@ async def _receive(request: Request, path: Path) -> None:
             size += len(piece)
             if size > UPLOAD_BYTES:
                 raise too_large
-            await asyncio.to_thread(file.write, piece)
+            file.write(piece)
     if not size:
         raise ApiError(400, "the body is empty; expected an image or a video")

@@ -13,14 +13,13 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
-
 from clipvip.data.video import DecodeError
-from clipvip.serve.errors import Busy
+from clipvip.serve.threads import Threads
 
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 300  # tasks: a page asks for up to 200 pictures at once
+START = 120.0  # seconds: the first process imports torch, which is slow on a busy machine
 GRACE = 5.0  # seconds after its limit until a process that its own alarm did not end is killed
 
 
@@ -34,8 +33,7 @@ class Decoders:
     def __init__(self, count: int) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["clipvip.serve.in_decoder"])
-        self._limiter = CapacityLimiter(count)
-        self._waiting = 0
+        self._threads = Threads(count, MOST_WAITING)
         self._lock = threading.Lock()
         self._idle: list[_Decoder] = []
         self._busy: set[_Decoder] = set()
@@ -47,15 +45,7 @@ class Decoders:
         work: a function of a module. Raises DecodeError if it fails, crashes or takes too long, and
         Busy if too many tasks are waiting.
         """
-        if self._waiting >= MOST_WAITING:
-            raise Busy("too many pictures and films are being made; try again in a moment")
-        self._waiting += 1
-        try:
-            return await to_thread.run_sync(
-                self._run, work, arguments, seconds, limiter=self._limiter, abandon_on_cancel=True
-            )
-        finally:
-            self._waiting -= 1
+        return await self._threads.run(self._run, work, arguments, seconds)
 
     def close(self) -> None:
         """End all processes, in the middle of their tasks too."""
@@ -66,13 +56,17 @@ class Decoders:
 
     def _run(self, work: Callable[..., Any], arguments: tuple[Any, ...], seconds: float) -> Any:
         with self._lock:
-            if self._closed:
-                raise DecodeError("", "the server is stopping")
-            decoder = self._idle.pop() if self._idle else _Decoder(self._context)
-            self._busy.add(decoder)
+            decoder = self._idle.pop() if self._idle else None
         try:
+            decoder = decoder or _Decoder(self._context)
+            with self._lock:
+                self._busy.add(decoder)
+                if self._closed:
+                    decoder.process.kill()
             good, value = decoder.ask(work, arguments, seconds)
         except (EOFError, OSError):
+            if decoder is None:
+                raise DecodeError("", "its decoder did not start") from None
             with self._lock:
                 self._busy.discard(decoder)
             reason = decoder.end(seconds)
@@ -98,12 +92,16 @@ class _Decoder:
         self.process = context.Process(target=answer, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
+        if not self.connection.poll(START):
+            self.process.kill()
+            raise OSError("a decoder did not start")
+        self.connection.recv()
 
     def ask(self, work: Any, arguments: tuple[Any, ...], seconds: float) -> tuple[bool, Any]:
         """Return whether the work succeeded, and its result, or the reason why not. Raises EOFError
         or OSError if the process ends or hangs."""
         self.connection.send((work, arguments, seconds))
-        if not self.connection.poll(seconds + GRACE + 30 * (not self.process.is_alive())):
+        if not self.connection.poll(seconds + GRACE):
             raise EOFError
         return self.connection.recv()
 

@@ -180,8 +180,11 @@ function card(hit, place) {
   open.addEventListener("focus", () => {
     for (const other of hitList.querySelectorAll(".open")) other.tabIndex = other === open ? 0 : -1;
   });
-  const more = element("button", "like", "More like this");
+  const more = element("button", "like");
   more.type = "button";
+  more.title = "More like this (m)";
+  more.setAttribute("aria-label", `More like ${hit.name}${time && `, ${time}`}`);
+  more.append(byId("like-icon").content.cloneNode(true));
   more.tabIndex = -1; // the keyboard has m
   more.addEventListener("click", () => like(hit));
   const about = element("div", "about"), name = element("bdi", "name", hit.name);

@@ -11,7 +11,6 @@ import uvicorn
 
 from clipvip.files import shown
 from clipvip.index.video_index import VideoIndex
-from clipvip.serve.app import build_app
 
 STOP_SECONDS = 1  # for answers that are being sent
 
@@ -25,7 +24,6 @@ def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
     moments = index.count
     listening = listen(host, port)
     local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
-    app = build_app(index, str(where), host, local)
     if not local:
         print(
             "clipvip: warning: anyone who reaches this address can search and watch the videos of "
@@ -35,8 +33,10 @@ def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
     name = f"[{host}]" if ":" in host else host
     url = f"http://{name}:{listening.getsockname()[1]}"
     print(f"{shown(where)}: {moments:,} moments; search at {url} (ctrl-C stops)", flush=True)
+    from clipvip.serve.app import build_app  # with torch: slow, while a browser may connect already
+
     config = uvicorn.Config(
-        app,
+        build_app(index, str(where), host, local),
         access_log=False,
         log_level="warning",
         server_header=False,

@@ -1,18 +1,34 @@
-"""A headless Chromium, driven over a pipe by the DevTools protocol."""
+"""The page in a real browser, and the command that serves it."""
 
 import base64
 import itertools
 import json
 import os
 import select
+import shutil
+import signal
 import subprocess
+import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+import uvicorn
+
+from clipvip.serve.app import build_app
+from clipvip.serve.server import listen
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
 
 class Browser:
-    """One page of a browser, in a profile of its own.
+    """A headless Chromium with one page, driven over a pipe by the DevTools protocol.
 
     errors: what the page has reported so far: exceptions, messages of the console, and refusals.
     """
@@ -119,3 +135,92 @@ class Browser:
             self.process.kill()
         os.close(self.out)
         os.close(self.input)
+
+
+@pytest.fixture(scope="module")
+def address(index):
+    app = build_app(index, index.where)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with listen("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium in PATH")
+def test_the_page_finds_plays_and_is_driven_by_keys(address, tmp_path):
+    browser = Browser(CHROMIUM, tmp_path)
+    try:
+        browser.open(f"{address}/?q=red")
+        browser.wait("document.querySelectorAll('.hit').length === 4")
+        # Names of files are text, whatever they hold.
+        assert browser.run("document.body.textContent.includes('<img src=x onerror=alert(1)>')")
+        assert browser.run("document.querySelector('.time').textContent") == "00:00:00–00:00:02"
+
+        browser.press("/")
+        browser.run("document.getElementById('q').select()")
+        browser.type("blue")
+        browser.press("Enter")
+        browser.wait("location.search === '?q=blue'")
+        browser.wait("document.querySelector('.name').textContent === 'blue.png'")
+        browser.run("history.back()")
+        browser.wait("document.querySelector('.name').textContent === 'red.mp4'")
+        assert browser.run("document.getElementById('q').value") == "red"
+
+        focused = "[...document.querySelectorAll('.open')].indexOf(document.activeElement)"
+        browser.press("/")
+        browser.press("ArrowDown")
+        assert browser.run(focused) == 0
+        browser.press("ArrowRight")
+        assert browser.run(focused) == 1
+        browser.press("ArrowLeft")
+        browser.press("Enter")
+        playing = "document.getElementById('player').open && !document.getElementById('video')"
+        browser.wait(f"{playing}.paused && document.getElementById('video').videoWidth === 64")
+        browser.press("Escape")
+        browser.wait("!document.getElementById('player').open")
+        assert browser.run(focused) == 0
+
+        # What a browser cannot play is converted.
+        old = "[...document.querySelectorAll('.hit')].find(hit => hit.textContent.includes('.avi'))"
+        browser.run(f"{old}.querySelector('.open').click()")
+        browser.wait("document.getElementById('video').src.includes('/api/clip/')")
+        browser.wait("document.getElementById('video').videoWidth > 0")
+        browser.press("m")
+        browser.wait("location.search.startsWith('?like=')")
+        browser.wait("document.querySelectorAll('.hit').length > 1")
+        assert not [error for error in browser.errors if "/api/video/" not in error]
+    finally:
+        browser.close()
+
+
+def test_the_command_starts_and_stops_and_says_why_it_cannot_start(index, tmp_path):
+    def start(*arguments):
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        command = f"{code}from clipvip.cli import main; main()"
+        return subprocess.Popen(
+            [sys.executable, "-c", command, "serve", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    server = start("--index", index.where, "--port", 0)
+    none = start("--index", tmp_path / "none", "--port", 0)
+    line = server.stdout.readline()
+    address = line.split("search at ")[1].split()[0]
+    with urllib.request.urlopen(f"{address}/api/index") as answer:
+        assert answer.status == 200
+    taken = start("--index", index.where, "--port", address.rpartition(":")[2])
+    for refused, reason in ((taken, "is in use"), (none, "none")):
+        _, error = refused.communicate(timeout=60)
+        assert refused.returncode == 1 and reason in error and error.count("\n") == 1, error
+    server.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert server.wait(60) == 130
+    assert time.monotonic() - began < 20
+    assert "Traceback" not in server.stderr.read()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address)

@@ -85,8 +85,8 @@ def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -
             some, order = order[:k], order[k:]
             seen.update(some)
             for curve in source.curves(vector, some):
-                found += _hits(curve, k, found[k - 1].score if len(found) >= k else -2.0)
-            found = sorted(found, key=_rank)[:k]
+                found += _hits(curve, k, found[-1].score if len(found) == k else -np.inf)
+                found = sorted(found, key=_rank)[:k]
         if len(paths) < most or _certain(found, k, float(scores[-1])):
             return found
         most *= 4
@@ -142,9 +142,7 @@ def stretches(
     return found
 
 
-def _peaks(
-    first: np.ndarray, last: np.ndarray, scores: np.ndarray, least: float
-) -> Iterator[int]:
+def _peaks(first: np.ndarray, last: np.ndarray, scores: np.ndarray, least: float) -> Iterator[int]:
     """Yield the rows to which no better row touches, best first."""
     begins: list[float] = []  # the union of all better rows, as disjoint spans
     ends: list[float] = []

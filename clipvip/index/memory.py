@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from clipvip.index.hits import Curve, scores_of
-from clipvip.index.rows import FileState, Where
+from clipvip.index.rows import Where
 from clipvip.index.store import Rows
 
 AT_ONCE = 1 << 14  # rows that are computed again in one piece: 64 MB for P = 512
@@ -37,7 +37,7 @@ class Memory:
         self._file = rows.file
         # Rows of a file lie together.
         begins = np.flatnonzero(np.diff(rows.file, prepend=-1))
-        ends = np.append(begins[1:], len(rows.file))
+        ends = np.append(begins, len(rows.file))[1:]
         self._rows = {
             self.files[rows.file[begin]].path: slice(int(begin), int(end))
             for begin, end in zip(begins, ends, strict=True)

@@ -10,7 +10,7 @@ An index may come from a stranger, and it names its model. Two rules keep that s
 A fingerprint needs the whole model by torch, which takes seconds. So it is noted, in a folder of
 the user's own (`notes`), together with the state of the model's files: name, size, times and
 inode. As long as these files are unchanged, so is the fingerprint. The note also holds what the
-text tower in NumPy needs (`clipvip.index.tower`). With a note, a sentence is embedded without torch.
+text tower in NumPy needs (`clipvip.index.tower`), so that a sentence is embedded without torch.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ class Encoder:
             return self.vector(queries[0])
         total = shares @ np.stack([self.vector(query) for query in queries]).astype(np.float64)
         norm = np.linalg.norm(total)
-        if norm < LEAST_SUM * np.abs(shares).max():
+        if not norm > LEAST_SUM * np.abs(shares).max():
             raise ValueError(
                 "the weighted queries cancel each other out, so there is nothing to search for; "
                 "change --weights"

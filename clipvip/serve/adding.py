@@ -71,7 +71,7 @@ def embed(connection: Connection, index: str, path: str) -> None:
     """Embed a folder or file, and send changes of the state; runs in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends this process
     try:
-        from clipvip.index.video_index import VideoIndex
+        from clipvip.index import VideoIndex
 
         def tell(progress: Any) -> None:
             state = {"done": progress.done, "total": progress.files, "share": progress.share}

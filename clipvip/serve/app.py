@@ -24,8 +24,7 @@ from starlette.routing import Route
 
 from clipvip.data.video import DecodeError
 from clipvip.files import shown
-from clipvip.index import FileState, Hit, Moment, Where
-from clipvip.index.video_index import VideoIndex
+from clipvip.index import FileState, Hit, Moment, VideoIndex, Where
 from clipvip.serve import in_decoder, media
 from clipvip.serve.adding import Adding, folder_to_add
 from clipvip.serve.cache import Cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from clipvip.files import shown
-from clipvip.index.video_index import VideoIndex
+from clipvip.index import VideoIndex
 
 STOP_SECONDS = 1  # for answers that are being sent
 

@@ -347,13 +347,13 @@ def search(
 
 
 def serve(
-    index: Path | None = None,
+    index: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> None:
-    """Open a page in your browser to search the videos of an index and watch what is found.
+    """Serve a page on which you search the videos of an index and watch what is found.
 
-    For example, then open http://127.0.0.1:8000:
+    Start it, then open http://127.0.0.1:8000 in a browser:
       clipvip serve
 
     The page is served to this machine only. To let others search and watch, give --host 0.0.0.0:
@@ -367,7 +367,7 @@ def serve(
     try:
         from clipvip.serve import serve as serve_index
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "anyio", "lancedb", "pyarrow"):
+        if error.name not in ("starlette", "uvicorn", "anyio"):
             raise
         raise ValueError(f'{error.name} is missing; run: pip install "clipvip[search]"') from None
 

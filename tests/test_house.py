@@ -20,8 +20,9 @@ PARTS = {
     "explain": ("embedding", "model", "data"),
     "export": ("embedding", "model"),
     "index": ("embedding", "model", "data", "losses"),
+    "serve": ("index", "data"),
     "training": ("embedding", "model", "data", "losses", "ops"),
-    "cli": ("index", "explain", "export", "training", "convert", "data", "ops"),
+    "cli": ("serve", "index", "explain", "export", "training", "convert", "data", "ops"),
 }
 TOOLS = ("files", "inputs", "retrieval", "sentences", "terminal")
 IN_PART = {

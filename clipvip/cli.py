@@ -346,6 +346,40 @@ def search(
     print_hits(hits, title, json)
 
 
+def serve(
+    index: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+) -> None:
+    """Serve a page on which you search the videos of an index and watch what is found.
+
+    Start it, then open http://127.0.0.1:8000 in a browser:
+      clipvip serve
+
+    The page is served to this machine only. To let others search and watch, give --host 0.0.0.0:
+    there is no password. The page /docs describes the JSON API.
+
+    Args:
+        index: Folder that `clipvip embed` wrote. By default ./index, else that of the demo.
+        host: Address to listen on.
+        port: Port to listen on; 0 for any that is free.
+    """
+    try:
+        from clipvip.serve import serve as serve_index
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "anyio"):
+            raise
+        raise ValueError(f'{error.name} is missing; run: pip install "clipvip[search]"') from None
+
+    try:
+        serve_index(index or next(filter(Path.is_dir, INDEXES), INDEXES[0]), host, port)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # The server has stopped. Python would now take seconds to free torch piece by piece, and
+        # could crash where a thread is still loading a model.
+        sys.stdout.flush()
+        os._exit(130 if isinstance(stop, KeyboardInterrupt) else 128 + signal.SIGTERM)
+
+
 def classify(
     model: Model,
     videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
@@ -671,6 +705,7 @@ COMMANDS: dict[str, Any] = {
     "export": export,
     "embed": embed,
     "search": search,
+    "serve": serve,
     "classify": classify,
     "explain": explain,
     "prepare": prepare,

@@ -22,8 +22,19 @@ PARTS = {
     "collection": ("data",),
     "classify": ("embedding", "model", "data", "collection"),
     "index": ("embedding", "model", "data", "losses", "collection"),
+    "serve": ("index", "data"),
     "training": ("embedding", "model", "data", "losses", "ops"),
-    "cli": ("index", "classify", "explain", "export", "training", "convert", "data", "ops"),
+    "cli": (
+        "serve",
+        "index",
+        "classify",
+        "explain",
+        "export",
+        "training",
+        "convert",
+        "data",
+        "ops",
+    ),
 }
 TOOLS = ("files", "inputs", "retrieval", "sentences", "terminal")
 IN_PART = {

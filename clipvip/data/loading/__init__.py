@@ -5,7 +5,7 @@ loader.py gives the steps and where they are.
 """
 
 from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Failure, LoaderError
-from clipvip.data.loading.in_worker import check_not_excluded, set_place
+from clipvip.data.loading.in_worker import check_not_excluded, limit_memory, set_place
 from clipvip.data.loading.loader import ClipLoader, build_loader, counted
 from clipvip.data.loading.reader import ClipReader, for_each_clip, names_of
 from clipvip.data.loading.samples import Batch, LoaderOptions, Sample
@@ -40,6 +40,7 @@ __all__ = [
     "counted",
     "divide_files",
     "for_each_clip",
+    "limit_memory",
     "moment_batches",
     "names_of",
     "set_place",

@@ -131,7 +131,7 @@ def _set_up() -> None:
     for code in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(code, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _limit_memory()
+    limit_memory()
     gc.freeze()  # or collecting would copy, page by page, what is shared with the parent
     gc.enable()
     torch.set_num_threads(1)  # one core per process; and OpenMP's threads do not survive a fork
@@ -144,7 +144,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     """Limit this process to what it inherited and half of the memory, so that a large request by a
     library fails with an error before memory runs out for all processes. If it does run out, the
     system kills this process rather than its parent."""

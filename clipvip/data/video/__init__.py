@@ -6,8 +6,8 @@
 
 decode.py goes this way by PyAV; dali.py divides it between workers, which choose frames and copy
 their packets, and DALI, which decodes them; engines.py says what is left to DALI; transcode.py
-stores clips in shards. The names below are for the rest of the package; all others are private to
-this folder.
+stores clips in shards; preview.py shows moments to people. The names below are for the rest of the
+package; all others are private to this folder.
 """
 
 from clipvip.data.video.container import (
@@ -39,6 +39,7 @@ from clipvip.data.video.decode import (
 )
 from clipvip.data.video.engines import start_engine
 from clipvip.data.video.pixels import rgb_of
+from clipvip.data.video.preview import film_of, picture_of, plain_copy
 from clipvip.data.video.sampling import check_sampling
 from clipvip.data.video.transcode import CODING, Cut, cut, reencode, whole
 
@@ -64,9 +65,12 @@ __all__ = [
     "cut",
     "decode_small",
     "encode",
+    "film_of",
     "is_image",
     "open_clip",
     "open_whole",
+    "picture_of",
+    "plain_copy",
     "read_frames",
     "reencode",
     "rgb_of",

@@ -1,0 +1,68 @@
+"""Start the server, and stop it."""
+
+import asyncio
+import errno
+import ipaddress
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from clipvip.files import shown
+from clipvip.index import VideoIndex
+
+STOP_SECONDS = 1  # for answers that are being sent
+
+
+def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve the search page of an index until ctrl-C or SIGTERM.
+
+    Raises ValueError if there is no index, or if the server cannot listen on host and port.
+    """
+    index = VideoIndex(where, in_memory=True)
+    moments = index.count
+    listening = listen(host, port)
+    local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+    if not local:
+        print(
+            "clipvip: warning: anyone who reaches this address can search and watch the videos of "
+            "this index; adding folders is off",
+            file=sys.stderr,
+        )
+    name = f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{listening.getsockname()[1]}"
+    print(f"{shown(where)}: {moments:,} moments; search at {url} (ctrl-C stops)", flush=True)
+    from clipvip.serve.app import build_app  # with torch: slow, while a browser may connect already
+
+    config = uvicorn.Config(
+        build_app(index, str(where), host, local),
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+    )
+    with listening:
+        asyncio.run(uvicorn.Server(config).serve([listening]))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises ValueError."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port is {port}; expected 0 to 65535 (0: any that is free)")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=256)
+    except (socket.gaierror, UnicodeError):
+        reason = f"host is {shown(host)!r}; expected a name or address of this machine"
+        raise ValueError(reason) from None
+    except PermissionError:
+        raise ValueError(
+            f"port {port} needs more rights; give another --port, such as 8000"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            reason = f"port {port} of {shown(host)} is in use; give another one, such as --port"
+            raise ValueError(f"{reason} {port + 1 if port < 65535 else 8000}") from None
+        raise ValueError(f"cannot listen on {shown(host)}: {error.strerror}") from None

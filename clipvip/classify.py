@@ -23,7 +23,7 @@ from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile
 from clipvip.embedding import autocast, embed_clips, embed_texts, load_for_embedding
 from clipvip.files import TEXT_BYTES, decode_text, shown, write_whole
-from clipvip.inputs import sentence
+from clipvip.sentences import sentence
 from clipvip.terminal import progress
 
 # Templates that fit things, scenes and actions alike.

@@ -681,7 +681,7 @@ def _connect(where: str) -> Any:
     try:
         import lancedb
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise StoreError(  # which commands show as one line
             f'an index needs the package {error.name}: pip install "clipvip[search]"'
         ) from None
     uri = where if _is_uri(where) else _local(where)

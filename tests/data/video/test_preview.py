@@ -14,7 +14,7 @@ from clipvip.data.video.preview import film_of, picture_of, plain_copy
 STEP = 4  # brightness from one frame of make_video to the next
 KINDS = {
     "a.mp4": {},
-    "a.mkv": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},
+    "a.mkv": {"codec": "ffv1"},
     "a.ts": {"options": {"g": "10"}},
     "a.avi": {"codec": "mpeg4"},
     "a.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime"}},

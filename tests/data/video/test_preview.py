@@ -51,6 +51,13 @@ def test_large_pictures_are_made_smaller_and_small_ones_are_not(make_video):
         assert Image.open(io.BytesIO(picture_of(wide, side=side))).size == size
 
 
+def test_a_turned_video_is_shown_upright(make_video, turn):
+    path = turn(make_video("turned.mp4", count=30, size=(96, 64)), (0, 1, -1, 0))
+    assert Image.open(io.BytesIO(picture_of(path))).size == (64, 96)
+    with av.open(io.BytesIO(film_of(path, 0.0, 1.0))) as film:
+        assert (film.streams.video[0].width, film.streams.video[0].height) == (64, 96)
+
+
 def test_a_part_past_the_end_has_a_picture_and_no_film(make_video):
     path = make_video("a.mp4")
     assert picture_of(path, 50.0, 60.0)

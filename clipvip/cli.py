@@ -26,6 +26,7 @@ DESCRIPTION = """Video-text models made from CLIP (CLIP-ViP): search your videos
 Search your own videos:
   clipvip embed openai/clip-vit-base-patch32 ~/Videos
   clipvip search 'a dog catches a ball'
+  clipvip serve
 
 Train a model on your own or published data:
   clipvip prepare folder ~/Videos train.jsonl

@@ -49,6 +49,7 @@ UPLOAD_BYTES = 64 << 20
 WIDTHS = (320, 640, 1280)  # of thumbnails
 MOST_FOLDERS = 500  # that the page offers to choose from
 SEARCHES, MOST_SEARCHES = 2, 50  # at once, and with those that wait
+RECEIVE_SECONDS = 120.0  # that an upload may take
 # Seconds that a decoder may take.
 PICTURE_SECONDS, FILM_SECONDS, UPLOAD_SECONDS = 20.0, 60.0, 20.0
 PICTURE_BYTES, FILM_BYTES = 64 << 20, 128 << 20  # that are kept in memory
@@ -107,10 +108,12 @@ class App:
         try:
             with tempfile.TemporaryDirectory(prefix="clipvip-") as folder:
                 path = Path(folder, "query.png" if main == "image" else "query.video")
-                await _receive(request, path)
+                await asyncio.wait_for(_receive(request, path), RECEIVE_SECONDS)
                 # A file from a stranger is decoded by a process that may crash.
                 copied = await self.decoders.run(in_decoder.copy, str(path), seconds=UPLOAD_SECONDS)
                 return await self._hits(self.index.search, Path(copied), given)
+        except asyncio.TimeoutError:  # another type in Python 3.10
+            raise ApiError(408, f"the upload took more than {RECEIVE_SECONDS:.0f} s") from None
         except DecodeError as error:
             reason = f"the upload is no image or video that can be read: {shown(error.reason)}"
             raise ApiError(400, reason) from None

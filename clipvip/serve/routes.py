@@ -69,7 +69,7 @@ ROUTES = (
             ("image/*", "video/*", "application/octet-stream"),
             "The image or video itself, at most 64 MB. It is deleted after the search.",
         ),
-        (400, 403, 413, 415, 503),
+        (400, 403, 408, 413, 415, 503),
     ),
     ApiRoute(
         "GET",
@@ -154,6 +154,7 @@ REASONS = {
     400: "A value is missing or wrong.",
     403: "The request comes from another site, or is not allowed here.",
     404: "There is no such moment, or its file has changed or is gone.",
+    408: "The upload took too long.",
     409: "A folder is being added already.",
     413: "The upload is too large.",
     415: "The body has another type.",

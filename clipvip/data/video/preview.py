@@ -35,6 +35,7 @@ from clipvip.data.video.strategies import Mismatch
 
 FRAME_RATE = 30  # of a film, at most
 SOUND_RATE = 48_000
+MARGIN = 10.0  # seconds
 TICKS = Fraction(1, 90_000)
 # Fast rather than small: a person waits, and the film is sent to the same machine.
 CODING = {"crf": "26", "preset": "ultrafast", "threads": "1", "g": "60"}
@@ -112,16 +113,21 @@ def _frame_in(video: Video, start: float | None, end: float | None) -> VideoFram
     first = start or 0.0
     last = end if end is not None else _duration(video)
     _seek(video, (first + max(last, first)) / 2)
-    found = None
-    for seconds, frame in _frames(video, video.packets()):
-        found = frame
-        if seconds is None or seconds >= first:
-            return frame
-    if found is None and first + last > 0:  # seeking led to the file's end
+    found = _first_from(video, first)
+    if found is None:  # seeking led to the file's end
         with video.reopened() as again:
-            return _frame_in(again, None, 0.0)
+            found = _first_from(again, first)
     if found is None:
         raise DecodeError(video.path, "no frames in it")
+    return found
+
+
+def _first_from(video: Video, first: float) -> VideoFrame | None:
+    """Return the next frame at or after `first` seconds, or the last one; None at the end."""
+    found = None
+    for seconds, found in _frames(video, video.packets()):  # noqa: B007
+        if seconds is None or seconds >= first:
+            break
     return found
 
 
@@ -271,14 +277,12 @@ def _zero(video: Video) -> float:
 
 def _seek(video: Video, seconds: float) -> None:
     """Go to a keyframe before `seconds`, or stay at the start where the file cannot be sought."""
-    if seconds <= 0:
-        return
+    if not video.seekable:  # it leads somewhere near, and perhaps between keyframes
+        seconds -= MARGIN
     offset = (video.stream.start_time or 0) + int(seconds / video.tick)
-    if offset < 1 << 62:  # the most ticks that libav counts to
-        try:
+    if seconds > 0 and offset < 1 << 62:  # the most ticks that libav counts to
+        with suppress(av.FFmpegError):
             video.container.seek(offset, stream=video.stream)
-        except av.FFmpegError:
-            return
 
 
 def _demuxed(video: Video, streams: list[Any]) -> Iterator[Packet]:

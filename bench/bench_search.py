@@ -39,7 +39,7 @@ from clipvip.model import CLIPViPProcessor
 
 SIZES = {"10k": 10_000, "1M": 1_000_000, "10M": 10_000_000}
 WIDTH, FILM, AT_ONCE, TOPICS = 512, 500, 100_000, 1000
-ROUNDS, QUERIES = 7, 40
+ROUNDS, QUERIES = 5, 40
 SENTENCE = "a dog catches a ball on the beach"
 PARTS = """
 import time; clock = time.perf_counter; times = {}; began = clock()

@@ -273,10 +273,10 @@ def embed(
         return
     if layer is not None or dtype is not None:
         raise ValueError("--layer and --dtype say which tokens to write; give --tokens as well")
-    from clipvip.index.build import build
+    from clipvip.index.build import build_and_leave
 
     given |= {"decoder": decoder, "mixed_precision": mixed_precision}
-    build("index" if out is None else out, model, videos, **given)
+    build_and_leave("index" if out is None else out, model, videos, **given)
 
 
 def search(

@@ -3,7 +3,9 @@
 Everything also works in a single process, without any exchange.
 """
 
+import atexit
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -91,6 +93,21 @@ def meet(timeout: float) -> dict[str, Any]:
 def meeting_store() -> dist.Store | None:
     """Return the store in which the ranks met; None in a single process."""
     return _store
+
+
+def leave(status: int) -> None:
+    """End this process if it is a rank of several, without shutting the interpreter down.
+
+    A gloo thread may still have to free the tensors of the last collective (PyTorch 2.13). It would
+    then abort the process, and a finished run would fail.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def first_does(work: Callable[[], Result]) -> Result:

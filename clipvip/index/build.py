@@ -149,6 +149,12 @@ def build(
     return run.finish(files, found, left_out, sources)
 
 
+def build_and_leave(*names: Any, **options: Any) -> None:
+    """Build an index as a command: under torchrun, this also ends the process."""
+    build(*names, **options)
+    distributed.leave(0)
+
+
 class _Build:
     """One rank's work on an index.
 

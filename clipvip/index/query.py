@@ -18,6 +18,7 @@ import json
 import os
 import shlex
 import stat
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -52,11 +53,13 @@ Files = list[list[str | int]]
 class Encoder:
     """Turns queries into vectors with the model of an index, which is loaded when first needed.
 
-    Raises ValueError, in each method, if the model is not on this machine or has changed.
+    Several threads may use it. Raises ValueError, in each method, if the model is not on this
+    machine or has changed.
     """
 
     def __init__(self, about: About) -> None:
         self.about = about
+        self._loading = threading.RLock()
 
     def combined(self, queries: Sequence[Query], weights: Sequence[float] | None) -> np.ndarray:
         """Return the unit vector of several queries, float32 [P]: that of the weighted sum of
@@ -114,14 +117,16 @@ class Encoder:
 
     def _text(self, text: str) -> np.ndarray:
         text = text[:LONGEST_QUERY]
-        if self._tower is not None:
+        with self._loading:
+            tower = self._tower
+        if tower is not None:
             try:
-                return self._tower.embed(text)
+                return tower.embed(text)
             except (UnusualModel, OSError):  # its file went away, which the whole model reports
                 self.__dict__["_tower"] = None
         import torch
 
-        model, processor = self._whole
+        model, processor = self._loaded()
         with torch.inference_mode():
             return _unit(model.get_text_features(**processor(text=text)))
 
@@ -132,7 +137,7 @@ class Encoder:
 
         if not path.is_file():
             raise ValueError(f"{shown(path)} is no file; expected an image or video to search with")
-        model, processor = self._whole
+        model, processor = self._loaded()
         bad: list[BadFile] = []
         options: dict[str, Any] = {"batch_size": 1, "num_workers": 0, "decoder": "pyav"}
         for features in embed_clips(model, processor, [Clip(path)], bad, **options):
@@ -145,7 +150,7 @@ class Encoder:
     def _image(self, image: Any) -> np.ndarray:
         import torch
 
-        model, processor = self._whole
+        model, processor = self._loaded()
         with torch.inference_mode():
             return _unit(model.get_video_features(**processor(videos=[image])))
 
@@ -174,6 +179,10 @@ class Encoder:
         """Load the whole model, which also notes it; it then embeds this process's sentences."""
         _ = self._whole
         return None
+
+    def _loaded(self) -> tuple[Any, Any]:
+        with self._loading:
+            return self._whole
 
     @cached_property
     def _whole(self) -> tuple[Any, Any]:

@@ -13,6 +13,9 @@ two processes put the same file at the same moment, both sets of its rows can ge
 wins: the second process deletes the other set as soon as it has committed, and readers leave it
 out.
 
+Up to EXACT_ROWS moments, a search compares every vector. In larger collections it reads one bit per
+value (RaBitQ, arXiv 2405.12497) and compares the best of these exactly.
+
 An index may come from a stranger. So the tables' columns are compared with those expected, and
 every value that is read is checked. Paths are stored with all bytes that could end an SQL text
 escaped (see `encoded`).
@@ -332,7 +335,7 @@ class Store:
         paths: dict[str, int] = {}
         file, number = np.empty(n, np.int32), np.empty(n, np.int32)
         puts: dict[str, int] = {}
-        put = np.empty(n, np.int64)
+        put = np.empty(n, np.int32)
         at = 0
         columns = ["put", "path", "number", "start", "end", "vector"]
         for batch in table.search().select(columns).to_batches(8192):
@@ -340,8 +343,8 @@ class Store:
             if rows.stop > n:
                 raise _damaged(self.where, "it has more rows than it says")
             at = rows.stop
-            file[rows] = [paths.setdefault(path, len(paths)) for path in batch["path"].to_pylist()]
-            put[rows] = [puts.setdefault(mark, len(puts)) for mark in batch["put"].to_pylist()]
+            file[rows] = _numbered(batch["path"], paths)
+            put[rows] = _numbered(batch["put"], puts)
             number[rows] = batch["number"].to_numpy()
             for name, column in (("start", start), ("end", end)):
                 column[rows] = batch[name].to_numpy(zero_copy_only=False)
@@ -363,8 +366,8 @@ class Store:
         order = order[keep[order]]
         if not keep.all() or (order[1:] < order[:-1]).any():  # else spare the copy of all vectors
             file, start, end, vectors = file[order], start[order], end[order], vectors[order]
-        for block in range(0, len(vectors), 1 << 16):
-            self._check_unit(vectors[block : block + (1 << 16)].astype(np.float32))
+        for block in range(0, len(vectors), 1024):
+            self._check_unit(vectors[block : block + 1024].astype(np.float32))
         if not ((start >= 0) | np.isnan(start)).all() or (end < start).any() or np.isinf(end).any():
             raise _damaged(self.where, "a span ends before it starts")
         return Rows(states, file, start, end, vectors)
@@ -400,7 +403,13 @@ class Store:
             self._delete_duplicates()
             self._index_vectors()
             for table in (self._about, self._bad_files, self._moments):
-                _committed(table.optimize, cleanup_older_than=KEPT)  # adds new rows to the index
+                try:
+                    _committed(
+                        table.optimize, cleanup_older_than=KEPT
+                    )  # and adds rows to the index
+                except Exception as error:
+                    if not _CONFLICT.search(str(error)):  # else the next process tidies
+                        raise
 
     def _index_vectors(self) -> None:
         """Make the approximate index of a large table; again after most of its rows are new."""
@@ -667,10 +676,12 @@ def _local(where: str) -> str:
 
 
 def _connect(where: str) -> Any:
+    # What it warns of, such as two processes that compact at once, this module retries.
+    os.environ.setdefault("LANCEDB_LOG", "error")
     try:
         import lancedb
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise StoreError(  # which commands show as one line
             f'an index needs the package {error.name}: pip install "clipvip[search]"'
         ) from None
     uri = where if _is_uri(where) else _local(where)
@@ -730,6 +741,11 @@ def _reported(where: str) -> Iterator[None]:
     except (StoreError, KeyError, MemoryError):
         raise
     except Exception as error:
+        if _CONFLICT.search(str(error)):
+            raise StoreError(
+                f"other processes changed the index in {shown(where)} all the time; run the same "
+                "command again"
+            ) from error
         line = _PLACE.sub("", str(error).partition("\n")[0].removeprefix("lance error: "))
         number = int(found[1]) if (found := _SYSTEM.search(line)) else errno.ENOENT
         if number != errno.ENOENT:  # a full disk, for example; a missing file is damage
@@ -784,6 +800,14 @@ def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
 def _matrix(column: Any, width: int) -> np.ndarray:
     """Return a column of vectors as float16 [n, P]."""
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
+
+
+def _numbered(column: Any, numbers: dict[str, int]) -> np.ndarray:
+    """Return the number of each text of a column, and give new texts the next ones."""
+    distinct = column.dictionary_encode()
+    texts = distinct.dictionary.to_pylist()
+    own = np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+    return own[distinct.indices.to_numpy()]
 
 
 def _number(value: float | None) -> str:

@@ -31,7 +31,7 @@ class VideoIndex:
     """An index of moments of videos; see clipvip.index.rows for what it holds.
 
         index = VideoIndex("index")
-        index.add("~/Videos", "openai/clip-vit-base-patch32")
+        index.add("Videos", "openai/clip-vit-base-patch32")
         for hit in index.search("a dog catches a ball"):
             print(hit.score, hit.path, hit.start, hit.end)
 

@@ -4,11 +4,9 @@ An error is one line; with CLIPVIP_TRACEBACK=1 in the environment, Python's trac
 """
 
 import argparse
-import atexit
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from clipvip.terminal import one_line_errors, safe_output
 from clipvip.training.preemption import EXIT_STATUS, leave_on_sigterm
@@ -36,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dry_run(config, given.processes)
             return
 
-        import torch.distributed as dist
-
+        from clipvip.distributed import leave
         from clipvip.training.trainer import train
 
         status = 0
@@ -47,23 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             status = EXIT_STATUS
             if os.environ.get("RANK", "0") == "0":
                 print(f"clipvip: {end}", file=sys.stderr)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            _leave(status)
+        leave(status)
         if status:
             raise SystemExit(status)
-
-
-def _leave(status: int) -> NoReturn:
-    """End the process without shutting the interpreter down.
-
-    A gloo thread may still have to free the tensors of the last collective (PyTorch 2.13). It would
-    then abort the process, and a finished run would fail.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -281,6 +281,12 @@ def test_errors_are_one_line(run, arguments, wrong):
     assert wrong in error and error.count("\n") == 1
 
 
+def test_a_missing_package_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    error = run("a dog", code=1)
+    assert 'pip install "clipvip[search]"' in error and error.count("\n") == 1
+
+
 def test_spans_durations_and_days():
     assert span(None, None) == ""
     assert span(2465.4, 2480.0) == "00:41:05–00:41:20"

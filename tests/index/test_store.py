@@ -240,6 +240,7 @@ def test_sources_add_up_and_the_model_stays(tmp_path, store):
             Store.create(tmp_path / "index", other)
 
 
+@pytest.mark.filterwarnings("ignore:optimize")  # it is just what the test is about
 def test_an_open_reader_sees_what_is_put_later(store, tmp_path, monkeypatch):
     reader = Store.open(tmp_path / "index")
     seen = {reader.version()}
@@ -479,6 +480,31 @@ def test_a_process_that_put_a_file_at_the_same_moment_as_another_deletes_the_oth
     monkeypatch.setattr(LanceMergeInsertBuilder, "execute", raced)
     store.put([one("/v/b.mp4", n=4, seed=3)])
     assert store.count() - store.drop(["/v/a.mp4"]) == len(store.of_files(["/v/b.mp4"])[0]) > 0
+
+
+def test_changes_that_others_prevent_are_retried_and_then_named(store, monkeypatch):
+    monkeypatch.setattr(store_module, "COMMITS", 3)
+    calls = []
+
+    def busy(self, *args, **options):
+        calls.append(args)
+        raise RuntimeError("lance error: Retryable commit conflict for version 18\nmore")
+
+    monkeypatch.setattr(LanceMergeInsertBuilder, "execute", busy)
+    with pytest.raises(ValueError, match=r"other processes .* run the same command again"):
+        store.put([one("/v/a.mp4")])
+    assert len(calls) == 3
+    monkeypatch.setattr(type(store._moments), "optimize", busy)
+    store.tidy()
+
+
+def test_a_full_disk_is_no_damage(store, monkeypatch):
+    def full(self, *args, **options):
+        raise RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), a")
+
+    monkeypatch.setattr(LanceMergeInsertBuilder, "execute", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*index"):
+        store.put([one("/v/a.mp4")])
 
 
 def test_a_large_index_is_searched_nearly_exactly(store, monkeypatch):

@@ -277,8 +277,8 @@ class FileDone(NamedTuple):
 class MomentBatch:
     """Moments of one or more files, packed.
 
-    moments: file and span of each. counts: number of frames of each. done: files whose last moment
-    is in this batch, or was in the batch before.
+    moments: place of the file and span of each. frames: of each, uint8 [N, 3, S, S]. done: files
+    all of whose moments are in this batch or in earlier ones.
     """
 
     moments: list[tuple[int, Span]] = field(default_factory=list)

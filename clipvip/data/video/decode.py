@@ -193,8 +193,8 @@ Span = tuple[float | None, float | None]  # start and end in seconds, as of a cl
 class OpenVideo:
     """An opened video and the index of all its frames, to read many spans of it together.
 
-    in_parts: whether reading a later part costs no more than an earlier one. It does where every
-    frame is decoded from the start, or where all packets are read before the first seek.
+    in_parts: whether a later part is read as fast as an earlier one. It is not where every frame is
+    decoded from the start, or where all packets are read before the first seek.
     """
 
     video: Video

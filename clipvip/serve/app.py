@@ -112,7 +112,7 @@ class App:
                 # A file from a stranger is decoded by a process that may crash.
                 copied = await self.decoders.run(in_decoder.copy, str(path), seconds=UPLOAD_SECONDS)
                 return await self._hits(self.index.search, Path(copied), given)
-        except asyncio.TimeoutError:  # another type in Python 3.10
+        except asyncio.TimeoutError:
             raise ApiError(408, f"the upload took more than {RECEIVE_SECONDS:.0f} s") from None
         except DecodeError as error:
             reason = f"the upload is no image or video that can be read: {shown(error.reason)}"

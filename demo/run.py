@@ -1,8 +1,9 @@
 """Train text-video retrieval from scratch on one small machine: `python -m demo.run`.
 
 Renders clips, post-pretrains and fine-tunes a small CLIP-ViP on them through the package's own
-trainer, does the same with mean-pooled frames, and measures both on clips that neither has seen.
-Everything goes to demo/out: results.json, results.png, index.html, the models, a search index.
+trainer, does the same with mean-pooled frames, and measures both on clips that neither has seen,
+and on films in which those clips follow each other.
+Everything goes to demo/out: results.json, results.png, index.html, the models, search indexes.
 """
 
 import json
@@ -22,12 +23,12 @@ from transformers import CLIPTokenizer
 from transformers.utils import logging
 
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.index import Index, build_index, load_index
+from clipvip.index import Hit, VideoIndex
 from clipvip.model import CLIPViPConfig, CLIPViPModel, CLIPViPProcessor
 from clipvip.training.config import load_config
 from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import train
-from demo.render import render_all
+from demo.render import RATE, SHOT_FRAMES, render_all, render_films
 from demo.report import page, plot
 
 HERE = Path(__file__).parent
@@ -40,7 +41,14 @@ MODELS = {
     "mean_pool": {"num_proxies": 1, "frame_pooling": "mean"},
 }
 STAGES = ("pretrain", "finetune")
+WINDOW = SHOT_FRAMES[0] / RATE  # seconds: the shortest shot of a film
+STRIDE = WINDOW / 4  # so that some window lies between the cuts of each shot, or nearly
+OVERLAP = 0.5  # least intersection over union of a moment that counts as found
 SURE = 1e-4  # margin of cosines that is safe against rounding in another process
+
+
+# Clips, each with all hits of the search for its sentence, best first.
+Found = list[tuple[Clip, list[Hit]]]
 
 
 def main() -> None:
@@ -57,6 +65,7 @@ def main() -> None:
     say("rendering clips")
     splits = render_all(OUT / "clips", SEED, os.cpu_count() or 1)
     clips = load_annotations(splits["heldout"])
+    shots = load_annotations(render_films(OUT / "films", SEED))
     tokenizer = train_tokenizer(splits["train"])
 
     runs: dict[str, dict[str, Path]] = {}
@@ -79,7 +88,7 @@ def main() -> None:
 
     say("evaluating on held-out clips")
     results: dict[str, Any] = {"chance": chance(len(clips))}
-    indexes = {}
+    found: dict[str, dict[str, Found]] = {}
     for name in reversed(MODELS):
         checkpoint = runs[name]["finetune"] / "last"
         tables = evaluate_checkpoint(checkpoint, splits["heldout"], print_table=False)
@@ -87,47 +96,66 @@ def main() -> None:
             direction: {cut: round(tables[direction][cut], 2) for cut in ("R@1", "R@5", "R@10")}
             for direction in ("text_to_video", "video_to_text")
         }
-        indexes[name] = build_index(checkpoint, OUT / "clips" / "heldout", OUT / name / "index")
+        index = VideoIndex(OUT / name / "index", in_memory=True)
+        index.add(OUT / "clips" / "heldout", checkpoint)
+        films = VideoIndex(OUT / name / "films", in_memory=True)
+        films.add(OUT / "films", checkpoint, window=WINDOW, stride=STRIDE)
+        found[name] = {"clips": search_all(index, clips), "films": search_all(films, shots)}
+        first = [margin(hits, shot) > 0 for shot, hits in found[name]["films"]]
+        results[name]["films"] = {"R@1": round(100 * sum(first) / len(first), 2)}
     results["held_out_clips"] = len(clips)
     results["seconds"] = round(time.monotonic() - started)
     (OUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(runs, results, OUT / "results.png")
-    page(clips, indexes, results, OUT / "results.png", OUT / "index.html")
+    page(found, results, OUT / "results.png", OUT / "index.html")
     show(results)
 
-    index = OUT / "clip_vip" / "index"
-    sentence = to_search(margins(clips, load_index(index)))
-    command = ["search", sentence, "--index", str(index), "-k", "5"]
-    print("\n$ clipvip " + shlex.join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
+    for kind, where in (("clips", "index"), ("films", "films")):
+        margins = {clip.text[0]: margin(hits, clip) for clip, hits in found["clip_vip"][kind]}
+        index = str(OUT / "clip_vip" / where)
+        command = ["search", to_search(margins, kind), "--index", index, "-k", "5"]
+        print("\n$ clipvip " + shlex.join(command), flush=True)
+        subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
+    print(f"\nTo search in a browser: clipvip serve --index {shlex.quote(index)}")
     say(f"done; see {OUT / 'index.html'}, results.png and results.json beside it")
 
 
-def margins(clips: list[Clip], index: Index) -> dict[str, float]:
-    """Score of each sentence's own clip minus that of the best other clip; below 0 if not first."""
-    found = {}
-    for clip in clips:
-        hits = index.search(clip.text[0], len(index.clips))
-        scores = {hit.path.resolve(): hit.score for hit in hits}
-        own = scores.pop(clip.video.resolve())
-        found[clip.text[0]] = own - max(scores.values())
-    return found
+def search_all(index: VideoIndex, clips: list[Clip]) -> Found:
+    """Search for the sentence of each clip. Returns each clip with all hits, best first."""
+    return [(clip, index.search(clip.text[0], index.count)) for clip in clips]
 
 
-def to_search(margins: dict[str, float]) -> str:
-    """Choose a sentence that finds its clip first: QUERY, or else the one with the widest margin.
+def overlap(hit: Hit, clip: Clip) -> float:
+    """Intersection over union of a hit's best moment and a clip, which may be part of a film."""
+    if Path(hit.path) != clip.video.resolve():
+        return 0.0
+    if hit.start is None or hit.end is None or clip.start is None or clip.end is None:
+        return 1.0
+    shared = max(0.0, min(hit.end, clip.end) - max(hit.start, clip.start))
+    return shared / (hit.end - hit.start + clip.end - clip.start - shared)
 
-    The second case is printed. Raises SystemExit if no sentence finds its clip first.
+
+def margin(hits: list[Hit], clip: Clip) -> float:
+    """Score of a clip's own hit minus that of the best other hit: above 0 if it is found first."""
+    own = max((hit.score for hit in hits if overlap(hit, clip) >= OVERLAP), default=-1.0)
+    return own - max((hit.score for hit in hits if overlap(hit, clip) < OVERLAP), default=-1.0)
+
+
+def to_search(margins: dict[str, float], where: str) -> str:
+    """Choose a sentence that is found first: QUERY, or else the one with the widest margin.
+
+    The second case is printed. where: what is searched, for the messages.
+    Raises SystemExit if no sentence is found first.
     """
     widest = max(margins, key=lambda sentence: margins[sentence])
     first = sum(margin > SURE for margin in margins.values())
     if not first:
-        raise SystemExit(f"none of {len(margins)} held-out sentences finds its clip first")
+        raise SystemExit(f"{where}: none of {len(margins)} held-out sentences is found first")
     if margins[QUERY] > SURE:
         return QUERY
     print(
-        f"\n“{QUERY}”, the README's example, does not find its clip first in this run; "
-        f"{first} of {len(margins)} sentences do. This one does by the widest margin:"
+        f"\n“{QUERY}”, the README's example, is not found first in the {where} of this run; "
+        f"{first} of {len(margins)} sentences are. This one is by the widest margin:"
     )
     return widest
 
@@ -247,21 +275,22 @@ def waves(place: Tensor, count: int, channels: int) -> Tensor:
 
 
 def chance(clips: int) -> dict[str, dict[str, float]]:
-    """Expected recall if that many clips are ranked at random."""
+    """Expected recall if that many clips are ranked at random, or moments of films are drawn."""
     recall = {f"R@{k}": round(100 * k / clips, 2) for k in (1, 5, 10)}
-    return {"text_to_video": recall, "video_to_text": recall}
+    return {"text_to_video": recall, "video_to_text": recall, "films": {"R@1": recall["R@1"]}}
 
 
 def show(results: dict[str, Any]) -> None:
     """Print the figures as a table."""
     print(f"\n{results['held_out_clips']} held-out clips       text → video           video → text")
-    print(f"{'':22}{'R@1':>7}{'R@5':>7}{'R@10':>7}  {'R@1':>7}{'R@5':>7}{'R@10':>7}")
+    cuts = f"{'R@1':>7}{'R@5':>7}{'R@10':>7}"
+    print(f"{'':22}{cuts}  {cuts}  {'films R@1':>11}")
     for name in ("chance", "mean_pool", "clip_vip"):
         rows = [
             "".join(f"{value:7.1f}" for value in results[name][direction].values())
             for direction in ("text_to_video", "video_to_text")
         ]
-        print(f"{name:22}{rows[0]}  {rows[1]}")
+        print(f"{name:22}{rows[0]}  {rows[1]}  {results[name]['films']['R@1']:11.1f}")
 
 
 if __name__ == "__main__":

@@ -37,10 +37,9 @@ MOTIONS = {
     "down and to the left": (-sqrt(0.5), sqrt(0.5)),
 }
 FILMS = ("one.mp4", "two.mp4", "three.mkv")
-SHOT_FRAMES = (12, 20)  # fewest and most frames of a film's shot
+SHOT_FRAMES = (15, 20)  # fewest and most frames of a film's shot
 SPLITS = {"train": 4, "validation": 1, "heldout": 1}  # clips of each sentence
-DISTANCE = (0.45, 0.6)
-WANDER = 0.15  # largest distance of a path's middle from the centre, as a share of the side
+WANDER = 0.1  # largest distance of a path's middle from the centre, as a share of the side
 FILLERS = ("um", "uh", "so", "okay", "you see", "look", "over here", "I think", "and now")
 
 
@@ -147,7 +146,7 @@ def draw(
     """
     direction = np.array(MOTIONS[scene.motion])
     middle = 0.5 + rng.uniform(-WANDER, WANDER, 2)
-    distance, radius = rng.uniform(*DISTANCE), rng.uniform(0.17, 0.22)
+    distance, radius = rng.uniform(0.45, 0.6), rng.uniform(0.17, 0.22)
     y, x = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE
     from_colour, to_colour = rng.uniform(15, 75, (2, 3))
     angle = rng.uniform(0, 2 * pi)

@@ -41,8 +41,9 @@ MODELS = {
     "mean_pool": {"num_proxies": 1, "frame_pooling": "mean"},
 }
 STAGES = ("pretrain", "finetune")
-WINDOW = SHOT_FRAMES[0] / RATE  # seconds: the shortest shot of a film
-STRIDE = WINDOW / 4  # so that some window lies between the cuts of each shot, or nearly
+# Seconds. A window and a stride are together as long as the shortest shot, so that every shot holds
+# a window without a cut.
+WINDOW, STRIDE = 0.8 * SHOT_FRAMES[0] / RATE, 0.2 * SHOT_FRAMES[0] / RATE
 OVERLAP = 0.5  # least intersection over union of a moment that counts as found
 SURE = 1e-4  # margin of cosines that is safe against rounding in another process
 
@@ -82,6 +83,7 @@ def main() -> None:
                 "model.name": checkpoint,
                 "data.train": splits["train"],
                 "data.validation": splits["validation"],
+                "seed": SEED,
             }
             train(load_config(HERE / f"{stage}.yaml", [f"{k}={v}" for k, v in overrides.items()]))
             runs[name][stage], checkpoint = out, out / "last"
@@ -211,7 +213,9 @@ def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel
     CLIP's own initial weights are meant for hundreds of millions of pairs. Here the embeddings of
     place and time start as smooth waves instead of noise (place) and zero (time), so that
     neighbouring frames look alike from the first step. Words start large compared with the special
-    tokens, so that sentences differ.
+    tokens, so that sentences differ. A motion shows where a shape is at which time, a product of
+    place and time. So pixels start small beside these, and the vision tower's MLPs start less
+    linear.
     """
     torch.manual_seed(SEED)
     tower = {
@@ -254,7 +258,9 @@ def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel
     seen = model.vision_model.embeddings
     words = model.text_model.embeddings.token_embedding.weight
     with torch.no_grad():
-        seen.patch_embedding.weight.normal_(std=0.03)
+        seen.patch_embedding.weight.normal_(std=0.015)
+        for layer in model.vision_model.encoder.layers:
+            layer.mlp.fc1.weight.mul_(1.5)
         seen.class_embedding.normal_()
         if seen.added_cls is not None:
             seen.added_cls.normal_()

@@ -1,5 +1,7 @@
 """The command `clipvip`: parse, call, print."""
 
+import gc
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -57,7 +59,8 @@ MixedPrecision = Annotated[
     Literal["auto", "bf16", "no"],
     arg(
         help="Precision to compute in, named as in training: bf16 (autocast) or no (that of the "
-        "weights, usually fp32). auto is bf16 on a CUDA GPU that computes in it, else no."
+        "weights, usually fp32). auto is bf16 on a CUDA GPU or a CPU (AVX512-BF16) that computes "
+        "in it, else no."
     ),
 ]
 DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]
@@ -208,7 +211,10 @@ def export(
 def embed(
     model: Model,
     videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
-    out: Path | None = None,
+    out: str | None = None,
+    window: float | None = None,
+    stride: float | None = None,
+    scenes: bool = False,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
     tokens: bool = False,
@@ -220,68 +226,124 @@ def embed(
     For example, with a plain CLIP, whose features of a video's frames are averaged:
       clipvip embed openai/clip-vit-base-patch32 ~/Videos 'clips/*.mkv'
 
+    A long video is divided into moments of 10 seconds, a new one every 5 seconds, so that a search
+    finds the moment. A video no longer than that is one moment.
+
+    Run the same command again after changes. Only new and changed videos are embedded, renamed
+    ones are recognised, and deleted ones are dropped. Other videos can be added at any time. After
+    an interruption, the same command resumes.
+
+    On several GPUs, which share the videos:
+      torchrun --nproc-per-node 8 -m clipvip.cli embed MODEL ~/Videos
+
     With --tokens, write the model's tokens of each clip to a file instead, such as a language
     model takes them, and list the files in OUT/clips.jsonl:
       clipvip embed MODEL ~/Videos --tokens --layer -2 --out tokens
 
     Args:
         videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
-            Also lists (.txt, one path per line) and annotations (.jsonl).
+            Also lists (.txt, one path per line) and annotations (.jsonl), whose clips with a start
+            or end become moments as they are.
         out: Folder of the index, by default ./index; of the tokens, by default ./tokens.
-            Unchanged videos that it holds already are not embedded again.
+            An index may also be in a bucket, such as s3://bucket/index.
+        window: Length of a moment in seconds, by default 10. Longer moments give more context and
+            a smaller index; shorter ones find brief events.
+        stride: Seconds from the start of a moment to the start of the next, by default half of
+            --window. Moments that overlap leave no event cut in two.
+        scenes: Make a moment of each scene, from cut to cut, instead of fixed windows.
+            Scenes longer than two windows are divided. This decodes every frame.
         tokens: Write each clip's proxies [M, C] and patches [N, L, C] to a .safetensors file.
         layer: Layer to take tokens from, counted from 1 or, from the last, -1 (the default).
             0 is the input of the first layer. Only with --tokens.
         dtype: Precision to store tokens in, by default fp16. Only with --tokens.
     """
+    given: dict[str, Any] = {"window": window, "stride": stride, "scenes": scenes or None}
+    given = {name: value for name, value in given.items() if value is not None}
     if tokens:
+        if given:
+            named = " and ".join(f"--{name}" for name in given)
+            raise ValueError(f"--tokens writes one file per clip; leave {named} out")
         from clipvip.token_files import save_tokens
 
         options: dict[str, Any] = {"layer": layer, "dtype": dtype}
         options = {name: value for name, value in options.items() if value is not None}
         options |= {"decoder": decoder, "mixed_precision": mixed_precision}
-        save_tokens(model, videos, out or Path("tokens"), **options)
+        save_tokens(model, videos, Path(out or "tokens"), **options)
         return
     if layer is not None or dtype is not None:
         raise ValueError("--layer and --dtype say which tokens to write; give --tokens as well")
-    from clipvip.index import build_index
+    from clipvip.index.build import build
 
-    build_index(
-        model, videos, out or Path("index"), decoder=decoder, mixed_precision=mixed_precision
-    )
+    given |= {"decoder": decoder, "mixed_precision": mixed_precision}
+    build("index" if out is None else out, model, videos, **given)
 
 
 def search(
-    query: Annotated[Positional[str], arg(metavar="QUERY")],
-    index: Path | None = None,
+    queries: Annotated[Positional[tuple[str, ...]], arg(metavar="[QUERY …]")] = (),
+    index: str | None = None,
     k: Annotated[int, arg(aliases=["-k"])] = 10,
+    image: tuple[Path, ...] = (),
+    video: tuple[Path, ...] = (),
+    weights: tuple[float, ...] = (),
+    like: str | None = None,
+    folder: Path | None = None,
+    min_duration: str | None = None,
+    max_duration: str | None = None,
+    after: str | None = None,
+    before: str | None = None,
+    json: bool = False,
 ) -> None:
-    """Find the videos of an index that match a sentence, best first.
+    """Find the moments of your videos that match a sentence, an image or a video, best first.
 
     For example:
       clipvip search 'a dog catches a ball' -k 5
+      clipvip search 'a beach' 'people' --weights 1 -0.5 --folder ~/Videos/2024
+      clipvip search --image dog.jpg --json
+
+    Several queries are added up: their vectors are weighted, and the sum is searched for. A hit is
+    a stretch of one video; its best moment is shown.
 
     Args:
-        query: The sentence to search for.
+        queries: Sentences to search for.
         index: Folder that `clipvip embed` wrote. By default ./index, else that of the demo.
-        k: Number of videos to show.
+        k: Number of hits to show.
+        image: Images to search for.
+        video: Videos to search for, each as a whole.
+        weights: One number per query, first of the sentences, then of the images, then of the
+            videos. Negative numbers search for what is unlike that query. By default all are 1.
+        like: Search for more like this moment, given by its id, which --json shows.
+        folder: Look only at files in this folder and below.
+        min_duration: Look only at videos at least this long, in seconds or as 1:30 or 1:02:03.
+        max_duration: Look only at videos at most this long.
+        after: Look only at videos recorded on this day or later, such as 2024-05-01. Where a video
+            does not say when it was recorded, this is the date of its file.
+        before: Look only at videos recorded before this day.
+        json: Print one hit per line, as JSON.
     """
-    from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
+    with _quick_imports():
+        from clipvip.index import VideoIndex, Where
+        from clipvip.index.show import day, duration, print_hits
 
-    from clipvip.index import search as search_index
-
-    index = index or next((path for path in INDEXES if path.is_dir()), INDEXES[0])
-    video = Column("video", overflow="fold")
-    title = Text(shown(query), style="italic")  # Text, as brackets in a str are markup
-    table = Table("rank", "score", video, "seconds", title=title)
-    for rank, hit in enumerate(search_index(index, query, k), start=1):
-        path = hit.path.relative_to(Path.cwd()) if hit.path.is_relative_to(Path.cwd()) else hit.path
-        whole = hit.start is None and hit.end is None
-        span = "" if whole else f"{hit.start or 0:g}–{'' if hit.end is None else f'{hit.end:g}'}"
-        table.add_row(str(rank), f"{hit.score:.3f}", Text(shown(path)), span)
-    Console().print(table)
+        found = VideoIndex(index or next((path for path in INDEXES if path.is_dir()), INDEXES[0]))
+        _ = found.store  # imports LanceDB
+    where = Where(
+        None if folder is None else os.path.abspath(folder),
+        duration("--min-duration", min_duration),
+        duration("--max-duration", max_duration),
+        day("--after", after),
+        day("--before", before),
+    )
+    given: list[Any] = [*queries, *image, *video]
+    if like is not None and (given or weights):
+        raise ValueError("--like takes no other query; leave out the sentences, images and weights")
+    if like is None and not given:
+        raise ValueError("there is no query; expected a sentence, --image, --video or --like")
+    if like is not None:
+        hits = found.like(like, k, where=where)
+    else:
+        hits = found.search(given, k, weights=weights or None, where=where)
+    title = ", ".join([*queries, *map(str, (*image, *video))]) or f"like {like}"
+    print_hits(hits, title, json)
 
 
 def explain(
@@ -558,6 +620,21 @@ COMMANDS: dict[str, Any] = {
     "bench": bench,
     "doctor": doctor,
 }
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Import what a search needs in less time: it is most of what a search takes."""
+    if "numpy" not in sys.modules:
+        # The products for one sentence are so small that threads cost more than they save.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    collects = gc.isenabled()
+    gc.disable()  # LanceDB makes very many objects that stay
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager

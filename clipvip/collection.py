@@ -16,10 +16,11 @@ fails later.
 import glob
 import logging
 import os
+import re
 import sys
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from clipvip.files import NOT_A_FILE, files_in, shown
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 3  # sources or suffixes in a message
+_MAGIC = re.compile(r"[*?[]")  # what begins a pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class IndexedClip:
 def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, str]]]:
     """List every distinct clip of the sources, in a stable order, and what was left out.
 
-    A file that two sources name, or that is also reached through a linked folder, is listed once.
+    A file that two sources name, or that is also reached through a linked folder, is listed once,
+    and all its clips have the path by which it was first found.
     Pipes, unreadable folders and lists, and bad lines of annotations are left out and returned as
     {"path", "reason"} each. Raises ValueError if a source matches nothing or is a folder without
     videos, or if no source has a clip.
@@ -60,17 +63,12 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
         raise ValueError("no videos were named; expected files, folders, patterns or lists of them")
     skipped: Counter[str] = Counter()  # by suffix
     left: list[tuple[str, str]] = []
-    clips: dict[tuple[str, str, float | None, float | None], IndexedClip] = {}
+    clips: dict[tuple[str, float | None, float | None], IndexedClip] = {}
+    files: dict[tuple[str, str], tuple[str, int, int]] = {}  # by identity: path, size, time
+    identity = identities()
 
     def left_out(path: str, reason: str) -> None:
         left.append((path, reason))
-
-    @cache
-    def real(folder: str) -> str:
-        try:
-            return os.path.realpath(folder)
-        except (OSError, ValueError):  # not a valid name
-            return folder
 
     for source in sources:
         before = len(left)
@@ -79,10 +77,12 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
             raise ValueError(_no_videos(source, skipped))
         for clip in found:
             path = os.path.abspath(clip.video)
-            folder, name = os.path.split(path)
-            key = real(folder), name, clip.start, clip.end
-            if key not in clips:
-                clips[key] = IndexedClip(path, clip.start, clip.end, *_state(path))
+            key = identity(path)
+            if key not in files:
+                files[key] = path, *_state(path)
+            path, size, mtime_ns = files[key]
+            indexed = IndexedClip(path, clip.start, clip.end, size, mtime_ns)
+            clips.setdefault((path, clip.start, clip.end), indexed)
     if not clips and left:
         raise ValueError(": ".join(map(shown, left[0])))
     if not clips:
@@ -95,6 +95,33 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
         logger.warning("left out %s: %s", shown(path), shown(reason))
         bad_files.append({"path": os.path.abspath(path), "reason": reason})
     return list(clips.values()), bad_files
+
+
+def identities() -> Callable[[str], tuple[str, str]]:
+    """Return a function from an absolute path to what it shares with other paths of the file: its
+    folder without links, and its name. The function remembers the folders that it was asked for."""
+
+    @cache
+    def real(folder: str) -> str:
+        try:
+            return os.path.realpath(folder)
+        except (OSError, ValueError):  # not a valid name
+            return folder
+
+    def identity(path: str) -> tuple[str, str]:
+        folder, name = os.path.split(path)
+        return real(folder), name
+
+    return identity
+
+
+def place_of(source: str) -> str:
+    """Return the folder or file, absolute, in which all files lie that a folder, file or pattern
+    names, whether they still exist or not."""
+    if os.path.lexists(source) or not glob.has_magic(source):
+        return os.path.abspath(source)
+    literal = source[: _MAGIC.search(source).start()]  # type: ignore[union-attr]
+    return os.path.abspath(os.path.dirname(literal) or ".")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -4,10 +4,14 @@ The index and evaluation embed through this module, so that search needs no trai
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import filterfalse
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +21,25 @@ from transformers.utils import logging
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import BadFile, LoaderOptions, build_loader
+from clipvip.data.loading import (
+    BadFile,
+    Division,
+    Facts,
+    LoaderOptions,
+    MomentBatch,
+    PartReader,
+    build_loader,
+    divide_files,
+    moment_batches,
+    worker_count,
+)
+from clipvip.data.video import Span, start_engine
 from clipvip.files import shown
 from clipvip.inputs import send, sent_ahead, tokenize
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.model.pretrained import found, hub_options, read_json
 from clipvip.model.processing import normalize_frames
+from clipvip.ops import _native
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +87,8 @@ def precision_on(model: CLIPViPModel, mixed_precision: str) -> str:
     """Return the precision, "bf16" or "no", in which a model computes on its device.
 
     mixed_precision: "bf16" for autocast over the model's weights, as in training; "no" for the
-        weights' own precision; "auto" for bf16 on a CUDA GPU that computes in it, else "no".
+        weights' own precision; "auto" for bf16 on a CUDA GPU or a CPU (AVX512-BF16) that computes
+        in it, else "no".
 
     Weights in fp16 cannot be mixed with bf16: "auto" is "no" for them, and "bf16" a ValueError.
     """
@@ -83,9 +101,13 @@ def precision_on(model: CLIPViPModel, mixed_precision: str) -> str:
         raise ValueError('mixed_precision is "bf16", but the model\'s weights are fp16; use no')
     if mixed_precision != "auto":
         return mixed_precision
-    device = model.device
-    in_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if in_bf16 and mixable else "no"
+    return "bf16" if mixable and _computes_in_bf16(model.device) else "no"
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and _native.module().cpu_capability() == "avx512bf16"
 
 
 def autocast(model: CLIPViPModel, mixed_precision: str) -> torch.autocast:
@@ -108,9 +130,132 @@ def embed_clips(
     CPU.
     """
     for batch, frames, offsets in read_clips(model, processor, clips, bad_files, **options):
-        features = model.get_video_features(frames, offsets)
-        features = F.normalize(features.float(), dim=-1).cpu()
+        features = _video_features(model, frames, offsets)
         yield dict(zip(batch["clip_index"].tolist(), features, strict=True))
+
+
+class Embedded(NamedTuple):
+    """A file whose moments are embedded.
+
+    place: in the files given. spans: start and end of each moment in seconds, by their start; None
+    for the file's own. vectors: unit features of the moments, fp32 [n, P] on the CPU. duration:
+    seconds, 0 for an image. date: when it was recorded, in seconds since 1970, if its container
+    says so.
+    """
+
+    place: int
+    spans: list[Span]
+    vectors: Tensor
+    duration: float
+    date: float | None
+
+
+@torch.inference_mode()
+def embed_files(
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor,
+    files: Sequence[tuple[Path, Sequence[Span] | None]],
+    bad_files: list[BadFile],
+    *,
+    window: float,
+    stride: float,
+    scenes: bool,
+    batch_size: int,
+    num_workers: int | None,
+    decoder: str,
+    on_moments: Callable[[int], None] = lambda moments: None,
+    skip: Callable[[int], bool] = lambda place: False,
+) -> Iterator[Embedded]:
+    """Embed the moments of files, in the caller's `autocast`, and yield each file once all of its
+    moments are embedded, in order.
+
+    A moment's vector is the feature of Clip(path, start, end). What cannot be read is left out: a
+    file without any readable moment is not yielded, and each file that lacks moments is added to
+    bad_files, with the reason.
+
+    files: paths of videos and images, each with the spans of its moments; None to divide it.
+    window, stride: length of windows and seconds from one to the next. A video no longer than a
+        window is one moment, (None, None), as is an image. See clipvip.data.loading.spans.
+    scenes: divide videos into scenes instead, and scenes longer than two windows into windows.
+    batch_size: moments per batch. num_workers: processes that decode; None for one per core.
+    decoder: see clipvip.data.loading.LoaderOptions.
+    on_moments: called with the number of moments in each batch, once they are embedded.
+    skip: called with a place just before its file is read; if it returns True, the file is not.
+
+    Raises ValueError for a window or a stride out of its range.
+    """
+    reading = processor.loading()
+    reading.pop("text_length")
+    reader = PartReader(files, Division(window, stride, scenes), **reading)
+    workers = worker_count(num_workers, sys.maxsize)  # the number of parts is not known
+    if start_engine(decoder) is not None:
+        options = {"batch_size": batch_size, "num_workers": workers, "decoder": decoder}
+        yield from _embed_as_clips(model, processor, reader, bad_files, on_moments, options)
+        return
+
+    def send_frames(batch: MomentBatch) -> dict[str, Tensor]:
+        if not batch.moments:
+            return {}
+        given = {"pixel_values": batch.pixel_values, "frame_offsets": batch.frame_offsets}
+        return {key: send(value, model.device) for key, value in given.items()}
+
+    rows: dict[int, list[tuple[Span, Tensor]]] = defaultdict(list)
+    wanted = filterfalse(skip, range(len(files)))
+    batches = moment_batches(reader, wanted, bad_files, batch_size, workers)
+    for batch, sent in sent_ahead(batches, send_frames, model.device):
+        if sent:
+            frames = normalize_frames(
+                sent["pixel_values"], processor.image_mean, processor.image_std
+            )
+            features = _video_features(model, frames, sent["frame_offsets"])
+            for (place, span), row in zip(batch.moments, features, strict=True):
+                rows[place].append((span, row))
+            on_moments(len(features))
+        for file in batch.done:
+            spans, vectors = zip(*rows.pop(file.place), strict=True)
+            yield Embedded(file.place, [*spans], torch.stack(vectors), file.duration, file.date)
+
+
+def _embed_as_clips(
+    model: CLIPViPModel,
+    processor: CLIPViPProcessor,
+    reader: PartReader,
+    bad_files: list[BadFile],
+    on_moments: Callable[[int], None],
+    options: dict[str, Any],
+) -> Iterator[Embedded]:
+    """Embed each moment as a clip of its own, as DALI decodes them; see embed_files."""
+    clips: list[Clip] = []
+    owners: list[int] = []
+    facts: dict[int, Facts] = {}
+    for place, file in divide_files(reader, bad_files, options["num_workers"]):
+        facts[place] = file
+        clips += [Clip(reader.files[place][0], *span) for span in file.spans]
+        owners += [place] * len(file.spans)
+    if not clips:
+        return
+    rows: dict[int, list[tuple[Span, Tensor]]] = defaultdict(list)
+
+    def embedded(place: int) -> Embedded:
+        spans, vectors = zip(*rows.pop(place), strict=True)
+        return Embedded(
+            place, [*spans], torch.stack(vectors), facts[place].duration, facts[place].date
+        )
+
+    for features in embed_clips(model, processor, clips, bad_files, **options):
+        for number, row in features.items():
+            clip = clips[number]
+            rows[owners[number]].append(((clip.start, clip.end), row))
+        on_moments(len(features))
+        for place in [place for place in rows if place < owners[max(features)]]:
+            yield embedded(place)
+    for place in [*rows]:
+        yield embedded(place)
+
+
+def _video_features(model: CLIPViPModel, frames: Tensor, offsets: Tensor) -> Tensor:
+    """Return unit features of videos, fp32 [B, P] on the CPU."""
+    return F.normalize(model.get_video_features(frames, offsets).float(), dim=-1).cpu()
 
 
 def read_clips(

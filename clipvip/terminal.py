@@ -145,3 +145,42 @@ def progress(note: str, total: int) -> Iterator[Callable[[int], None]]:
             last_line = now
 
     yield advance
+
+
+@contextmanager
+def share_done(note: str) -> Iterator[Callable[[float, str], None]]:
+    """Show on standard error what share of a work is done, with the remaining time.
+
+    Shows a bar on a terminal, elsewhere prints at most one line per 10 s. Yields a function to call
+    with the share, from 0 to 1, and a text that says how much is done.
+    """
+    started = last_line = time.monotonic()
+
+    def with_time_left(share: float, text: str) -> str:
+        left = (time.monotonic() - started) * (1 - share) / share if share else None
+        return text if left is None else f"{text}, {left:.0f} s left"
+
+    if sys.stderr.isatty():
+        from rich import progress as rich
+        from rich.console import Console
+
+        columns = (
+            rich.TextColumn("{task.description}", markup=False),
+            rich.BarColumn(),
+            rich.TextColumn("{task.fields[text]}", markup=False),
+        )
+        with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(note, total=1.0, text="")
+            yield lambda share, text: bar.update(
+                task, completed=share, text=with_time_left(share, text)
+            )
+        return
+    print(note, file=sys.stderr, flush=True)
+
+    def show(share: float, text: str) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line > 10:
+            print(with_time_left(share, text), file=sys.stderr, flush=True)
+            last_line = time.monotonic()
+
+    yield show

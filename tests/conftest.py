@@ -36,6 +36,18 @@ def real_clips() -> dict[str, Path]:
     return {name: found[name] for name in REAL_CLIPS}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_notes(tmp_path_factory):
+    """Notes of models (see clipvip.index.query) that tests leave are not the user's."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
 @pytest.fixture
 def cuda() -> str:
     if not torch.cuda.is_available():

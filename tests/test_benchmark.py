@@ -11,6 +11,7 @@ import bench_decode
 import bench_elementwise
 import bench_gradient_caching
 import bench_growth
+import bench_index
 import bench_linear
 import bench_load
 import bench_model
@@ -597,3 +598,28 @@ def test_loads_are_compared_and_go_where_records_go(tmp_path, monkeypatch):
     for row in results.values():
         assert row["ratio"]["both_seconds"] > 0
         assert row["ours"]["both_seconds"] > row["ours"]["load_seconds"] > 0
+
+
+def test_windows_read_together_are_compared_with_clips_of_their_own(
+    tmp_path, monkeypatch, real_clips
+):
+    tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision = {**tower, "num_attention_heads": 1, "image_size": 32, "patch_size": 16}
+    text = {**tower, "num_attention_heads": 1}
+    towers = {"vision_config": vision, "text_config": text}
+    for name, value in {
+        "B32": towers,
+        "ROUNDS": 1,
+        "MINUTES": 0.1,
+        "WINDOW": 2.0,
+        "STRIDE": 2.0,
+    }.items():
+        monkeypatch.setattr(bench_index, name, value)
+    monkeypatch.setenv("CLIPVIP_TEST_CLIPS", str(real_clips["bikes"].parent))
+    config = SimpleNamespace(getoption={"--bench-out": tmp_path}.get)
+    bench_index.test_index(SimpleNamespace(config=config))
+    record = json.loads((tmp_path / "index.json").read_text())
+    assert record["film_seconds"] == pytest.approx(5.28, abs=0.05)
+    assert record["seconds"].keys() == record["hours_per_hour"].keys() and all(
+        seconds > 0 for seconds in record["seconds"].values()
+    )

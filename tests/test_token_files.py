@@ -65,7 +65,8 @@ def videos(tmp_path):
 @pytest.fixture
 def write(model, tmp_path):
     def run(videos, out=tmp_path / "tokens", model=model, **options):
-        return save_tokens(model, videos, out, num_workers=0, device="cpu", **options)
+        given = {"num_workers": 0, "device": "cpu", "mixed_precision": "no"}
+        return save_tokens(model, videos, out, **{**given, **options})
 
     return run
 

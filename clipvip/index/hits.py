@@ -85,8 +85,8 @@ def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -
             some, order = order[:k], order[k:]
             seen.update(some)
             for curve in source.curves(vector, some):
-                found += _hits(curve, k, found[k - 1].score if len(found) >= k else -2.0)
-            found = sorted(found, key=_rank)[:k]
+                found += _hits(curve, k, found[-1].score if len(found) == k else -np.inf)
+                found = sorted(found, key=_rank)[:k]
         if len(paths) < most or _certain(found, k, float(scores[-1])):
             return found
         most *= 4

@@ -37,7 +37,7 @@ class Memory:
         self._file = rows.file
         # Rows of a file lie together.
         begins = np.flatnonzero(np.diff(rows.file, prepend=-1))
-        ends = np.append(begins[1:], len(rows.file))
+        ends = np.append(begins, len(rows.file))[1:]
         self._rows = {
             self.files[rows.file[begin]].path: slice(int(begin), int(end))
             for begin, end in zip(begins, ends, strict=True)

@@ -78,7 +78,7 @@ class Encoder:
             return self.vector(queries[0])
         total = shares @ np.stack([self.vector(query) for query in queries]).astype(np.float64)
         norm = np.linalg.norm(total)
-        if norm < LEAST_SUM * np.abs(shares).max():
+        if not norm > LEAST_SUM * np.abs(shares).max():
             raise ValueError(
                 "the weighted queries cancel each other out, so there is nothing to search for; "
                 "change --weights"

@@ -2,8 +2,8 @@
 
 An index consists of three tables:
 
-    about      rows of one JSON text each; the first says the format and the model, and later ones
-               add sources
+    about      rows of one JSON text each: the format, the model and sources; the last one says
+               where the model is, and the sources of all count
     moments    one row per moment: its file's state, its span, and a unit vector in float16
     bad_files  files that could not be decoded, and why
 
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -45,13 +45,13 @@ KEPT = timedelta(hours=1)  # a reader is at most one search behind, and none tak
 COMMITS = 30  # attempts, with pauses that grow to a second
 MOST_VALUES = 1 << 16  # per vector
 PATHS_AT_ONCE = 1000  # in one SQL condition
+TABLES = ("moments", "bad_files", "about")  # a folder with the last one is an index
 
 # Two processes that compact at once, or one that changes rows while another compacts them.
 _CONFLICT = re.compile(r"conflict|concurrent|retryable|preempted", re.IGNORECASE)
 # What a path may hold that an SQL text cannot, or that no UTF-8 text can.
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f%'\"\\\ud800-\udfff]")
 
-_Result = TypeVar("_Result")
 Span = tuple[float | None, float | None]
 
 
@@ -134,12 +134,13 @@ class Store:
     def create(cls, where: str | Path, about: About) -> "Store":
         """Open an index, or create it, and add `about.sources` to its sources.
 
+        A model of the same fingerprint may have moved: its place is then `about.model`.
+
         Raises ValueError if the folder holds something else, or if the index there is of another
         model.
         """
         name = os.fspath(where)
-        if not _is_uri(name):
-            check_folder(Path(_local(name)), "an index", lambda: is_index(name))
+        check_place(name)
         _check_width(about.width, name)
         database = _connect(name)
         with _reported(name):
@@ -151,9 +152,9 @@ class Store:
             _make(database, "moments", _moments_schema(about.width))
             _make(database, "bad_files", _bad_files_schema())
         store = cls(name, database)
-        if not set(about.sources) <= set(stored.sources):
+        if stored.model != about.model or not set(about.sources) <= set(stored.sources):
             with _reported(name):
-                _committed(lambda: store._about.add(_about_row(about)))
+                _committed(store._about.add, _about_row(about))
         return store
 
     @classmethod
@@ -209,25 +210,25 @@ class Store:
     def move(self, moves: Mapping[str, FileState]) -> set[str]:
         """Give files another state, such as another path, and keep their vectors; in one commit.
 
-        moves: the new state of the file at each path. Rows of other files at the new paths are
-        replaced. Return the new paths of the files that were here.
+        moves: the new state of the file at each path, with the same content. Rows of other files
+        at the new paths are replaced. Return the new paths of the files whose content was here.
         """
-        return self._derive(list(moves.items()), list(moves))
+        return self._derive(list(moves.items()), moves=True)
 
     def copy(self, copies: Sequence[tuple[str, FileState]]) -> set[str]:
         """Add files whose content equals that of stored ones, with the same vectors; in one commit.
 
         copies: the path of a stored file, and the state of the new one.
-        Return the new paths whose originals were here.
+        Return the new paths of those whose content was here.
         """
-        return self._derive(copies, [])
+        return self._derive(copies, moves=False)
 
     def drop(self, paths: Iterable[str]) -> int:
         """Delete all moments of these files. Return how many there were."""
         dropped = 0
         with _reported(self.where):
             for some in _chunks(list(paths)):
-                result = _committed(lambda some=some: self._moments.delete(_in(some)))
+                result = _committed(self._moments.delete, _in(some))
                 dropped += int(result.num_deleted_rows)
         return dropped
 
@@ -266,7 +267,7 @@ class Store:
             if exact:
                 search = search.bypass_vector_index()
             else:
-                search = search.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINED)
+                search = search.nprobes(PARTITIONS).refine_factor(REFINED)
             table = search.to_arrow()
             vectors = self._vectors(table)
             scores = vectors @ query
@@ -383,19 +384,34 @@ class Store:
         new = {path: reason for path, reason in now.items() if before.get(path) != reason}
         with _reported(self.where):
             for some in _chunks([*gone, *(path for path in new if path in before)]):
-                _committed(lambda some=some: self._bad_files.delete(_in(some)))
+                _committed(self._bad_files.delete, _in(some))
             if new:
                 texts = [list(map(encoded, column)) for column in (new, new.values())]
                 table = pa.table(texts, schema=_bad_files_schema())
-                _committed(lambda: self._bad_files.add(table))
+                _committed(self._bad_files.add, table)
 
     def tidy(self) -> None:
         """Compact the tables, delete duplicates and versions that nobody reads any more, and make
         or extend the approximate index of a large collection."""
         with _reported(self.where):
             self._delete_duplicates()
+            self._index_vectors()
             for table in (self._about, self._bad_files, self._moments):
-                _committed(lambda table=table: table.optimize(cleanup_older_than=KEPT))
+                _committed(table.optimize, cleanup_older_than=KEPT)  # adds new rows to the index
+
+    def _index_vectors(self) -> None:
+        """Make the approximate index of a large table; again after most of its rows are new."""
+        from lancedb.index import IvfRq
+
+        rows = int(self._moments.count_rows())
+        if rows <= EXACT_ROWS:
+            return
+        known = [index for index in self._moments.list_indices() if "vector" in index.columns]
+        if known and 2 * known[0].num_indexed_rows >= rows:
+            return
+        partitions = max(1, rows // PARTITION_ROWS)
+        config = IvfRq(distance_type="dot", num_partitions=partitions, max_iterations=20)
+        _committed(self._moments.create_index, "vector", config=config, replace=True)
 
     def _delete_duplicates(self, among: str | None = None) -> None:
         """Delete the rows of files that were put twice, except for the latest."""
@@ -409,7 +425,7 @@ class Store:
                 earlier.add(f"(path = {_text(path)} and put = {_text(latest[path])})")
             latest[path] = put
         for some in _chunks(sorted(earlier)):
-            _committed(lambda some=some: self._moments.delete(" or ".join(some)))
+            _committed(self._moments.delete, " or ".join(some))
 
     def _replace(self, table: Any, paths: Sequence[str]) -> None:
         """Put the rows of a table, and delete all others of these paths, in one commit."""
@@ -419,24 +435,27 @@ class Store:
             # No stored row has this mark, so every row is new.
             merge = self._moments.merge_insert("put").when_not_matched_insert_all()
             merge = merge.when_not_matched_by_source_delete(gone)
-            result = _committed(lambda: merge.execute(table))
+            result = _committed(merge.execute, table)
             if result.version != before + 1:  # another process has committed meanwhile
                 for some in _chunks(paths):
                     self._delete_duplicates(_in(some))
 
-    def _derive(self, new: Sequence[tuple[str, FileState]], gone: Sequence[str]) -> set[str]:
+    def _derive(self, new: Sequence[tuple[str, FileState]], moves: bool) -> set[str]:
         with _reported(self.where):
             rows = self._of_files([path for path, _ in new])
             vectors = self._vectors(rows)
             starts, ends = rows["start"].to_pylist(), rows["end"].to_pylist()
             numbers, paths = rows["number"].to_pylist(), rows["path"].to_pylist()
-        by_path: dict[str, list[int]] = {}
+            contents = rows["content"].to_pylist()
+        # Another process may have put another content at a path meanwhile.
+        found: dict[tuple[str, str], list[int]] = {}
         for row in sorted(range(len(paths)), key=numbers.__getitem__):
-            by_path.setdefault(paths[row], []).append(row)
-        files = []
+            found.setdefault((paths[row], contents[row]), []).append(row)
+        files, gone = [], []
         for path, state in new:
-            if own := by_path.get(encoded(path)):
+            if own := found.get((encoded(path), encoded(state.content))):
                 files.append((state, [(starts[row], ends[row]) for row in own], vectors[own]))
+                gone += [path] * moves
         if files:
             done = [state.path for state, _, _ in files]
             self._replace(self._as_table(files), [*gone, *done])
@@ -480,9 +499,10 @@ class Store:
                     "numbers, spans that end after they start, and unit vectors"
                 )
             for number, (start, end) in enumerate(spans):
-                values = (moment_id(state.path, start, end), number, start, end)
-                for name, value in zip(_SPAN, values, strict=True):
-                    columns[name].append(value)
+                columns["id"].append(moment_id(state.path, start, end))
+                columns["number"].append(number)
+                columns["start"].append(start)
+                columns["end"].append(end)
             for name in _FILE:
                 value = getattr(state, name)
                 columns[name] += [encoded(value) if isinstance(value, str) else value] * len(spans)
@@ -496,8 +516,8 @@ class Store:
     def _states(self, table: Any) -> list[FileState]:
         columns = [table[name].to_pylist() for name in _FILE]
         states = [
-            FileState(*(decoded(x) if isinstance(x, str) else x for x in values))
-            for values in zip(*columns, strict=True)
+            FileState(decoded(path), size, mtime_ns, decoded(content), decoded(plan), *times)
+            for path, size, mtime_ns, content, plan, *times in zip(*columns, strict=True)
         ]
         if not all(map(_is_sound, states)):
             raise _damaged(self.where, "the state of a file has values out of range")
@@ -533,9 +553,9 @@ _SPAN = ("id", "number", "start", "end")
 _ROW = (*_FILE, *_SPAN)
 _ID = re.compile(r"[0-9a-f]{16}")
 
-# Partitions of the approximate index that a search reads at least, and how many times k of their
-# moments it compares exactly.
-PROBES, REFINED = 40, 20
+# The approximate index holds one bit per value of a vector. A search reads all of it, as texts lie
+# far from all videos and so between partitions, and compares REFINED * k moments exactly.
+PARTITION_ROWS, PARTITIONS, REFINED = 10_000, 1_000_000, 40
 
 
 def _moments_schema(width: int) -> Any:
@@ -577,7 +597,7 @@ def _about_row(about: About) -> Any:
 
 
 def _parse_about(where: str, table: Any) -> About:
-    """Join the rows of `about`: one model, and all sources. Raises ValueError."""
+    """Join the rows of `about`: the model as last seen, and all sources. Raises ValueError."""
     if table.schema.names != _about_schema().names or not table.num_rows:
         raise _damaged(where, "its table about has other columns than expected, or no row")
     rows = []
@@ -598,10 +618,10 @@ def _parse_about(where: str, table: Any) -> About:
             raise _damaged(where, "its table about is not from clipvip embed")
         _check_width(about.width, where)
         rows.append(about)
-    if len({(row.model, row.fingerprint, row.width) for row in rows}) > 1:
+    if len({(row.fingerprint, row.width) for row in rows}) > 1:
         raise _damaged(where, "it names several models")
     sources = dict.fromkeys(source for row in rows for source in row.sources)
-    return rows[0]._replace(sources=tuple(sources))
+    return rows[-1]._replace(sources=tuple(sources))
 
 
 def _check_width(width: object, where: str) -> None:
@@ -626,6 +646,13 @@ def is_index(where: str | Path) -> bool:
         return os.path.isdir(os.path.join(_local(name), "about.lance"))
     with _reported(name):
         return "about" in _tables(_connect(name))
+
+
+def check_place(where: str | Path) -> None:
+    """Raise ValueError if an index made there would harm what is in it."""
+    name = os.fspath(where)
+    if not _is_uri(name):
+        check_folder(Path(_local(name)), "an index", lambda: is_index(name))
 
 
 def _is_uri(where: str) -> bool:
@@ -680,11 +707,11 @@ def _make(database: Any, name: str, schema: Any, data: Any = None) -> None:
         raise
 
 
-def _committed(change: Callable[[], _Result]) -> _Result:
+def _committed(change: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Make a change, and again if other processes' changes came between."""
     for attempt in range(COMMITS):
         try:
-            return change()
+            return change(*args, **options)
         except Exception as error:
             if attempt == COMMITS - 1 or not _CONFLICT.search(str(error)):
                 raise

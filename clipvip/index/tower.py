@@ -188,7 +188,7 @@ def describe(model: Any, processor: Any, folder: Path) -> Description | None:
     config, tokenizer = model.config.text_config, processor.tokenizer
     if config.hidden_act not in _ACTIVATIONS or getattr(tokenizer, "split_special_tokens", False):
         return None
-    if not isinstance(config.eos_token_id, int):
+    if not (isinstance(config.eos_token_id, int) and getattr(config, "is_causal", True)):
         return None
     description = Description(
         tokenizer.backend_tokenizer.to_str(),

@@ -1,9 +1,10 @@
-"""Properties of the tables of an index: what is put is found, whole, once, and by nobody's tricks."""
+"""Properties of the tables of an index: what is put is found, whole and once."""
 
 import os
 
 import numpy as np
 import pytest
+from lancedb.merge import LanceMergeInsertBuilder
 
 from clipvip.index import store as store_module
 from clipvip.index.rows import About, FileState, Where
@@ -278,3 +279,70 @@ def test_a_query_of_another_shape_is_refused(store):
             store.nearest(query, 1)
     with pytest.raises(ValueError, match="at least 1"):
         store.nearest(unit(), 0)
+
+
+def mixed(store):
+    """What two processes leave that put one file at the same moment: both sets of its rows."""
+    early = store._as_table([one("/v/a.mp4", n=4, seed=1, plan="early")])
+    late = store._as_table([one("/v/a.mp4", n=3, seed=2, plan="late"), one("/v/b.mp4", n=2)])
+    for table in (late, early):
+        store._moments.add(table)
+
+
+def test_of_rows_that_were_put_twice_the_latest_are_read(store):
+    mixed(store)
+    assert {path: file.plan for path, file in store.files().items()}["/v/a.mp4"] == "late"
+    moments, vectors = store.of_files(["/v/a.mp4"])
+    assert [moment.file.plan for moment in moments] == ["late"] * 3
+    assert (vectors == unit(3, seed=2).astype(np.float16)).all()
+    rows = store.everything()
+    assert len(rows.file) == 5
+    assert (rows.vectors[rows.file == rows.files.index(store.files()["/v/a.mp4"])] == vectors).all()
+    ids = [moment.id for moment in store.nearest(unit(), 50)[0]]
+    assert len(set(ids)) == len(ids)
+    store.tidy()
+    assert store.count() == 5
+    assert store.of_files(["/v/a.mp4"])[0] == moments
+
+
+def test_a_process_that_put_a_file_at_the_same_moment_as_another_deletes_the_other_rows(
+    store, monkeypatch
+):
+    execute = LanceMergeInsertBuilder.execute
+
+    def raced(self, *args):
+        mixed(store)  # another process, whose rows this one does not see
+        self._when_not_matched_by_source_condition = "false"
+        return execute(self, *args)
+
+    monkeypatch.setattr(LanceMergeInsertBuilder, "execute", raced)
+    store.put([one("/v/b.mp4", n=4, seed=3)])
+    assert store.count() - store.drop(["/v/a.mp4"]) == len(store.of_files(["/v/b.mp4"])[0]) > 0
+
+
+def test_a_large_index_is_searched_nearly_exactly(store, monkeypatch):
+    monkeypatch.setattr(store_module, "EXACT_ROWS", 300)
+    store.put([one(f"/v/{i}/a.mp4", n=60, seed=i, date=i) for i in range(10)])
+    store.tidy()
+    (index,) = store._moments.list_indices()
+    assert index.columns == ["vector"] and index.num_indexed_rows == 600
+    store.put([one(f"/v/{i}/b.mp4", n=10, seed=50 + i) for i in range(10)])  # not yet in the index
+    store.drop(["/v/3/a.mp4"])
+    rows = store.everything()
+    plain = rows.vectors.astype(np.float32)
+    for tidied in (False, True):
+        found = 0
+        for seed in range(20):
+            query = unit(seed=1000 + seed)
+            expected = np.sort(plain @ query)[::-1][:10]
+            _, scores = store.nearest(query, 10)
+            found += int(np.isclose(scores[:, None], expected, atol=1e-6).any(0).sum())
+            few = store.nearest(query, 10, Where(folder="/v/7"))[1]  # few enough for exactness
+            own = [file.path.startswith("/v/7/") for file in rows.files]
+            exact = np.sort((plain @ query)[np.array(own)[rows.file]])[::-1][:10]
+            np.testing.assert_allclose(few, exact, atol=1e-6)
+        assert found >= 0.95 * 200
+        newest, _ = store.nearest(unit(10, seed=55)[0], 1)
+        assert newest[0].file.path == "/v/5/b.mp4"
+        if not tidied:
+            store.tidy()

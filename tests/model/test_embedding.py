@@ -3,13 +3,19 @@
 import json
 from types import SimpleNamespace
 
+import av
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import CLIPModel
 
+from clipvip.data.annotations import Clip
 from clipvip.embedding import (
     autocast,
+    embed_clips,
+    embed_files,
     embed_texts,
     load_for_embedding,
     needed_mask,
@@ -151,14 +157,18 @@ def test_texts_are_embedded_on_a_cpu_as_the_model_embeds_them(make_model, tokeni
         assert inputs["attention_mask"].all() == (start == 2)
 
 
-def test_a_gpu_that_computes_in_bf16_embeds_in_it(monkeypatch):
+def test_a_device_that_computes_in_bf16_embeds_in_it(monkeypatch):
     on_gpu, on_cpu = (SimpleNamespace(device=where, dtype=torch.float32) for where in (CUDA, CPU))
     capability = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     for capability[:], chosen in (([(9, 0)], "bf16"), ([(8, 0)], "bf16"), ([(7, 5)], "no")):
         assert precision_on(on_gpu, "auto") == chosen
         assert precision_on(on_gpu, "no") == "no" and precision_on(on_gpu, "bf16") == "bf16"
-    assert precision_on(on_cpu, "auto") == "no" and precision_on(on_cpu, "bf16") == "bf16"
+    for best, chosen in (("avx512bf16", "bf16"), ("avx512", "no"), ("avx2", "no")):
+        core = SimpleNamespace(cpu_capability=lambda best=best: best)
+        monkeypatch.setattr("clipvip.ops._native.module", lambda core=core: core)
+        assert precision_on(on_cpu, "auto") == chosen
+        assert precision_on(on_cpu, "no") == "no" and precision_on(on_cpu, "bf16") == "bf16"
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'; expected one of auto, bf16"):
         precision_on(on_cpu, "fp16")
 
@@ -181,7 +191,74 @@ def test_weights_in_fp16_are_not_mixed_with_bf16(make_model, texts, monkeypatch)
 def test_a_model_computes_in_bf16_where_that_is_asked_for(make_model, texts):
     model, seen = make_model(), []
     model.text_projection.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
-    for precision in ("auto", "no", "bf16"):
+    for precision in ("no", "bf16"):
         with autocast(model, precision):
             assert text_features(model, *texts.values()).dtype == torch.float32
-    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A video of several windows, an image, a missing file, and a short video."""
+    noise = np.random.default_rng(0).integers(0, 255, (60, 32, 48, 3), dtype=np.uint8)
+    for name, count in (("long.mp4", 60), ("short.mkv", 15)):
+        with av.open(str(tmp_path / name), "w") as out:
+            stream = out.add_stream("libx264", rate=25, options={"g": "10"})
+            stream.width, stream.height = 48, 32
+            for pixels in noise[:count]:
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            out.mux(stream.encode())
+    Image.fromarray(noise[0]).save(tmp_path / "image.png")
+    return [tmp_path / name for name in ("long.mp4", "image.png", "none.mp4", "short.mkv")]
+
+
+OPTIONS = {"window": 0.8, "stride": 0.4, "scenes": False, "batch_size": 3, "num_workers": 0}
+
+
+def embedded(model, processor, given, **options):
+    bad_files, counted = [], []
+    options = {**OPTIONS, "decoder": "pyav", "on_moments": counted.append, **options}
+    found = list(embed_files(model, processor, given, bad_files, **options))
+    assert sum(counted) == sum(len(file.spans) for file in found)
+    return found, bad_files
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_clips", [False, True])
+def test_a_moment_has_the_feature_of_a_clip(as_clips, make_model, tokenizer, files, monkeypatch):
+    """Whether windows are read together, or as clips by their own decoder."""
+    model, processor = make_model(), CLIPViPProcessor(tokenizer, image_size=32, num_frames=3)
+    if as_clips:  # as where DALI decodes, here by PyAV
+        monkeypatch.setattr("clipvip.embedding.start_engine", lambda decoder: decoder)
+    found, bad_files = embedded(model, processor, [(path, None) for path in files])
+    assert [file.place for file in found] == [0, 1, 3]
+    windows = [(0, 0.8), (0.4, 1.2), (0.8, 1.6), (1.2, 2.0), (1.6, 2.4)]
+    assert [file.spans for file in found] == [windows, [(None, None)], [(None, None)]]
+    assert [file.duration for file in found] == pytest.approx([2.4, 0, 0.6], abs=0.01)
+    assert [bad.path for bad in bad_files] == [str(files[2])]
+    for file in found:
+        clips = [Clip(files[file.place], *span) for span in file.spans]
+        options = {"batch_size": 1, "num_workers": 0, "decoder": "pyav"}
+        each = embed_clips(model, processor, clips, [], **options)
+        wanted = torch.cat([torch.stack([*features.values()]) for features in each])
+        torch.testing.assert_close(file.vectors, wanted, atol=1e-5, rtol=0)
+        assert file.vectors.dtype == torch.float32 and file.vectors.device.type == "cpu"
+        if len(clips) > 1:  # the property would be empty if all moments looked alike
+            assert (wanted[0] - wanted[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_files_are_given_one_after_the_other_while_others_are_read(make_model, tokenizer, files):
+    model, processor = make_model(), CLIPViPProcessor(tokenizer, image_size=32, num_frames=3)
+    given = [(files[3], None)] * 4 + [(files[0], [(0.5, 1.0)])]
+    told = []
+    options = {**OPTIONS, "decoder": "pyav", "batch_size": 2, "on_moments": told.append}
+    coming = embed_files(model, processor, given, [], **options)
+    assert next(coming).place == 0 and told == [2]
+    assert [file.place for file in coming] == [1, 2, 3, 4] and told == [2, 2, 1]
+    assert not list(embed_files(model, processor, [], [], **options))
+    with pytest.raises(ValueError, match="window is 0; expected seconds"):
+        next(embed_files(model, processor, given, [], **{**options, "window": 0}))

@@ -115,7 +115,9 @@ def test_a_run_leaves_what_it_promises(make_config, world):
         CLIPViPModel.from_pretrained(out / link)
         CLIPViPProcessor.from_pretrained(out / link)
     saved = out / "scores.json"
-    again = evaluate_checkpoint(out / "best", annotations, out=saved, backend="reference")
+    again = evaluate_checkpoint(
+        out / "best", annotations, out=saved, backend="reference", mixed_precision="no"
+    )
     assert again["text_to_video"]["R@1"] == result["best_metric"]
     written = json.loads(saved.read_text())
     assert written["mixed_precision"] == "no"

@@ -9,6 +9,14 @@ from clipvip.data.loading.in_worker import check_not_excluded, set_place
 from clipvip.data.loading.loader import ClipLoader, build_loader, counted
 from clipvip.data.loading.reader import ClipReader, for_each_clip, names_of
 from clipvip.data.loading.samples import Batch, LoaderOptions, Sample
+from clipvip.data.loading.windows import (
+    Division,
+    Facts,
+    MomentBatch,
+    PartReader,
+    divide_files,
+    moment_batches,
+)
 from clipvip.data.loading.workers import Workers, worker_count
 
 __all__ = [
@@ -18,15 +26,21 @@ __all__ = [
     "Batch",
     "ClipLoader",
     "ClipReader",
+    "Division",
+    "Facts",
     "Failure",
     "LoaderError",
     "LoaderOptions",
+    "MomentBatch",
+    "PartReader",
     "Sample",
     "Workers",
     "build_loader",
     "check_not_excluded",
     "counted",
+    "divide_files",
     "for_each_clip",
+    "moment_batches",
     "names_of",
     "set_place",
     "worker_count",

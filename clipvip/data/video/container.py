@@ -5,9 +5,11 @@ import itertools
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -76,6 +78,9 @@ FORMATS = (
     "wc3movie,webm,wsvqa,wtv,xmv,yop,yuv4mpegpipe"
 )
 MP4, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # PyAV's names of formats
+# Earlier dates, such as 1904 and 1970, are those of clocks that were not set.
+FIRST_RECORDED = datetime(1990, 1, 1, tzinfo=timezone.utc).timestamp()
+A_DAY = 86400.0  # seconds; a clock may be in another time zone than it says
 _LATEST = 1 << 62  # the most ticks that libav counts to
 
 PYAV = int(av.__version__.split(".")[0])
@@ -165,6 +170,19 @@ class Video:
     def frame_time(self) -> float:
         """Seconds per frame that the header states, else 1/25."""
         return float(1 / self.stream.average_rate) if self.stream.average_rate else 0.04
+
+    @property
+    def recorded(self) -> float | None:
+        """When it was recorded, by its container, in seconds since 1970; None where that is not
+        stated, or a clock was not set."""
+        for metadata in (self.container.metadata, self.stream.metadata):
+            stated = metadata.get("creation_time", "").replace("Z", "+00:00")
+            with suppress(ValueError, OverflowError):
+                date = datetime.fromisoformat(stated)
+                seconds = date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
+                if FIRST_RECORDED < seconds < time.time() + A_DAY:
+                    return seconds
+        return None
 
     @property
     def seekable(self) -> bool:

@@ -10,16 +10,18 @@ Only wanted frames are converted to RGB (pixels.py). Rotation and mirroring flag
 pixel aspect ratio is not. Times are seconds from the video's first frame.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clipvip.data.video.container import (
@@ -33,7 +35,7 @@ from clipvip.data.video.container import (
 )
 from clipvip.data.video.frame_index import Index, Trust, window_of
 from clipvip.data.video.known_index import known_index
-from clipvip.data.video.pixels import Converter, read_image
+from clipvip.data.video.pixels import ONE_THREAD, Converter, read_image
 from clipvip.data.video.sampling import Choice, check_sampling, choose_frames, middle_frame
 from clipvip.data.video.strategies import WAYS, Decoded, Mismatch, in_order
 from clipvip.ops.resize_crop import check_compiled, check_resize
@@ -97,6 +99,7 @@ class OpenClip:
     index: Index
     chosen: Choice  # positions of the wanted frames in index.shown
     choose: Callable[[Index], Choice]
+    goes_in_order: bool = False  # the last attempt decoded every frame from the start
 
     @property
     def path(self) -> Path:
@@ -105,10 +108,7 @@ class OpenClip:
     @property
     def damage(self) -> str | None:
         """Describe the stretches of the video that are lost; None where there are none."""
-        if not self.index.lost:
-            return None
-        stretches = ", ".join(f"{first:.1f}–{last:.1f} s" for first, last in self.index.lost[:5])
-        return f"damaged at {stretches}" + ", …" * (len(self.index.lost) > 5)
+        return self.index.damage
 
     def decode(self, size: int, threads: int = 1, resize: str = "crop") -> Frames:
         """Decode the chosen frames as squares; once, and within `open_clip` only."""
@@ -138,6 +138,7 @@ class OpenClip:
                     context = video.stream.codec_context
                     context.thread_count = threads
                     context.thread_type = "NONE" if threads == 1 else "AUTO"
+                    self.goes_in_order = way is in_order
                     yield way(video, self.index, np.unique(self.chosen.positions))
 
     def _converted(self, decoded: Decoded, size: int, resize: str) -> Frames:
@@ -185,6 +186,75 @@ def open_clip(
         )
 
 
+Span = tuple[float | None, float | None]  # start and end in seconds, as of a clip
+
+
+@dataclass(slots=True)
+class OpenVideo:
+    """An opened video and the index of all its frames, to read many spans of it together.
+
+    in_parts: whether reading a later part costs no more than an earlier one. It does where every
+    frame is decoded from the start, or where all packets are read before the first seek.
+    """
+
+    video: Video
+    index: Index
+    in_parts: bool
+
+    @property
+    def path(self) -> Path:
+        return self.video.path
+
+    def read(
+        self, spans: Sequence[Span], num_frames: int, *, size: int, resize: str, sampling: str
+    ) -> tuple[Tensor, list[int | str]]:
+        """Decode the frames of all spans, each frame once; once, and within `open_whole` only.
+
+        Other arguments are those of read_frames. Returns the frames that read_frames gives for each
+        span, packed, uint8 [F, 3, size, size]; and, for each span, the number of its frames, or the
+        reason why it cannot be read. Raises DecodeError where none can.
+        """
+
+        def each(index: Index) -> list[NDArray[np.int64] | str]:
+            return [_chosen(index, span, num_frames, sampling, self.path) for span in spans]
+
+        def choose(index: Index) -> Choice:
+            found = [frames for frames in each(index) if not isinstance(frames, str)]
+            return Choice(np.concatenate([np.empty(0, np.int64), *found]))
+
+        clip = OpenClip(self.video, None, None, self.index, choose(self.index), choose)
+        try:
+            pixels = clip.decode(size, resize=resize).frames
+        finally:
+            self.index = clip.index
+            self.in_parts &= not clip.goes_in_order
+        return pixels, [
+            frames if isinstance(frames, str) else len(frames) for frames in each(self.index)
+        ]
+
+
+def _chosen(
+    index: Index, span: Span, num_frames: int, sampling: str, path: Path
+) -> NDArray[np.int64] | str:
+    """Return the positions of a span's frames in index.shown, or why they cannot be decoded."""
+    try:
+        window = window_of(index.times, *span, path)
+    except DecodeError as error:
+        return error.reason
+    frames = choose_frames(index.times[window], num_frames, sampling) + window.start
+    if index.damaged is not None and (damaged := index.damaged[frames]).any():
+        return f"damaged at {index.times[frames[damaged][0]]:.2f} s"
+    return frames
+
+
+@contextmanager
+def open_whole(media: Media) -> Iterator[OpenVideo]:
+    """Open a video and list all its frames. Any error within is raised as a DecodeError."""
+    check_compiled()  # or every file would seem to be bad
+    with open_video(media) as video:
+        yield OpenVideo(video, known_index(video), video.seekable)
+
+
 def decode_clip(
     media: Media, start: float | None = None, end: float | None = None
 ) -> Iterator[tuple[float, VideoFrame]]:
@@ -214,6 +284,18 @@ def decode_clip(
                         last = seconds
                 return
         raise DecodeError(path, UNSTABLE)
+
+
+def decode_small(media: Media, width: int, height: int) -> Iterator[tuple[float, NDArray[Any]]]:
+    """Yield every frame in order with its seconds from the first, squeezed to uint8
+    [height, width, 3] of blue, green and red. Raises DecodeError."""
+    reformatter = VideoReformatter()
+    with as_decode_errors(media):
+        for seconds, frame in decode_clip(media):
+            small = reformatter.reformat(
+                frame, width, height, "bgr24", interpolation=Interpolation.BILINEAR, **ONE_THREAD
+            )
+            yield seconds, small.to_ndarray()
 
 
 def check_decodes(

@@ -70,6 +70,14 @@ class Index:
         arrays = (self.pts, self.dts, self.keyframe, self.shown, self.times)
         return 1024 + sum(array.nbytes for array in arrays)  # 1024 for the objects themselves
 
+    @property
+    def damage(self) -> str | None:
+        """Describe the stretches that are lost; None where there are none."""
+        if not self.lost:
+            return None
+        stretches = ", ".join(f"{first:.1f}–{last:.1f} s" for first, last in self.lost[:5])
+        return f"damaged at {stretches}" + ", …" * (len(self.lost) > 5)
+
     def keyframes_for(self, wanted: list[int]) -> list[int]:
         """Return, for each pts, the position of the last keyframe shown at or before it."""
         keys = np.flatnonzero(self.keyframe)

@@ -1,0 +1,207 @@
+"""Time and recall of searches: `pytest bench/bench_search.py -s`, with -k 10k, 1M or 10M for one.
+
+Indexes hold generated moments: films of 500 windows, each a walk through directions near one of
+1,000 topics. Sentences are embedded by a model of ViT-B/32's size with random weights, and vectors
+near topics are searched for. Printed and written to search.json in --bench-out are
+
+    shell      `clipvip search` from start to exit, and its parts
+    disk       a search of the opened index by a vector
+    memory     the same in memory, as a server does, up to EXACT_ROWS moments
+    server     the same with a sentence
+    recall     of the 10 nearest moments, by the index on disk
+
+An index of 10M moments takes 11 GB of disk, and about half an hour to make.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import records
+import torch
+from machine import machine
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from clipvip.embedding import fingerprint, load_for_embedding
+from clipvip.index import VideoIndex
+from clipvip.index.hits import best_hits
+from clipvip.index.query import files_of, note_model
+from clipvip.index.rows import About, FileState
+from clipvip.index.store import EXACT_ROWS, Store
+from clipvip.model import CLIPViPProcessor
+
+SIZES = {"10k": 10_000, "1M": 1_000_000, "10M": 10_000_000}
+WIDTH, FILM, AT_ONCE, TOPICS = 512, 500, 100_000, 1000
+ROUNDS, QUERIES = 7, 40
+SENTENCE = "a dog catches a ball on the beach"
+PARTS = """
+import time; clock = time.perf_counter; times = {}; began = clock()
+def part(name):
+    global began
+    times[name] = clock() - began; began = clock()
+import clipvip.cli; part("command")
+from clipvip.index import VideoIndex; part("numpy and ours")
+import lancedb; part("lancedb")
+index = VideoIndex(WHERE); index.store; part("open")
+vector = index._encoder_of_index().vector(SENTENCE); part("sentence")
+from clipvip.index.hits import best_hits
+best_hits(index._source(), vector, 10, None); part("search")
+import json; print(json.dumps(times))
+"""
+
+
+def make_model(folder: Path) -> About:
+    """Save a model and note it; its tokenizer has the size of CLIP's, with made-up merges."""
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 49406, "eos_token_id": 49407}
+    CLIPModel(CLIPConfig(text_config=ends)).save_pretrained(folder)
+    CLIPViPProcessor(made_up_tokenizer()).save_pretrained(folder)
+    files = files_of(folder)
+    loaded = load_for_embedding(folder)
+    hashed = fingerprint(*loaded)
+    note_model(folder, files, *loaded, hashed)
+    return About(str(folder), hashed, WIDTH)
+
+
+def made_up_tokenizer() -> CLIPTokenizer:
+    letters = [chr(33 + i) for i in range(94)] + [chr(161 + i) for i in range(162)]
+    words, merges = [*letters, *(x + "</w>" for x in letters)], []
+    draw = np.random.default_rng(0)
+    known = set(words)
+    while len(words) < 49_406:
+        first = words[int(draw.integers(len(words)) ** 2 / len(words))]
+        second = words[int(draw.integers(len(words)))]
+        if not first.endswith("</w>") and first + second not in known:
+            known.add(first + second)
+            words.append(first + second)
+            merges.append((first, second))
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=77
+    )
+
+
+def topics() -> np.ndarray:
+    return unit(np.random.default_rng(0).standard_normal((TOPICS, WIDTH), np.float32))
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def blocks(rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first film of each block, and float32 unit vectors [films, FILM, WIDTH]."""
+    centres = topics()
+    for block in range(0, rows, AT_ONCE):
+        draw = np.random.default_rng(block + 1)
+        films = min(AT_ONCE, rows - block) // FILM
+        of_film = centres[draw.integers(TOPICS, size=films)]
+        steps = draw.standard_normal((films, FILM, WIDTH), np.float32) * 0.008
+        walk = np.cumsum(steps, axis=1)
+        own = draw.standard_normal((films, 1, WIDTH), np.float32) * 0.02
+        moments = draw.standard_normal((films, FILM, WIDTH), np.float32) * 0.01
+        yield block // FILM, unit(of_film[:, None] + own + walk + moments)
+
+
+def queries() -> np.ndarray:
+    draw = np.random.default_rng(7)
+    near = topics()[draw.integers(TOPICS, size=QUERIES)]
+    return unit(near + draw.standard_normal((QUERIES, WIDTH), np.float32) * 0.05)
+
+
+def path_of(film: int) -> str:
+    return f"/videos/{film % 97:02d}/{film:07d}.mp4"
+
+
+def make_index(where: Path, about: About, rows: int) -> dict[str, float]:
+    store = Store.create(where, about)
+    spans = [(5.0 * i, 5.0 * i + 10) for i in range(FILM)]
+    began = time.perf_counter()
+    for first, vectors in blocks(rows):
+        files = []
+        for film, own in enumerate(vectors, start=first):
+            state = FileState(path_of(film), 1, 1, str(film), "", 5.0 * FILM + 5, 86400.0 * film)
+            files.append((state, spans, own))
+        store.put(files)
+    put = time.perf_counter() - began
+    store.tidy()
+    size = sum(file.stat().st_size for file in where.rglob("*") if file.is_file())
+    tidied = time.perf_counter() - began - put
+    return {"put_seconds": put, "tidy_seconds": tidied, "bytes": size}
+
+
+def exact_nearest(rows: int, k: int) -> list[set[tuple[str, float]]]:
+    """The k nearest moments of each query, by comparing all."""
+    best = [(np.empty(0), np.empty(0, np.int64))] * QUERIES
+    given = queries()
+    for first, vectors in blocks(rows):
+        stored = vectors.astype(np.float16).astype(np.float32).reshape(-1, WIDTH)
+        for number, scores in enumerate(given @ stored.T):
+            top = np.argpartition(-scores, k)[:k]
+            values = np.concatenate([best[number][0], scores[top]])
+            places = np.concatenate([best[number][1], top + first * FILM])
+            order = np.argsort(-values)[:k]
+            best[number] = values[order], places[order]
+    return [{(path_of(row // FILM), 5.0 * (row % FILM)) for row in rows} for _, rows in best]
+
+
+def timed(run: Callable[[np.ndarray], object]) -> dict[str, float]:
+    """Milliseconds per query: median, and the slowest of twenty."""
+    taken = []
+    for vector in queries():
+        began = time.perf_counter()
+        run(vector)
+        taken.append(1000 * (time.perf_counter() - began))
+    warm = sorted(taken[3:])
+    return {"median_ms": statistics.median(warm), "p95_ms": warm[int(0.95 * len(warm))]}
+
+
+def shell(where: Path) -> dict[str, float]:
+    """Seconds of the command, medians over processes, and of its parts."""
+    command = [sys.executable, "-m", "clipvip.cli", "search", SENTENCE, "--index", str(where)]
+    program = f"WHERE, SENTENCE = {str(where)!r}, {SENTENCE!r}\n{PARTS}"
+    rows = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        row = {"whole": time.perf_counter() - began}
+        ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+        rows.append(row | json.loads(ran.stdout))
+    return {f"{name}_seconds": statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_search(size: str, request: pytest.FixtureRequest, monkeypatch) -> None:
+    rows = SIZES[size]
+    with tempfile.TemporaryDirectory() as name:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(Path(name, "cache")))
+        where = Path(name, "index")
+        result: dict[str, object] = {}
+        about = make_model(Path(name, "model"))
+        result["make"] = make_index(where, about, rows)
+        result["shell"] = shell(where)
+        on_disk = VideoIndex(where)
+        result["disk"] = timed(lambda vector: best_hits(on_disk._source(), vector, 10, None))
+        recalls = []
+        for vector, expected in zip(queries(), exact_nearest(rows, 10), strict=True):
+            found, _ = on_disk.store.nearest(vector, 10)
+            recalls.append(len(expected & {(x.file.path, x.start or 0.0) for x in found}) / 10)
+        result["recall_at_10"] = statistics.mean(recalls)
+        if rows <= EXACT_ROWS:
+            server = VideoIndex(where, in_memory=True)
+            result["memory"] = timed(lambda vector: best_hits(server._source(), vector, 10, None))
+            result["server"] = timed(lambda _: server.search(SENTENCE))
+    print(f"\n{size}: {json.dumps(result, indent=1)}")
+    path = request.config.getoption("--bench-out") / "search.json"
+    before = json.loads(path.read_text())["results"] if path.exists() else {}
+    results = {known: before[known] for known in SIZES if known in before} | {size: result}
+    records.write(
+        path, {"rounds": ROUNDS, "cores": os.cpu_count(), "results": results, "machine": machine()}
+    )

@@ -38,7 +38,7 @@ MOTIONS = {
 }
 FILMS = ("one.mp4", "two.mp4", "three.mkv")
 SHOT_FRAMES = (15, 20)  # fewest and most frames of a film's shot
-SPLITS = {"train": 4, "validation": 1, "heldout": 1}  # clips of each sentence
+SPLITS = {"train": 8, "validation": 1, "heldout": 1}  # clips of each sentence
 WANDER = 0.1  # largest distance of a path's middle from the centre, as a share of the side
 FILLERS = ("um", "uh", "so", "okay", "you see", "look", "over here", "I think", "and now")
 
@@ -85,12 +85,12 @@ def render_all(out: Path, seed: int, processes: int) -> dict[str, Path]:
 
 
 def render_films(out: Path, seed: int) -> Path:
-    """Join the held-out scenes into films in `out`, each scene once, in random order.
+    """Join the held-out scenes into films in `out`/films, each scene once, in random order.
 
     Every shot has a length of its own, so that cuts come at irregular times.
-    Returns the annotations: a line per shot with its start and end.
+    Returns the annotations file, with a line per shot that gives its start and end.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "films").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     heldout = scenes(seed)["heldout"]
     shares = np.array_split(rng.permutation(len(heldout)), len(FILMS))
@@ -101,10 +101,10 @@ def render_films(out: Path, seed: int) -> Path:
         shots = [
             draw(s, np.random.default_rng(s.seed), n)[0] for s, n in zip(film, counts, strict=True)
         ]
-        encode(np.concatenate(shots), out / name)
+        encode(np.concatenate(shots), out / "films" / name)
         ends = (np.cumsum(counts) / RATE).tolist()
         for scene, start, end in zip(film, [0.0, *ends], ends, strict=False):
-            lines.append({"video": name, "start": start, "end": end, "text": scene.text})
+            lines.append({"video": f"films/{name}", "start": start, "end": end, "text": scene.text})
     annotations = out / "films.jsonl"
     annotations.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return annotations

@@ -63,8 +63,9 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
     recall.legend(frameon=False, loc="upper left")
     top = loss.get_ylim()[1]
     loss.set_ylim(0, top)
-    loss.text(split, top, f"{STAGES['pretrain']} ", ha="right", va="top", color="#5b6472")
-    loss.text(split, top, f" {STAGES['finetune']}", ha="left", va="top", color="#5b6472")
+    style = {"rotation": 90, "va": "top", "color": "#5b6472"}
+    loss.text(split, top, STAGES["pretrain"], ha="right", **style)
+    loss.text(split, top, STAGES["finetune"], ha="left", **style)
     loss.set_title("training loss", loc="left", fontweight="bold")
     recall.set_ylim(0, 104)
     recall.set_title("text → video R@1 on validation clips, %", loc="left", fontweight="bold")

@@ -28,6 +28,7 @@ from clipvip.model import CLIPViPConfig, CLIPViPModel, CLIPViPProcessor
 from clipvip.training.config import load_config
 from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import train
+from demo.render import FRAMES as CLIP_FRAMES
 from demo.render import RATE, SHOT_FRAMES, render_all, render_films
 from demo.report import page, plot
 
@@ -41,12 +42,12 @@ MODELS = {
     "mean_pool": {"num_proxies": 1, "frame_pooling": "mean"},
 }
 STAGES = ("pretrain", "finetune")
-# Seconds. A window and a stride are together as long as the shortest shot, so that every shot holds
-# a window without a cut.
-WINDOW, STRIDE = 0.8 * SHOT_FRAMES[0] / RATE, 0.2 * SHOT_FRAMES[0] / RATE
+INDEXES = {"clips": "index", "films": "films"}  # folders beside the model's runs
+# Seconds. Clips are no longer than their window, so each is one moment. For the films, a window and
+# its stride together are as long as the shortest shot, so that every shot holds one without a cut.
+WINDOW = {"clips": CLIP_FRAMES / RATE, "films": 0.8 * SHOT_FRAMES[0] / RATE}
 OVERLAP = 0.5  # least intersection over union of a moment that counts as found
 SURE = 1e-4  # margin of cosines that is safe against rounding in another process
-
 
 # Clips, each with all hits of the search for its sentence, best first.
 Found = list[tuple[Clip, list[Hit]]]
@@ -63,63 +64,80 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # of loading and saving models
     shutil.rmtree(OUT, ignore_errors=True)
-    say("rendering clips")
+    say("rendering clips and films")
     splits = render_all(OUT / "clips", SEED, os.cpu_count() or 1)
-    clips = load_annotations(splits["heldout"])
-    shots = load_annotations(render_films(OUT / "films", SEED))
+    splits["films"] = render_films(OUT, SEED)
     tokenizer = train_tokenizer(splits["train"])
+    runs = {}
+    for name in MODELS:
+        say(f"{name}: training")
+        runs[name] = train_model(name, tokenizer, splits)
 
-    runs: dict[str, dict[str, Path]] = {}
-    for name, options in MODELS.items():
-        checkpoint = OUT / name / "start"
-        untrained(tokenizer, options).save_pretrained(checkpoint)
-        processor(tokenizer).save_pretrained(checkpoint)
-        runs[name] = {}
-        for stage in STAGES:
-            say(f"{name}: {stage}")
-            out = OUT / name / stage
-            overrides = {
-                "out": out,
-                "model.name": checkpoint,
-                "data.train": splits["train"],
-                "data.validation": splits["validation"],
-                "seed": SEED,
-            }
-            train(load_config(HERE / f"{stage}.yaml", [f"{k}={v}" for k, v in overrides.items()]))
-            runs[name][stage], checkpoint = out, out / "last"
-
-    say("evaluating on held-out clips")
-    results: dict[str, Any] = {"chance": chance(len(clips))}
+    say("measuring on held-out clips and films")
+    clips = load_annotations(splits["heldout"])
+    results: dict[str, Any] = {"chance": chance(len(clips)), "held_out_clips": len(clips)}
     found: dict[str, dict[str, Found]] = {}
     for name in reversed(MODELS):
-        checkpoint = runs[name]["finetune"] / "last"
-        tables = evaluate_checkpoint(checkpoint, splits["heldout"], print_table=False)
-        results[name] = {
-            direction: {cut: round(tables[direction][cut], 2) for cut in ("R@1", "R@5", "R@10")}
-            for direction in ("text_to_video", "video_to_text")
-        }
-        index = VideoIndex(OUT / name / "index", in_memory=True)
-        index.add(OUT / "clips" / "heldout", checkpoint)
-        films = VideoIndex(OUT / name / "films", in_memory=True)
-        films.add(OUT / "films", checkpoint, window=WINDOW, stride=STRIDE)
-        found[name] = {"clips": search_all(index, clips), "films": search_all(films, shots)}
-        first = [margin(hits, shot) > 0 for shot, hits in found[name]["films"]]
-        results[name]["films"] = {"R@1": round(100 * sum(first) / len(first), 2)}
-    results["held_out_clips"] = len(clips)
+        results[name], found[name] = measure(runs[name]["finetune"] / "last", OUT / name, splits)
     results["seconds"] = round(time.monotonic() - started)
     (OUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(runs, results, OUT / "results.png")
     page(found, results, OUT / "results.png", OUT / "index.html")
     show(results)
-
-    for kind, where in (("clips", "index"), ("films", "films")):
-        margins = {clip.text[0]: margin(hits, clip) for clip, hits in found["clip_vip"][kind]}
-        index = str(OUT / "clip_vip" / where)
-        command = ["search", to_search(margins, kind), "--index", index, "-k", "5"]
-        print("\n$ clipvip " + shlex.join(command), flush=True)
-        subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
-    print(f"\nTo search in a browser: clipvip serve --index {shlex.quote(index)}")
+    for kind, hits in found["clip_vip"].items():
+        search_again(kind, hits, OUT / "clip_vip" / INDEXES[kind])
     say(f"done; see {OUT / 'index.html'}, results.png and results.json beside it")
+
+
+def train_model(name: str, tokenizer: CLIPTokenizer, splits: dict[str, Path]) -> dict[str, Path]:
+    """Train a new model in all stages. Returns the folder of each stage's run."""
+    checkpoint = OUT / name / "start"
+    untrained(tokenizer, MODELS[name]).save_pretrained(checkpoint)
+    processor(tokenizer).save_pretrained(checkpoint)
+    runs = {}
+    for stage in STAGES:
+        out = OUT / name / stage
+        overrides = {
+            "out": out,
+            "model.name": checkpoint,
+            "data.train": splits["train"],
+            "data.validation": splits["validation"],
+            "seed": SEED,
+        }
+        train(load_config(HERE / f"{stage}.yaml", [f"{k}={v}" for k, v in overrides.items()]))
+        runs[stage], checkpoint = out, out / "last"
+    return runs
+
+
+def measure(
+    checkpoint: Path, out: Path, splits: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, Found]]:
+    """Measure a model on the held-out clips and the films, and write an index of either to `out`.
+
+    Returns its figures, and what each sentence found among "clips" and in "films".
+    """
+    tables = evaluate_checkpoint(checkpoint, splits["heldout"], print_table=False)
+    figures = {
+        direction: {cut: round(tables[direction][cut], 2) for cut in ("R@1", "R@5", "R@10")}
+        for direction in ("text_to_video", "video_to_text")
+    }
+    found = {}
+    for kind, split, folder in (("clips", "heldout", "clips/heldout"), ("films", "films", "films")):
+        index = VideoIndex(out / INDEXES[kind], in_memory=True)
+        index.add(OUT / folder, checkpoint, window=WINDOW[kind], stride=WINDOW[kind] / 4)
+        found[kind] = search_all(index, load_annotations(splits[split]))
+    first = [margin(hits, shot) > 0 for shot, hits in found["films"]]
+    figures["films"] = {"R@1": round(100 * sum(first) / len(first), 2)}
+    return figures, found
+
+
+def search_again(kind: str, found: Found, index: Path) -> None:
+    """Run the README's search on an index as a user would, or another one that finds its clip."""
+    margins = {clip.text[0]: margin(hits, clip) for clip, hits in found}
+    command = ["search", to_search(margins, kind), "--index", str(index), "-k", "5"]
+    print("\n$ clipvip " + shlex.join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
+    print(f"In a browser: clipvip serve --index {shlex.quote(str(index))}")
 
 
 def search_all(index: VideoIndex, clips: list[Clip]) -> Found:
@@ -258,7 +276,7 @@ def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel
     seen = model.vision_model.embeddings
     words = model.text_model.embeddings.token_embedding.weight
     with torch.no_grad():
-        seen.patch_embedding.weight.normal_(std=0.015)
+        seen.patch_embedding.weight.normal_(std=0.01)
         for layer in model.vision_model.encoder.layers:
             layer.mlp.fc1.weight.mul_(1.5)
         seen.class_embedding.normal_()

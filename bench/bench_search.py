@@ -177,8 +177,7 @@ def shell(where: Path) -> dict[str, float]:
     return {f"{name}_seconds": statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_search(size: str, request: pytest.FixtureRequest, monkeypatch) -> None:
+def measure(size: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = SIZES[size]
     with tempfile.TemporaryDirectory() as name:
         monkeypatch.setenv("XDG_CACHE_HOME", str(Path(name, "cache")))
@@ -202,6 +201,16 @@ def test_search(size: str, request: pytest.FixtureRequest, monkeypatch) -> None:
     path = request.config.getoption("--bench-out") / "search.json"
     before = json.loads(path.read_text())["results"] if path.exists() else {}
     results = {known: before[known] for known in SIZES if known in before} | {size: result}
-    records.write(
-        path, {"rounds": ROUNDS, "cores": os.cpu_count(), "results": results, "machine": machine()}
-    )
+    records.write(path, {"rounds": ROUNDS, "results": results, "machine": machine()})
+
+
+def test_10k(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure("10k", request, monkeypatch)
+
+
+def test_1M(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure("1M", request, monkeypatch)
+
+
+def test_10M(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure("10M", request, monkeypatch)

@@ -93,7 +93,7 @@ def save_tokens(
     names them or not. Files that cannot be used are listed in bad_files.jsonl.
 
     model, videos, batch_size, num_workers, decoder, device, mixed_precision: see
-        `clipvip.index.build_index`.
+        `clipvip.index.build.build`.
     out: a new or empty folder, or one that this function made with the same model, layer and dtype.
     layer: see CLIPViPModel.get_video_tokens.
     dtype: "fp16", "bf16" or "fp32", in which tokens are stored. A clip whose tokens are too large

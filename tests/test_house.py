@@ -19,7 +19,7 @@ PARTS = {
     "convert": ("model",),
     "explain": ("embedding", "model", "data"),
     "export": ("embedding", "model"),
-    "index": ("embedding", "model", "data"),
+    "index": ("embedding", "model", "data", "losses"),
     "training": ("embedding", "model", "data", "losses", "ops"),
     "cli": ("index", "explain", "export", "training", "convert", "data", "ops"),
 }
@@ -27,7 +27,6 @@ TOOLS = ("files", "inputs", "retrieval", "sentences", "terminal")
 IN_PART = {
     "collection": "index",
     "explain_picture": "explain",
-    "index_files": "index",
     "token_files": "index",
     "distributed": "losses",
     "sharded": "losses",

@@ -1,16 +1,13 @@
-"""Search a collection of videos: an index of moments in LanceDB, and what embeds and asks it."""
+"""Search a collection of videos: an index of moments in LanceDB, and what embeds and asks it.
 
-from typing import Any
+    collection ── changes ── build ── store ── hits ── video_index
+    paths to      what is    embeds   tables   rows    VideoIndex
+    clips         new        it                to hits
+
+query.py and tower.py turn a query into a vector; memory.py holds all vectors for a server.
+"""
 
 from clipvip.index.rows import About, FileState, Hit, Moment, Where
 from clipvip.index.video_index import VideoIndex
 
 __all__ = ["About", "FileState", "Hit", "Moment", "VideoIndex", "Where"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("Index", "build_index", "load_index", "search", "IndexedClip"):  # until replaced
-        from clipvip.index import old
-
-        return getattr(old, name)
-    raise AttributeError(name)

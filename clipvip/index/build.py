@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -207,6 +208,8 @@ class _Build:
         mine = [found.new[place] for place in own]
         if not mine:
             return
+        # The processes that decode are forked, and never use LanceDB.
+        warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
         try:
             with self._progress(found, mine) as done:
                 self._embed(network, processor, mine, options, done)
@@ -316,7 +319,7 @@ class _Build:
         elif distributed.rank() > 0:
             yield _Done(mine, lambda progress: None)
         else:
-            there, world = found.kept + self.moved, distributed.world_size()
+            there, world = len(found.kept) + self.moved, distributed.world_size()
             note = f"embedding {_count(len(mine), 'file')}"
             note += f" of {len(found.new)}, one of {world} shares" * (world > 1)
             note += f", {there} are in the index already" * bool(there)
@@ -337,8 +340,9 @@ class _Build:
         embedded, by_others, bad_files = zip(*distributed.all_gather_objects(own), strict=True)
         for theirs in bad_files:
             left_out += [{"path": path, "reason": reason} for path, reason in theirs.items()]
+        left_out = [{**file, "path": _storable(file["path"])} for file in left_out]
         added = Added(
-            sum(embedded), found.kept + sum(by_others), self.moved, len(found.gone), left_out
+            sum(embedded), len(found.kept) + sum(by_others), self.moved, len(found.gone), left_out
         )
         return _first(lambda: self._finish(added, files, found, sources))
 
@@ -376,13 +380,12 @@ class _Build:
             if file.path in now and file.mtime_ns and not is_held(file, now[file.path])
         ]
         store.drop([*found.gone, *untrue])
-        places = Places([*map(place_of, sources), *(file.path for file in files)])
+        places = Places([*map(place_of, sources), *(_storable(file.path) for file in files)])
         known = [file["path"] for file in store.bad_files()]
         # A place in a list is named by the list, a colon and a line.
         considered = [x for x in known if x in places or x.rpartition(":")[0] in places]
         # A damaged file whose other moments the index holds already was not read again.
-        kept = {file.path for file in files} - {x.path for new in found.new for x in new.states}
-        considered = [path for path in considered if path not in kept]
+        considered = [path for path in considered if path not in found.kept]
         store.put_bad_files(considered, added.bad_files)
         store.tidy()
 
@@ -522,6 +525,15 @@ def _joined(parts: list[Embedded]) -> tuple[list[Span], np.ndarray]:
         rows, key=lambda span: (span[0] or 0.0, math.inf if span[1] is None else span[1])
     )
     return order, vectors[[rows[span] for span in order]]
+
+
+def _storable(path: str) -> str:
+    """Return a path, or what stands for it if it holds half of a character, as no file's can."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return shown(path)
+    return path
 
 
 def _state_of(path: str) -> tuple[int, int] | None:

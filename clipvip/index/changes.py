@@ -97,13 +97,13 @@ class New(NamedTuple):
 class Changes:
     """What makes an index hold the named files as they are.
 
-    new: files to embed. kept: number of files that the index holds already.
+    new: files to embed. kept: paths of files that the index holds already.
     moved: path in the index → the file's new state. copied: path in the index of a file whose
     content another file has, and the state of that one. gone: paths that no longer exist.
     """
 
     new: list[New] = field(default_factory=list)
-    kept: int = 0
+    kept: set[str] = field(default_factory=set)
     moved: dict[str, FileState] = field(default_factory=dict)
     copied: list[tuple[str, FileState]] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
@@ -124,7 +124,7 @@ def changes(
     rest = []
     for file in files:
         if is_held(file, held.get(file.path)):
-            found.kept += 1
+            found.kept.add(file.path)
         else:
             rest.append(file)
     by_content: dict[str, list[FileState]] = {}

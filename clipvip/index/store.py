@@ -18,6 +18,7 @@ every value that is read is checked. Paths are stored with all bytes that could 
 escaped (see `encoded`).
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -49,6 +50,8 @@ TABLES = ("moments", "bad_files", "about")  # a folder with the last one is an i
 
 # Two processes that compact at once, or one that changes rows while another compacts them.
 _CONFLICT = re.compile(r"conflict|concurrent|retryable|preempted", re.IGNORECASE)
+_PLACE = re.compile(r", /\S+:\d+(:\d+)?")  # in LanceDB's sources
+_SYSTEM = re.compile(r"os error (\d+)")
 # What a path may hold that an SQL text cannot, or that no UTF-8 text can.
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f%'\"\\\ud800-\udfff]")
 
@@ -404,7 +407,7 @@ class Store:
         from lancedb.index import IvfRq
 
         rows = int(self._moments.count_rows())
-        if rows <= EXACT_ROWS:
+        if rows <= EXACT_ROWS or self._width % 8:  # which this kind of index needs
             return
         known = [index for index in self._moments.list_indices() if "vector" in index.columns]
         if known and 2 * known[0].num_indexed_rows >= rows:
@@ -724,10 +727,14 @@ def _reported(where: str) -> Iterator[None]:
     """Turn what LanceDB raises into one line that names the index."""
     try:
         yield
-    except (StoreError, KeyError, OSError, MemoryError):
+    except (StoreError, KeyError, MemoryError):
         raise
     except Exception as error:
-        raise _damaged(where, str(error).partition("\n")[0]) from error
+        line = _PLACE.sub("", str(error).partition("\n")[0].removeprefix("lance error: "))
+        number = int(found[1]) if (found := _SYSTEM.search(line)) else errno.ENOENT
+        if number != errno.ENOENT:  # a full disk, for example; a missing file is damage
+            raise OSError(number, os.strerror(number), where) from error
+        raise _damaged(where, line) from error
 
 
 def _damaged(where: str, why: str) -> StoreError:

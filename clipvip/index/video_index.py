@@ -15,10 +15,12 @@ import numpy as np
 from clipvip.files import shown
 from clipvip.index import store as stored
 from clipvip.index.hits import Curve, best_hits, scores_of
+from clipvip.index.migrate import migrate
 from clipvip.index.query import Encoder, Query
 from clipvip.index.rows import About, FileState, Hit, Moment, Where
 
 if TYPE_CHECKING:
+    from clipvip.index.build import Added
     from clipvip.index.memory import Memory
 
 MOST_HITS = 10_000
@@ -48,6 +50,26 @@ class VideoIndex:
         self._encoder: Encoder | None = None
         self._memory: tuple[int, Memory | None] | None = None  # of which version
         self._reload_from = 0.0  # time.monotonic()
+
+    def add(
+        self,
+        videos: str | Path | Sequence[str | Path],
+        model: str | Path | None = None,
+        *,
+        window: float = 10.0,
+        stride: float | None = None,
+        scenes: bool = False,
+        **options: Any,
+    ) -> "Added":
+        """Embed what is new in videos, folders, annotations, lists and patterns; drop what is gone.
+
+        model: a folder or hub name; None for the model of this index.
+        All arguments and options are those of clipvip.index.build.build.
+        """
+        from clipvip.index.build import build
+
+        options |= {"window": window, "stride": stride, "scenes": scenes}
+        return build(self.where, model, videos, **options)
 
     def search(
         self,
@@ -116,6 +138,7 @@ class VideoIndex:
         """The tables of the index, opened when first needed. Raises ValueError without an index."""
         with self._lock:
             if self._store is None:
+                migrate(self.where)
                 self._store = stored.Store.open(self.where)
             return self._store
 

@@ -1,6 +1,9 @@
 """Properties of the tables of an index: what is put is found, whole and once."""
 
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -279,6 +282,164 @@ def test_a_query_of_another_shape_is_refused(store):
             store.nearest(query, 1)
     with pytest.raises(ValueError, match="at least 1"):
         store.nearest(unit(), 0)
+
+
+def only(folder, pattern):
+    (file,) = folder.glob(pattern)
+    return file
+
+
+FILE_DAMAGE = {
+    "no data": lambda folder: only(folder, "moments.lance/data/*").unlink(),
+    "data cut": lambda folder: os.truncate(only(folder, "moments.lance/data/*"), 99),
+    "data of zeros": lambda folder: only(folder, "moments.lance/data/*").write_bytes(bytes(999)),
+    "no manifests": lambda folder: shutil.rmtree(folder / "moments.lance" / "_versions"),
+    "manifests of zeros": lambda folder: [
+        file.write_bytes(bytes(99))
+        for file in (folder / "about.lance/_versions").glob("*.manifest")
+    ],
+    "no table of bad files": lambda folder: shutil.rmtree(folder / "bad_files.lance"),
+    "an empty table": lambda folder: shutil.rmtree(folder / "about.lance" / "data"),
+}
+
+
+def use(folder):
+    """Read all that an index holds, or raise one line."""
+    with pytest.raises(ValueError) as error:
+        store = Store.open(folder)
+        store.files(), store.nearest(unit(), 3), store.everything()
+        store.of_files(["/v/a.mp4"]), store.moment(moment_id("/v/a.mp4", 0.0, 10.0))
+        store.bad_files()
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    assert "clipvip embed" in str(error.value) and ".rs:" not in str(error.value)
+
+
+@pytest.mark.parametrize("harm", FILE_DAMAGE.values(), ids=FILE_DAMAGE)
+def test_damaged_files_are_reported_in_one_line(store, tmp_path, harm):
+    store.put([one("/v/a.mp4")])
+    harm(tmp_path / "index")
+    use(tmp_path / "index")
+
+
+VALUES = {
+    "id": ["0" * 16] * 3,
+    "size": [-1] * 3,
+    "duration": [float("nan")] * 3,
+    "start": [-1.0, 5.0, 10.0],
+    "end": [float("inf"), 15.0, 20.0],
+    "path": ["", "", ""],
+    "vector": unit(3) * 1.1,
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("read", ["nearest", "of_files", "everything", "moment", "files"])
+def test_no_value_out_of_range_is_believed(store, name, read):
+    import pyarrow as pa
+
+    table = store._as_table([one("/v/a.mp4")])
+    kind = table.schema.field(name)
+    values = VALUES[name]
+    if name == "vector":
+        column = pa.FixedSizeListArray.from_arrays(
+            pa.array(values.astype(np.float16).ravel()), WIDTH
+        )
+    else:
+        column = pa.array(values, kind.type)
+    store._moments.add(table.set_column(table.schema.names.index(name), kind, column))
+    calls = {
+        "nearest": lambda: store.nearest(unit(), 3)[0],
+        "of_files": lambda: store.of_files(["/v/a.mp4"])[0],
+        "moment": lambda: [store.moment(moment_id("/v/a.mp4", 0.0, 10.0))[0]],
+        "everything": lambda: store.everything().vectors,
+        "files": lambda: store.files().values(),
+    }
+    unseen = {"files": ("id", "start", "end", "vector"), "everything": ("id",)}
+    if name in unseen.get(read, ()):
+        return
+    if (read, name) == ("of_files", "path"):
+        assert calls[read]() == []
+        return
+    with pytest.raises((ValueError, KeyError)) as error:
+        calls[read]()
+    assert "\n" not in str(error.value)
+
+
+STRANGE_ABOUT = [
+    "",
+    "[" * 100_000,
+    "[]",
+    "{}",
+    '{"format": 3, "model": 3, "fingerprint": "", "width": 16, "sources": []}',
+    '{"format": 3, "model": "", "fingerprint": "", "width": -1, "sources": []}',
+    '{"format": 3, "model": "", "fingerprint": "", "width": 1e9, "sources": []}',
+    '{"format": 3, "model": "", "fingerprint": "", "width": 16, "sources": [3]}',
+    '{"format": 3, "model": "", "fingerprint": "", "width": 16, "sources": 3}',
+    '{"format": 3, "model": "", "fingerprint": "", "width": 16, "sources": [], "more": 1}',
+]
+
+
+@pytest.mark.parametrize("text", STRANGE_ABOUT, ids=lambda text: text[:80])
+def test_another_about_is_refused_in_one_line(store, tmp_path, text):
+    store._about.update(values={"json": text})
+    with pytest.raises(ValueError, match="damaged") as error:
+        Store.open(tmp_path / "index")
+    assert "\n" not in str(error.value)
+
+
+def test_a_newer_format_and_a_missing_index_are_named(store, tmp_path):
+    with pytest.raises(ValueError, match=r"no index in .*clipvip embed MODEL VIDEOS --out"):
+        Store.open(tmp_path / "missing")
+    assert not (tmp_path / "missing").exists()
+    store._about.update(values={"json": '{"format": 4, "other": 1}'})
+    with pytest.raises(ValueError, match="format 4; this version reads up to 3"):
+        Store.open(tmp_path / "index")
+
+
+def test_other_tables_are_no_index(store, tmp_path):
+    store._database.create_table("moments", [{"text": "mine"}], mode="overwrite")
+    with pytest.raises(ValueError, match="other columns"):
+        Store.open(tmp_path / "index")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "moments.lance", "index.html"])
+def test_a_folder_of_something_else_is_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds '{name}' and no index"):
+        Store.create(tmp_path, ABOUT)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a b%20#?é'", "file://", "s3:", "-x"])
+def test_a_folder_may_have_any_name_that_is_text(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    where = f"file://{tmp_path}/index" if name == "file://" else name
+    Store.create(where, ABOUT).put([one("/v/a.mp4")])
+    assert list(Store.open(where).files()) == ["/v/a.mp4"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"caf\\xe9 is not UTF-8"):
+        Store.create(tmp_path / os.fsdecode(b"caf\xe9"), ABOUT)
+
+
+def test_an_index_may_be_elsewhere_than_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = Store.create("memory://index", ABOUT)
+    store.put([one("/v/a.mp4", n=3)])
+    store.tidy()
+    assert len(store.nearest(unit(), 10)[0]) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_search_loads_no_torch(store, tmp_path):
+    code = (
+        "import sys; from clipvip.index.store import Store; import numpy as np; "
+        f"Store.open({str(tmp_path / 'index')!r}).nearest(np.eye({WIDTH})[0], 3); "
+        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def mixed(store):

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from clipvip.embedding import load_for_embedding, precision_on
-from clipvip.index import build_index
+from clipvip.index import VideoIndex
+from clipvip.index.build import build
+from clipvip.index.store import Store
 from clipvip.model import CLIPViPModel, pretrained
 from clipvip.model.pretrained import check_finite
 from clipvip.training.evaluate import evaluate_checkpoint
@@ -94,7 +96,9 @@ def test_random_numbers_are_drawn_for_missing_weights_only(clip_folder, monkeypa
 
 def embed_and_evaluate(model, clips, out):
     """Write an index and figures of a plain CLIP, and the weights that it has with proxies."""
-    build_index(model, [str(clips)], out, num_workers=0, device="cpu")
+    build(out / "index", model, [str(clips)], num_workers=0, device="cpu")
+    store = Store.open(out / "index")
+    (out / "vectors").write_bytes(store.of_files(sorted(store.files()))[1].tobytes())
     evaluate_checkpoint(model, clips, out=out / "figures.json", num_workers=0, print_table=False)
     weights = CLIPViPModel.from_pretrained(model).state_dict().values()
     (out / "weights").write_bytes(b"".join(weight.numpy().tobytes() for weight in weights))
@@ -111,9 +115,9 @@ def test_another_process_writes_the_same_bytes(plain, tmp_path):
     )
     embed_and_evaluate(*given, tmp_path / "own")
     assert other.wait() == 0
-    for written in ("embeddings-*.safetensors", "figures.json", "weights"):
-        own, others = (next((tmp_path / x).glob(written)) for x in ("own", "other"))
-        assert own.read_bytes() == others.read_bytes(), written
+    for written in ("vectors", "figures.json", "weights"):
+        own, others = ((tmp_path / x / written).read_bytes() for x in ("own", "other"))
+        assert own == others, written
 
 
 @pytest.fixture
@@ -176,10 +180,12 @@ def test_half_precision_weights_embed_evaluate_and_search_on_a_cpu(plain, tmp_pa
     clips, found = tmp_path / "clips.jsonl", {}
     for source in (plain, half):
         out = tmp_path / f"index of {source.name}"
-        index = build_index(source, [str(clips)], out, num_workers=0, device="cpu")
+        build(out, source, [str(clips)], num_workers=0, device="cpu")
         figures = evaluate_checkpoint(source, clips, num_workers=0, print_table=False)
-        hits = index.search("a red one", 3)
-        found[source] = index.embeddings, torch.tensor(sorted(hit.score for hit in hits))
+        hits = VideoIndex(out).search("a red one", 3)
+        store = Store.open(out)
+        vectors = torch.from_numpy(store.of_files(sorted(store.files()))[1])
+        found[source] = vectors, torch.tensor(sorted(hit.score for hit in hits))
         chosen = precision_on(whole if source == plain else halved, "auto")
         assert figures["mixed_precision"] == chosen and figures["clips"] == 3
     assert whole.dtype == torch.float32

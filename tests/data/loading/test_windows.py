@@ -14,8 +14,15 @@ from torch import Tensor
 
 from clipvip.data.loading import windows as module
 from clipvip.data.loading.bad_files import BadFile
-from clipvip.data.loading.windows import Division, PartReader, divide_files, moment_batches
+from clipvip.data.loading.windows import (
+    Division,
+    PartReader,
+    divide_files,
+    moment_batches,
+    read_parts,
+)
 from clipvip.data.video import DecodeError, open_whole, read_frames
+from clipvip.data.video.pixels import Converter
 
 READING: dict[str, Any] = {
     "num_frames": 4, "image_size": 16, "sampling": "uniform", "resize": "crop"
@@ -88,6 +95,35 @@ def test_moments_show_the_frames_of_clips_in_every_sampling(sampling, make_video
     batches, _ = read([path], sampling=sampling, num_frames=5, resize="pad")
     assert len(moments(batches)) == 5
     check_frames([path], batches, sampling=sampling, num_frames=5, resize="pad")
+
+
+def test_a_frame_that_many_moments_show_is_converted_once(make_video, monkeypatch):
+    path = make_video("gop10.mp4", **CODINGS["gop10.mp4"])
+    convert, converted = Converter.convert, []
+
+    def spy(self: Any, frame: Any, out: Any) -> None:
+        converted.append(frame.pts)
+        convert(self, frame, out)
+
+    monkeypatch.setattr(Converter, "convert", spy)
+    batches, _ = read([path], Division(0.8, 0.1, scenes=False), sampling="fps:50", num_frames=20)
+    assert len(moments(batches)) == 17 and len(frames_of(batches)[0]) == 20
+    assert len(converted) == 60 and converted == sorted(set(converted))
+
+
+def test_a_part_holds_no_more_frames_than_it_may(make_video, monkeypatch):
+    """So a film may be longer than memory."""
+    path, moment = make_video("gop10.mp4", **CODINGS["gop10.mp4"]), 4 * 3 * 16 * 16
+    for size, parts in (
+        (2 * moment, [2, 2, 2, 2, 2, 1]),
+        (3.5 * moment, [3, 3, 3, 2]),
+        (1, [1] * 11),
+    ):
+        monkeypatch.setattr(module, "PART", int(size))
+        reader = PartReader([(path, None)], Division(0.4, 0.2, scenes=False), **READING)
+        found = [part for part, _ in read_parts(reader, 0)]
+        assert [len(part.spans) for part in found] == parts
+        assert [part.frames.nbytes for part in found] == [moment * count for count in parts]
 
 
 def test_moments_of_real_clips_show_their_frames(real_clips):

@@ -86,6 +86,8 @@ def main() -> None:
     show(results)
     for kind, hits in found["clip_vip"].items():
         search_again(kind, hits, OUT / "clip_vip" / INDEXES[kind])
+    films = shlex.quote(str(OUT / "clip_vip" / INDEXES["films"]))
+    print(f"\nTo search the films in a browser: clipvip serve --index {films}")
     say(f"done; see {OUT / 'index.html'}, results.png and results.json beside it")
 
 
@@ -137,7 +139,6 @@ def search_again(kind: str, found: Found, index: Path) -> None:
     command = ["search", to_search(margins, kind), "--index", str(index), "-k", "5"]
     print("\n$ clipvip " + shlex.join(command), flush=True)
     subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
-    print(f"In a browser: clipvip serve --index {shlex.quote(str(index))}")
 
 
 def search_all(index: VideoIndex, clips: list[Clip]) -> Found:

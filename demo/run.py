@@ -30,7 +30,7 @@ from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import train
 from demo.found import Found, margin, search_all
 from demo.render import FRAMES as CLIP_FRAMES
-from demo.render import RATE, SHOT_FRAMES, render_all, render_films
+from demo.render import RATE, render_all, render_films
 from demo.report import page, plot
 
 HERE = Path(__file__).parent
@@ -44,9 +44,9 @@ MODELS = {
 }
 STAGES = ("pretrain", "finetune")
 INDEXES = {"clips": "index", "films": "films"}  # folders beside the model's runs
-# Seconds. Clips are no longer than their window, so each is one moment. For the films, a window and
-# its stride together are as long as the shortest shot, so that every shot holds one without a cut.
-WINDOW = {"clips": CLIP_FRAMES / RATE, "films": 0.8 * SHOT_FRAMES[0] / RATE}
+# Length and stride in seconds. A clip is as long as its window, so it is one moment. For the films,
+# both together are less than the shortest shot, so that every shot holds a window without a cut.
+WINDOWS = {"clips": (CLIP_FRAMES / RATE, CLIP_FRAMES / RATE), "films": (2.75, 0.75)}
 SURE = 1e-4  # margin of cosines that is safe against rounding in another process
 
 
@@ -123,7 +123,8 @@ def measure(
     found = {}
     for kind, split, folder in (("clips", "heldout", "clips/heldout"), ("films", "films", "films")):
         index = VideoIndex(out / INDEXES[kind], in_memory=True)
-        index.add(OUT / folder, checkpoint, window=WINDOW[kind], stride=WINDOW[kind] / 4)
+        window, stride = WINDOWS[kind]
+        index.add(OUT / folder, checkpoint, window=window, stride=stride)
         found[kind] = search_all(index, load_annotations(splits[split]))
     first = [margin(hits, shot) > 0 for shot, hits in found["films"]]
     figures["films"] = {"R@1": round(100 * sum(first) / len(first), 2)}

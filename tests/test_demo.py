@@ -98,6 +98,16 @@ def hit(score, path, start=None, end=None):
     return Hit(score, Moment("0" * 16, file, start, end), start, end)
 
 
+def test_every_shot_of_a_film_holds_a_window_without_a_cut_that_counts_as_found():
+    pytest.importorskip("matplotlib")
+    from demo import found, render, run
+
+    window, stride = run.WINDOWS["films"]
+    shortest, longest = (frames / render.RATE for frames in render.SHOT_FRAMES)
+    assert window + stride <= shortest
+    assert window / longest >= found.OVERLAP
+
+
 def test_a_margin_is_the_distance_of_the_own_hit_to_the_best_other_one(tmp_path):
     from clipvip.data.annotations import Clip
     from demo import found

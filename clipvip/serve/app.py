@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -147,7 +148,8 @@ class App:
             "model": shown(about.model),
             "moments": moments,
             "videos": len(files),
-            "seconds": round(sum(file.duration for file in files), 1),
+            # A stranger's index may state lengths whose sum JSON cannot hold.
+            "seconds": round(min(sum(file.duration for file in files), sys.float_info.max), 1),
             "sources": [shown(source) for source in about.sources],
             "folders": folders_of(files),
             "can_add": self.can_add,
@@ -303,9 +305,12 @@ def answer(value: Any, status: int = 200) -> Response:
 
 def values(request: Request) -> dict[str, str]:
     """Return the values of a query. Bytes that are not UTF-8 become lone surrogates, as in paths.
-    Raises ApiError for a value that is given twice."""
+    Raises ApiError for a value that is given twice, and for too many."""
     text = request.scope["query_string"].decode("latin-1")
-    pairs = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", max_num_fields=50)
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", max_num_fields=50)
+    except ValueError:
+        raise ApiError(400, "the address has more than 50 values") from None
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
         raise ApiError(400, f"{shown(twice[0])[:40]} is given twice")

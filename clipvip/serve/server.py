@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import ipaddress
+import os
 import socket
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
 
     Raises ValueError if there is no index, or if the server cannot listen on host and port.
     """
+    # Processes that multiprocessing starts would import a signal.py, for example, that lies in the
+    # current folder, as a stranger's index may. Python 3.10 does not know this setting.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     index = VideoIndex(where, in_memory=True)
     moments = index.count
     listening = listen(host, port)

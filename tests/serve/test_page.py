@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import uvicorn
 
+import clipvip
+from clipvip.index.store import moment_id
 from clipvip.serve.app import build_app
 from clipvip.serve.server import listen
 
@@ -197,11 +199,21 @@ def test_the_page_finds_plays_and_is_driven_by_keys(address, tmp_path):
 
 
 def test_the_command_starts_and_stops_and_says_why_it_cannot_start(index, tmp_path):
+    command = tmp_path / "bin" / "clipvip"
+    command.parent.mkdir()
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "\nif __name__ == '__main__':\n    from clipvip.cli import main\n    main()"
+    command.write_text(code)
+    here = tmp_path / "here"  # it may come from a stranger, as an index may
+    here.mkdir()
+    for name in ("signal", "socket"):
+        (here / f"{name}.py").write_text("open('was imported', 'w').close()")
+
     def start(*arguments):
-        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        command = f"{code}from clipvip.cli import main; main()"
         return subprocess.Popen(
-            [sys.executable, "-c", command, "serve", *map(str, arguments)],
+            [sys.executable, command, "serve", *map(str, arguments)],
+            cwd=here,
+            env=os.environ | {"PYTHONPATH": str(Path(clipvip.__file__).parents[1])},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -213,6 +225,12 @@ def test_the_command_starts_and_stops_and_says_why_it_cannot_start(index, tmp_pa
     address = line.split("search at ")[1].split()[0]
     with urllib.request.urlopen(f"{address}/api/index") as answer:
         assert answer.status == 200
+    blue = next(file.path for file in index.videos() if file.path.endswith("blue.png"))
+    with urllib.request.urlopen(
+        f"{address}/api/thumbnail/{moment_id(blue, None, None)}.jpg"
+    ) as answer:
+        assert answer.status == 200
+    assert sys.version_info < (3, 11) or not (here / "was imported").exists()
     taken = start("--index", index.where, "--port", address.rpartition(":")[2])
     for refused, reason in ((taken, "is in use"), (none, "none")):
         _, error = refused.communicate(timeout=60)

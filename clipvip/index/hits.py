@@ -122,11 +122,17 @@ def stretches(
     middle = float(np.median(scores))
     found: list[Stretch] = []
     taken: list[tuple[float, float]] = []
+
+    def is_taken(begin: float, finish: float) -> bool:
+        return any(begin <= other[1] and other[0] <= finish for other in taken)
+
     for row in _peaks(first, last, scores, least):
+        if is_taken(first[row], last[row]):  # spares the work, as its stretch only adds to it
+            continue
         score = float(scores[row])
         height = (score + min(middle, score)) / 2
         begin, finish, rows = _widened(first, last, scores, row, height)
-        if any(begin <= other[1] and other[0] <= finish for other in taken):
+        if is_taken(begin, finish):
             continue
         taken.append((begin, finish))
         at_own_start = np.isnan(start[rows]) & (first[rows] == begin)

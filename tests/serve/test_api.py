@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -105,6 +106,13 @@ def test_what_is_in_the_index(client, index):
     assert [file["name"] for file in listed["videos"]] == ["blue.png", "green.avi"]
 
 
+def test_all_pictures_of_a_page_may_be_asked_for_at_once(client, red):
+    url = f"/api/thumbnail/{red['id']}.jpg"
+    with ThreadPoolExecutor(100) as pool:
+        answers = pool.map(lambda _: client.get(url).status_code, range(100))
+        assert set(answers) == {200}
+
+
 # --- uploads --------------------------------------------------------------------------------
 
 
@@ -117,6 +125,7 @@ def test_an_image_and_a_video_are_searched_and_deleted(client, index, tmp_path, 
         ("image/jpeg", picture.getvalue()),
         ("video/x-msvideo", Path(film.path).read_bytes()),
         ("application/octet-stream", Path(film.path).read_bytes()),
+        ("application/octet-stream", picture.getvalue()),
     ):
         answer = client.post("/api/search?k=2", content=data, headers={"content-type": kind})
         assert answer.status_code == 200, answer.text

@@ -96,7 +96,7 @@ async function search() {
     url = "/api/search";
     options = { method: "POST", body: upload, headers: { "Content-Type": upload.type || "application/octet-stream" } };
   } else if (like) {
-    url = `/api/like/${like}`;
+    url = `/api/like/${like.replaceAll(/[^0-9a-f]/g, "-")}`; // leads nowhere else
   } else if (text) {
     url = "/api/search";
     limits.unshift(["q", text]);

@@ -1,4 +1,4 @@
-"""The demo's data: short H.264 clips of a moving coloured shape, and their texts.
+"""The demo's data: short H.264 clips of a moving coloured shape, their texts, and films of them.
 
 Every clip plays as likely forwards as backwards: a motion and its reverse show the same frames
 in the opposite order, so a model that ignores the order of frames cannot tell them apart.
@@ -16,7 +16,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-SIZE, FRAMES, RATE = 96, 16, 8  # pixels per side, frames per clip, frames per second
+SIZE, FRAMES, RATE = 96, 16, 4  # pixels per side, frames per clip, frames per second
 COLOURS = {
     "red": (226, 48, 52),
     "green": (52, 178, 82),
@@ -36,8 +36,10 @@ MOTIONS = {
     "down and to the right": (sqrt(0.5), sqrt(0.5)),
     "down and to the left": (-sqrt(0.5), sqrt(0.5)),
 }
-SPLITS = {"train": 4, "validation": 1, "heldout": 1}  # clips of each sentence
-WANDER = 0.15  # largest distance of a path's middle from the centre, as a share of the side
+FILMS = ("one.mp4", "two.mp4", "three.mkv")
+SHOT_FRAMES = (15, 20)  # fewest and most frames of a film's shot
+SPLITS = {"train": 8, "validation": 1, "heldout": 1}  # clips of each sentence
+WANDER = 0.1  # largest distance of a path's middle from the centre, as a share of the side
 FILLERS = ("um", "uh", "so", "okay", "you see", "look", "over here", "I think", "and now")
 
 
@@ -82,10 +84,47 @@ def render_all(out: Path, seed: int, processes: int) -> dict[str, Path]:
     return annotations
 
 
+def render_films(out: Path, seed: int) -> Path:
+    """Join the held-out scenes into films in `out`/films, each scene once, in random order.
+
+    Every shot has a length of its own, so that cuts come at irregular times.
+    Returns the annotations file, with a line per shot that gives its start and end.
+    """
+    (out / "films").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    heldout = scenes(seed)["heldout"]
+    shares = np.array_split(rng.permutation(len(heldout)), len(FILMS))
+    lines = []
+    for name, share in zip(FILMS, shares, strict=True):
+        film = [heldout[number] for number in share]
+        counts = rng.integers(*SHOT_FRAMES, len(film), endpoint=True)
+        shots = [
+            draw(s, np.random.default_rng(s.seed), n)[0] for s, n in zip(film, counts, strict=True)
+        ]
+        encode(np.concatenate(shots), out / "films" / name)
+        ends = (np.cumsum(counts) / RATE).tolist()
+        for scene, start, end in zip(film, [0.0, *ends], ends, strict=False):
+            lines.append({"video": f"films/{name}", "start": start, "end": end, "text": scene.text})
+    annotations = out / "films.jsonl"
+    annotations.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return annotations
+
+
 def render(scene: Scene, path: Path) -> dict[str, str]:
     """Write one clip. Returns its annotation, with the path relative to the folder above."""
     rng = np.random.default_rng(scene.seed)
     frames, middle = draw(scene, rng)
+    encode(frames, path)
+    return {
+        "video": f"{path.parent.name}/{path.name}",
+        "text": scene.text,
+        "subtitle": speak(scene, rng),
+        "caption": f"a {scene.colour} {scene.shape} {place(middle)}",
+    }
+
+
+def encode(frames: NDArray[np.uint8], path: Path) -> None:
+    """Write frames [n, SIZE, SIZE, 3] as H.264, in the container that the path's ending names."""
     with av.open(str(path), "w") as container:
         # x264's macroblock tree gives different bytes in each run, even on one thread.
         coding = {"crf": "18", "x264-params": "mbtree=0"}
@@ -96,18 +135,14 @@ def render(scene: Scene, path: Path) -> dict[str, str]:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    return {
-        "video": f"{path.parent.name}/{path.name}",
-        "text": scene.text,
-        "subtitle": speak(scene, rng),
-        "caption": f"a {scene.colour} {scene.shape} {place(middle)}",
-    }
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Draw a scene.
+def draw(
+    scene: Scene, rng: np.random.Generator, count: int = FRAMES
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Draw a scene in `count` frames.
 
-    Returns frames uint8 [FRAMES, SIZE, SIZE, 3], and the shape's place half way, in [0, 1]².
+    Returns frames uint8 [count, SIZE, SIZE, 3], and the shape's place half way, in [0, 1]².
     """
     direction = np.array(MOTIONS[scene.motion])
     middle = 0.5 + rng.uniform(-WANDER, WANDER, 2)
@@ -118,8 +153,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDA
     slope = ((x - 0.5) * cos(angle) + (y - 0.5) * sin(angle) + 0.7) / 1.4
     background = from_colour + (to_colour - from_colour) * slope[..., None]
     paint = np.array(COLOURS[scene.colour]) + rng.normal(0, 6, 3)
-    frames = np.empty((FRAMES, SIZE, SIZE, 3), np.uint8)
-    for number, time in enumerate(np.linspace(-0.5, 0.5, FRAMES)):
+    frames = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    for number, time in enumerate(np.linspace(-0.5, 0.5, count)):
         at = middle + direction * distance * time
         inside = 0.5 - SIZE * distance_to(scene.shape, x - at[0], y - at[1], radius)
         cover = np.clip(inside, 0, 1)[..., None]  # antialiased edge, one pixel wide

@@ -15,13 +15,15 @@ from PIL import Image
 
 from clipvip.data.annotations import Clip
 from clipvip.data.video import read_frames
-from clipvip.index import Hit, Index
+from clipvip.index import Hit
+from demo.found import Found, margin
 
 NAMES = {"clip_vip": "CLIP-ViP", "mean_pool": "mean-pooled frames"}
 PAINT = {"clip_vip": "#2f6fed", "mean_pool": "#e08a1e", "chance": "#b8bec9"}
 STAGES = {"pretrain": "post-pretraining", "finetune": "fine-tuning"}
 STRIP_FRAMES, STRIP_SIZE = 6, 64
 SHOWN, QUERIES = 3, 12  # clips per query, queries per page
+FILM_QUERIES = 6
 
 
 def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -> None:
@@ -58,11 +60,12 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
         axis.axvline(split, color="#8a93a3", linestyle=":", linewidth=1)
         axis.set_xlabel("step")
     loss.legend(frameon=False, loc="center right")
-    recall.legend(frameon=False, loc="upper left")
+    recall.legend(frameon=False, loc="center right")
     top = loss.get_ylim()[1]
     loss.set_ylim(0, top)
-    loss.text(split, top, f"{STAGES['pretrain']} ", ha="right", va="top", color="#5b6472")
-    loss.text(split, top, f" {STAGES['finetune']}", ha="left", va="top", color="#5b6472")
+    style = {"rotation": 90, "va": "top", "color": "#5b6472"}
+    loss.text(split, top, STAGES["pretrain"], ha="right", **style)
+    loss.text(split, top, STAGES["finetune"], ha="left", **style)
     loss.set_title("training loss", loc="left", fontweight="bold")
     recall.set_ylim(0, 104)
     recall.set_title("text → video R@1 on validation clips, %", loc="left", fontweight="bold")
@@ -84,22 +87,39 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
 
 
 def page(
-    clips: list[Clip], indexes: dict[str, Index], results: dict[str, Any], picture: Path, out: Path
+    found: dict[str, dict[str, Found]], results: dict[str, Any], picture: Path, out: Path
 ) -> None:
-    """Write one self-contained HTML file: the figures, and queries beside the clips they found."""
-    step = max(1, len(clips) // QUERIES)
-    sentence = {clip.video.resolve(): clip.text[0] for clip in clips}
+    """Write one self-contained HTML file: the figures, and queries beside what they found.
+
+    found: model → "clips" or "films" → what was found there.
+    """
+    clips, shots = found["clip_vip"]["clips"], found["clip_vip"]["films"]
+    sentence = {str(clip.video.resolve()): clip.text[0] for clip, _ in clips}
     cards = "\n".join(
-        _card(clips[query], indexes, sentence) for query in range(step // 2, len(clips), step)
+        _card({name: found[name]["clips"][number] for name in NAMES}, sentence)
+        for number in _spread(len(clips), QUERIES)
     )
+    films = "\n".join(_film_card(*shots[number]) for number in _spread(len(shots), FILM_QUERIES))
     chart = base64.b64encode(picture.read_bytes()).decode()
     out.write_text(
         TEMPLATE.replace("{{count}}", str(len(clips)))
         .replace("{{figures}}", _figures(results))
         .replace("{{chart}}", chart)
+        .replace("{{films}}", films)
         .replace("{{cards}}", cards),
         encoding="utf-8",
     )
+
+
+def clock(seconds: float) -> str:
+    """Format a time in a film, such as 1:02.5."""
+    return f"{int(seconds // 60)}:{seconds % 60:04.1f}"
+
+
+def _spread(count: int, wanted: int) -> range:
+    """About `wanted` numbers below `count`, evenly spaced."""
+    step = max(1, count // wanted)
+    return range(step // 2, count, step)
 
 
 def _figures(results: dict[str, Any]) -> str:
@@ -110,44 +130,62 @@ def _figures(results: dict[str, Any]) -> str:
             for direction in ("text_to_video", "video_to_text")
             for cut in ("R@1", "R@5", "R@10")
         )
+        cells += f"<td>{results[key]['films']['R@1']:.1f}</td>"
         rows.append(f'<tr class="{key}"><th>{name}</th>{cells}</tr>')
     return "".join(rows)
 
 
-def _card(query: Clip, indexes: dict[str, Index], sentence: dict[Path, str]) -> str:
+def _card(found: dict[str, tuple[Clip, list[Hit]]], sentence: dict[str, str]) -> str:
     columns = []
-    for name in NAMES:
-        hits = indexes[name].search(query.text[0], len(sentence))
-        rank = 1 + [hit.path.resolve() for hit in hits].index(query.video.resolve())
+    for name, (query, hits) in found.items():
+        rank = 1 + [hit.path for hit in hits].index(str(query.video.resolve()))
         verdict = "found first" if rank == 1 else f"the true clip is at rank {rank}"
-        found = "".join(
-            _found(place, hit, sentence[hit.path.resolve()], place == rank)
+        clips = "".join(
+            _found(place, hit, sentence[hit.path], place == rank)
             for place, hit in enumerate(hits[:SHOWN], 1)
         )
         columns.append(
             f'<div class="column"><h3>{NAMES[name]}'
-            f'<span class="{"hit" if rank == 1 else "miss"}">{verdict}</span></h3>{found}</div>'
+            f'<span class="{"hit" if rank == 1 else "miss"}">{verdict}</span></h3>{clips}</div>'
         )
     text = html.escape(query.text[0])
     return f'<section><h2>“{text}”</h2><div class="columns">{"".join(columns)}</div></section>'
 
 
+def _film_card(query: Clip, hits: list[Hit]) -> str:
+    """A sentence, the best moment of the films, and where in its film it lies."""
+    hit = hits[0]
+    film, start, end = Path(hit.path), hit.start or 0.0, hit.end or hit.moment.file.duration
+    left, width = (100 * x / hit.moment.file.duration for x in (start, end - start))
+    verdict = "hit" if margin(hits, query) > 0 else "miss"
+    true = f"{query.video.name} {clock(query.start or 0)}–{clock(query.end or 0)}"
+    return (
+        f"<section><h2>“{html.escape(query.text[0])}”</h2>"
+        f'<h3><span class="{verdict}">{film.name} {clock(start)}–{clock(end)}</span>'
+        f"<span>shot: {true} · score {hit.score:.2f}</span></h3>"
+        f'<div class="film"><i style="left:{left:.2f}%;width:{width:.2f}%"></i></div>'
+        f'<img src="{_strip(film, start, end)}" alt="frames of the moment, first to last">'
+        "</section>"
+    )
+
+
 def _found(place: int, hit: Hit, sentence: str, right: bool) -> str:
-    clip = base64.b64encode(hit.path.read_bytes()).decode()
+    path = Path(hit.path)
+    clip = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure class="{"right" if right else "wrong"}"><b>{place}</b>'
         f'<video src="data:video/mp4;base64,{clip}" autoplay loop muted playsinline></video>'
-        f'<img src="{_strip(hit.path)}" alt="frames of the clip, first to last">'
+        f'<img src="{_strip(path)}" alt="frames of the clip, first to last">'
         f"<figcaption>{html.escape(sentence)}<i>{hit.score:.2f}</i></figcaption></figure>"
     )
 
 
-def _strip(video: Path) -> str:
+def _strip(video: Path, start: float | None = None, end: float | None = None) -> str:
     """A clip's frames from first to last, side by side, as a data URL."""
-    frames = read_frames(video, STRIP_FRAMES, size=STRIP_SIZE).permute(0, 2, 3, 1).numpy()
+    frames = read_frames(video, STRIP_FRAMES, size=STRIP_SIZE, start=start, end=end)
     gap = 2
     strip = Image.new("RGB", (STRIP_FRAMES * (STRIP_SIZE + gap) - gap, STRIP_SIZE), "white")
-    for number, frame in enumerate(frames):
+    for number, frame in enumerate(frames.permute(0, 2, 3, 1).numpy()):
         strip.paste(Image.fromarray(frame), (number * (STRIP_SIZE + gap), 0))
     buffer = io.BytesIO()
     strip.save(buffer, "WEBP", quality=85)
@@ -181,6 +219,11 @@ h2 { font-size: 18px; margin: 0 0 10px }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 26px }
 h3 { font-size: 13px; font-weight: 600; margin: 0 0 8px; display: flex;
   justify-content: space-between; color: var(--soft) }
+.film { position: relative; height: 8px; border-radius: 4px; background: var(--line);
+  margin: 0 0 10px }
+.film i { position: absolute; top: 0; height: 8px; min-width: 4px; border-radius: 4px;
+  background: #2f6fed }
+section > img { max-width: 100%; border-radius: 4px }
 .hit { color: var(--good) } .miss { color: var(--bad) }
 figure { display: grid; grid-template-columns: 18px 64px 1fr; gap: 3px 8px; align-items: center;
   margin: 0 0 8px; padding: 7px 8px; border: 1px solid var(--line); border-radius: 8px }
@@ -200,11 +243,19 @@ on clips of moving shapes. Here are {{count}} clips it never saw. Beside it is t
 mean-pooled frames and no video proxies: it sees the same pictures, but a motion and its reverse
 look the same to it.</p>
 <div class="panel scroll"><table>
-<thead><tr><th></th><th colspan="3">text → video, %</th><th colspan="3">video → text, %</th></tr>
-<tr><th></th><th>R@1</th><th>R@5</th><th>R@10</th><th>R@1</th><th>R@5</th><th>R@10</th></tr></thead>
+<thead><tr><th></th><th colspan="3">text → video, %</th><th colspan="3">video → text, %</th>
+<th>films, %</th></tr>
+<tr><th></th><th>R@1</th><th>R@5</th><th>R@10</th><th>R@1</th><th>R@5</th><th>R@10</th><th>R@1</th></tr></thead>
 <tbody>{{figures}}</tbody></table></div>
 <div class="panel"><img src="data:image/png;base64,{{chart}}"
  alt="training loss, validation recall and held-out recall of both models"></div>
+<h1>Where in the films is it?</h1>
+<p>Here the same clips follow each other in three films, cut back to back, at lengths of their own.
+CLIP-ViP searched overlapping windows of the films, which know nothing of the cuts. A moment counts
+as found if it and the true shot share at least half of what they cover together.</p>
+{{films}}
+<h1>Which clip is it?</h1>
+<p>The first three clips that each model found.</p>
 {{cards}}
 </main></html>
 """

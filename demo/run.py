@@ -1,8 +1,9 @@
 """Train text-video retrieval from scratch on one small machine: `python -m demo.run`.
 
 Renders clips, post-pretrains and fine-tunes a small CLIP-ViP on them through the package's own
-trainer, does the same with mean-pooled frames, and measures both on clips that neither has seen.
-Everything goes to demo/out: results.json, results.png, index.html, the models, a search index.
+trainer, does the same with mean-pooled frames, and measures both on clips that neither has seen,
+and on films in which those clips follow each other.
+Everything goes to demo/out: results.json, results.png, index.html, the models, search indexes.
 """
 
 import json
@@ -21,13 +22,15 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
-from clipvip.data.annotations import Clip, load_annotations
-from clipvip.index import Index, build_index, load_index
+from clipvip.data.annotations import load_annotations
+from clipvip.index import VideoIndex
 from clipvip.model import CLIPViPConfig, CLIPViPModel, CLIPViPProcessor
 from clipvip.training.config import load_config
 from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import train
-from demo.render import render_all
+from demo.found import Found, margin, search_all
+from demo.render import FRAMES as CLIP_FRAMES
+from demo.render import RATE, render_all, render_films
 from demo.report import page, plot
 
 HERE = Path(__file__).parent
@@ -40,6 +43,10 @@ MODELS = {
     "mean_pool": {"num_proxies": 1, "frame_pooling": "mean"},
 }
 STAGES = ("pretrain", "finetune")
+INDEXES = {"clips": "index", "films": "films"}  # folders beside the model's runs
+# Length and stride in seconds. A clip is as long as its window, so it is one moment. For the films,
+# both together are less than the shortest shot, so that every shot holds a window without a cut.
+WINDOWS = {"clips": (CLIP_FRAMES / RATE, CLIP_FRAMES / RATE), "films": (2.75, 0.75)}
 SURE = 1e-4  # margin of cosines that is safe against rounding in another process
 
 
@@ -54,80 +61,99 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # of loading and saving models
     shutil.rmtree(OUT, ignore_errors=True)
-    say("rendering clips")
+    say("rendering clips and films")
     splits = render_all(OUT / "clips", SEED, os.cpu_count() or 1)
-    clips = load_annotations(splits["heldout"])
+    splits["films"] = render_films(OUT, SEED)
     tokenizer = train_tokenizer(splits["train"])
+    runs = {}
+    for name in MODELS:
+        say(f"{name}: training")
+        runs[name] = train_model(name, tokenizer, splits)
 
-    runs: dict[str, dict[str, Path]] = {}
-    for name, options in MODELS.items():
-        checkpoint = OUT / name / "start"
-        untrained(tokenizer, options).save_pretrained(checkpoint)
-        processor(tokenizer).save_pretrained(checkpoint)
-        runs[name] = {}
-        for stage in STAGES:
-            say(f"{name}: {stage}")
-            out = OUT / name / stage
-            overrides = {
-                "out": out,
-                "model.name": checkpoint,
-                "data.train": splits["train"],
-                "data.validation": splits["validation"],
-            }
-            train(load_config(HERE / f"{stage}.yaml", [f"{k}={v}" for k, v in overrides.items()]))
-            runs[name][stage], checkpoint = out, out / "last"
-
-    say("evaluating on held-out clips")
-    results: dict[str, Any] = {"chance": chance(len(clips))}
-    indexes = {}
+    say("measuring on held-out clips and films")
+    clips = load_annotations(splits["heldout"])
+    results: dict[str, Any] = {"chance": chance(len(clips)), "held_out_clips": len(clips)}
+    found: dict[str, dict[str, Found]] = {}
     for name in reversed(MODELS):
-        checkpoint = runs[name]["finetune"] / "last"
-        tables = evaluate_checkpoint(checkpoint, splits["heldout"], print_table=False)
-        results[name] = {
-            direction: {cut: round(tables[direction][cut], 2) for cut in ("R@1", "R@5", "R@10")}
-            for direction in ("text_to_video", "video_to_text")
-        }
-        indexes[name] = build_index(checkpoint, OUT / "clips" / "heldout", OUT / name / "index")
-    results["held_out_clips"] = len(clips)
+        results[name], found[name] = measure(runs[name]["finetune"] / "last", OUT / name, splits)
     results["seconds"] = round(time.monotonic() - started)
     (OUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(runs, results, OUT / "results.png")
-    page(clips, indexes, results, OUT / "results.png", OUT / "index.html")
+    page(found, results, OUT / "results.png", OUT / "index.html")
     show(results)
-
-    index = OUT / "clip_vip" / "index"
-    sentence = to_search(margins(clips, load_index(index)))
-    command = ["search", sentence, "--index", str(index), "-k", "5"]
-    print("\n$ clipvip " + shlex.join(command), flush=True)
-    subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
+    for kind, hits in found["clip_vip"].items():
+        search_again(kind, hits, OUT / "clip_vip" / INDEXES[kind])
+    films = shlex.quote(str(OUT / "clip_vip" / INDEXES["films"]))
+    print(f"\nTo search the films in a browser: clipvip serve --index {films}")
     say(f"done; see {OUT / 'index.html'}, results.png and results.json beside it")
 
 
-def margins(clips: list[Clip], index: Index) -> dict[str, float]:
-    """Score of each sentence's own clip minus that of the best other clip; below 0 if not first."""
+def train_model(name: str, tokenizer: CLIPTokenizer, splits: dict[str, Path]) -> dict[str, Path]:
+    """Train a new model in all stages. Returns the folder of each stage's run."""
+    checkpoint = OUT / name / "start"
+    untrained(tokenizer, MODELS[name]).save_pretrained(checkpoint)
+    processor(tokenizer).save_pretrained(checkpoint)
+    runs = {}
+    for stage in STAGES:
+        out = OUT / name / stage
+        overrides = {
+            "out": out,
+            "model.name": checkpoint,
+            "data.train": splits["train"],
+            "data.validation": splits["validation"],
+            "seed": SEED,
+        }
+        train(load_config(HERE / f"{stage}.yaml", [f"{k}={v}" for k, v in overrides.items()]))
+        runs[stage], checkpoint = out, out / "last"
+    return runs
+
+
+def measure(
+    checkpoint: Path, out: Path, splits: dict[str, Path]
+) -> tuple[dict[str, Any], dict[str, Found]]:
+    """Measure a model on the held-out clips and the films, and write an index of either to `out`.
+
+    Returns its figures, and what each sentence found among "clips" and in "films".
+    """
+    tables = evaluate_checkpoint(checkpoint, splits["heldout"], print_table=False)
+    figures = {
+        direction: {cut: round(tables[direction][cut], 2) for cut in ("R@1", "R@5", "R@10")}
+        for direction in ("text_to_video", "video_to_text")
+    }
     found = {}
-    for clip in clips:
-        hits = index.search(clip.text[0], len(index.clips))
-        scores = {hit.path.resolve(): hit.score for hit in hits}
-        own = scores.pop(clip.video.resolve())
-        found[clip.text[0]] = own - max(scores.values())
-    return found
+    for kind, split, folder in (("clips", "heldout", "clips/heldout"), ("films", "films", "films")):
+        index = VideoIndex(out / INDEXES[kind], in_memory=True)
+        window, stride = WINDOWS[kind]
+        index.add(OUT / folder, checkpoint, window=window, stride=stride)
+        found[kind] = search_all(index, load_annotations(splits[split]))
+    first = [margin(hits, shot) > 0 for shot, hits in found["films"]]
+    figures["films"] = {"R@1": round(100 * sum(first) / len(first), 2)}
+    return figures, found
 
 
-def to_search(margins: dict[str, float]) -> str:
-    """Choose a sentence that finds its clip first: QUERY, or else the one with the widest margin.
+def search_again(kind: str, found: Found, index: Path) -> None:
+    """Run the README's search on an index as a user would, or another one that finds its clip."""
+    margins = {clip.text[0]: margin(hits, clip) for clip, hits in found}
+    command = ["search", to_search(margins, kind), "--index", str(index), "-k", "5"]
+    print("\n$ clipvip " + shlex.join(command), flush=True)
+    subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
 
-    The second case is printed. Raises SystemExit if no sentence finds its clip first.
+
+def to_search(margins: dict[str, float], where: str) -> str:
+    """Choose a sentence that is found first: QUERY, or else the one with the widest margin.
+
+    The second case is printed. where: what is searched, for the messages.
+    Raises SystemExit if no sentence is found first.
     """
     widest = max(margins, key=lambda sentence: margins[sentence])
     first = sum(margin > SURE for margin in margins.values())
     if not first:
-        raise SystemExit(f"none of {len(margins)} held-out sentences finds its clip first")
+        raise SystemExit(f"{where}: none of {len(margins)} held-out sentences is found first")
     if margins[QUERY] > SURE:
         return QUERY
     print(
-        f"\n“{QUERY}”, the README's example, does not find its clip first in this run; "
-        f"{first} of {len(margins)} sentences do. This one does by the widest margin:"
+        f"\n“{QUERY}”, the README's example, is not found first in the {where} of this run; "
+        f"{first} of {len(margins)} sentences are. This one is by the widest margin:"
     )
     return widest
 
@@ -183,7 +209,9 @@ def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel
     CLIP's own initial weights are meant for hundreds of millions of pairs. Here the embeddings of
     place and time start as smooth waves instead of noise (place) and zero (time), so that
     neighbouring frames look alike from the first step. Words start large compared with the special
-    tokens, so that sentences differ.
+    tokens, so that sentences differ. A motion shows where a shape is at which time, a product of
+    place and time. So pixels start small beside these, and the vision tower's MLPs start less
+    linear.
     """
     torch.manual_seed(SEED)
     tower = {
@@ -226,7 +254,9 @@ def untrained(tokenizer: CLIPTokenizer, options: dict[str, Any]) -> CLIPViPModel
     seen = model.vision_model.embeddings
     words = model.text_model.embeddings.token_embedding.weight
     with torch.no_grad():
-        seen.patch_embedding.weight.normal_(std=0.03)
+        seen.patch_embedding.weight.normal_(std=0.01)
+        for layer in model.vision_model.encoder.layers:
+            layer.mlp.fc1.weight.mul_(1.5)
         seen.class_embedding.normal_()
         if seen.added_cls is not None:
             seen.added_cls.normal_()
@@ -247,21 +277,22 @@ def waves(place: Tensor, count: int, channels: int) -> Tensor:
 
 
 def chance(clips: int) -> dict[str, dict[str, float]]:
-    """Expected recall if that many clips are ranked at random."""
+    """Expected recall if that many clips are ranked at random, or moments of films are drawn."""
     recall = {f"R@{k}": round(100 * k / clips, 2) for k in (1, 5, 10)}
-    return {"text_to_video": recall, "video_to_text": recall}
+    return {"text_to_video": recall, "video_to_text": recall, "films": {"R@1": recall["R@1"]}}
 
 
 def show(results: dict[str, Any]) -> None:
     """Print the figures as a table."""
     print(f"\n{results['held_out_clips']} held-out clips       text → video           video → text")
-    print(f"{'':22}{'R@1':>7}{'R@5':>7}{'R@10':>7}  {'R@1':>7}{'R@5':>7}{'R@10':>7}")
+    cuts = f"{'R@1':>7}{'R@5':>7}{'R@10':>7}"
+    print(f"{'':22}{cuts}  {cuts}  {'films R@1':>11}")
     for name in ("chance", "mean_pool", "clip_vip"):
         rows = [
             "".join(f"{value:7.1f}" for value in results[name][direction].values())
             for direction in ("text_to_video", "video_to_text")
         ]
-        print(f"{name:22}{rows[0]}  {rows[1]}")
+        print(f"{name:22}{rows[0]}  {rows[1]}  {results[name]['films']['R@1']:11.1f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The demo's data, tokenizer and initial models, on which its figures depend."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,19 +67,19 @@ def test_the_tokenizer_and_the_untrained_models_fit_each_other(tmp_path):
         assert torch.allclose(*both, atol=1e-4) == (name == "mean_pool")
 
 
-def test_the_last_search_finds_its_clip_first_and_is_the_readmes_where_that_does(capsys):
+def test_the_last_searches_find_theirs_first_and_are_the_readmes_where_that_does(capsys):
     pytest.importorskip("matplotlib")
     from demo import run
 
     others = {"a blue cross moves up": 0.2, "a green cross moves up": 0.3}
-    assert run.to_search({run.QUERY: 0.1, **others}) == run.QUERY
+    assert run.to_search({run.QUERY: 0.1, **others}, "films") == run.QUERY
     assert capsys.readouterr().out == ""
-    for margin in (-0.1, 0.0, 1e-7):  # another clip is first, or this one only by rounding
-        assert run.to_search({run.QUERY: margin, **others}) == "a green cross moves up"
+    for margin in (-0.1, 0.0, 1e-7):  # another one is first, or this one only by rounding
+        assert run.to_search({run.QUERY: margin, **others}, "films") == "a green cross moves up"
         said = capsys.readouterr().out
-        assert f"“{run.QUERY}”" in said and "2 of 3 sentences do" in said
-    with pytest.raises(SystemExit, match="none of 2 held-out sentences finds its clip first"):
-        run.to_search({run.QUERY: -0.1, "a blue cross moves up": -0.2})
+        assert f"“{run.QUERY}”" in said and "films" in said and "2 of 3 sentences are" in said
+    with pytest.raises(SystemExit, match="films: none of 2 held-out sentences is found first"):
+        run.to_search({run.QUERY: -0.1, "a blue cross moves up": -0.2}, "films")
 
 
 def test_the_readmes_search_is_the_demos_of_a_held_out_clip():
@@ -92,17 +91,62 @@ def test_the_readmes_search_is_the_demos_of_a_held_out_clip():
     assert run.QUERY in {scene.text for scene in scenes(run.SEED)["heldout"]}
 
 
-def test_a_margin_is_the_distance_to_the_best_other_clip(tmp_path):
+def hit(score, path, start=None, end=None):
+    from clipvip.index import FileState, Hit, Moment
+
+    file = FileState(str(path), 1, 1, "", "", 60.0, 0.0)
+    return Hit(score, Moment("0" * 16, file, start, end), start, end)
+
+
+def test_every_shot_of_a_film_holds_a_window_without_a_cut_that_counts_as_found():
     pytest.importorskip("matplotlib")
+    from demo import found, render, run
+
+    window, stride = run.WINDOWS["films"]
+    shortest, longest = (frames / render.RATE for frames in render.SHOT_FRAMES)
+    assert window + stride <= shortest
+    assert window / longest >= found.OVERLAP
+
+
+def test_a_margin_is_the_distance_of_the_own_hit_to_the_best_other_one(tmp_path):
     from clipvip.data.annotations import Clip
-    from clipvip.index import Hit
-    from demo import run
+    from demo import found
 
-    scores = {"one": {"1.mp4": 0.7, "2.mp4": 0.4}, "two": {"2.mp4": 0.1, "1.mp4": 0.6}}
+    one = Clip(tmp_path / "1.mp4", text=("one",))
+    hits = [hit(0.7, tmp_path / "1.mp4"), hit(0.4, tmp_path / "2.mp4")]
+    assert found.margin(hits, one) == pytest.approx(0.3)
+    assert found.margin(hits, Clip(tmp_path / "2.mp4")) == pytest.approx(-0.3)
 
-    def search(query, k):
-        return [Hit(score, tmp_path / name, None, None) for name, score in scores[query].items()]
+    shot = Clip(tmp_path / "1.mp4", 10.0, 14.0)
+    film = [hit(0.6, tmp_path / "1.mp4", 11, 14), hit(0.5, tmp_path / "1.mp4", 20, 23)]
+    assert found.margin(film, shot) == pytest.approx(0.1)
+    assert found.margin(film[1:], shot) < 0  # not found at all
 
-    index = SimpleNamespace(search=search, clips=["1.mp4", "2.mp4"])
-    clips = [Clip(tmp_path / "1.mp4", text=("one",)), Clip(tmp_path / "2.mp4", text=("two",))]
-    assert run.margins(clips, index) == pytest.approx({"one": 0.3, "two": -0.5})
+
+def test_a_moment_is_found_if_it_shares_half_of_what_both_cover(tmp_path):
+    from clipvip.data.annotations import Clip
+    from demo import found
+
+    film = tmp_path / "film.mp4"
+    shot = Clip(film, 10.0, 14.0)
+    for start, end, shared in ((10, 14, 1), (11, 14, 3 / 4), (12, 16, 1 / 3), (14, 18, 0)):
+        assert found.overlap(hit(0.5, film, start, end), shot) == pytest.approx(shared)
+    assert found.overlap(hit(0.5, tmp_path / "other.mp4", 10, 14), shot) == 0
+
+
+def test_a_film_shows_each_held_out_scene_once_from_cut_to_cut(tmp_path, monkeypatch):
+    from clipvip.data.annotations import load_annotations
+    from clipvip.data.video import read_frames
+    from demo import render
+
+    few = {"heldout": render.scenes(seed=1)["heldout"][:9]}
+    monkeypatch.setattr(render, "scenes", lambda seed: few)
+    shots = load_annotations(render.render_films(tmp_path, seed=1))
+    assert sorted(shot.text[0] for shot in shots) == sorted(s.text for s in few["heldout"])
+    by_text = {scene.text: scene for scene in few["heldout"]}
+    for shot in shots:
+        count = round((shot.end - shot.start) * render.RATE)
+        scene = by_text[shot.text[0]]
+        drawn, _ = draw(scene, np.random.default_rng(scene.seed), count)
+        read = read_frames(shot.video, count, size=drawn.shape[1], start=shot.start, end=shot.end)
+        assert np.abs(read.permute(0, 2, 3, 1).numpy().astype(int) - drawn).mean() < 4

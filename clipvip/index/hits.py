@@ -27,6 +27,7 @@ import numpy as np
 from clipvip.index.rows import FileState, Hit, Moment, Where
 from clipvip.index.store import moment_id
 
+FILES_AT_ONCE = 256  # whose curves are read, if k is less
 ROUNDING = 1e-6  # of scores in fp32: nearer ones count as equal until they are computed again
 
 
@@ -74,7 +75,7 @@ def scores_of(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -> list[Hit]:
     """Return the k best hits for a unit vector [P], best first, then by path and time."""
-    most = 4 * k + 32
+    most, at_once = 4 * k + 32, k
     seen: set[str] = set()
     found: list[Hit] = []
     while True:
@@ -82,8 +83,9 @@ def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -
         order = [path for path in dict.fromkeys(paths) if path not in seen]
         best = dict(zip(reversed(paths), reversed(scores.tolist()), strict=True))
         while order and not _certain(found, k, best[order[0]]):
-            some, order = order[:k], order[k:]
+            some, order = order[:at_once], order[at_once:]
             seen.update(some)
+            at_once = max(k, min(2 * at_once, FILES_AT_ONCE))  # many are equal, such as black ones
             for curve in source.curves(vector, some):
                 found += _hits(curve, k, found[-1].score if len(found) == k else -np.inf)
                 found = sorted(found, key=_rank)[:k]
@@ -118,15 +120,24 @@ def stretches(
 
     start, end, scores: [n], as in Curve, in any order.
     """
+    if len(scores) == 1:  # a short file, of which there may be many
+        only = Stretch(0, _seconds(start[0]), _seconds(end[0]))
+        return [only] if scores[0] >= least else []
     first, last = np.nan_to_num(start, nan=0.0), np.nan_to_num(end, nan=np.inf)
     middle = float(np.median(scores))
     found: list[Stretch] = []
     taken: list[tuple[float, float]] = []
+
+    def is_taken(begin: float, finish: float) -> bool:
+        return any(begin <= other[1] and other[0] <= finish for other in taken)
+
     for row in _peaks(first, last, scores, least):
+        if is_taken(first[row], last[row]):  # spares the work, as its stretch only adds to it
+            continue
         score = float(scores[row])
         height = (score + min(middle, score)) / 2
         begin, finish, rows = _widened(first, last, scores, row, height)
-        if any(begin <= other[1] and other[0] <= finish for other in taken):
+        if is_taken(begin, finish):
             continue
         taken.append((begin, finish))
         at_own_start = np.isnan(start[rows]) & (first[rows] == begin)

@@ -3,7 +3,8 @@
 An index consists of three tables:
 
     about      rows of one JSON text each: the format, the model and sources; the last one says
-               where the model is, and the sources of all count
+               where the model is, and the sources of all count. `made` is random, and tells an
+               index from one made in its place.
     moments    one row per moment: its file's state, its span, and a unit vector in float16
     bad_files  files that could not be decoded, and why
 
@@ -117,7 +118,8 @@ class Store:
         self.where = where
         self._database = database
         self._about = self._table("about", _about_schema())
-        self._width = self.about.width
+        stored, self._made = self._read()
+        self._width = stored.width
         self._moments = self._table("moments", _moments_schema(self._width))
         self._bad_files = self._table("bad_files", _bad_files_schema())
 
@@ -152,20 +154,17 @@ class Store:
         with _reported(name):
             # The table `about` comes first: of two processes that begin at once, one makes it, and
             # the other compares its model with that one's.
-            _make(database, "about", _about_schema(), _about_row(about))
-            stored = cls._read_about(name, database)
+            made = secrets.token_hex(8)
+            _make(database, "about", _about_schema(), _about_row(about, made))
+            stored, made = _parse_about(name, database.open_table("about").to_arrow())
             _check_model(name, stored, about)
             _make(database, "moments", _moments_schema(about.width))
             _make(database, "bad_files", _bad_files_schema())
         store = cls(name, database)
         if stored.model != about.model or not set(about.sources) <= set(stored.sources):
             with _reported(name):
-                _committed(store._about.add, _about_row(about))
+                _committed(store._about.add, _about_row(about, made))
         return store
-
-    @classmethod
-    def _read_about(cls, where: str, database: Any) -> About:
-        return _parse_about(where, database.open_table("about").to_arrow())
 
     def _table(self, name: str, schema: Any) -> Any:
         with _reported(self.where):
@@ -177,11 +176,25 @@ class Store:
             table = self._database.open_table(name)
             if table.schema.names != schema.names or table.schema.types != schema.types:
                 raise _damaged(self.where, f"table {name} has other columns than expected")
+            # It can name functions that LanceDB runs when rows are added: with any model, from
+            # anywhere.
+            if table.schema.metadata:
+                raise _damaged(self.where, f"table {name} has notes that clipvip embed never makes")
             return table
 
     @property
     def about(self) -> About:
         """What the index says of itself, read now."""
+        return self._read()[0]
+
+    def is_replaced(self) -> bool:
+        """Whether the index was deleted since it was opened, and perhaps made again."""
+        try:
+            return self._read()[1] != self._made
+        except StoreError:  # opening it again says what is wrong
+            return True
+
+    def _read(self) -> tuple[About, str]:
         with _reported(self.where):
             return _parse_about(self.where, self._about.to_arrow())
 
@@ -600,19 +613,20 @@ def _about_schema() -> Any:
     return pa.schema([pa.field("json", pa.string(), nullable=False)])
 
 
-def _about_row(about: About) -> Any:
+def _about_row(about: About, made: str) -> Any:
     import pyarrow as pa
 
     # ASCII, so that names that are not UTF-8 are escaped.
-    text = json.dumps({"format": FORMAT, **about._asdict()})
+    text = json.dumps({"format": FORMAT, "made": made, **about._asdict()})
     return pa.table([[text]], schema=_about_schema())
 
 
-def _parse_about(where: str, table: Any) -> About:
-    """Join the rows of `about`: the model as last seen, and all sources. Raises ValueError."""
+def _parse_about(where: str, table: Any) -> tuple[About, str]:
+    """Join the rows of `about`: the model as last seen, and all sources. Return this, and what
+    tells the index from another one that is made in its place. Raises ValueError."""
     if table.schema.names != _about_schema().names or not table.num_rows:
         raise _damaged(where, "its table about has other columns than expected, or no row")
-    rows = []
+    rows, made = [], set()
     for text in table["json"].to_pylist():
         try:
             row = json.loads(text)
@@ -622,6 +636,7 @@ def _parse_about(where: str, table: Any) -> About:
                     f"the index in {shown(where)} has format {number}; this version reads up to "
                     f"{FORMAT}: install a newer clipvip, or make the index again with another --out"
                 )
+            made.add(row.pop("made", ""))
             about = About(**row)._replace(sources=tuple(row["sources"]))
         except (TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError):
             raise _damaged(where, "its table about is not from clipvip embed") from None
@@ -630,10 +645,10 @@ def _parse_about(where: str, table: Any) -> About:
             raise _damaged(where, "its table about is not from clipvip embed")
         _check_width(about.width, where)
         rows.append(about)
-    if len({(row.fingerprint, row.width) for row in rows}) > 1:
+    if len({(row.fingerprint, row.width) for row in rows}) > 1 or len(made) > 1:
         raise _damaged(where, "it names several models")
     sources = dict.fromkeys(source for row in rows for source in row.sources)
-    return rows[-1]._replace(sources=tuple(sources))
+    return rows[-1]._replace(sources=tuple(sources)), made.pop()
 
 
 def _check_width(width: object, where: str) -> None:

@@ -136,6 +136,8 @@ class VideoIndex:
     def store(self) -> stored.Store:
         """The tables of the index, opened when first needed. Raises ValueError without an index."""
         with self._lock:
+            if self._store is not None and self._store.is_replaced():
+                self._store = self._memory = None
             if self._store is None:
                 migrate(self.where)
                 self._store = stored.Store.open(self.where)

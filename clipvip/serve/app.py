@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -49,6 +50,7 @@ UPLOAD_BYTES = 64 << 20
 WIDTHS = (320, 640, 1280)  # of thumbnails
 MOST_FOLDERS = 500  # that the page offers to choose from
 SEARCHES, MOST_SEARCHES = 2, 50  # at once, and with those that wait
+LOOKUPS, MOST_LOOKUPS = 2, 300  # of moments, such as those of a page's pictures
 RECEIVE_SECONDS = 120.0  # that an upload may take
 # Seconds that a decoder may take.
 PICTURE_SECONDS, FILM_SECONDS, UPLOAD_SECONDS = 20.0, 60.0, 20.0
@@ -70,6 +72,7 @@ class App:
         self.pictures, self.films = Cache(PICTURE_BYTES), Cache(FILM_BYTES)
         self.adding_ = Adding(where)
         self.searches = Threads(SEARCHES, MOST_SEARCHES)
+        self.lookups = Threads(LOOKUPS, MOST_LOOKUPS)
         self.uploads = 0
 
     async def warm_up(self) -> None:
@@ -107,7 +110,8 @@ class App:
         self.uploads += 1
         try:
             with tempfile.TemporaryDirectory(prefix="clipvip-") as folder:
-                path = Path(folder, "query.png" if main == "image" else "query.video")
+                suffix = {"image": ".png", "video": ".video"}.get(main, "")
+                path = Path(folder, f"query{suffix}")
                 await asyncio.wait_for(_receive(request, path), RECEIVE_SECONDS)
                 # A file from a stranger is decoded by a process that may crash.
                 copied = await self.decoders.run(in_decoder.copy, str(path), seconds=UPLOAD_SECONDS)
@@ -134,7 +138,7 @@ class App:
         try:
             return await self.searches.run(work)
         except ValueError as error:
-            raise ApiError(400, shown(" ".join(str(error).split()))) from None
+            raise ApiError(400, one_line(error)) from None
 
     # --- what is in the index -------------------------------------------------------------
 
@@ -147,7 +151,8 @@ class App:
             "model": shown(about.model),
             "moments": moments,
             "videos": len(files),
-            "seconds": round(sum(file.duration for file in files), 1),
+            # A stranger's index may state lengths whose sum JSON cannot hold.
+            "seconds": round(min(sum(file.duration for file in files), sys.float_info.max), 1),
             "sources": [shown(source) for source in about.sources],
             "folders": folders_of(files),
             "can_add": self.can_add,
@@ -209,9 +214,9 @@ class App:
         if not re.fullmatch(r"[0-9a-f]{16}", given, re.ASCII):
             raise ApiError(400, f"{shown(given)[:40]!r} is no id; expected 16 hexadecimal digits")
         try:
-            return await self._ask(partial(self.index.moment, given))
-        except ApiError as error:
-            raise ApiError(404, str(error)) if error.status == 400 else error from None
+            return await self.lookups.run(self.index.moment, given)
+        except ValueError as error:
+            raise ApiError(404, one_line(error)) from None
 
     async def _decoded(
         self, cache: Cache, key: str, task: tuple[Any, ...], seconds: float
@@ -301,11 +306,18 @@ def answer(value: Any, status: int = 200) -> Response:
     return Response(data, status, {"cache-control": "no-store"}, media_type="application/json")
 
 
+def one_line(error: Exception) -> str:
+    return shown(" ".join(str(error).split()))
+
+
 def values(request: Request) -> dict[str, str]:
     """Return the values of a query. Bytes that are not UTF-8 become lone surrogates, as in paths.
-    Raises ApiError for a value that is given twice."""
+    Raises ApiError for a value that is given twice, and for too many."""
     text = request.scope["query_string"].decode("latin-1")
-    pairs = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", max_num_fields=50)
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, errors="surrogateescape", max_num_fields=50)
+    except ValueError:
+        raise ApiError(400, "the address has more than 50 values") from None
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
         raise ApiError(400, f"{shown(twice[0])[:40]} is given twice")

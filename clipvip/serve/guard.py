@@ -69,7 +69,7 @@ class Guard:
         if not self._is_this_server(headers.getlist("host")):
             return 403, "the Host header names another server; open the address that was printed"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers["host"]:
+        if origin is not None and origin.partition("://")[2] != headers["host"]:
             return 403, "requests from pages of another site are refused"
         # A link from elsewhere may open the page, but nothing may be embedded or read there.
         site = headers.get("sec-fetch-site", "none")

@@ -58,9 +58,17 @@ def film(path: str, start: float, end: float) -> bytes:
 
 
 def copy(path: str) -> str:
-    """Write a copy of an uploaded image or video beside it, and return its path."""
-    made = plain_copy(Path(path))
-    copied = Path(path).with_name(made.name)
+    """Write a copy of an uploaded image or video beside it, and return its path. A file of no
+    suffix may be either."""
+    file = Path(path)
+    if file.suffix:
+        made = plain_copy(file)
+    else:
+        try:
+            made = plain_copy(file.rename(file.with_suffix(".png")))
+        except DecodeError:
+            made = plain_copy(file.with_suffix(".png").rename(file.with_suffix(".video")))
+    copied = file.with_name(made.name)
     copied.write_bytes(made.data)
     return str(copied)
 

@@ -3,6 +3,8 @@
 import asyncio
 import errno
 import ipaddress
+import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -20,6 +22,9 @@ def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
 
     Raises ValueError if there is no index, or if the server cannot listen on host and port.
     """
+    # Processes that multiprocessing starts would import a signal.py, for example, that lies in the
+    # current folder, as a stranger's index may. Python 3.10 does not know this setting.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     index = VideoIndex(where, in_memory=True)
     moments = index.count
     listening = listen(host, port)
@@ -42,8 +47,17 @@ def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
         server_header=False,
         timeout_graceful_shutdown=STOP_SECONDS,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     with listening:
         asyncio.run(uvicorn.Server(config).serve([listening]))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log says more than that answers are cut off when the server stops."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (
+        isinstance(error, asyncio.CancelledError) or str(record.msg).startswith("Cancel %s running")
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:

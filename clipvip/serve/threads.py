@@ -44,6 +44,8 @@ async def _in_thread(work: Callable[..., Result], arguments: tuple[Any, ...]) ->
             result = work(*arguments)
         except Exception as error:
             tell(future.set_exception, error)
+        except BaseException as error:  # a panic of code in Rust is one: nobody may wait for ever
+            tell(future.set_exception, RuntimeError(f"{type(error).__name__}: {error}"))
         else:
             tell(future.set_result, result)
 

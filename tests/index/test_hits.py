@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from clipvip.index import hits
 from clipvip.index.hits import Curve, best_hits, stretches
 from clipvip.index.rows import FileState
 
@@ -162,3 +163,31 @@ def test_equal_files_are_ordered_by_path_whatever_was_fetched():
 
 def test_an_empty_index_has_no_hits():
     assert best_hits(Planted([]), np.zeros(4), 3, None) == []
+
+
+def test_equal_files_are_read_many_at_once_and_long_curves_once(monkeypatch):
+    """A search among black films asks for all of them, and a film that fits has many peaks."""
+    calls = []
+
+    class Black:
+        def candidates(self, vector, most, where):
+            return [f"/v/{i:04d}.mp4" for i in range(2000)][:most], np.ones(min(most, 2000))
+
+        def curves(self, vector, paths):
+            calls.append(len(paths))
+            none, score = np.full(1, NAN), np.ones(1, np.float32)
+            return [Curve(file(path), none, none, score) for path in paths]
+
+    assert [hit.path for hit in best_hits(Black(), np.ones(1), 2, None)] == [
+        "/v/0000.mp4",
+        "/v/0001.mp4",
+    ]
+    assert sum(calls) == 2000 and len(calls) < 50
+
+    widened = []
+    real = hits._widened
+    monkeypatch.setattr(hits, "_widened", lambda *given: widened.append(1) or real(*given))
+    scores = np.where(np.arange(900) % 3, 0.3, 0.31).astype(np.float32)
+    scores[:500] = 0.2
+    start, end = windows(900)
+    assert len(stretches(start, end, scores, 5)) == 1 and len(widened) < 5

@@ -1,6 +1,7 @@
 """Properties of searches: exact, the same on disk and in memory, filtered, and shown safely."""
 
 import json
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -149,6 +150,19 @@ def test_a_server_sees_what_is_put_and_removed(about, tmp_path):
     assert index.remove("/videos/1") == 4 and index.remove("/videos/2/v.mp4") == 4
     assert index.remove("/videos") == 4 and index.remove("/videos") == 0
     assert index.count == 0 and index.about == about
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_index_made_again_in_its_place_is_seen(about, tmp_path, in_memory):
+    folder, draw = tmp_path / "index", np.random.default_rng(1)
+    index = VideoIndex(folder, in_memory=in_memory)
+    for name in ("/v/old.mp4", "/v/new.mp4"):  # with equal numbers of versions
+        Store.create(folder, about).put([planted(draw, name, 4)])
+        assert {hit.path for hit in index.search("a dog")} == {name}
+        assert [file.path for file in index.videos()] == [name]
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="no index in"):
+        index.search("a dog")
 
 
 def test_a_large_index_is_left_on_disk(where, monkeypatch):

@@ -1,5 +1,6 @@
 """Properties of the tables of an index: what is put is found, whole and once."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -400,6 +401,18 @@ def test_a_newer_format_and_a_missing_index_are_named(store, tmp_path):
 def test_other_tables_are_no_index(store, tmp_path):
     store._database.create_table("moments", [{"text": "mine"}], mode="overwrite")
     with pytest.raises(ValueError, match="other columns"):
+        Store.open(tmp_path / "index")
+
+
+@pytest.mark.parametrize("name", ["about", "moments", "bad_files"])
+def test_tables_that_name_functions_are_refused(store, tmp_path, name):
+    # LanceDB loads the model that such a note names, from anywhere, as soon as a row is added.
+    note = json.dumps([{"name": "huggingface", "source_column": "path", "vector_column": "vector"}])
+    table = store._database.open_table(name)
+    schema = table.schema.with_metadata({"embedding_functions": note})
+    store._database.drop_table(name)
+    store._database.create_table(name, None, schema=schema)
+    with pytest.raises(ValueError, match=f"table {name} has notes"):
         Store.open(tmp_path / "index")
 
 

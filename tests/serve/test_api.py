@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -71,6 +72,7 @@ def test_filters_leave_files_out(client, index):
         "q=red&k=2e1",
         "q=red&k=%D9%A3",
         "q=red&q=blue",
+        "&".join(f"a{number}=1" for number in range(51)),
         "q=red&folder=videos",
         "q=red&after=yesterday",
         "q=red&after=0000-00-00",
@@ -104,6 +106,13 @@ def test_what_is_in_the_index(client, index):
     assert [file["name"] for file in listed["videos"]] == ["blue.png", "green.avi"]
 
 
+def test_all_pictures_of_a_page_may_be_asked_for_at_once(client, red):
+    url = f"/api/thumbnail/{red['id']}.jpg"
+    with ThreadPoolExecutor(100) as pool:
+        answers = pool.map(lambda _: client.get(url).status_code, range(100))
+        assert set(answers) == {200}
+
+
 # --- uploads --------------------------------------------------------------------------------
 
 
@@ -116,6 +125,7 @@ def test_an_image_and_a_video_are_searched_and_deleted(client, index, tmp_path, 
         ("image/jpeg", picture.getvalue()),
         ("video/x-msvideo", Path(film.path).read_bytes()),
         ("application/octet-stream", Path(film.path).read_bytes()),
+        ("application/octet-stream", picture.getvalue()),
     ):
         answer = client.post("/api/search?k=2", content=data, headers={"content-type": kind})
         assert answer.status_code == 200, answer.text
@@ -281,7 +291,12 @@ def test_requests_for_this_machine_are_answered(client, host):
 
 def test_other_sites_may_open_the_page_and_nothing_else(client):
     foreign = {"origin": "http://evil.example"}
-    for headers in (foreign, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+    for headers in (
+        foreign,
+        {"origin": "null"},
+        {"origin": "http://["},
+        {"sec-fetch-site": "cross-site"},
+    ):
         assert error(client.post("/api/add", json={"path": "/"}, headers=headers), 403)
         assert error(client.post("/api/search", content=b"x", headers=headers), 403)
     cross = {"sec-fetch-site": "cross-site"}

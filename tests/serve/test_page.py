@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 import uvicorn
 
+import clipvip
+from clipvip.index.store import moment_id
 from clipvip.serve.app import build_app
 from clipvip.serve.server import listen
 
@@ -197,11 +200,21 @@ def test_the_page_finds_plays_and_is_driven_by_keys(address, tmp_path):
 
 
 def test_the_command_starts_and_stops_and_says_why_it_cannot_start(index, tmp_path):
+    command = tmp_path / "bin" / "clipvip"
+    command.parent.mkdir()
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "\nif __name__ == '__main__':\n    from clipvip.cli import main\n    main()"
+    command.write_text(code)
+    here = tmp_path / "here"  # it may come from a stranger, as an index may
+    here.mkdir()
+    for name in ("signal", "socket"):
+        (here / f"{name}.py").write_text("open('was imported', 'w').close()")
+
     def start(*arguments):
-        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        command = f"{code}from clipvip.cli import main; main()"
         return subprocess.Popen(
-            [sys.executable, "-c", command, "serve", *map(str, arguments)],
+            [sys.executable, command, "serve", *map(str, arguments)],
+            cwd=here,
+            env=os.environ | {"PYTHONPATH": str(Path(clipvip.__file__).parents[1])},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -213,14 +226,25 @@ def test_the_command_starts_and_stops_and_says_why_it_cannot_start(index, tmp_pa
     address = line.split("search at ")[1].split()[0]
     with urllib.request.urlopen(f"{address}/api/index") as answer:
         assert answer.status == 200
+    blue = next(file.path for file in index.videos() if file.path.endswith("blue.png"))
+    with urllib.request.urlopen(
+        f"{address}/api/thumbnail/{moment_id(blue, None, None)}.jpg"
+    ) as answer:
+        assert answer.status == 200
+    assert sys.version_info < (3, 11) or not (here / "was imported").exists()
     taken = start("--index", index.where, "--port", address.rpartition(":")[2])
     for refused, reason in ((taken, "is in use"), (none, "none")):
         _, error = refused.communicate(timeout=60)
         assert refused.returncode == 1 and reason in error and error.count("\n") == 1, error
-    server.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    assert server.wait(60) == 130
-    assert time.monotonic() - began < 20
-    assert "Traceback" not in server.stderr.read()
+    name, port = address.removeprefix("http://").split(":")
+    half = b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    with socket.create_connection((name, int(port))) as slow:  # still sends when the server stops
+        slow.sendall(half + b"Content-Length: 9\r\n\r\n1")
+        time.sleep(0.2)
+        server.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert server.wait(60) == 130
+        assert time.monotonic() - began < 20
+    assert server.stderr.read() == ""
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address)

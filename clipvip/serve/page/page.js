@@ -2,6 +2,7 @@
 // Names of files come from strangers: they are only ever set as text.
 
 const STEP = 48, MOST = 200;
+const UPLOAD_MB = 64; // a server that gets more hangs up, which tells a page nothing
 const byId = (id) => document.getElementById(id);
 const [q, hitList, player, video, still] = ["q", "hits", "player", "video", "still"].map(byId);
 
@@ -95,7 +96,7 @@ async function search() {
     url = "/api/search";
     options = { method: "POST", body: upload, headers: { "Content-Type": upload.type || "application/octet-stream" } };
   } else if (like) {
-    url = `/api/like/${like}`;
+    url = `/api/like/${like.replaceAll(/[^0-9a-f]/g, "-")}`; // leads nowhere else
   } else if (text) {
     url = "/api/search";
     limits.unshift(["q", text]);
@@ -112,6 +113,7 @@ async function search() {
   hitList.setAttribute("aria-busy", "true");
   say("Searching …");
   try {
+    if (upload?.size > UPLOAD_MB << 20) throw new Error(`The file is larger than ${UPLOAD_MB} MB.`);
     const answer = await fetchJson(`${url}?${joined(limits)}`, options);
     if (number !== asked) return;
     draw(answer.hits);
@@ -267,6 +269,7 @@ function convert(hit) {
   load(url, Math.max((hit.start ?? 0) - hit.film[0], 0), async () => {
     video.onerror = null;
     const answer = await fetchJson(url).catch((error) => error);
+    if (hits[current] !== hit || !player.open) return; // another one is shown now
     note(answer.message ?? "This moment cannot be played.");
   });
   video.addEventListener("playing", () => note(""), { once: true });

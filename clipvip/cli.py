@@ -305,7 +305,8 @@ def search(
     a stretch of one video; its best moment is shown.
 
     Args:
-        queries: Sentences to search for.
+        queries: Sentences to search for. They come first: --image, --video and --weights take
+            all that follows them.
         index: Folder that `clipvip embed` wrote. By default ./index, else that of the demo.
         k: Number of hits to show.
         image: Images to search for.

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,13 +133,15 @@ def changes(
         if state.content:
             by_content.setdefault(state.content, []).append(state)
     new: dict[tuple[str, str], New] = {}
+    exists = cache(os.path.lexists)
     for file, content in zip(rest, _contents(rest), strict=True):
         own = FileState(file.path, file.size, file.mtime_ns, content, file.plan, 0.0, 0.0)
         alike = [x for x in by_content.get(content, []) if has_same_moments(x, file.plan)]
         alike.sort(key=lambda state: state.path != file.path)  # a touched file first
         if alike:
-            # A file that is nowhere any more has moved, even with its folder.
-            lost = (x for x in alike if x.path in under and not os.path.lexists(x.path))
+            # A file that is nowhere any more has moved, even with its folder, and even if that is
+            # not named. If it was on a disk that is not mounted, its content will be known there.
+            lost = (x for x in alike if not exists(x.path))
             free = next((x for x in lost if x.path not in found.moved), None)
             if alike[0].path == file.path:
                 found.moved[file.path] = _renewed(alike[0], own)

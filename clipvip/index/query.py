@@ -131,12 +131,12 @@ class Encoder:
             return _unit(model.get_text_features(**processor(text=text)))
 
     def _file(self, path: Path) -> np.ndarray:
+        if not path.is_file():  # before the imports, which take seconds
+            raise ValueError(f"{shown(path)} is no file; expected an image or video to search with")
         from clipvip.data.annotations import Clip
         from clipvip.data.loading import BadFile
         from clipvip.embedding import embed_clips
 
-        if not path.is_file():
-            raise ValueError(f"{shown(path)} is no file; expected an image or video to search with")
         model, processor = self._loaded()
         bad: list[BadFile] = []
         options: dict[str, Any] = {"batch_size": 1, "num_workers": 0, "decoder": "pyav"}

@@ -50,7 +50,7 @@ class Moment:
 class Where:
     """Which files a search looks at; None leaves a limit out.
 
-    folder: absolute path; files in it and below.
+    folder: files in it and below; an absolute path, except for VideoIndex, which makes it one.
     min_duration, max_duration: seconds, of the whole file.
     after, before: seconds since 1970; after ≤ date < before.
     """

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ class VideoIndex:
         Raises ValueError for a query that is empty or cannot be read, for k < 1, if there is no
         index or it is damaged, and for a model that has changed or moved.
         """
-        _check(k, where)
+        where = _checked(k, where)
         queries = list(query) if isinstance(query, list | tuple) else [query]
         vector = self._encoder_of_index().combined(queries, weights)
         return best_hits(self._source(), vector, k, where)
@@ -99,7 +99,7 @@ class VideoIndex:
 
         hit: a hit, or a moment's id. Raises ValueError if this index has no such moment.
         """
-        _check(k, where)
+        where = _checked(k, where)
         moment, vector = self._moment(hit.moment.id if isinstance(hit, Hit) else hit)
         vector = (vector / np.linalg.norm(vector)).astype(np.float32)
         found = best_hits(self._source(), vector, k + 1, where)
@@ -111,8 +111,7 @@ class VideoIndex:
 
     def videos(self, where: Where | None = None) -> list[FileState]:
         """Return the state of every file, by path."""
-        _check(1, where)
-        return sorted(self.store.files(where).values(), key=lambda file: file.path)
+        return sorted(self.store.files(_checked(1, where)).values(), key=lambda file: file.path)
 
     def remove(self, path: str | Path) -> int:
         """Remove a file, or all files in a folder and below. Return the number of moments removed.
@@ -221,11 +220,15 @@ def _within(moment: Moment, hit: Hit) -> bool:
     return hit.path == moment.file.path and begins and ends
 
 
-def _check(k: Any, where: Where | None) -> None:
-    """Raise ValueError for numbers with which nothing can be searched."""
+def _checked(k: Any, where: Where | None) -> Where | None:
+    """Return a filter with the folder as the index names it. Raises ValueError for numbers with
+    which nothing can be searched."""
     if not isinstance(k, int) or not 1 <= k <= MOST_HITS:
         raise ValueError(f"k is {k!r}; expected 1 to {MOST_HITS}")
     for limit in fields(where) if where is not None else ():
         value = getattr(where, limit.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{limit.name} is {value}; expected a finite number")
+    if where is None or where.folder is None:
+        return where
+    return replace(where, folder=os.path.abspath(where.folder))

@@ -116,6 +116,14 @@ def test_a_moved_folder_moves_and_files_of_equal_content_are_embedded_once(video
     assert len(found.new) == 1
 
 
+def test_what_moved_out_of_an_unnamed_folder_is_there_once(videos, tmp_path):
+    held = put(compare([videos], {}), {})
+    os.rename(videos, tmp_path / "films")
+    found = compare([tmp_path / "films"], held)
+    assert names(found) == ([], [(f"{x}.mp4", f"{x}.mp4") for x in "abc"], [])
+    assert sorted(put(found, held)) == sorted(map(str, (tmp_path / "films").rglob("*.mp4")))
+
+
 def test_rows_of_other_sources_and_of_absent_disks_stay(videos, tmp_path):
     held = put(compare([videos], {}), {})
     shutil.rmtree(videos / "deep")  # as if it were not mounted

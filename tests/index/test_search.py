@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,6 +226,14 @@ def test_search_in_memory_is_exact(kind):
 def test_a_wrong_k_is_refused(index, k):
     with pytest.raises(ValueError, match="k is"):
         index.search("a dog", k)
+
+
+@pytest.mark.parametrize("folder", ["videos/a", Path("/videos/a"), "/videos/b/../a/", "/videos//a"])
+def test_a_filter_takes_any_form_of_a_folder(index, folder, monkeypatch):
+    monkeypatch.chdir("/")
+    filtered = index.search("a dog", 100, where=Where(folder=folder))
+    assert {hit.path for hit in filtered} == {f"/videos/{name}" for name in ("a/x.mp4", "a/y.mp4")}
+    assert len(index.videos(Where(folder=folder))) == 2
 
 
 def test_an_absent_index_is_one_line(tmp_path):

@@ -147,7 +147,9 @@ class PartReader:
             spans = self.division.spans(video, task.place)
         else:
             spans = sorted(given, key=lambda span: span[0] or 0.0)
-        return Facts(spans, video.index.duration, video.video.recorded, video.index.damage)
+        # In ms, as spans are: a sum of 61.00000000000001 s would not pass a filter of 61 s.
+        duration = round(video.index.duration, 3)
+        return Facts(spans, duration, video.video.recorded, video.index.damage)
 
     def _image_facts(self, task: Task) -> Facts:
         given = self.files[task.place][1]

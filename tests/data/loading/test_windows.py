@@ -231,6 +231,12 @@ def test_files_are_divided_without_reading_their_frames(make_video, tmp_path):
     assert bad_files == [BadFile(str(tmp_path / "none.mp4"), "no such file", 0)]
 
 
+def test_a_duration_is_one_that_people_can_ask_for(make_video):
+    path = make_video("f.mp4", count=57, fps=10)
+    ((_, facts),) = divide_files(PartReader([(path, None)], SHORT, **READING), [], 0)
+    assert facts.duration == 5.7  # not 5.700000000000001
+
+
 @pytest.mark.parametrize(
     "stated, seconds",
     [

@@ -6,9 +6,8 @@ The index and evaluation embed through this module, so that search needs no trai
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import filterfalse
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,10 +163,10 @@ def embed_files(
     num_workers: int | None,
     decoder: str,
     on_moments: Callable[[int], None] = lambda moments: None,
-    skip: Callable[[int], bool] = lambda place: False,
+    order: Iterable[int] | None = None,
 ) -> Iterator[Embedded]:
     """Embed the moments of files, in the caller's `autocast`, and yield each file once all of its
-    moments are embedded, in order.
+    moments are embedded, in that order.
 
     A moment's vector is the feature of Clip(path, start, end). What cannot be read is left out: a
     file without any readable moment is not yielded, and each file that lacks moments is added to
@@ -180,7 +179,8 @@ def embed_files(
     batch_size: moments per batch. num_workers: processes that decode; None for one per core.
     decoder: see clipvip.data.loading.LoaderOptions.
     on_moments: called with the number of moments in each batch, once they are embedded.
-    skip: called with a place just before its file is read; if it returns True, the file is not.
+    order: places of the files to read, asked for one by one just before each is read; by default
+        all. DALI reads all files in their own order.
 
     Raises ValueError for a window or a stride out of its range.
     """
@@ -200,8 +200,8 @@ def embed_files(
         return {key: send(value, model.device) for key, value in given.items()}
 
     rows: dict[int, list[tuple[Span, Tensor]]] = defaultdict(list)
-    wanted = filterfalse(skip, range(len(files)))
-    batches = moment_batches(reader, wanted, bad_files, batch_size, workers)
+    places = range(len(files)) if order is None else order
+    batches = moment_batches(reader, places, bad_files, batch_size, workers)
     for batch, sent in sent_ahead(batches, send_frames, model.device):
         if sent:
             frames = normalize_frames(

@@ -16,6 +16,7 @@ from PIL import Image
 from clipvip.data.annotations import Clip
 from clipvip.data.video import read_frames
 from clipvip.index import Hit
+from demo.found import Found, margin
 
 NAMES = {"clip_vip": "CLIP-ViP", "mean_pool": "mean-pooled frames"}
 PAINT = {"clip_vip": "#2f6fed", "mean_pool": "#e08a1e", "chance": "#b8bec9"}
@@ -23,7 +24,6 @@ STAGES = {"pretrain": "post-pretraining", "finetune": "fine-tuning"}
 STRIP_FRAMES, STRIP_SIZE = 6, 64
 SHOWN, QUERIES = 3, 12  # clips per query, queries per page
 FILM_QUERIES = 6
-Found = list[tuple[Clip, list[Hit]]]  # clips, each with all hits for its sentence, best first
 
 
 def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -> None:
@@ -60,7 +60,7 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
         axis.axvline(split, color="#8a93a3", linestyle=":", linewidth=1)
         axis.set_xlabel("step")
     loss.legend(frameon=False, loc="center right")
-    recall.legend(frameon=False, loc="upper left")
+    recall.legend(frameon=False, loc="center right")
     top = loss.get_ylim()[1]
     loss.set_ylim(0, top)
     style = {"rotation": 90, "va": "top", "color": "#5b6472"}
@@ -157,10 +157,11 @@ def _film_card(query: Clip, hits: list[Hit]) -> str:
     hit = hits[0]
     film, start, end = Path(hit.path), hit.start or 0.0, hit.end or hit.moment.file.duration
     left, width = (100 * x / hit.moment.file.duration for x in (start, end - start))
+    verdict = "hit" if margin(hits, query) > 0 else "miss"
     true = f"{query.video.name} {clock(query.start or 0)}–{clock(query.end or 0)}"
     return (
         f"<section><h2>“{html.escape(query.text[0])}”</h2>"
-        f"<h3><span>{film.name} {clock(start)}–{clock(end)}</span>"
+        f'<h3><span class="{verdict}">{film.name} {clock(start)}–{clock(end)}</span>'
         f"<span>shot: {true} · score {hit.score:.2f}</span></h3>"
         f'<div class="film"><i style="left:{left:.2f}%;width:{width:.2f}%"></i></div>'
         f'<img src="{_strip(film, start, end)}" alt="frames of the moment, first to last">'

@@ -22,14 +22,15 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
-from clipvip.data.annotations import Clip, load_annotations
-from clipvip.index import Hit, VideoIndex
+from clipvip.data.annotations import load_annotations
+from clipvip.index import VideoIndex
 from clipvip.model import CLIPViPConfig, CLIPViPModel, CLIPViPProcessor
 from clipvip.training.config import load_config
 from clipvip.training.evaluate import evaluate_checkpoint
 from clipvip.training.trainer import train
+from demo.found import Found, margin, search_all
 from demo.render import FRAMES as CLIP_FRAMES
-from demo.render import RATE, SHOT_FRAMES, render_all, render_films
+from demo.render import RATE, render_all, render_films
 from demo.report import page, plot
 
 HERE = Path(__file__).parent
@@ -43,14 +44,10 @@ MODELS = {
 }
 STAGES = ("pretrain", "finetune")
 INDEXES = {"clips": "index", "films": "films"}  # folders beside the model's runs
-# Seconds. Clips are no longer than their window, so each is one moment. For the films, a window and
-# its stride together are as long as the shortest shot, so that every shot holds one without a cut.
-WINDOW = {"clips": CLIP_FRAMES / RATE, "films": 0.8 * SHOT_FRAMES[0] / RATE}
-OVERLAP = 0.5  # least intersection over union of a moment that counts as found
+# Length and stride in seconds. A clip is as long as its window, so it is one moment. For the films,
+# both together are less than the shortest shot, so that every shot holds a window without a cut.
+WINDOWS = {"clips": (CLIP_FRAMES / RATE, CLIP_FRAMES / RATE), "films": (2.75, 0.75)}
 SURE = 1e-4  # margin of cosines that is safe against rounding in another process
-
-# Clips, each with all hits of the search for its sentence, best first.
-Found = list[tuple[Clip, list[Hit]]]
 
 
 def main() -> None:
@@ -126,7 +123,8 @@ def measure(
     found = {}
     for kind, split, folder in (("clips", "heldout", "clips/heldout"), ("films", "films", "films")):
         index = VideoIndex(out / INDEXES[kind], in_memory=True)
-        index.add(OUT / folder, checkpoint, window=WINDOW[kind], stride=WINDOW[kind] / 4)
+        window, stride = WINDOWS[kind]
+        index.add(OUT / folder, checkpoint, window=window, stride=stride)
         found[kind] = search_all(index, load_annotations(splits[split]))
     first = [margin(hits, shot) > 0 for shot, hits in found["films"]]
     figures["films"] = {"R@1": round(100 * sum(first) / len(first), 2)}
@@ -139,27 +137,6 @@ def search_again(kind: str, found: Found, index: Path) -> None:
     command = ["search", to_search(margins, kind), "--index", str(index), "-k", "5"]
     print("\n$ clipvip " + shlex.join(command), flush=True)
     subprocess.run([sys.executable, "-m", "clipvip.cli", *command], check=True)
-
-
-def search_all(index: VideoIndex, clips: list[Clip]) -> Found:
-    """Search for the sentence of each clip. Returns each clip with all hits, best first."""
-    return [(clip, index.search(clip.text[0], index.count)) for clip in clips]
-
-
-def overlap(hit: Hit, clip: Clip) -> float:
-    """Intersection over union of a hit's best moment and a clip, which may be part of a film."""
-    if Path(hit.path) != clip.video.resolve():
-        return 0.0
-    if hit.start is None or hit.end is None or clip.start is None or clip.end is None:
-        return 1.0
-    shared = max(0.0, min(hit.end, clip.end) - max(hit.start, clip.start))
-    return shared / (hit.end - hit.start + clip.end - clip.start - shared)
-
-
-def margin(hits: list[Hit], clip: Clip) -> float:
-    """Score of a clip's own hit minus that of the best other hit: above 0 if it is found first."""
-    own = max((hit.score for hit in hits if overlap(hit, clip) >= OVERLAP), default=-1.0)
-    return own - max((hit.score for hit in hits if overlap(hit, clip) < OVERLAP), default=-1.0)
 
 
 def to_search(margins: dict[str, float], where: str) -> str:

@@ -98,32 +98,40 @@ def hit(score, path, start=None, end=None):
     return Hit(score, Moment("0" * 16, file, start, end), start, end)
 
 
-def test_a_margin_is_the_distance_of_the_own_hit_to_the_best_other_one(tmp_path):
+def test_every_shot_of_a_film_holds_a_window_without_a_cut_that_counts_as_found():
     pytest.importorskip("matplotlib")
+    from demo import found, render, run
+
+    window, stride = run.WINDOWS["films"]
+    shortest, longest = (frames / render.RATE for frames in render.SHOT_FRAMES)
+    assert window + stride <= shortest
+    assert window / longest >= found.OVERLAP
+
+
+def test_a_margin_is_the_distance_of_the_own_hit_to_the_best_other_one(tmp_path):
     from clipvip.data.annotations import Clip
-    from demo import run
+    from demo import found
 
     one = Clip(tmp_path / "1.mp4", text=("one",))
     hits = [hit(0.7, tmp_path / "1.mp4"), hit(0.4, tmp_path / "2.mp4")]
-    assert run.margin(hits, one) == pytest.approx(0.3)
-    assert run.margin(hits, Clip(tmp_path / "2.mp4")) == pytest.approx(-0.3)
+    assert found.margin(hits, one) == pytest.approx(0.3)
+    assert found.margin(hits, Clip(tmp_path / "2.mp4")) == pytest.approx(-0.3)
 
     shot = Clip(tmp_path / "1.mp4", 10.0, 14.0)
     film = [hit(0.6, tmp_path / "1.mp4", 11, 14), hit(0.5, tmp_path / "1.mp4", 20, 23)]
-    assert run.margin(film, shot) == pytest.approx(0.1)
-    assert run.margin(film[1:], shot) < 0  # not found at all
+    assert found.margin(film, shot) == pytest.approx(0.1)
+    assert found.margin(film[1:], shot) < 0  # not found at all
 
 
 def test_a_moment_is_found_if_it_shares_half_of_what_both_cover(tmp_path):
-    pytest.importorskip("matplotlib")
     from clipvip.data.annotations import Clip
-    from demo import run
+    from demo import found
 
     film = tmp_path / "film.mp4"
     shot = Clip(film, 10.0, 14.0)
     for start, end, shared in ((10, 14, 1), (11, 14, 3 / 4), (12, 16, 1 / 3), (14, 18, 0)):
-        assert run.overlap(hit(0.5, film, start, end), shot) == pytest.approx(shared)
-    assert run.overlap(hit(0.5, tmp_path / "other.mp4", 10, 14), shot) == 0
+        assert found.overlap(hit(0.5, film, start, end), shot) == pytest.approx(shared)
+    assert found.overlap(hit(0.5, tmp_path / "other.mp4", 10, 14), shot) == 0
 
 
 def test_a_film_shows_each_held_out_scene_once_from_cut_to_cut(tmp_path, monkeypatch):

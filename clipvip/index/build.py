@@ -6,15 +6,17 @@ there. Several builds may write to one index at once, and the ranks of one build
 is read, the index is asked again whether another build has put it meanwhile.
 """
 
+import itertools
 import math
 import os
+import random
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -171,7 +173,10 @@ class _Build:
         self.moved = 0
         self._save_due = time.monotonic() + SAVE_SECONDS
         self._look_due = time.monotonic() + LOOK_SECONDS
-        self._held: dict[str, FileState] = {}
+        # Version of the index, if only this process has changed it since it was last read.
+        self._version = self.store.version() if self.store else None
+        self._alone = True
+        self._held: dict[str, FileState] = {}  # when it was last read
 
     # --- what needs no model ---
 
@@ -194,6 +199,7 @@ class _Build:
         for moves in _chunks(list(found.moved.items())):
             done |= self.store.move(dict(moves))
         self.moved = len(done)
+        self._version = self.store.version()
         named = {file.path: file for file in files}
         wanted = [state for _, state in (*found.copied, *found.moved.items())]
         found.new += [New(named[x.path], [x]) for x in wanted if x.path not in done]
@@ -236,8 +242,6 @@ class _Build:
         owners = [place for place, new in enumerate(mine) for _ in new.file.parts]
         parts = [part for new in mine for part in new.file.parts]
         given = [(Path(mine[own].file.path), part) for own, part in zip(owners, parts, strict=True)]
-        # All parts of a file are skipped, or none.
-        is_put = cache(lambda own: self._is_put(mine[own].file))
         unread: list[BadFile] = []
         not_finite: set[int] = set()
         whole: dict[int, list[Embedded]] = {}
@@ -247,7 +251,7 @@ class _Build:
             given,
             unread,
             on_moments=done.moments,
-            skip=lambda place: is_put(owners[place]),
+            order=self._order(mine),
             **options,
         ):
             own = owners[one.place]
@@ -270,19 +274,36 @@ class _Build:
         for path, reason in bad.items():
             self.bad_files |= {state.path: reason for state in by_path[path].states}
 
-    def _is_put(self, file: NamedFile) -> bool:
-        """Whether another build has put a file since this one began."""
+    def _order(self, mine: list[New]) -> Iterator[int]:
+        """Yield the places of all parts of files, one file after the other, without those that
+        another build has put meanwhile.
+
+        As soon as there is another build, the order is random, so that the two share the work.
+        """
+        ends = list(itertools.accumulate(len(new.file.parts) for new in mine))
+        left, alone = deque(range(len(mine))), self._alone
+        while left:
+            self._look()
+            if alone and not self._alone:
+                alone = False
+                random.shuffle(left)
+            own = left.popleft()
+            if is_held(mine[own].file, self._held.get(mine[own].file.path)):
+                self.by_others += 1
+            else:
+                yield from range(ends[own] - len(mine[own].file.parts), ends[own])
+
+    def _look(self) -> None:
+        """Read what the index holds, if another process has changed it and the last look is not too
+        recent."""
         started = time.monotonic()
-        if started > self._look_due:
-            if self.store is None and is_index(self.where):
-                self.store = Store.create(self.where, self.about)
-            self._held = self.store.files() if self.store else {}
-            took = time.monotonic() - started
-            self._look_due = time.monotonic() + max(LOOK_SECONDS, 20 * took)
-        if not is_held(file, self._held.get(file.path)):
-            return False
-        self.by_others += 1
-        return True
+        if started < self._look_due:
+            return
+        if self.store is None and is_index(self.where):
+            self.store = Store.create(self.where, self.about)
+        if self.store is not None and (version := self.store.version()) != self._version:
+            self._version, self._held, self._alone = version, self.store.files(), False
+        self._look_due = time.monotonic() + max(LOOK_SECONDS, 20 * (time.monotonic() - started))
 
     def _save(self) -> None:
         """Put the files that are ready."""
@@ -300,8 +321,14 @@ class _Build:
                 rows.append((state, spans, vectors))
         if rows:
             with self._errors():
-                self.store = self.store or Store.create(self.where, self.about)
+                if self.store is None:
+                    self.store = Store.create(self.where, self.about)
+                    self._version = self.store.version()
+                before = self.store.version()
                 self.store.put(rows)
+                after = self.store.version()
+                alone = before == self._version and after == before + 1
+                self._version = after if alone else None
         self.embedded += len(rows)
         self.ready.clear()
         # However large the index grows, saving takes at most a twentieth of the time.

@@ -414,7 +414,7 @@ class Store:
         or extend the approximate index of a large collection."""
         with _reported(self.where):
             self._delete_duplicates()
-            self._index_vectors()
+            self._index_columns()
             for table in (self._about, self._bad_files, self._moments):
                 try:
                     _committed(
@@ -424,14 +424,21 @@ class Store:
                     if not _CONFLICT.search(str(error)):  # else the next process tidies
                         raise
 
-    def _index_vectors(self) -> None:
-        """Make the approximate index of a large table; again after most of its rows are new."""
-        from lancedb.index import IvfRq
+    def _index_columns(self) -> None:
+        """Make what a large table is searched by: sorted paths and ids, and the approximate index
+        of vectors; the latter again after most of its rows are new."""
+        from lancedb.index import BTree, IvfRq
 
         rows = int(self._moments.count_rows())
-        if rows <= EXACT_ROWS or self._width % 8:  # which this kind of index needs
+        if rows <= EXACT_ROWS:
             return
-        known = [index for index in self._moments.list_indices() if "vector" in index.columns]
+        indices = self._moments.list_indices()
+        for column in ("path", "id"):
+            if not any(column in index.columns for index in indices):
+                _committed(self._moments.create_index, column, config=BTree())
+        if self._width % 8:  # which an approximate index needs
+            return
+        known = [index for index in indices if "vector" in index.columns]
         if known and 2 * known[0].num_indexed_rows >= rows:
             return
         partitions = max(1, rows // PARTITION_ROWS)
@@ -457,10 +464,13 @@ class Store:
         gone = _in(paths)
         with _reported(self.where):
             before = self._moments.version
-            # No stored row has this mark, so every row is new.
-            merge = self._moments.merge_insert("put").when_not_matched_insert_all()
-            merge = merge.when_not_matched_by_source_delete(gone)
-            result = _committed(merge.execute, table)
+            if self._moments.count_rows(gone):
+                # No stored row has this mark, so every row is new.
+                merge = self._moments.merge_insert("put").when_not_matched_insert_all()
+                merge = merge.when_not_matched_by_source_delete(gone)
+                result = _committed(merge.execute, table)
+            else:  # a merge reads the whole table, which a large index should not do for new files
+                result = _committed(self._moments.add, table)
             if result.version != before + 1:  # another process has committed meanwhile
                 for some in _chunks(paths):
                     self._delete_duplicates(_in(some))

@@ -503,6 +503,7 @@ def test_changes_that_others_prevent_are_retried_and_then_named(store, monkeypat
         calls.append(args)
         raise RuntimeError("lance error: Retryable commit conflict for version 18\nmore")
 
+    store.put([one("/v/a.mp4")])
     monkeypatch.setattr(LanceMergeInsertBuilder, "execute", busy)
     with pytest.raises(ValueError, match=r"other processes .* run the same command again"):
         store.put([one("/v/a.mp4")])
@@ -511,11 +512,19 @@ def test_changes_that_others_prevent_are_retried_and_then_named(store, monkeypat
     store.tidy()
 
 
+def test_new_files_are_put_without_reading_the_table(store, monkeypatch):
+    """A merge would read all of a large index each time."""
+    monkeypatch.setattr(LanceMergeInsertBuilder, "execute", None)
+    store.put([one("/v/a.mp4")])
+    store.put([one("/v/b.mp4")])
+    assert set(store.files()) == {"/v/a.mp4", "/v/b.mp4"}
+
+
 def test_a_full_disk_is_no_damage(store, monkeypatch):
     def full(self, *args, **options):
         raise RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), a")
 
-    monkeypatch.setattr(LanceMergeInsertBuilder, "execute", full)
+    monkeypatch.setattr(type(store._moments), "add", full)
     with pytest.raises(OSError, match=r"No space left on device: .*index"):
         store.put([one("/v/a.mp4")])
 
@@ -524,8 +533,8 @@ def test_a_large_index_is_searched_nearly_exactly(store, monkeypatch):
     monkeypatch.setattr(store_module, "EXACT_ROWS", 300)
     store.put([one(f"/v/{i}/a.mp4", n=60, seed=i, date=i) for i in range(10)])
     store.tidy()
-    (index,) = store._moments.list_indices()
-    assert index.columns == ["vector"] and index.num_indexed_rows == 600
+    indexed = {index.columns[0]: index.num_indexed_rows for index in store._moments.list_indices()}
+    assert indexed == {"vector": 600, "path": 600, "id": 600}
     store.put([one(f"/v/{i}/b.mp4", n=10, seed=50 + i) for i in range(10)])  # not yet in the index
     store.drop(["/v/3/a.mp4"])
     rows = store.everything()

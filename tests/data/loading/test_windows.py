@@ -121,7 +121,7 @@ def test_a_part_holds_no_more_frames_than_it_may(make_video, monkeypatch):
     ):
         monkeypatch.setattr(module, "PART", int(size))
         reader = PartReader([(path, None)], Division(0.4, 0.2, scenes=False), **READING)
-        found = [part for part, _ in read_parts(reader, 0)]
+        found = [part for part, _ in read_parts(reader, [0], 0)]
         assert [len(part.spans) for part in found] == parts
         assert [part.frames.nbytes for part in found] == [moment * count for count in parts]
 

@@ -139,7 +139,7 @@ ROUTES = (
         (),
         (JSON, "The state, as GET /api/add gives it."),
         ((JSON,), '{"path": an absolute path on the machine of the server}'),
-        (400, 403, 409, 415),
+        (400, 403, 409, 413, 415),
     ),
     ApiRoute(
         "GET",
@@ -156,7 +156,7 @@ REASONS = {
     404: "There is no such moment, or its file has changed or is gone.",
     408: "The upload took too long.",
     409: "A folder is being added already.",
-    413: "The upload is too large.",
+    413: "The body is too large.",
     415: "The body has another type.",
     416: "The range lies outside of the file.",
     422: "The file cannot be decoded.",

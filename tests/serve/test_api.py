@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -49,6 +50,12 @@ def test_hits_come_best_first_with_all_that_a_client_needs(client, index):
     assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
     assert search(client, q="blue")[0]["image"] is True
     assert len(search(client, q="red", k=1)) == 1
+
+
+def test_lengths_too_large_for_json_are_described(client, index, monkeypatch):
+    files = [replace(file, duration=1.7e308) for file in index.videos()]
+    monkeypatch.setattr(index, "videos", lambda where=None: files)
+    assert client.get("/api/index").json()["videos"] == len(files)
 
 
 def test_filters_leave_files_out(client, index):

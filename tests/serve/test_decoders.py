@@ -9,6 +9,7 @@ import pytest
 
 from clipvip.data.video import DecodeError
 from clipvip.serve.decoders import Decoders
+from clipvip.serve.threads import Threads
 
 
 def crash() -> None:
@@ -57,3 +58,14 @@ def test_crashes_hangs_and_errors_leave_the_others_working():
         anyio.run(all_of_them)
     finally:
         decoders.close()
+
+
+def test_work_in_a_thread_always_ends():
+    def panic():
+        raise KeyboardInterrupt("no Exception")
+
+    async def run():
+        with anyio.fail_after(5), pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+            await Threads(1, 1).run(panic)
+
+    anyio.run(run)

@@ -106,7 +106,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 20.0) -> Any:
+    def wait(self, expression: str, seconds: float = 60.0) -> Any:
         """Return the value of an expression once it is true."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(expression)):

@@ -63,12 +63,12 @@ def contestants(
     divided = {"window": WINDOW, "stride": STRIDE, "scenes": False}
     reading = {name: value for name, value in processor.loading().items() if name != "text_length"}
     reader = PartReader([(path, None)], Division(**divided), **reading)
-    found = [*moment_batches(reader, [], BATCH, workers)]
+    found = [*moment_batches(reader, [0], [], BATCH, workers)]
     clips = [Clip(path, *span) for batch in found for _, span in batch.moments]
     seconds = found[-1].done[-1].duration
 
     def read_together() -> int:
-        batches = moment_batches(reader, [], BATCH, workers)
+        batches = moment_batches(reader, [0], [], BATCH, workers)
         return sum(len(batch.pixel_values) for batch in batches)
 
     def read_one_by_one() -> int:

@@ -316,7 +316,7 @@ def check_folder(out: Path, what: str, is_ours: Callable[[], bool]) -> str:
         # Here bad_files.jsonl is not ours: it is written after what tells that a folder is.
         ours = re.compile(r"\..*|.*\.partial", re.DOTALL)
         others = sorted(entry for entry in os.listdir(out) if not ours.fullmatch(entry))
-        if others:
+        if others and not is_ours():  # another process may have made it one
             raise ValueError(f"{name} holds {shown(others[0])!r} and no {noun}; {own}")
     return own
 

@@ -41,7 +41,7 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 
-from clipvip.files import check_folder, shown
+from clipvip.files import check_folder, only_run, shown
 from clipvip.index.rows import About, FileState, Moment, Where
 
 FORMAT = 3
@@ -148,15 +148,15 @@ class Store:
         model.
         """
         name = os.fspath(where)
-        check_place(name)
         _check_width(about.width, name)
+        check_place(name)
         database = _connect(name)
-        with _reported(name):
+        with _alone(name), _reported(name):
             # The table `about` comes first: of two processes that begin at once, one makes it, and
             # the other compares its model with that one's.
             made = secrets.token_hex(8)
-            _make(database, "about", _about_schema(), _about_row(about, made))
-            stored, made = _parse_about(name, database.open_table("about").to_arrow())
+            table = _make(database, "about", _about_schema(), _about_row(about, made))
+            stored, made = _parse_about(name, table.to_arrow())
             _check_model(name, stored, about)
             _make(database, "moments", _moments_schema(about.width))
             _make(database, "bad_files", _bad_files_schema())
@@ -168,12 +168,12 @@ class Store:
 
     def _table(self, name: str, schema: Any) -> Any:
         with _reported(self.where):
-            if name not in _tables(self._database):
+            table = _opened(self._database, name)
+            if table is None:
                 raise StoreError(
                     f"the index in {shown(self.where)} lacks its table {name}: its first build has "
                     "just begun or was killed; run the same clipvip embed again"
                 )
-            table = self._database.open_table(name)
             if table.schema.names != schema.names or table.schema.types != schema.types:
                 raise _damaged(self.where, f"table {name} has other columns than expected")
             # It can name functions that LanceDB runs when rows are added: with any model, from
@@ -732,18 +732,38 @@ def _tables(database: Any) -> list[str]:
             return names
 
 
-def _make(database: Any, name: str, schema: Any, data: Any = None) -> None:
-    """Create a table unless it is there; of several processes, the first one makes it."""
-    if name in _tables(database):
-        return
+def _opened(database: Any, name: str) -> Any | None:
+    """Open a table; None if it does not exist, or if the process that makes it has not committed it
+    yet, or was killed before."""
+    if name not in _tables(database):
+        return None
     try:
-        database.create_table(name, data, schema=schema)
-    except Exception:
-        for _ in range(100):  # the other process may be about to commit it
-            if name in _tables(database):
-                return
-            time.sleep(0.02)
-        raise
+        return database.open_table(name)
+    except ValueError as error:
+        if "was not found" not in str(error):
+            raise
+        return None
+
+
+@contextmanager
+def _alone(where: str) -> Iterator[None]:
+    """Let one process at a time create the tables of an index in a folder.
+
+    Of two that create the same table at once, LanceDB 0.40 lets both succeed, and the rows that the
+    first one has added meanwhile are lost.
+    """
+    if _is_uri(where):  # a bucket refuses to write a file that exists
+        yield
+        return
+    with only_run(Path(_local(where)), "begins an index"):
+        yield
+
+
+def _make(database: Any, name: str, schema: Any, data: Any = None) -> Any:
+    """Open a table, or create it."""
+    if (table := _opened(database, name)) is not None:
+        return table
+    return database.create_table(name, data, schema=schema)
 
 
 def _committed(change: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from functools import partial
 
 import lancedb  # noqa: F401  # takes a second, which the forks are spared
@@ -37,6 +38,8 @@ def forked(work, **environment):
         status = 1
         try:
             status = work()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return process

@@ -286,7 +286,7 @@ class Store:
             if exact:
                 search = search.bypass_vector_index()
             else:
-                search = search.nprobes(PARTITIONS).refine_factor(REFINED)
+                search = search.nprobes(MOST_PARTITIONS).refine_factor(REFINED)
             table = search.to_arrow()
             vectors = self._vectors(table)
             scores = vectors @ query
@@ -441,7 +441,7 @@ class Store:
         known = [index for index in indices if "vector" in index.columns]
         if known and 2 * known[0].num_indexed_rows >= rows:
             return
-        partitions = max(1, rows // PARTITION_ROWS)
+        partitions = max(1, min(MOST_PARTITIONS, rows // PARTITION_ROWS))
         config = IvfRq(distance_type="dot", num_partitions=partitions, max_iterations=20)
         _committed(self._moments.create_index, "vector", config=config, replace=True)
 
@@ -589,8 +589,9 @@ _ROW = (*_FILE, *_SPAN)
 _ID = re.compile(r"[0-9a-f]{16}")
 
 # The approximate index holds one bit per value of a vector. A search reads all of it, as texts lie
-# far from all videos and so between partitions, and compares REFINED * k moments exactly.
-PARTITION_ROWS, PARTITIONS, REFINED = 10_000, 1_000_000, 40
+# far from all videos and so between partitions, and compares REFINED * k moments exactly. More
+# partitions make the bits more exact, and the index slower to make.
+PARTITION_ROWS, MOST_PARTITIONS, REFINED = 10_000, 256, 40
 
 
 def _moments_schema(width: int) -> Any:

@@ -290,6 +290,7 @@ function stop() {
 }
 
 player.addEventListener("close", () => {
+  if (player.open) return; // the event comes late, and another hit was opened meanwhile
   stop();
   cards()[current]?.focus();
 });

@@ -14,6 +14,7 @@ An index of 10M moments takes 11 GB of disk, and about half an hour to make.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `clipvip search` and `serve` do
 
 import numpy as np
 import pytest

@@ -366,6 +366,8 @@ def serve(
         host: Address to listen on.
         port: Port to listen on; 0 for any that is free.
     """
+    # Threads of NumPy would spin after each product, at the cost of torch's.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from clipvip.serve import serve as serve_index
     except ModuleNotFoundError as error:

@@ -75,7 +75,7 @@ def scores_of(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -> list[Hit]:
     """Return the k best hits for a unit vector [P], best first, then by path and time."""
-    most, at_once = 4 * k + 32, k
+    most, at_once = 16 * k + 128, k  # windows of one film take many places
     seen: set[str] = set()
     found: list[Hit] = []
     while True:

@@ -57,8 +57,8 @@ class Encoder:
     machine or has changed.
     """
 
-    def __init__(self, about: About) -> None:
-        self.about = about
+    def __init__(self, about: About, by_torch: bool = False) -> None:
+        self.about, self._by_torch = about, by_torch
         self._loading = threading.RLock()
 
     def combined(self, queries: Sequence[Query], weights: Sequence[float] | None) -> np.ndarray:
@@ -169,7 +169,7 @@ class Encoder:
         if note.tower is None:
             return None
         try:
-            tower = TextTower(note.tower, self._folder)
+            tower = TextTower(note.tower, self._folder, self._by_torch)
         except (UnusualModel, OSError):
             return None
         # What was read belongs to the noted fingerprint only if it was not replaced meanwhile.

@@ -66,10 +66,13 @@ class Description:
 
 
 class TextTower:
-    """A text tower in memory; see `read`."""
+    """A text tower in memory."""
 
-    def __init__(self, description: Description, folder: Path) -> None:
+    def __init__(self, description: Description, folder: Path, by_torch: bool = False) -> None:
         """Read the weights of a model folder, except for the tokens' embeddings.
+
+        by_torch: multiply by torch, for processes that use it anyway. NumPy's threads would spin
+        for a while after each product, at the cost of torch's.
 
         Raises UnusualModel if the folder lacks a weight or stores it in an unusual way, and OSError
         if it cannot be read.
@@ -77,6 +80,7 @@ class TextTower:
         from tokenizers import Tokenizer
 
         self.description = description
+        self._times = _times_by_torch if by_torch else _times
         self.tokenizer = Tokenizer.from_str(description.tokenizer)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(description.length)
@@ -146,7 +150,7 @@ class TextTower:
         return x + self._linear(f"{name}mlp.fc2", hidden)
 
     def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
-        return x @ self._weights[f"{name}.weight"].T + self._weights[f"{name}.bias"]
+        return self._times(x, self._weights[f"{name}.weight"]) + self._weights[f"{name}.bias"]
 
     def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
         centred = x - x.mean(-1, keepdims=True)
@@ -255,6 +259,16 @@ def _layer(number: int) -> str:
 
 def _both(name: str) -> list[str]:
     return [f"{name}.weight", f"{name}.bias"]
+
+
+def _times(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x @ weight.T
+
+
+def _times_by_torch(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    import torch
+
+    return (torch.from_numpy(x) @ torch.from_numpy(weight).T).numpy()
 
 
 def _quick_gelu(x: np.ndarray) -> np.ndarray:

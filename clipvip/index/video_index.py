@@ -148,7 +148,7 @@ class VideoIndex:
             about = self.about
             known = self._encoder
             if known is None or known.about[:3] != about[:3]:  # sources may grow
-                self._encoder = Encoder(about)
+                self._encoder = Encoder(about, by_torch=self.in_memory)
             assert self._encoder is not None
             return self._encoder
 

@@ -118,7 +118,7 @@ def test_memory_and_disk_give_the_same_hits(where):
     on_disk, in_memory = VideoIndex(where), VideoIndex(where, in_memory=True)
     for query in ("a dog", "a cat", ["a dog", "12"]):
         hits = on_disk.search(query, 50)
-        assert hits == in_memory.search(query, 50)
+        same(plain(hits), plain(in_memory.search(query, 50)))  # torch and NumPy round differently
         assert on_disk.like(hits[3], 50) == in_memory.like(hits[3].moment.id, 50)
 
 
@@ -174,7 +174,7 @@ def test_a_large_index_is_left_on_disk(where, monkeypatch):
 
 def test_threads_share_an_index(where):
     index = VideoIndex(where, in_memory=True)
-    expected = VideoIndex(where).search("a dog")
+    expected = index.search("a dog")
     with ThreadPoolExecutor(8) as pool:
         assert all(x == expected for x in pool.map(lambda _: index.search("a dog"), range(16)))
 

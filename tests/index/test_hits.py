@@ -138,7 +138,7 @@ def test_hits_do_not_depend_on_what_was_fetched():
         scores = (draw.standard_normal(n) * 0.05 + draw.standard_normal() * 0.1).astype(np.float32)
         curves.append(Curve(file(f"/{number:02d}"), *windows(n), scores))
     # One long file has all the best rows, but only one stretch of them.
-    curves.append(Curve(file("/long"), *windows(3000), np.full(3000, 0.9, np.float32)))
+    curves.append(Curve(file("/long"), *windows(12_000), np.full(12_000, 0.9, np.float32)))
     every = [
         (-float(c.scores[x.row]), c.file.path, float(c.start[x.row]), x.from_, x.to)
         for c in curves

@@ -58,13 +58,14 @@ class Memory:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the `most` nearest rows, best first, and their scores, float32."""
         count, width = self._vectors.shape
+        allowed = None
         if where is not None and where != Where():
             allowed = self._allowed(where)[self._file]
             count = int(allowed.sum())
         if not count:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         products = self._products(vector)
-        if where is not None and where != Where():
+        if allowed is not None:
             products = products.masked_fill(torch.from_numpy(~allowed), -torch.inf)
         most = min(most, count)
         limit = float(products.topk(most).values[-1])

@@ -258,7 +258,7 @@ def model_here(model: str, sources: Sequence[str]) -> str:
 
 
 class Note(NamedTuple):
-    """What is noted of a model: its fingerprint, and its text tower if NumPy computes it."""
+    """A note about a model: its fingerprint, and its text tower if NumPy computes it."""
 
     fingerprint: str
     tower: Description | None

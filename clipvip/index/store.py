@@ -63,7 +63,7 @@ Span = tuple[float | None, float | None]
 
 
 class StoreError(ValueError):
-    """What is wrong with an index, or with what was asked of it, in one line."""
+    """An error in an index, or in what was asked of it, in one line."""
 
 
 class Rows(NamedTuple):

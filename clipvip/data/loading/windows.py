@@ -223,8 +223,9 @@ class _Tasks:
 def read_parts(
     reader: PartReader, files: Iterable[int], num_workers: int
 ) -> Iterator[tuple[Part, bool]]:
-    """Yield the parts of each file in order, one file after the other, whatever the number of
-    workers; with each part, whether it is the last of its file.
+    """Yield the parts of each file in order; with each, whether it is the last of its file.
+
+    The order does not depend on the number of workers.
 
     files: places of the files to read, asked for one by one.
     """

@@ -63,6 +63,16 @@ def own_notes(tmp_path_factory):
         os.environ["XDG_CACHE_HOME"] = before
 
 
+@pytest.fixture(autouse=True)
+def usual_priority():
+    """No test may change how its thread is scheduled: in real time, later ones stop all others."""
+    before = os.sched_getscheduler(0)
+    yield
+    if (after := os.sched_getscheduler(0)) != before:
+        os.sched_setscheduler(0, before, os.sched_param(0))
+        pytest.fail(f"the scheduling policy is {after}, and was {before} before the test")
+
+
 @pytest.fixture
 def cuda() -> str:
     if not torch.cuda.is_available():

@@ -1,7 +1,9 @@
 """Videos made on the spot; each frame's brightness says which frame it is."""
 
+import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,17 @@ from clipvip.ops.resize_crop import to_rgb
 STEP = 4  # brightness from one frame to the next, so that lossy coding cannot confuse them
 
 
+@contextmanager
+def _usual_priority() -> Iterator[None]:
+    """Undo what the encoder of AV1 does as root: it gives this thread real-time priority."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
+@_usual_priority()
 def _write_video(
     path: Path,
     frames: Sequence[np.ndarray],
@@ -74,6 +87,7 @@ def changing_video(tmp_path: Path) -> Callable[..., Path]:
     """changing_video(name, [(width, height), …], codec=…): ten frames of each size in turn, which
     tell their number by their brightness."""
 
+    @_usual_priority()
     def make(
         name: str,
         sizes: Sequence[tuple[int, int]],

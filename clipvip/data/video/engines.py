@@ -5,6 +5,7 @@ import functools
 import io
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from importlib.util import find_spec
 
@@ -127,7 +128,16 @@ def _problems(engine: Engine) -> dict[str, str]:
 
 
 def _sample(codec: str) -> bytes:
-    """Make a video file of SAMPLE_FRAMES frames that differ. Raises errors of PyAV."""
+    """Make a video file of SAMPLE_FRAMES frames that differ. Raises errors of PyAV.
+
+    It is encoded in a thread of its own: as root, the encoder of AV1 gives its caller's thread
+    real-time priority, and whatever that thread does later would keep all else from running.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_encoded_sample, codec).result()
+
+
+def _encoded_sample(codec: str) -> bytes:
     os.environ.setdefault("SVT_LOG", "1")  # or the encoder of AV1 prints its settings
     (width, height), (name, options) = SAMPLE_SIZE, ENCODERS[codec]
     buffer = io.BytesIO()

@@ -57,8 +57,11 @@ class Source(Protocol):
     def candidates(
         self, vector: np.ndarray, most: int, where: Where | None
     ) -> tuple[list[str], np.ndarray]:
-        """Return the files of the `most` nearest moments, and their scores, best first; fewer if
-        there are no more moments."""
+        """Return files, and bounds of the scores of their best moments, best first.
+
+        A moment that is better than the last bound is in one of these files. Fewer than `most` are
+        returned if there are no other moments. A file may appear again with lower bounds.
+        """
 
     def curves(self, vector: np.ndarray, paths: Sequence[str]) -> list[Curve]:
         """Return the curves of these files, in any order."""
@@ -79,9 +82,9 @@ def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -
     seen: set[str] = set()
     found: list[Hit] = []
     while True:
-        paths, scores = source.candidates(vector, most, where)
+        paths, bounds = source.candidates(vector, most, where)
         order = [path for path in dict.fromkeys(paths) if path not in seen]
-        best = dict(zip(reversed(paths), reversed(scores.tolist()), strict=True))
+        best = dict(zip(reversed(paths), reversed(bounds.tolist()), strict=True))
         while order and not _certain(found, k, best[order[0]]):
             some, order = order[:at_once], order[at_once:]
             seen.update(some)
@@ -89,7 +92,7 @@ def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -
             for curve in source.curves(vector, some):
                 found += _hits(curve, k, found[-1].score if len(found) == k else -np.inf)
                 found = sorted(found, key=_rank)[:k]
-        if len(paths) < most or _certain(found, k, float(scores[-1])):
+        if len(paths) < most or _certain(found, k, float(bounds[-1])):
             return found
         most *= 4
 
@@ -124,6 +127,7 @@ def stretches(
         only = Stretch(0, _seconds(start[0]), _seconds(end[0]))
         return [only] if scores[0] >= least else []
     first, last = np.nan_to_num(start, nan=0.0), np.nan_to_num(end, nan=np.inf)
+    by_time = np.argsort(first, kind="stable")
     middle = float(np.median(scores))
     found: list[Stretch] = []
     taken: list[tuple[float, float]] = []
@@ -136,7 +140,7 @@ def stretches(
             continue
         score = float(scores[row])
         height = (score + min(middle, score)) / 2
-        begin, finish, rows = _widened(first, last, scores, row, height)
+        begin, finish, rows = _widened(first, last, scores, by_time, row, height)
         if is_taken(begin, finish):
             continue
         taken.append((begin, finish))
@@ -171,18 +175,30 @@ def _peaks(first: np.ndarray, last: np.ndarray, scores: np.ndarray, least: float
 
 
 def _widened(
-    first: np.ndarray, last: np.ndarray, scores: np.ndarray, peak: int, height: float
+    first: np.ndarray,
+    last: np.ndarray,
+    scores: np.ndarray,
+    by_time: np.ndarray,
+    peak: int,
+    height: float,
 ) -> tuple[float, float, np.ndarray]:
-    """Return start, end and rows of a peak's stretch: what touching rows of this height reach."""
+    """Return start, end and rows of a peak's stretch: what touching rows of this height reach.
+
+    by_time: the rows in the order of `first`.
+    """
     begin, end = first[peak], last[peak]
-    contains = (first <= begin) & (last >= end) & ((first < begin) | (last > end))
-    rows = np.flatnonzero((scores >= height) & ~contains)
-    rows = np.union1d(rows, [peak])  # whatever rounding does to its height
-    rows = rows[np.argsort(first[rows], kind="stable")]
-    reached = np.maximum.accumulate(last[rows])
-    group = np.concatenate([[0], np.cumsum(first[rows][1:] > reached[:-1])])
-    rows = rows[group == group[np.flatnonzero(rows == peak)[0]]]
-    return float(first[rows].min()), float(last[rows].max()), rows
+    belongs = (scores >= height) & ~(
+        (first <= begin) & (last >= end) & ((first < begin) | (last > end))
+    )
+    belongs[peak] = True  # whatever rounding does to its height
+    rows = by_time[belongs[by_time]]
+    apart = first[rows][1:] > np.maximum.accumulate(last[rows])[:-1]
+    place = int(np.flatnonzero(rows == peak)[0])
+    before, after = np.flatnonzero(apart[:place]), np.flatnonzero(apart[place:])
+    rows = rows[
+        before[-1] + 1 if len(before) else 0 : place + 1 + (after[0] if len(after) else len(rows))
+    ]
+    return float(first[rows[0]]), float(last[rows].max()), rows
 
 
 def _seconds(value: float) -> float | None:

@@ -26,22 +26,20 @@ class Memory:
 
     with q₁₆ the query in fp16: its rounding; that of the result to fp16; and that of P sums in
     fp32, in which PyTorch adds fp16 products on a CPU unless it is told otherwise. The bound used
-    is twice that. If row i is the m-th best by these products, every one of the m best rows has a
-    product of at least its product minus two bounds.
+    is twice that. A file's best product plus the bound is at least its best score.
     """
 
     def __init__(self, rows: Rows) -> None:
-        self.files = rows.files
         self._start, self._end = rows.start, rows.end
         self._vectors, self._torch = rows.vectors, torch.from_numpy(rows.vectors)
-        self._file = rows.file
         self._last = b"", torch.empty(0)
         # Rows of a file lie together.
-        begins = np.flatnonzero(np.diff(rows.file, prepend=-1))
-        ends = np.append(begins, len(rows.file))[1:]
+        self._begins = np.flatnonzero(np.diff(rows.file, prepend=-1))
+        ends = np.append(self._begins, len(rows.file))[1:]
+        self.files = [rows.files[number] for number in rows.file[self._begins]]
         self._rows = {
-            self.files[rows.file[begin]].path: slice(int(begin), int(end))
-            for begin, end in zip(begins, ends, strict=True)
+            file.path: (file, slice(int(begin), int(end)))
+            for file, begin, end in zip(self.files, self._begins, ends, strict=True)
         }
         self._durations = np.array([file.duration for file in self.files])
         self._dates = np.array([file.date for file in self.files])
@@ -49,32 +47,18 @@ class Memory:
     def candidates(
         self, vector: np.ndarray, most: int, where: Where | None = None
     ) -> tuple[list[str], np.ndarray]:
-        """Return the files of the `most` nearest moments, and their scores, best first."""
-        rows, scores = self.nearest(vector, most, where)
-        return [self.files[file].path for file in self._file[rows]], scores
-
-    def nearest(
-        self, vector: np.ndarray, most: int, where: Where | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `most` nearest rows, best first, and their scores, float32."""
-        count, width = self._vectors.shape
-        allowed = None
+        """Return the `most` files that may have the best moments, and bounds of their scores."""
+        if not len(self._begins):
+            return [], np.empty(0, np.float32)
+        best = np.maximum.reduceat(self._products(vector).numpy(), self._begins)
+        files = np.arange(len(best))
         if where is not None and where != Where():
-            allowed = self._allowed(where)[self._file]
-            count = int(allowed.sum())
-        if not count:
-            return np.empty(0, np.int64), np.empty(0, np.float32)
-        products = self._products(vector)
-        if allowed is not None:
-            products = products.masked_fill(torch.from_numpy(~allowed), -torch.inf)
-        most = min(most, count)
-        limit = float(products.topk(most).values[-1])
+            files = np.flatnonzero(self._allowed(where))
+        found, order = torch.from_numpy(best[files]).topk(min(most, len(files)))
         lost = float(np.linalg.norm(vector - vector.astype(np.float16).astype(np.float32)))
+        width = self._vectors.shape[1]
         bound = 2 * (lost + 2**-11 + width * 2**-24) * 1.01  # a stored vector's norm is 1 ± 0.002
-        rows = np.flatnonzero(products.numpy() >= limit - 2 * bound)  # much faster than by torch
-        scores = self._scores(rows, vector)
-        order = np.lexsort((rows, -scores))[:most]
-        return rows[order], scores[order]
+        return [self.files[file].path for file in files[order.numpy()]], found.numpy() + bound
 
     def _products(self, vector: np.ndarray) -> torch.Tensor:
         """Return the product of every vector and a query in fp16, as float32 [n].
@@ -92,16 +76,18 @@ class Memory:
         """Return the curves of these files."""
         found = []
         for path in paths:
-            rows = self._rows[path]
-            scores = self._scores(np.arange(rows.start, rows.stop), vector)
-            file = self.files[self._file[rows.start]]
+            file, rows = self._rows[path]
+            scores = self._scores(rows, vector)
             found.append(Curve(file, self._start[rows], self._end[rows], scores))
         return found
 
-    def _scores(self, rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    def _scores(self, rows: slice, vector: np.ndarray) -> np.ndarray:
         query = vector.astype(np.float64)
-        pieces = np.split(rows, range(AT_ONCE, len(rows), AT_ONCE))
-        return np.concatenate([scores_of(self._vectors[piece], query) for piece in pieces])
+        pieces = [
+            scores_of(self._vectors[begin : min(begin + AT_ONCE, rows.stop)], query)
+            for begin in range(rows.start, rows.stop, AT_ONCE)
+        ]
+        return np.concatenate(pieces)
 
     def _allowed(self, where: Where) -> np.ndarray:
         """Return which files a search looks at, bool [number of files]."""

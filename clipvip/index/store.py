@@ -187,12 +187,14 @@ class Store:
         """What the index says of itself, read now."""
         return self._read()[0]
 
-    def is_replaced(self) -> bool:
-        """Whether the index was deleted since it was opened, and perhaps made again."""
+    def about_if_same(self) -> About | None:
+        """Return the same, or None if the index was deleted since it was opened, and perhaps made
+        again."""
         try:
-            return self._read()[1] != self._made
+            about, made = self._read()
         except StoreError:  # opening it again says what is wrong
-            return True
+            return None
+        return about if made == self._made else None
 
     def _read(self) -> tuple[About, str]:
         with _reported(self.where):

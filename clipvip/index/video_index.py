@@ -125,7 +125,7 @@ class VideoIndex:
     @property
     def about(self) -> About:
         """The model of the index, and what was embedded."""
-        return self.store.about
+        return self._current()[1]
 
     @property
     def count(self) -> int:
@@ -135,13 +135,16 @@ class VideoIndex:
     @property
     def store(self) -> stored.Store:
         """The tables of the index, opened when first needed. Raises ValueError without an index."""
+        return self._current()[0]
+
+    def _current(self) -> tuple[stored.Store, About]:
         with self._lock:
-            if self._store is not None and self._store.is_replaced():
-                self._store = self._memory = None
-            if self._store is None:
-                migrate(self.where)
-                self._store = stored.Store.open(self.where)
-            return self._store
+            if self._store is not None and (about := self._store.about_if_same()) is not None:
+                return self._store, about
+            self._memory = None
+            migrate(self.where)
+            self._store = stored.Store.open(self.where)
+            return self._store, self._store.about
 
     def _encoder_of_index(self) -> Encoder:
         with self._lock:
@@ -163,24 +166,25 @@ class VideoIndex:
 
     def _source(self) -> "OnDisk | Memory":
         """Return where to search: in memory if that is wanted and the index fits, else on disk."""
-        if not self.in_memory:
-            return OnDisk(self.store)
         with self._lock:
-            version = self.store.version()
+            store = self.store
+            if not self.in_memory:
+                return OnDisk(store)
+            version = store.version()
             known = self._memory
             if known is None or (known[0] != version and time.monotonic() >= self._reload_from):
                 self._memory = None  # makes room for the new one
-                self._memory = version, self._read()
+                self._memory = version, self._read(store)
             assert self._memory is not None
-            return self._memory[1] or OnDisk(self.store)
+            return self._memory[1] or OnDisk(store)
 
-    def _read(self) -> "Memory | None":
+    def _read(self, store: stored.Store) -> "Memory | None":
         """Read the index into memory; None if it is too large for exact search."""
         from clipvip.index.memory import Memory
 
         began = time.monotonic()
-        fits = self.store.count() <= stored.EXACT_ROWS
-        memory = Memory(self.store.everything()) if fits else None
+        fits = store.count() <= stored.EXACT_ROWS
+        memory = Memory(store.everything()) if fits else None
         took = time.monotonic() - began
         self._reload_from = began + took / RELOAD_SHARE
         return memory
@@ -195,7 +199,7 @@ class OnDisk:
     def candidates(
         self, vector: np.ndarray, most: int, where: Where | None
     ) -> tuple[list[str], np.ndarray]:
-        """Return the files of the `most` nearest moments, and their scores, best first."""
+        """Return the files of the `most` nearest moments, and their scores."""
         moments, scores = self._store.nearest(vector, most, where)
         return [moment.file.path for moment in moments], scores
 

@@ -13,6 +13,8 @@ near topics are searched for. Printed and written to search.json in --bench-out 
 An index of 10M moments takes 11 GB of disk, and about half an hour to make.
 """
 
+import gzip
+import importlib.util
 import json
 import os
 import statistics
@@ -30,6 +32,7 @@ import pytest
 import records
 import torch
 from machine import machine
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from clipvip.embedding import fingerprint, load_for_embedding
@@ -61,11 +64,11 @@ import json; print(json.dumps(times))
 
 
 def make_model(folder: Path) -> About:
-    """Save a model and note it; its tokenizer has the size of CLIP's, with made-up merges."""
+    """Save a model and note it; its tokenizer is CLIP's."""
     torch.manual_seed(0)
     ends = {"bos_token_id": 49406, "eos_token_id": 49407}
     CLIPModel(CLIPConfig(text_config=ends)).save_pretrained(folder)
-    CLIPViPProcessor(made_up_tokenizer()).save_pretrained(folder)
+    CLIPViPProcessor(clip_tokenizer()).save_pretrained(folder)
     files = files_of(folder)
     loaded = load_for_embedding(folder)
     hashed = fingerprint(*loaded)
@@ -73,18 +76,16 @@ def make_model(folder: Path) -> About:
     return About(str(folder), hashed, WIDTH)
 
 
-def made_up_tokenizer() -> CLIPTokenizer:
-    letters = [chr(33 + i) for i in range(94)] + [chr(161 + i) for i in range(162)]
-    words, merges = [*letters, *(x + "</w>" for x in letters)], []
-    draw = np.random.default_rng(0)
-    known = set(words)
-    while len(words) < 49_406:
-        first = words[int(draw.integers(len(words)) ** 2 / len(words))]
-        second = words[int(draw.integers(len(words)))]
-        if not first.endswith("</w>") and first + second not in known:
-            known.add(first + second)
-            words.append(first + second)
-            merges.append((first, second))
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's own, from the merges that open_clip brings along."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or package.origin is None:
+        pytest.skip("open_clip_torch is not installed, whose tokenizer this needs: `make setup`")
+    source = Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
+    lines = gzip.decompress(source.read_bytes()).decode().splitlines()
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    letters = sorted(ByteLevel.alphabet())  # which are CLIP's, in its order
+    words = [*letters, *(x + "</w>" for x in letters), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=77

@@ -73,7 +73,7 @@ def scores_of(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
     They are summed in double precision, so that a moment's score is the same whichever others are
     computed with it.
     """
-    return (vectors.astype(np.float64) @ query).astype(np.float32)
+    return (vectors.astype(np.float64, copy=False) @ query).astype(np.float32)
 
 
 def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -> list[Hit]:

@@ -36,6 +36,7 @@ def relative_error(tower, model, processor, text):
     return np.linalg.norm(tower.embed(text) - expected)
 
 
+@pytest.mark.parametrize("by_torch", [False, True, "without oneDNN's own order"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -46,11 +47,13 @@ def relative_error(tower, model, processor, text):
     ],
     ids=["usual", "gelu", "old-end-token", "shards"],
 )
-def test_a_tower_computes_what_the_model_does(save_model, tmp_path, options):
+def test_a_tower_computes_what_the_model_does(save_model, tmp_path, options, by_torch, monkeypatch):
+    if isinstance(by_torch, str):
+        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
     model, processor = save_model(tmp_path, **options)
     description = describe(model, processor, tmp_path)
     saved = load_description(json.loads(json.dumps(save_description(description))))
-    tower = TextTower(saved, tmp_path)
+    tower = TextTower(saved, tmp_path, bool(by_torch))
     assert tower.width == 16
     assert max(relative_error(tower, model, processor, text) for text in TEXTS) <= 2e-6
 

@@ -42,7 +42,8 @@ from clipvip.index.changes import (
 from clipvip.index.migrate import migrate
 from clipvip.index.query import Files, files_of, model_here, note_model
 from clipvip.index.rows import About, FileState
-from clipvip.index.store import Span, Store, check_place, is_index
+from clipvip.index.store import Store
+from clipvip.index.tables import Span, check_place, is_index
 from clipvip.model import CLIPViPModel, CLIPViPProcessor
 from clipvip.terminal import share_done
 

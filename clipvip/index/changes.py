@@ -19,7 +19,7 @@ from typing import NamedTuple
 from clipvip.collection import IndexedClip, identities
 from clipvip.data.video import IMAGE_SUFFIXES
 from clipvip.index.rows import FileState
-from clipvip.index.store import Span
+from clipvip.index.tables import Span
 
 BLOCK, BLOCKS = 1 << 16, 8  # bytes and number of the parts of a file that are hashed
 READERS = 8  # threads: on a network disk, opening a file mostly means waiting

@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from clipvip.index.rows import FileState, Hit, Moment, Where
-from clipvip.index.store import moment_id
+from clipvip.index.tables import moment_id
 
 FILES_AT_ONCE = 256  # whose curves are read, if k is less
 ROUNDING = 1e-6  # of scores in fp32: nearer ones count as equal until they are computed again
@@ -78,7 +78,7 @@ def scores_of(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -> list[Hit]:
     """Return the k best hits for a unit vector [P], best first, then by path and time."""
-    most, at_once = 16 * k + 128, k  # windows of one film take many places
+    most, at_once = 16 * k + 1024, k  # windows of one film take many places: an hour has 720
     seen: set[str] = set()
     found: list[Hit] = []
     while True:

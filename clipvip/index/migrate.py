@@ -31,7 +31,8 @@ import numpy as np
 
 from clipvip.files import LIST_BYTES, only_run, read_own, shown
 from clipvip.index.rows import About, FileState
-from clipvip.index.store import PATHS_AT_ONCE, TABLES, Span, Store, encoded, is_index
+from clipvip.index.store import Store
+from clipvip.index.tables import PATHS_AT_ONCE, TABLES, Span, encoded, is_index
 
 FORMAT = 2
 

@@ -20,7 +20,8 @@ import lancedb  # noqa: F401  # takes a second, which the forks are spared
 import torch
 
 from clipvip.index import build as module
-from clipvip.index.store import Store, is_index
+from clipvip.index.store import Store
+from clipvip.index.tables import is_index
 
 torch.set_num_threads(1)
 module.SAVE_SECONDS = module.LOOK_SECONDS = 0.0

@@ -19,7 +19,8 @@ from clipvip import cli
 from clipvip.index import VideoIndex
 from clipvip.index import build as module
 from clipvip.index.build import build as build_index
-from clipvip.index.store import Store, is_index
+from clipvip.index.store import Store
+from clipvip.index.tables import is_index
 
 LATIN = os.fsdecode(b"caf\xe9.mp4")
 # One process, and features that do not depend on the batch.

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 from clipvip.index import migrate as migrate_module
 from clipvip.index.migrate import is_old_index, migrate
 from clipvip.index.rows import About
-from clipvip.index.store import Store, is_index
+from clipvip.index.store import Store
+from clipvip.index.tables import is_index
 
 ODD = os.fsdecode(b"/videos/caf\xe9'.mp4")
 DATA = "embeddings-0123456789abcdef.safetensors", "clips-0123456789abcdef.jsonl"

@@ -11,8 +11,10 @@ import pytest
 from lancedb.merge import LanceMergeInsertBuilder
 
 from clipvip.index import store as store_module
+from clipvip.index import tables
 from clipvip.index.rows import About, FileState, Where
-from clipvip.index.store import Store, decoded, encoded, moment_id
+from clipvip.index.store import Store
+from clipvip.index.tables import decoded, encoded, moment_id
 
 WIDTH = 16
 ABOUT = About("/models/mine", "0" * 64, WIDTH, ("/videos",))
@@ -496,7 +498,7 @@ def test_a_process_that_put_a_file_at_the_same_moment_as_another_deletes_the_oth
 
 
 def test_changes_that_others_prevent_are_retried_and_then_named(store, monkeypatch):
-    monkeypatch.setattr(store_module, "COMMITS", 3)
+    monkeypatch.setattr(tables, "COMMITS", 3)
     calls = []
 
     def busy(self, *args, **options):

@@ -21,7 +21,7 @@ import pytest
 import uvicorn
 
 import clipvip
-from clipvip.index.store import moment_id
+from clipvip.index.tables import moment_id
 from clipvip.serve.app import build_app
 from clipvip.serve.server import listen
 

@@ -172,8 +172,8 @@ def check_model(where: str, stored: About, given: About) -> None:
 def is_index(where: str | Path) -> bool:
     """Whether a folder or bucket holds an index, of any version from this format on."""
     name = os.fspath(where)
-    if not _is_uri(name):
-        return os.path.isdir(os.path.join(_local(name), "about.lance"))
+    if not is_uri(name):
+        return os.path.isdir(os.path.join(local(name), "about.lance"))
     with reported(name):
         return "about" in table_names(connect(name))
 
@@ -181,15 +181,17 @@ def is_index(where: str | Path) -> bool:
 def check_place(where: str | Path) -> None:
     """Raise ValueError if an index made there would harm what is in it."""
     name = os.fspath(where)
-    if not _is_uri(name):
-        check_folder(Path(_local(name)), "an index", lambda: is_index(name))
+    if not is_uri(name):
+        check_folder(Path(local(name)), "an index", lambda: is_index(name))
 
 
-def _is_uri(where: str) -> bool:
+def is_uri(where: str) -> bool:
+    """Whether an index is in a bucket."""
     return "://" in where and not where.startswith("file://")
 
 
-def _local(where: str) -> str:
+def local(where: str) -> str:
+    """Return the absolute path of an index that is in a folder."""
     return os.path.abspath(where.removeprefix("file://"))
 
 
@@ -202,7 +204,7 @@ def connect(where: str) -> Any:
         raise StoreError(  # which commands show as one line
             f'an index needs the package {error.name}: pip install "clipvip[search]"'
         ) from None
-    uri = where if _is_uri(where) else _local(where)
+    uri = where if is_uri(where) else local(where)
     try:
         uri.encode()
     except UnicodeEncodeError:
@@ -245,10 +247,10 @@ def alone(where: str) -> Iterator[None]:
     Of two that create the same table at once, LanceDB 0.40 lets both succeed, and the rows that the
     first one has added meanwhile are lost.
     """
-    if _is_uri(where):  # a bucket refuses to write a file that exists
+    if is_uri(where):  # a bucket refuses to write a file that exists
         yield
         return
-    with only_run(Path(_local(where)), "begins an index"):
+    with only_run(Path(local(where)), "begins an index"):
         yield
 
 

@@ -13,6 +13,7 @@ import uvicorn
 
 from clipvip.files import shown
 from clipvip.index import VideoIndex
+from clipvip.index.tables import is_uri, local
 
 STOP_SECONDS = 1  # for answers that are being sent
 
@@ -22,26 +23,27 @@ def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
 
     Raises ValueError if there is no index, or if the server cannot listen on host and port.
     """
-    # Processes that multiprocessing starts would import a signal.py, for example, that lies in the
-    # current folder, as a stranger's index may. Python 3.10 does not know this setting.
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
-    index = VideoIndex(where, in_memory=True)
+    name = os.fspath(where)
+    index = VideoIndex(name if is_uri(name) else local(name), in_memory=True)
     moments = index.count
+    # Processes that multiprocessing starts would import a signal.py, for example, that lies in the
+    # current folder, as a stranger's index may.
+    os.chdir(os.sep)
     listening = listen(host, port)
-    local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
-    if not local:
+    loopback = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+    if not loopback:
         print(
             "clipvip: warning: anyone who reaches this address can search and watch the videos of "
             "this index; adding folders is off",
             file=sys.stderr,
         )
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{listening.getsockname()[1]}"
+    shown_host = f"[{host}]" if ":" in host else host
+    url = f"http://{shown_host}:{listening.getsockname()[1]}"
     print(f"{shown(where)}: {moments:,} moments; search at {url} (ctrl-C stops)", flush=True)
     from clipvip.serve.app import build_app  # with torch: slow, while a browser may connect already
 
     config = uvicorn.Config(
-        build_app(index, str(where), host, local),
+        build_app(index, index.where, host, loopback),
         access_log=False,
         log_level="warning",
         server_header=False,

@@ -421,7 +421,7 @@ class _Build:
         # A damaged file whose other moments the index holds already was not read again.
         considered = [path for path in considered if path not in found.kept]
         store.put_bad_files(considered, added.bad_files)
-        store.tidy()
+        store.tidy(_tell_of_index)
 
     def _nothing(self, added: Added, files: list[NamedFile], sources: list[str]) -> str:
         reasons = [file["reason"] for file in added.bad_files]
@@ -576,6 +576,13 @@ def _state_of(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return state.st_size, state.st_mtime_ns
+
+
+def _tell_of_index(moments: int) -> None:
+    print(
+        f"making the approximate index of {moments:,} moments; meanwhile searches work, but slower",
+        file=sys.stderr,
+    )
 
 
 def _report(where: str, store: Store, added: Added) -> None:

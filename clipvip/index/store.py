@@ -6,18 +6,18 @@ two processes put the same file at the same moment, both sets of its rows can ge
 wins: the second process deletes the other set as soon as it has committed, and readers leave it
 out.
 
-Up to EXACT_ROWS moments, a search compares every vector. In larger collections it reads one bit per
-value (RaBitQ, arXiv 2405.12497) and compares the best of these exactly.
+Up to EXACT_ROWS moments, a search compares every vector. In larger collections it reads four bits
+per value (RaBitQ, arXiv 2409.09913) and compares the best of these exactly.
 """
 
 import os
 import secrets
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -238,32 +238,39 @@ class Store:
             raise StoreError(f"k is {k}; expected at least 1")
         condition = condition_of(where)
         with reported(self.where):
-            rows = int(self._moments.count_rows())
+            rows = all_rows = int(self._moments.count_rows())
             if condition and rows > EXACT_ROWS:
                 rows = int(self._moments.count_rows(condition))
-            return self._nearest(query, k, condition, rows <= EXACT_ROWS)
+            partitions = 0 if rows <= EXACT_ROWS else all_rows // SMALLEST_PARTITION + 1
+            return self._nearest(query, k, condition, partitions)
 
     def _nearest(
-        self, query: np.ndarray, k: int, condition: str | None, exact: bool
+        self, query: np.ndarray, k: int, condition: str | None, partitions: int
     ) -> tuple[list[Moment], np.ndarray]:
+        """partitions: more than the approximate index has; 0 for a search without it."""
         # LanceDB rounds the query to float16, as the vectors are. Its scores may be wrong by:
         slack = float(np.linalg.norm(query - query.astype(np.float16).astype(np.float32))) + 1e-5
         most = 2 * k + 16  # neighbours in a film are nearly equal
         while True:
             search = self._moments.search(query, vector_column_name="vector")
-            search = search.distance_type("dot").limit(most).select([*ROW, "vector", "_distance"])
+            search = search.limit(most).select([*ROW, "vector", "_distance"])
             if condition:
                 search = search.where(condition, prefilter=True)
-            if exact:
-                search = search.bypass_vector_index()
+            if not partitions:
+                search = search.distance_type("dot").bypass_vector_index()
             else:
-                search = search.nprobes(MOST_PARTITIONS).refine_factor(REFINED)
+                compared = max(COMPARED, COMPARED_SHARE * most)
+                search = (
+                    search.distance_type(METRIC)
+                    .nprobes(partitions)
+                    .refine_factor(-(-compared // most))
+                )
             table = search.to_arrow()
             vectors = self._vectors(table)
             scores = vectors @ query
             best = self._distinct(table, scores)
             enough = len(best) >= k
-            if enough and exact and table.num_rows == most:
+            if enough and not partitions and table.num_rows == most:
                 least = 1 - max(table["_distance"].to_pylist())
                 enough = scores[best[k - 1]] > least + slack
             if enough or table.num_rows < most:
@@ -380,39 +387,49 @@ class Store:
                 table = pa.table(texts, schema=bad_files_schema())
                 committed(self._bad_files.add, table)
 
-    def tidy(self) -> None:
+    def tidy(self, tell: Callable[[int], None] = lambda moments: None) -> None:
         """Compact the tables, delete duplicates and versions that nobody reads any more, and make
-        or extend the approximate index of a large collection."""
-        with reported(self.where):
-            self._delete_duplicates()
-            self._index_columns()
-            for table in (self._about, self._bad_files, self._moments):
-                try:
-                    committed(table.optimize, cleanup_older_than=KEPT)  # and adds rows to the index
-                except Exception as error:
-                    if not CONFLICT.search(str(error)):  # else the next process tidies
-                        raise
+        what a large table is searched by: sorted paths and ids, and the approximate index of
+        vectors. That is extended after CHANGED_SHARE of its rows have changed, and made again after
+        half of them; until then, searches compare new rows exactly.
 
-    def _index_columns(self) -> None:
-        """Make what a large table is searched by: sorted paths and ids, and the approximate index
-        of vectors; the latter again after most of its rows are new."""
+        tell: called with the number of moments before the index is made, which may take long.
+        """
         from lancedb.index import BTree, IvfRq
 
-        rows = int(self._moments.count_rows())
-        if rows <= EXACT_ROWS:
-            return
-        indices = self._moments.list_indices()
-        for column in ("path", "id"):
-            if not any(column in index.columns for index in indices):
-                committed(self._moments.create_index, column, config=BTree())
-        if self._width % 8:  # which an approximate index needs
-            return
-        known = [index for index in indices if "vector" in index.columns]
-        if known and 2 * known[0].num_indexed_rows >= rows:
-            return
-        partitions = max(1, min(MOST_PARTITIONS, rows // PARTITION_ROWS))
-        config = IvfRq(distance_type="dot", num_partitions=partitions, max_iterations=20)
-        committed(self._moments.create_index, "vector", config=config, replace=True)
+        with reported(self.where):
+            self._delete_duplicates()
+            rows = int(self._moments.count_rows())
+            indices = {index.columns[0]: index for index in self._moments.list_indices()}
+            known = indices.get("vector")
+            changed = abs(rows - known.num_indexed_rows) if known else rows
+            makes = rows > EXACT_ROWS and self._width % 8 == 0 and 2 * changed > rows
+            self._compact(self._about)
+            self._compact(self._bad_files)
+            if not known or (changed > CHANGED_SHARE * rows and not makes):
+                self._compact(self._moments)
+            if rows > EXACT_ROWS:
+                for column in ("path", "id"):
+                    if column not in indices:
+                        committed(self._moments.create_index, column, config=BTree())
+            if makes:
+                tell(rows)
+                config = IvfRq(
+                    distance_type=METRIC,
+                    num_partitions=max(1, rows // PARTITION_ROWS),
+                    num_bits=BITS,
+                    max_iterations=10,
+                    sample_rate=64,
+                )
+                committed(self._moments.create_index, "vector", config=config, replace=True)
+
+    def _compact(self, table: Any) -> None:
+        """Join small parts of a table, delete old versions, and add new rows to its indices."""
+        try:
+            committed(table.optimize, cleanup_older_than=KEPT)
+        except Exception as error:
+            if not CONFLICT.search(str(error)):  # else the next process tidies
+                raise
 
     def _delete_duplicates(self, among: str | None = None) -> None:
         """Delete the rows of files that were put twice, except for the latest."""
@@ -551,10 +568,16 @@ class Store:
             raise damaged(self.where, "not all of its vectors are unit vectors")
 
 
-# The approximate index holds one bit per value of a vector. A search reads all of it, as texts lie
-# far from all videos and so between partitions, and compares REFINED * k moments exactly. More
-# partitions make the bits more exact, and the index slower to make.
-PARTITION_ROWS, MOST_PARTITIONS, REFINED = 10_000, 256, 40
+# The approximate index holds BITS bits per value of a vector. A search reads all of it, as texts
+# lie far from all videos and so between partitions, and compares the best COMPARED moments exactly,
+# or COMPARED_SHARE times as many as it asks for. One bit needs ten times as many for equal recall.
+# When LanceDB adds rows, it splits partitions of over 16,384 and joins those of under 1,024. With
+# their neighbours that may be most of the index, so it is done for many rows at once.
+BITS = 4
+METRIC: Literal["l2"] = "l2"  # which LanceDB computes faster in float16 than products
+PARTITION_ROWS, SMALLEST_PARTITION = 8192, 1024
+COMPARED, COMPARED_SHARE = 1500, 5
+CHANGED_SHARE = 0.02
 
 
 def _matrix(column: Any, width: int) -> np.ndarray:

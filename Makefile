@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/python -m demo.run
 
 test: setup lint native-test $(CLIPS)/ready
-	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -rs --durations=10 -n auto --dist loadfile --timeout 900
 
 lint: setup
 	ruff check . && ruff format --check .

@@ -8,9 +8,9 @@ near topics are searched for. Printed and written to search.json in --bench-out 
     disk       a search of the opened index by a vector
     memory     the same in memory, as a server does, up to EXACT_ROWS moments
     server     the same with a sentence
-    recall     of the 10 nearest moments, by the index on disk
+    recall     of the 10 nearest moments, by the index on disk, asked for 10; a search asks for more
 
-An index of 10M moments takes 11 GB of disk, and about half an hour to make.
+An index of 10M moments takes 26 GB of disk while it is made, and about half an hour.
 """
 
 import gzip

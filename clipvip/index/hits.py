@@ -78,7 +78,7 @@ def scores_of(vectors: np.ndarray, query: np.ndarray) -> np.ndarray:
 
 def best_hits(source: Source, vector: np.ndarray, k: int, where: Where | None) -> list[Hit]:
     """Return the k best hits for a unit vector [P], best first, then by path and time."""
-    most, at_once = 16 * k + 1024, k  # windows of one film take many places: an hour has 720
+    most, at_once = 16 * k + 1024, k  # on disk, an hour of film takes 720 places
     seen: set[str] = set()
     found: list[Hit] = []
     while True:

@@ -1,8 +1,8 @@
 """All vectors of an index in memory, for a server that answers many searches.
 
 A search multiplies every vector, in fp16 by torch, with the query. On a CPU that is limited by how
-fast memory is read, and fp16 is half of fp32. The products are only a first selection: every row
-that they leave in doubt is computed again in double precision. So results are exact.
+fast memory is read, and fp16 is half of fp32. The products only choose files: all moments of every
+file that they leave in doubt are computed again in double precision. So results are exact.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ class Memory:
     def _products(self, vector: np.ndarray) -> torch.Tensor:
         """Return the product of every vector and a query in fp16, as float32 [n].
 
-        The last ones are kept: one search may ask for the nearest rows several times.
+        The last ones are kept: one search may ask for candidates several times.
         """
         key = vector.tobytes()
         known, products = self._last

@@ -157,7 +157,7 @@ class Store:
         return self._read()[0]
 
     def about_if_same(self) -> About | None:
-        """Return the same, or None if the index was deleted since it was opened, and perhaps made
+        """Return `about`, or None if the index was deleted since it was opened, and perhaps made
         again."""
         try:
             about, made = self._read()
@@ -238,31 +238,29 @@ class Store:
             raise StoreError(f"k is {k}; expected at least 1")
         condition = condition_of(where)
         with reported(self.where):
-            rows = all_rows = int(self._moments.count_rows())
+            rows = int(self._moments.count_rows())
             if condition and rows > EXACT_ROWS:
                 rows = int(self._moments.count_rows(condition))
-            partitions = 0 if rows <= EXACT_ROWS else all_rows // SMALLEST_PARTITION + 1
-            return self._nearest(query, k, condition, partitions)
+            return self._nearest(query, k, condition, rows <= EXACT_ROWS)
 
     def _nearest(
-        self, query: np.ndarray, k: int, condition: str | None, partitions: int
+        self, query: np.ndarray, k: int, condition: str | None, exact: bool
     ) -> tuple[list[Moment], np.ndarray]:
-        """partitions: more than the approximate index has; 0 for a search without it."""
         # LanceDB rounds the query to float16, as the vectors are. Its scores may be wrong by:
         slack = float(np.linalg.norm(query - query.astype(np.float16).astype(np.float32))) + 1e-5
-        most = 2 * k + 16  # neighbours in a film are nearly equal
+        most = k + min(k, 4096) + 16  # neighbours in a film are nearly equal
         while True:
             search = self._moments.search(query, vector_column_name="vector")
             search = search.limit(most).select([*ROW, "vector", "_distance"])
             if condition:
                 search = search.where(condition, prefilter=True)
-            if not partitions:
+            if exact:
                 search = search.distance_type("dot").bypass_vector_index()
             else:
                 compared = max(COMPARED, COMPARED_SHARE * most)
                 search = (
                     search.distance_type(METRIC)
-                    .nprobes(partitions)
+                    .nprobes(ALL_PARTITIONS)
                     .refine_factor(-(-compared // most))
                 )
             table = search.to_arrow()
@@ -270,7 +268,7 @@ class Store:
             scores = vectors @ query
             best = self._distinct(table, scores)
             enough = len(best) >= k
-            if enough and not partitions and table.num_rows == most:
+            if enough and exact and table.num_rows == most:
                 least = 1 - max(table["_distance"].to_pylist())
                 enough = scores[best[k - 1]] > least + slack
             if enough or table.num_rows < most:
@@ -402,6 +400,8 @@ class Store:
             rows = int(self._moments.count_rows())
             indices = {index.columns[0]: index for index in self._moments.list_indices()}
             known = indices.get("vector")
+            if known and self._moments.index_stats(known.name).distance_type != METRIC:
+                known = None  # which no search uses
             changed = abs(rows - known.num_indexed_rows) if known else rows
             makes = rows > EXACT_ROWS and self._width % 8 == 0 and 2 * changed > rows
             self._compact(self._about)
@@ -570,12 +570,12 @@ class Store:
 
 # The approximate index holds BITS bits per value of a vector. A search reads all of it, as texts
 # lie far from all videos and so between partitions, and compares the best COMPARED moments exactly,
-# or COMPARED_SHARE times as many as it asks for. One bit needs ten times as many for equal recall.
-# When LanceDB adds rows, it splits partitions of over 16,384 and joins those of under 1,024. With
-# their neighbours that may be most of the index, so it is done for many rows at once.
+# or COMPARED_SHARE times as many as it asks for if that is more. One bit needs ten times as many
+# for equal recall. When LanceDB adds rows, it splits partitions of over 16,384 and joins those of
+# under 1,024. With their neighbours that may be most of the index, so it is done for many at once.
 BITS = 4
 METRIC: Literal["l2"] = "l2"  # which LanceDB computes faster in float16 than products
-PARTITION_ROWS, SMALLEST_PARTITION = 8192, 1024
+PARTITION_ROWS, ALL_PARTITIONS = 8192, 1 << 16  # the latter: more than there are
 COMPARED, COMPARED_SHARE = 1500, 5
 CHANGED_SHARE = 0.02
 

@@ -47,6 +47,7 @@ class VideoIndex:
         self.in_memory = in_memory
         self._lock = threading.RLock()
         self._store: stored.Store | None = None
+        self._about: About | None = None  # as last read
         self._encoder: Encoder | None = None
         self._memory: tuple[int, Memory | None] | None = None  # of which version
         self._reload_from = 0.0  # time.monotonic()
@@ -91,8 +92,12 @@ class VideoIndex:
         """
         where = _checked(k, where)
         queries = list(query) if isinstance(query, list | tuple) else [query]
-        vector = self._encoder_of_index().combined(queries, weights)
-        return best_hits(self._source(), vector, k, where)
+        while True:
+            encoder = self._encoder_of_index()
+            vector = encoder.combined(queries, weights)
+            source = self._source()
+            if self._is_of_this_index(encoder):  # else it was replaced meanwhile
+                return best_hits(source, vector, k, where)
 
     def like(self, hit: Hit | str, k: int = 10, *, where: Where | None = None) -> list[Hit]:
         """Return the k best hits for a moment of this index, without the hit that it is in.
@@ -139,21 +144,25 @@ class VideoIndex:
 
     def _current(self) -> tuple[stored.Store, About]:
         with self._lock:
-            if self._store is not None and (about := self._store.about_if_same()) is not None:
-                return self._store, about
-            self._memory = None
-            migrate(self.where)
-            self._store = stored.Store.open(self.where)
-            return self._store, self._store.about
+            about = None if self._store is None else self._store.about_if_same()
+            if self._store is None or about is None:
+                self._memory = None
+                migrate(self.where)
+                self._store = stored.Store.open(self.where)
+                about = self._store.about
+            self._about = about
+            return self._store, about
 
     def _encoder_of_index(self) -> Encoder:
         with self._lock:
             about = self.about
-            known = self._encoder
-            if known is None or known.about[:3] != about[:3]:  # sources may grow
+            if self._encoder is None or not self._is_of_this_index(self._encoder):
                 self._encoder = Encoder(about, by_torch=self.in_memory)
-            assert self._encoder is not None
             return self._encoder
+
+    def _is_of_this_index(self, encoder: Encoder) -> bool:
+        """Whether an encoder has the model of the index as it was last looked at."""
+        return self._about is not None and encoder.about[:3] == self._about[:3]  # sources may grow
 
     def _moment(self, id: str) -> tuple[Moment, np.ndarray]:
         try:

@@ -19,17 +19,20 @@ STOP_SECONDS = 1  # for answers that are being sent
 
 
 def serve(where: str | Path, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve the search page of an index until ctrl-C or SIGTERM.
+    """Serve the search page of an index until ctrl-C or SIGTERM. The current folder becomes /.
 
     Raises ValueError if there is no index, or if the server cannot listen on host and port.
     """
     name = os.fspath(where)
     index = VideoIndex(name if is_uri(name) else local(name), in_memory=True)
     moments = index.count
+    listening = listen(host, port)
     # Processes that multiprocessing starts would import a signal.py, for example, that lies in the
     # current folder, as a stranger's index may.
+    for place in ("HF_HOME", "HF_HUB_CACHE"):
+        if os.environ.get(place):
+            os.environ[place] = os.path.abspath(os.path.expanduser(os.environ[place]))
     os.chdir(os.sep)
-    listening = listen(host, port)
     loopback = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
     if not loopback:
         print(

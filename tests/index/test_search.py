@@ -173,6 +173,20 @@ def test_a_large_index_is_left_on_disk(where, monkeypatch):
     assert isinstance(large._source(), OnDisk)
 
 
+def test_a_query_is_embedded_again_if_the_index_is_replaced_meanwhile(index, monkeypatch):
+    class Replaced:
+        def __init__(self, real):
+            self.about, self.real = real.about._replace(fingerprint="that of another model"), real
+
+        def combined(self, queries, weights):
+            return -self.real.combined(queries, weights)  # what another model would give
+
+    expected, real = index.search("a dog"), index._encoder_of_index()
+    encoders = iter([Replaced(real), real])
+    monkeypatch.setattr(index, "_encoder_of_index", lambda: next(encoders))
+    assert index.search("a dog") == expected
+
+
 def test_threads_share_an_index(where):
     index = VideoIndex(where, in_memory=True)
     expected = index.search("a dog")

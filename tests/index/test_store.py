@@ -533,6 +533,8 @@ def test_a_full_disk_is_no_damage(store, monkeypatch):
 
 def test_a_large_index_is_searched_nearly_exactly(store, monkeypatch):
     monkeypatch.setattr(store_module, "EXACT_ROWS", 300)
+    for name, value in (("PARTITION_ROWS", 50), ("COMPARED", 60), ("COMPARED_SHARE", 2)):
+        monkeypatch.setattr(store_module, name, value)  # so that most rows are not compared exactly
     store.put([one(f"/v/{i}/a.mp4", n=60, seed=i, date=i) for i in range(10)])
     store.tidy()
     indexed = {index.columns[0]: index.num_indexed_rows for index in store._moments.list_indices()}

@@ -41,6 +41,9 @@ def write_video(path: Path, colour, codec="libx264", seconds=4, sound=False) -> 
 class Encoder:
     """Stands for a model: a sentence's vector is that of its colour, a file's is green's."""
 
+    def __init__(self, about):
+        self.about = about
+
     def combined(self, queries, weights):
         (query,) = queries
         if isinstance(query, Path):
@@ -55,7 +58,7 @@ class Encoder:
 
 class Index(VideoIndex):
     def _encoder_of_index(self):
-        return Encoder()
+        return Encoder(self.about)
 
 
 def state(path: Path, duration: float, date: float) -> FileState:

@@ -192,12 +192,9 @@ def _widened(
     )
     belongs[peak] = True  # whatever rounding does to its height
     rows = by_time[belongs[by_time]]
-    apart = first[rows][1:] > np.maximum.accumulate(last[rows])[:-1]
-    place = int(np.flatnonzero(rows == peak)[0])
-    before, after = np.flatnonzero(apart[:place]), np.flatnonzero(apart[place:])
-    rows = rows[
-        before[-1] + 1 if len(before) else 0 : place + 1 + (after[0] if len(after) else len(rows))
-    ]
+    gaps = np.flatnonzero(first[rows][1:] > np.maximum.accumulate(last[rows])[:-1])
+    low = int(np.searchsorted(gaps, np.flatnonzero(rows == peak)[0]))  # number before the peak
+    rows = rows[gaps[low - 1] + 1 if low else 0 : gaps[low] + 1 if low < len(gaps) else None]
     return float(first[rows[0]]), float(last[rows].max()), rows
 
 

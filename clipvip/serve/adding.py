@@ -61,7 +61,7 @@ class Adding:
                 self._state |= await self._threads.run(connection.recv)
         connection.close()
         await self._threads.run(process.join)
-        self.state()  # notes the time
+        self._state["seconds"] = round(time.monotonic() - self._started, 1)
         if self._state["state"] == "running":
             what = f"the process ended with exit status {process.exitcode}"
             self._state |= {"state": "failed", "message": f"{what}; see the terminal of the server"}

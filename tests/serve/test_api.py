@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +351,17 @@ def test_what_cannot_be_added_is_refused(client, tmp_path):
         assert error(post(content=body, headers=headers), 400)
     assert error(post(content=b"{}", headers={"content-type": "text/plain"}), 415)
     assert client.get("/api/add").json() == {"state": "idle"}
+
+
+def test_adding_ends_with_a_message_and_its_time(index):
+    with TestClient(build_app(index, index.where), base_url="http://localhost") as own:
+        began = time.monotonic()
+        state = own.post("/api/add", json={"path": os.path.dirname(index.where)}).json()
+        while state["state"] == "running" and time.monotonic() - began < 100:
+            time.sleep(0.1)
+            state = own.get("/api/add").json()
+    assert state["state"] == "failed" and "is not on this machine" in state["message"], state
+    assert 0 < state["seconds"] <= time.monotonic() - began
 
 
 # --- the table of routes --------------------------------------------------------------------

@@ -388,8 +388,8 @@ class Store:
     def tidy(self, tell: Callable[[int], None] = lambda moments: None) -> None:
         """Compact the tables, delete duplicates and versions that nobody reads any more, and make
         what a large table is searched by: sorted paths and ids, and the approximate index of
-        vectors. That is extended after CHANGED_SHARE of its rows have changed, and made again after
-        half of them; until then, searches compare new rows exactly.
+        vectors. That is extended when NEW_SHARE of all rows are not in it yet, and made again when
+        half of them are not; until then, searches compare these exactly.
 
         tell: called with the number of moments before the index is made, which may take long.
         """
@@ -402,11 +402,11 @@ class Store:
             known = indices.get("vector")
             if known and self._moments.index_stats(known.name).distance_type != METRIC:
                 known = None  # which no search uses
-            changed = abs(rows - known.num_indexed_rows) if known else rows
-            makes = rows > EXACT_ROWS and self._width % 8 == 0 and 2 * changed > rows
+            new = rows - known.num_indexed_rows if known else rows
+            makes = rows > EXACT_ROWS and self._width % 8 == 0 and 2 * new > rows
             self._compact(self._about)
             self._compact(self._bad_files)
-            if not known or (changed > CHANGED_SHARE * rows and not makes):
+            if not known or (new > NEW_SHARE * rows and not makes):
                 self._compact(self._moments)
             if rows > EXACT_ROWS:
                 for column in ("path", "id"):
@@ -577,7 +577,7 @@ BITS = 4
 METRIC: Literal["l2"] = "l2"  # which LanceDB computes faster in float16 than products
 PARTITION_ROWS, ALL_PARTITIONS = 8192, 1 << 16  # the latter: more than there are
 COMPARED, COMPARED_SHARE = 1500, 5
-CHANGED_SHARE = 0.02
+NEW_SHARE = 0.02
 
 
 def _matrix(column: Any, width: int) -> np.ndarray:

@@ -73,7 +73,8 @@ _TOKEN = re.compile(
   | (?i: [jy]'(?=[a-z]) | [dlon]'[^\W\d_]+ | [a-z]*[aeiouy]'[aeiou][a-z]* )  # o'clock, ma'am
   | (?i: (?:c'mon|s'mores|ev'ry|li'l|nor'easter|cap'n|nat'l){_END} | (?:ol|dunkin|somethin)'{_END} )
   | [A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}){{1,2}}  # and/or
-  | \d+-\d+/\d+ | {_W}(?:{_W}|[.,])*(?:[-‐‑]{_W}+)+                # 1-1/2, 3.5-inch
+  | \d+-\d+/\d+                                                  # 1-1/2
+  | {_W}+(?:[.,]+{_W}+){{0,4}}[.,]{{0,4}}(?:[-‐‑]{_W}+)+           # 3.5-inch
   | (?<!-)[-+]?\d*(?:[.,:]\d+)+ | (?<!-)[-+]\d+                    # 12:30, 1,000, -5
   | (?:[A-Za-z]\.)+[A-Za-z]\.{_END} | (?i:ph\.d\.) | [A-Za-z]+(?:\.[A-Za-z]+)+      # U.S., a.com
   | (?i: (?:{_ABBREVIATIONS})\. ) | (?:Ill|Miss|Ore|Wash)\.

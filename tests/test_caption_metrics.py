@@ -215,13 +215,6 @@ def test_a_missing_sacrebleu_is_named(monkeypatch):
         score_captions(["a dog"], [["a dog"]])
 
 
-def test_very_long_texts_take_no_time():
-    for text in (
-        "a," * 20_000,
-        "a" * 40_000,
-        "a-" * 20_000,
-        "'" * 40_000,
-        "a'" * 20_000,
-        "1." * 20_000,
-    ):
-        coco_tokens(text)
+@pytest.mark.parametrize("unit", ["a,", "a", "a-", "a/", "a'", "a.", "a:-", "<a", "_a&"])
+def test_long_texts_are_read_in_linear_time(unit):
+    assert "".join(coco_tokens(unit * 50_000)).count("a") == 50_000  # quadratic: minutes

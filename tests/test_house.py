@@ -36,7 +36,7 @@ PARTS = {
         "ops",
     ),
 }
-TOOLS = ("files", "inputs", "retrieval", "sentences", "terminal")
+TOOLS = ("caption_metrics", "files", "inputs", "retrieval", "sentences", "terminal")
 IN_PART = {
     "explain_picture": "explain",
     "token_files": "index",

@@ -6,6 +6,7 @@ coco_tokens follows its rules.
 """
 
 import html
+import importlib.util
 import math
 import re
 from collections import Counter
@@ -100,6 +101,12 @@ def coco_tokens(text: str) -> list[str]:
     return " ".join(found).lower().translate(_BRACKETS).split()
 
 
+def check_installed() -> None:
+    """Raise ValueError if sacrebleu is missing, for calls before captions are generated."""
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise ValueError('sacrebleu is not installed: pip install "clipvip[captions]"')
+
+
 def score_captions(
     candidates: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
@@ -119,6 +126,7 @@ def score_captions(
     Raises ValueError if there is no clip, a list does not fit, a clip has no reference, or
     sacrebleu is not installed.
     """
+    check_installed()
     tokens, reference_tokens = _tokenized(candidates, references)
     values = (
         _bleu(tokens, reference_tokens),
@@ -160,10 +168,8 @@ def _tokenized(
 
 def _bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> float:
     """Corpus BLEU-4 in percent; sacrebleu counts, on tokens joined by spaces."""
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        raise ValueError('sacrebleu is not installed: pip install "clipvip[captions]"') from None
+    from sacrebleu.metrics import BLEU
+
     bleu = BLEU(tokenize="none", force=True, smooth_method="none")
     correct, total = [0] * len(_LENGTHS), [0] * len(_LENGTHS)
     length = reference_length = 0

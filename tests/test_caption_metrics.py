@@ -210,7 +210,7 @@ def test_errors_name_the_clip(captions, references, message):
 
 
 def test_a_missing_sacrebleu_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ValueError, match=r'pip install "clipvip\[captions\]"'):
         score_captions(["a dog"], [["a dog"]])
 

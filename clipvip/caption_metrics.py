@@ -74,17 +74,17 @@ _TOKEN = re.compile(
   | (?i: [jy]'(?=[a-z]) | [dlon]'[^\W\d_]+ | [a-z]*[aeiouy]'[aeiou][a-z]* )  # o'clock, ma'am
   | (?i: (?:c'mon|s'mores|ev'ry|li'l|nor'easter|cap'n|nat'l){_END} | (?:ol|dunkin|somethin)'{_END} )
   | [A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}){{1,2}}  # and/or
-  | \d+-\d+/\d+                                                  # 1-1/2
+  | \d+-\d+/\d+                                                    # 1-1/2
   | {_W}+(?:[.,]+{_W}+){{0,4}}[.,]{{0,4}}(?:[-‐‑]{_W}+)+           # 3.5-inch
   | (?<!-)[-+]?\d*(?:[.,:]\d+)+ | (?<!-)[-+]\d+                    # 12:30, 1,000, -5
-  | (?:[A-Za-z]\.)+[A-Za-z]\.{_END} | (?i:ph\.d\.) | [A-Za-z]+(?:\.[A-Za-z]+)+      # U.S., a.com
+  | (?:[A-Za-z]\.)+[A-Za-z]\.{_END} | (?i:ph\.d\.) | [A-Za-z]+(?:\.[A-Za-z]+)+  # U.S., a.com
   | (?i: (?:{_ABBREVIATIONS})\. ) | (?:Ill|Miss|Ore|Wash)\.
   | (?i: (?:nos?|art|fig|pp|op|prop|ca)\.(?=\s*\d) )               # no. 5
   | [A-Za-z]\.(?!\s+(?:{_OPENERS}){_END})                          # vitamin C.
   | [A-Z]+&[A-Z]+{_END} | \#[A-Za-z]+ | @[A-Za-z]\w*               # R&B
   | {_W}+(?:_{_W}+)*
   | [:;=]['-]?[()DPp|]{_END} | [?!]{{2,}} | \*+ | _+ | -{{5,}} | << | >>
-  | [^\s'"`“”«»‹›.,:;?!‐‑‒\U00010000-\U0010ffff-]                    # symbols, not punctuation
+  | [^\s'"`“”«»‹›.,:;?!‐‑‒\U00010000-\U0010ffff-]                  # symbols, not punctuation
     """,
     re.VERBOSE,
 )

@@ -33,7 +33,7 @@ def dry_run(config: TrainConfig, processes: int) -> None:
         model = CLIPViPModel(shapes)
     lora.prepare(model, config)
     freeze(model, config.model.freeze, config.model.unfreeze)
-    cost = plan(model, config, processes, images=image_share(clips))
+    cost = plan(model, config, processes, image_share(clips))
     print(cost.describe(len(clips), steps, describe_sources(clips)), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         loss = train(trial(config, shapes, Path(folder)))["loss"]

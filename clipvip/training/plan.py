@@ -86,7 +86,7 @@ class Plan:
         return "\n".join(figures + mixed)
 
 
-def plan(model: CLIPViPModel, config: TrainConfig, processes: int, *, images: float = 0.0) -> Plan:
+def plan(model: CLIPViPModel, config: TrainConfig, processes: int, images: float = 0.0) -> Plan:
     """Plan the training of a model, which may be on the meta device, by a settled configuration.
 
     images: share of images among the clips. Their texts are taken to be captions; memory is that of

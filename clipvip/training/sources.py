@@ -85,12 +85,10 @@ def describe_sources(clips: Clips) -> list[str]:
         return []
     lines = []
     for source, share in _shared(clips):
-        times = share * len(clips) / len(source)
+        often = f"each {share * len(clips) / len(source):.3g} times per epoch"
         texts = "" if source.paragraph is None else f", {TEXTS[source.paragraph]}s"
-        lines.append(
-            f"{share:.1%} {shown(source.name)} ({len(source)} clips, each {times:.3g} × per epoch"
-            f"{texts})"
-        )
+        name = shown(source.name)
+        lines.append(f"{share:.1%} {name} ({len(source)} clips, {often}{texts})")
     return lines
 
 

@@ -84,8 +84,8 @@ class Run:
         self.config = config = settled(config, self.processor)
         self.loader = training_loader(config, clips, self.processor)
         self.epoch_steps, self.total_steps = run_steps(config, len(self.loader))  # optimizer steps
-        images = image_share(clips)
-        self.cost = plan(self.model, config, accelerator.num_processes, images=images)
+        processes = accelerator.num_processes
+        self.cost = plan(self.model, config, processes, image_share(clips))
         self.peak_tera = peak_tera(accelerator.device)
         self.task = task_of(config)
         self.towers = parallel.distribute(  # the task's towers around the model

@@ -242,7 +242,7 @@ def test_a_run_on_mixed_files_resumes_exactly(
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     train(make_config(*given, f"out={unbroken}"))
     said = capsys.readouterr().out.splitlines()[0]
-    assert f"36 clips · 50.0% {sources}/a.jsonl (12 clips, each 1.5 × per epoch), 16.7%" in said
+    assert f"36 clips · 50.0% {sources}/a.jsonl (12 clips, each 1.5 times per epoch), 16.7%" in said
     loss, calls = Omnisource.loss, []
 
     def failing(*given):
@@ -298,8 +298,11 @@ def test_a_dry_run_says_the_sources_and_counts_images_as_such(make_config, sourc
     assert image_share(load_clips(config)[0]) == pytest.approx(0.5)
     main([str(make_config.path), *given, "--dry-run"])
     said = capsys.readouterr().out
-    assert f"sources              37.5% {sources}/a.jsonl (12 clips, each 1.12 × per epoch)" in said
-    assert f"\n                     50.0% {sources}/c.jsonl (12 clips, each 1.5 × per" in said
+    assert (
+        f"sources              37.5% {sources}/a.jsonl (12 clips, each 1.12 times per epoch)"
+        in said
+    )
+    assert f"\n                     50.0% {sources}/c.jsonl (12 clips, each 1.5 times per" in said
     assert "10 of video (0 in images, 50.0% of the clips), 6 of image" in said
     assert said.rstrip().endswith("the run can start")
 

@@ -69,9 +69,11 @@ def load_sources(sources: Sequence[SourceConfig]) -> ClipSources | Shards:
     """Load checked sources. Raises AnnotationError or ShardError."""
     if sources[0].clips is None:
         return Shards([Source(each.path, each.ratio, each.paragraph) for each in sources])
-    loaded = [(each, load_annotations(each.path)) for each in sources]
     return ClipSources(
-        [ClipSource(each.path, clips, each.ratio, each.paragraph) for each, clips in loaded]
+        [
+            ClipSource(each.path, load_annotations(each.path), each.ratio, each.paragraph)
+            for each in sources
+        ]
     )
 
 

@@ -8,7 +8,8 @@ One file: an epoch is a random order of its clips.
 
 Several, mixed by ratio (ClipSources):
 - An *epoch* has as many clips as all files together, rounded down to whole batches. Each file gives
-  its share of them, rounded to whole clips, in a random order.
+  its share of them, in a random order. What rounding to whole clips leaves is made up for in later
+  epochs, so the ratios hold over the whole run, and a file with a tiny share is drawn too.
 - A *pass* over a file draws each of its clips once, in an order of its own. A file starts its next
   pass when its last one is over, also within an epoch, and continues it in the next epoch.
 """
@@ -116,16 +117,18 @@ class MixedOrder(FileOrder):
         super().__init__(len(clips), options, training=True, drop_last=True)
         self.counts = [*map(len, clips.sources)]
         self.firsts = clips.firsts
-        self.quotas = apportioned(self.batches * self.stride, clips.shares)
+        self.shares = clips.shares
 
     def drawn(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        numbers = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        size = self.batches * self.stride
+        firsts = apportioned(epoch * size, self.shares)  # draws from each source so far
+        ends = apportioned((epoch + 1) * size, self.shares)
+        numbers = np.repeat(np.arange(len(firsts)), ends - firsts)
         numbers = np.random.default_rng((self.seed, 0, epoch)).permutation(numbers)
         passes, places = np.empty((2, len(numbers)), np.int64)
-        for number, (quota, count) in enumerate(zip(self.quotas, self.counts, strict=True)):
+        pairs = zip(firsts.tolist(), ends.tolist(), self.counts, strict=True)
+        for number, (first, end, count) in enumerate(pairs):
             drawn = np.flatnonzero(numbers == number)
-            first = epoch * int(quota)  # draws from this source in earlier epochs
-            end = first + int(quota)
             for each in range(first // count, -(-end // count)):
                 order = np.random.default_rng((self.seed, 1, number, each)).permutation(count)
                 begin = each * count

@@ -51,6 +51,14 @@ def test_ratios_hold_in_every_epoch_over_all_ranks(ratios: list[float], world: i
         assert np.abs(given - len(drawn) * np.array(ratios) / sum(ratios)).max() < 2
 
 
+def test_a_source_that_is_less_than_a_clip_per_epoch_is_drawn_in_some() -> None:
+    clips = mixed([20, 5], [100, 1])
+    order = order_of(clips, 4)
+    drawn = [pair for epoch in range(100) for batch in order.tasks(epoch, 0) for pair in batch]
+    assert sum(clips.number(place) for _, place in drawn) == pytest.approx(len(drawn) / 101, abs=2)
+    assert len(drawn) == len(set(drawn)) == 2400
+
+
 def test_a_pass_draws_each_clip_of_a_source_once_in_an_order_of_its_own() -> None:
     clips = mixed([20, 3, 40], [1, 1, 1])
     order = order_of(clips, 4)

@@ -81,6 +81,7 @@ def omnisource_loss(
     logit_scale: Tensor,
     variant: str = "vsc_fc",
     *,
+    video_present: Tensor | None = None,
     subtitle_present: Tensor | None = None,
     frame_present: Tensor | None = None,
     caption_present: Tensor | None = None,
@@ -95,10 +96,11 @@ def omnisource_loss(
     variant: terms joined by "_". "vs", "vc" and "fc" are `contrastive_loss` of two sources. "vsc"
         has the column halves of "vs" and "vc"; in its row halves, the negatives of a video are the
         subtitles and captions of all other clips together.
-    *_present: bool [n], False if a clip lacks the source (its features are ignored). The source is
-        then neither a positive nor a negative; the clip's other sources remain negatives for other
-        clips. Each mean is over the clips that have both sources of a term; a term that no clip
-        has is 0. All masks are on one device; if that is the CPU, reading them waits for no GPU.
+    *_present: bool [n], False if a clip lacks the source, as an image lacks a video (its features
+        are ignored). The source is then neither a positive nor a negative; the clip's other sources
+        remain negatives for other clips. Each mean is over the clips that have both sources of a
+        term; a term that no clip has is 0. All masks are on one device; if that is the CPU, reading
+        them waits for no GPU.
     Returns a 0-d tensor in at least fp32. For meta tensors, only its shape is computed.
 
     Raises ValueError for an unknown variant, for shapes that differ, or if a source that the
@@ -107,7 +109,7 @@ def omnisource_loss(
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
     given = {
-        "v": ("video", video, None),
+        "v": ("video", video, video_present),
         "s": ("subtitle", subtitle, subtitle_present),
         "f": ("frame", frame, frame_present),
         "c": ("caption", caption, caption_present),

@@ -24,7 +24,11 @@ CLIPS = 13
 WORLDS = {2: [6, 7], 3: [5, 0, 8], 4: [1, 4, 2, 6]}  # clips of each rank: unequal, or none
 EVEN = 6, 24  # shape of each rank's features for the count of bytes
 NAMES = "video", "subtitle", "frame", "caption"
-CASES = ["contrastive", *VARIANTS, *(f"{variant} masked" for variant in VARIANTS)]
+CASES = [
+    "contrastive",
+    *(f"{variant}{masked}" for masked in ("", " masked", " images") for variant in VARIANTS),
+]
+IMAGES = 6  # the first clip that is an image: in each world, the last rank has images alone
 BACKENDS = {"reference": torch.float64, "native": torch.float32}
 
 
@@ -45,14 +49,22 @@ class Towers(nn.Module):
 
 
 def batch(dtype):
-    """Inputs [CLIPS, 5], and which clips have a subtitle, a frame and a caption."""
+    """Inputs [CLIPS, 5], and which clips have a video, a subtitle, a frame and a caption."""
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(CLIPS, 5, generator=generator, dtype=torch.float64).to(dtype)
-    return inputs, torch.rand(3, CLIPS, generator=generator) < 0.6
+    present = torch.rand(3, CLIPS, generator=generator) < 0.6
+    return inputs, torch.cat([torch.rand(1, CLIPS, generator=generator) < 0.6, present])
 
 
-def run(towers, inputs, present, case, backend, over_ranks):
-    """The loss of a case and its gradients, in the order of parameters."""
+def of_images(present, first):
+    """The masks of clips, numbered from `first` on, of which some are images with captions."""
+    clips = torch.arange(first, first + present.shape[1])
+    video, caption = clips < IMAGES, clips >= IMAGES
+    return torch.stack([video, video, torch.ones_like(video), caption | present[3]])
+
+
+def run(towers, inputs, present, case, backend, over_ranks, first=0):
+    """The loss of a case and its gradients, in the order of parameters. first: of the clips."""
     towers.zero_grad()
     features, scale = towers(inputs)
     where = {"sharded": over_ranks, "backend": backend}
@@ -60,7 +72,9 @@ def run(towers, inputs, present, case, backend, over_ranks):
         loss = contrastive_loss(*features[:2], scale, **where)
     else:
         variant, _, masked = case.partition(" ")
-        masks = {f"{name}_present": mask for name, mask in zip(NAMES[1:], present, strict=True)}
+        if masked == "images":
+            present = of_images(present, first)
+        masks = {f"{name}_present": mask for name, mask in zip(NAMES, present, strict=True)}
         loss = omnisource_loss(*features, scale, variant, **(masks if masked else {}), **where)
     (loss + 0 * sum(p.sum() for p in towers.parameters())).backward()
     return loss.detach(), [p.grad.clone() for p in towers.parameters()]
@@ -113,7 +127,9 @@ def main(folder, world, rank):
         inputs, present = batch(dtype)
         for case in CASES:
             found[case, backend] = run(
-                towers, inputs[share], present[:, share], case, backend, over_ranks=True
+                *(towers, inputs[share], present[:, share], case, backend),
+                over_ranks=True,
+                first=first,
             )
     found["exchanges of counts"] = exchanges_of_counts(towers, inputs[share], present[:, share])
     a, b = (torch.randn(*EVEN, requires_grad=True) for _ in range(2))

@@ -49,7 +49,7 @@ def plain_loss(video, subtitle, frame, caption, scale, variant, present) -> torc
         for y in "sc":
             terms = []
             for i in clips:
-                if present[y][i]:
+                if present["v"][i] and present[y][i]:
                     negatives = [
                         logits[z][i, j] for z in "sc" for j in clips if present[z][j] and j != i
                     ]
@@ -92,16 +92,19 @@ def test_omnisource_loss_is_the_plain_formula(variant, n):
 def test_missing_sources_take_no_part(variant, seed):
     n = 6
     generator = torch.Generator().manual_seed(seed)
-    masks = [torch.rand(n, generator=generator) < share for share in (0.7, 0.5, 0.6)]
+    masks = [torch.rand(n, generator=generator) < share for share in (0.7, 0.5, 0.6, 0.8)]
+    masks = [*masks[3:], *masks[:3]]
+    if seed == 2:  # nobody has a video
+        masks[0] = torch.zeros(n, dtype=torch.bool)
     if seed == 3:  # nobody has a caption
-        masks[2] = torch.zeros(n, dtype=torch.bool)
+        masks[3] = torch.zeros(n, dtype=torch.bool)
     tensors = inputs(n)
-    present = dict(zip("vsfc", [torch.ones(n, dtype=torch.bool), *masks], strict=True))
+    present = dict(zip("vsfc", masks, strict=True))
     plain = plain_loss(*tensors, variant, present)
     garbage = [t.detach().clone().requires_grad_() for t in tensors]
-    for tensor, mask in zip(garbage[1:4], masks, strict=True):
+    for tensor, mask in zip(garbage[:4], masks, strict=True):
         tensor.data[~mask] = float("nan")
-    keywords = {f"{name}_present": mask for name, mask in zip(NAMES[1:], masks, strict=True)}
+    keywords = {f"{name}_present": mask for name, mask in zip(NAMES, masks, strict=True)}
     loss = omnisource_loss(*garbage, variant, backend="reference", **keywords)
     torch.testing.assert_close(loss, plain)
     expected = torch.autograd.grad(plain, tensors, allow_unused=True, materialize_grads=True)
@@ -113,7 +116,7 @@ def test_missing_sources_take_no_part(variant, seed):
 def test_all_present_equals_no_masks(variant):
     tensors = inputs(5)
     everyone = torch.ones(5, dtype=torch.bool)
-    keywords = {f"{name}_present": everyone for name in NAMES[1:]}
+    keywords = {f"{name}_present": everyone for name in NAMES}
     masked = omnisource_loss(*tensors, variant, backend="reference", **keywords)
     assert_same(omnisource_loss(*tensors, variant, backend="reference"), masked, tensors)
 
@@ -122,7 +125,7 @@ def test_all_present_equals_no_masks(variant):
 def test_nobody_present_is_zero_with_zero_gradient(variant):
     tensors = inputs(4)
     nobody = torch.zeros(4, dtype=torch.bool)
-    keywords = {f"{name}_present": nobody for name in NAMES[1:]}
+    keywords = {f"{name}_present": nobody for name in NAMES}
     loss = omnisource_loss(*tensors, variant, backend="reference", **keywords)
     assert loss.item() == 0
     for gradient in torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True):
@@ -174,7 +177,7 @@ def test_errors_name_the_argument():
 def test_meta_tensors_give_the_shape_of_a_loss(backend):
     tensors = [x.detach().float().to("meta").requires_grad_() for x in inputs(5)]
     present = torch.ones(5, dtype=torch.bool, device="meta")
-    masks = {f"{name}_present": present for name in NAMES[1:]}
+    masks = {f"{name}_present": present for name in NAMES}
     for variant in VARIANTS:
         loss = omnisource_loss(*tensors, variant, backend=backend, **masks)
         assert loss.is_meta and loss.shape == () and loss.dtype == torch.float32

@@ -9,7 +9,7 @@
 |---|---|---|
 | `video` | string, required | video or image (jpg, png, webp), relative to this file's folder |
 | `start`, `end` | seconds | the part of the video that is the clip; if absent, the whole video |
-| `text` | string or list | texts for retrieval; a list holds alternatives |
+| `text` | string or list | texts of the whole clip, for retrieval; a list holds alternatives |
 | `subtitle` | string | speech heard in the clip (post-pretraining) |
 | `caption` | string | a sentence about `image` or the clip's middle frame (post-pretraining) |
 | `image` | string | picture that `caption` is about, relative; if absent, the middle frame |

@@ -14,8 +14,8 @@ from transformers import CLIPTokenizer
 
 from clipvip import distributed
 from clipvip.data.annotations import Clip, load_annotations
-from clipvip.data.loading import ClipLoader, LoaderOptions, build_loader
-from clipvip.data.shards import Shards, Source, build_shard_loader, is_shards
+from clipvip.data.loading import ClipLoader, ClipSources, LoaderOptions, build_loader
+from clipvip.data.shards import Shards, build_shard_loader
 from clipvip.embedding import join_texts
 from clipvip.model import CLIPViPConfig, CLIPViPModel
 from clipvip.model.positions import interpolate_positions, with_sizes
@@ -23,12 +23,13 @@ from clipvip.model.pretrained import found, read_config
 from clipvip.model.processing import READING, CLIPViPProcessor, NoTokenizer, load_tokenizer
 from clipvip.ops import proxy_attention
 from clipvip.training import lora, parallel
-from clipvip.training.config import ConfigError, SourceConfig, TrainConfig, refuse_unknown_key
+from clipvip.training.config import ConfigError, TrainConfig, refuse_unknown_key
 from clipvip.training.optimization import freeze
+from clipvip.training.sources import Clips, SourceConfig, load_sources
 from clipvip.training.task import task_of
 
 
-def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
+def load_clips(config: TrainConfig) -> tuple[Clips, list[Clip]]:
     """Load training and validation clips; the latter are empty if data.validation is not given.
 
     Raises ConfigError or ShardError if they lack the texts that the task or validation needs, or
@@ -38,10 +39,9 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
     validation = load_annotations(data.validation) if data.validation else []
     if validation and not any(clip.text for clip in validation):
         raise ConfigError(f"{data.validation}: no clip has a text to search with")
-    clips: list[Clip] | Shards
-    if data.train is None or is_shards(data.train):
-        sources = data.sources or [SourceConfig(str(data.train))]
-        clips = Shards([Source(source.shards, source.ratio) for source in sources])
+    clips: Clips
+    if data.train is None or data.reads_shards:
+        clips = load_sources(data.sources or [SourceConfig(data.train)])
     else:
         clips = load_annotations(data.train)
     task_of(config).check(clips, data.train)
@@ -54,9 +54,7 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
     return clips, validation
 
 
-def training_loader(
-    config: TrainConfig, clips: list[Clip] | Shards, processor: CLIPViPProcessor
-) -> ClipLoader:
+def training_loader(config: TrainConfig, clips: Clips, processor: CLIPViPProcessor) -> ClipLoader:
     """Build this rank's loader of micro-batches."""
     micro, data = config.batch_size // config.accumulation, config.data
     options = LoaderOptions(
@@ -70,12 +68,29 @@ def training_loader(
         max_bad_share=data.max_bad_share,
         bad_files=Path(config.out) / "bad_files.jsonl",
         decoder=data.decoder,
+        compared=task_of(config).compared,
         **processor.loading(),
     )
     paragraph = processor.paragraph
     if isinstance(clips, Shards):
         return build_shard_loader(clips, options, paragraph=paragraph, shuffle=data.shuffle)
-    return build_loader(join_texts(clips, paragraph), options, training=True)
+    return build_loader(_with_texts_joined(clips, paragraph), options, training=True)
+
+
+def _with_texts_joined(
+    clips: list[Clip] | ClipSources, paragraph: bool
+) -> list[Clip] | ClipSources:
+    """Return the clips; where their source says paragraph, all texts of a clip are joined into one.
+
+    paragraph: for what is not, or does not say so.
+    """
+    if not isinstance(clips, ClipSources):
+        return join_texts(clips, paragraph)
+    joined = []
+    for source in clips.sources:
+        own = paragraph if source.paragraph is None else source.paragraph
+        joined.append(replace(source, clips=join_texts(source.clips, own)))
+    return ClipSources(joined)
 
 
 def build_model(config: TrainConfig, resumed: Path | None) -> tuple[CLIPViPModel, CLIPViPProcessor]:

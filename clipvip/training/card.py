@@ -59,7 +59,7 @@ def run_card(
 
 def _training(config: TrainConfig, step: int, steps: int, clips: int) -> dict[str, Any]:
     settings, data = flat(config), config.data
-    sources = [source.shards for source in data.sources] or [str(data.train)]
+    sources = [source.path for source in data.sources] or [str(data.train)]
     names = ", ".join(shown_name(source) for source in sources)
     rows = {"clips": f"{clips} of {names}", "step": f"{step} of {steps}"}
     if config.task == "retrieval":

@@ -16,10 +16,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clipvip.data import DECODERS
+from clipvip.data.shards import is_shards
 from clipvip.data.video import check_sampling
 from clipvip.losses import VARIANTS
 from clipvip.ops.resize_crop import RESIZES
 from clipvip.retrieval import METRICS, TABLES
+from clipvip.training.sources import SourceConfig, check_sources
 
 
 class ConfigError(ValueError):
@@ -70,21 +72,13 @@ class ModelConfig:
 
 
 @dataclass
-class SourceConfig:
-    """One of several sets of shards to train from."""
-
-    shards: str = MISSING  # shards, in the forms that data.train allows
-    ratio: float = 1.0  # share of clips from this source, relative to the ratios of the others
-
-
-@dataclass
 class DataConfig:
     """Clips to train and validate on, and how they are read."""
 
     # Annotations (JSON Lines); or shards as "clips/{00000..00099}.tar", their folder, or their
     # manifest, also at any fsspec URL. Give this or `sources`.
     train: str | None = None
-    sources: list[SourceConfig] = field(default_factory=list)  # sets of shards, mixed by ratios
+    sources: list[SourceConfig] = field(default_factory=list)  # several, mixed by ratios
     shuffle: int = 1024  # encoded clips from shards that each rank holds in memory to shuffle among
     # Annotations of the clips by which the best checkpoint is chosen. Do not use the test set: a
     # score on the clips that chose the checkpoint is too high.
@@ -105,6 +99,13 @@ class DataConfig:
     # Both give the same clips and frames; PyAV decodes the files that DALI cannot.
     decoder: str = "auto"
     max_bad_share: float = 0.05  # a run with a higher share of unreadable clips stops
+
+    @property
+    def reads_shards(self) -> bool:
+        """Whether the training clips are in shards, and not listed by annotations."""
+        if self.train is None:
+            return self.sources[0].clips is None
+        return is_shards(self.train)
 
 
 @dataclass
@@ -286,9 +287,10 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("data.train is required: give it as data.train=VALUE")
     if data.train is not None and data.sources:
         raise ConfigError("give either data.train or data.sources, not both")
-    for source in data.sources:
-        if not source.ratio > 0:
-            raise ConfigError(f"data.sources: ratio is {source.ratio}; it must be above 0")
+    try:
+        check_sources(data.sources)
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from None
     if model.name is None and model.config is None:
         raise ConfigError(
             "model.name is empty; expected the folder of a model, a file of weights or a name "

@@ -16,6 +16,7 @@ from clipvip.training.build import build_processor, load_clips, model_config, se
 from clipvip.training.config import ConfigError, TrainConfig, check_batch
 from clipvip.training.optimization import freeze, run_steps
 from clipvip.training.plan import plan
+from clipvip.training.sources import describe_sources, image_share
 from clipvip.training.trainer import train
 
 
@@ -24,15 +25,16 @@ def dry_run(config: TrainConfig, processes: int) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("a dry run takes one process; --processes=N plans for more")
     check_batch(config, processes)
-    clips = len(load_clips(config)[0])
-    _, steps = run_steps(config, clips // (config.batch_size // config.accumulation))
+    clips = load_clips(config)[0]
+    _, steps = run_steps(config, len(clips) // (config.batch_size // config.accumulation))
     shapes = model_config(config)
     config = settled(config, build_processor(config, shapes))
     with torch.device("meta"):
         model = CLIPViPModel(shapes)
     lora.prepare(model, config)
     freeze(model, config.model.freeze, config.model.unfreeze)
-    print(plan(model, config, processes).describe(clips, steps), flush=True)
+    cost = plan(model, config, processes, image_share(clips))
+    print(cost.describe(len(clips), steps, describe_sources(clips)), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         loss = train(trial(config, shapes, Path(folder)))["loss"]
     print(f"one step with a 32-channel model of the same depth: loss {loss:.4f}; the run can start")

@@ -5,6 +5,7 @@ counted. The backward pass has twice the operations of the forward pass, except 
 which get no gradient, and for all that lies below the lowest trained layer of a tower.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,8 @@ class Plan:
     video_tokens: int  # proxies and patches of the frames of a clip
     image_tokens: int  # the same of its image; 0 if the task uses none
     text_tokens: int  # highest number of tokens of its texts
+    images: float  # share of images among the clips
+    tokens_as_video: int  # tokens of an image as a video; 0 if it is embedded as an image alone
     tower_flops: float  # operations per clip in the towers, forward
     backward_flops: float  # the same, backward
     loss_flops: float  # operations per step in the loss, forward
@@ -57,14 +60,18 @@ class Plan:
         """Operations per step, forward and backward, over all processes."""
         return self.clips * (self.tower_flops + self.backward_flops) + 3 * self.loss_flops
 
-    def describe(self, clips: int, steps: int) -> str:
-        """Return a line per figure, for a run of `steps` steps on `clips` clips."""
+    def describe(self, clips: int, steps: int, sources: Sequence[str] = ()) -> str:
+        """Return a line per figure, for a run of `steps` steps on `clips` clips.
+
+        sources: descriptions of the sources that it mixes.
+        """
         each = self.clips // self.processes
         tera = self.step_flops / TERA
+        rest = f" ({self.tokens_as_video} in images, {self.images:.1%} of the clips)"
         lines = {
             "parameters": f"{self.parameters / 1e6:.1f} M, {self.trained / 1e6:.1f} M trained",
-            "tokens per clip": f"{self.video_tokens} of video, {self.image_tokens} of image, "
-            f"at most {self.text_tokens} of text",
+            "tokens per clip": f"{self.video_tokens} of video{rest if self.images else ''}, "
+            f"{self.image_tokens} of image, at most {self.text_tokens} of text",
             "operations per step": f"{tera:.2f} T forward and backward, "
             f"{300 * self.loss_flops / self.step_flops:.1f} % of them in the loss",
             "memory per process": f"{self.state_bytes / GIB:.2f} GiB of weights, gradients and "
@@ -74,11 +81,17 @@ class Plan:
             f"{steps * tera / 1e6:.3g} · 10¹⁸ operations",
         }
         width = max(map(len, lines))
-        return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+        figures = [f"{name:{width}}  {value}" for name, value in lines.items()]
+        mixed = [f"{'' if i else 'sources':{width}}  {line}" for i, line in enumerate(sources)]
+        return "\n".join(figures + mixed)
 
 
-def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
-    """Plan the training of a model, which may be on the meta device, by a settled configuration."""
+def plan(model: CLIPViPModel, config: TrainConfig, processes: int, images: float = 0.0) -> Plan:
+    """Plan the training of a model, which may be on the meta device, by a settled configuration.
+
+    images: share of images among the clips. Their texts are taken to be captions; memory is that of
+        a batch without images.
+    """
     task, vision = task_of(config), model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     frames, length, proxies = config.data.num_frames, config.data.text_length, vision.num_proxies
@@ -94,7 +107,9 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
         return towers["vision"].operations(proxies + count * patches, pairs, count * patches)
 
     text = towers["text"].operations(length, length * length, 0)
-    inputs = [video(frames), *len(task.texts) * [text], *task.with_image * [video(1)]]
+    as_videos = [video(frames), video(1) if not task.with_image else (0.0, 0.0)]
+    visual = [(1 - images) * a + images * b for a, b in zip(*as_videos, strict=True)]
+    inputs = [visual, *len(task.texts) * [text], *task.with_image * [video(1)]]
     negatives = config.batch_size // config.accumulation  # per clip, and itself
     logits = config.accumulation * negatives**2
     loss_flops = 2.0 * task.pairs * logits * model.config.projection_dim
@@ -115,6 +130,8 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int) -> Plan:
         video_tokens=video_tokens,
         image_tokens=image_tokens,
         text_tokens=text_tokens,
+        images=images,
+        tokens_as_video=0 if task.with_image else proxies + patches,
         tower_flops=sum(forward for forward, _ in inputs),
         backward_flops=sum(backward for _, backward in inputs),
         loss_flops=loss_flops,

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from clipvip import distributed
-from clipvip.data.shards import is_shards
 from clipvip.files import shown
 from clipvip.model.card import write_card
 from clipvip.model.pretrained import holds_code
@@ -26,6 +25,7 @@ from clipvip.training.optimization import adamw, run_steps
 from clipvip.training.plan import peak_tera, plan
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import Reporter, start_trackers
+from clipvip.training.sources import describe_sources, image_share
 from clipvip.training.task import task_of
 
 logger = logging.getLogger(__name__)
@@ -78,12 +78,14 @@ class Run:
         set_seed(config.seed)
         clips, self.validation = load_clips(config)  # validation: empty for none
         self.clips = len(clips)
+        self.sources = describe_sources(clips)  # empty if there is one alone
         self.model, self.processor = build_model(config, resumed)
         # From here on with the settings that it left to the processor.
         self.config = config = settled(config, self.processor)
         self.loader = training_loader(config, clips, self.processor)
         self.epoch_steps, self.total_steps = run_steps(config, len(self.loader))  # optimizer steps
-        self.cost = plan(self.model, config, accelerator.num_processes)
+        processes = accelerator.num_processes
+        self.cost = plan(self.model, config, processes, image_share(clips))
         self.peak_tera = peak_tera(accelerator.device)
         self.task = task_of(config)
         self.towers = parallel.distribute(  # the task's towers around the model
@@ -250,6 +252,10 @@ _NOT_THE_COURSE = (
 def course(config: TrainConfig, processes: int) -> dict[str, Any]:
     """Return the settings that decide a run's losses: resumed with others, it is another run."""
     settings = {"processes": processes, **flat(config)}
+    settings["data.sources"] = [  # as in checkpoints from before a source had more settings
+        {key: value for key, value in source.items() if value is not None}
+        for source in settings["data.sources"]
+    ]
     return {key: value for key, value in settings.items() if key not in _NOT_THE_COURSE}
 
 
@@ -263,7 +269,7 @@ def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterat
             yield f"{key} was {before} and is now {value}; the checkpoint's model is kept"
         elif key != "processes":
             yield f"resuming with another {key}: was {before}, is now {value}"
-        elif config.data.train is None or is_shards(config.data.train):
+        elif config.data.reads_shards:
             yield (
                 f"resuming with {value} processes after {before}: the rest of this epoch is drawn "
                 "again from the shards, so some of its clips come twice and some not at all"

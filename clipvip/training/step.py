@@ -134,8 +134,11 @@ def part_size_of(run: Run, batch: Batch) -> int | None:
 
 def to_device(batch: Batch, model: CLIPViPModel) -> Batch:
     """Send what a model's towers read of a batch to its device, except for masks that change no
-    feature."""
+    feature. The clips that have a video are sent as indices, "videos", if not all have one."""
     sent = {}
+    present = batch.get("video_present")
+    if present is not None and not present.all():
+        sent["videos"] = send(present.nonzero().squeeze(1), model.device)
     for key, value in batch.items():
         name, _, kind = key.rpartition("_")
         needed: Tensor | None = value

@@ -98,10 +98,10 @@ def run_loop(run: Run) -> None:
     """Take all remaining steps, with their reports, validations and checkpoints."""
     config, state, total = run.config, run.state, run.total_steps
     ranks, device = run.accelerator.num_processes, run.accelerator.device
-    run.reporter.say(
-        f"{config.task} · {run.cost.parameters / 1e6:.1f} M parameters · {run.clips} clips · steps "
-        f"{state.step + 1} to {total} of {config.batch_size} clips on {ranks} × {device.type}"
-    )
+    parts = [config.task, f"{run.cost.parameters / 1e6:.1f} M parameters", f"{run.clips} clips"]
+    parts += [", ".join(run.sources)] if run.sources else []
+    steps = f"steps {state.step + 1} to {total} of {config.batch_size} clips"
+    run.reporter.say(" · ".join([*parts, f"{steps} on {ranks} × {device.type}"]))
     if run.validation and state.unmeasured:
         validate(run)
         distributed.first_does(lambda: checkpoint.move_links(run.out, state.step, state.best_step))

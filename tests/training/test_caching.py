@@ -15,13 +15,14 @@ CLIPS = 7
 
 
 def batch():
-    """Videos of 1 to 4 frames, some without a caption."""
+    """Videos of 1 to 4 frames, some without a caption, and two images that are no videos."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape, most=256):
         return torch.randint(most, shape, generator=generator)
 
     lengths = draw(CLIPS, most=4) + 1
+    lengths[[2, 5]] = 0
     texts = {}
     for name in ("subtitle", "caption"):
         texts[f"{name}_ids"] = draw(CLIPS, 9, most=500)
@@ -31,6 +32,7 @@ def batch():
         "pixel_values": draw(int(lengths.sum()), 3, 32, 32).to(torch.uint8),
         "frame_offsets": torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
         "clip_index": torch.arange(CLIPS),
+        "video_present": lengths > 0,
         "image": draw(CLIPS, 3, 32, 32).to(torch.uint8),
         **texts,
     }

@@ -129,7 +129,8 @@ def test_operations_of_the_loss_are_those_of_its_logits(make_config, options):
     task = task_of(config)
     names = ("video", "text", "subtitle", "caption", "frame")
     features = {name: torch.rand(8, 32) for name in names} | {"scale": torch.tensor(1.0)}
-    present = dict.fromkeys(("subtitle_present", "caption_present"), torch.ones(8).bool())
+    kinds = ("video_present", "subtitle_present", "caption_present")
+    present = dict.fromkeys(kinds, torch.ones(8).bool())
     with FlopCounterMode(display=False) as counter:
         task.loss(features, present)
     model, _ = build_model(config, None)

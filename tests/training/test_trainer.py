@@ -156,6 +156,7 @@ def test_a_variant_that_the_data_have_nothing_for_is_refused(make_config, world,
     rows = [json.loads(line) for line in (world / "annotations.jsonl").read_text().splitlines()]
     for row in rows:
         row |= {"caption": row.pop("subtitle"), "video": str(world / row["video"])}
+        del row["text"]
     annotations = tmp_path / "clips.jsonl"
     annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_shards(annotations, tmp_path / "tars", clips_per_shard=8, num_workers=0)
@@ -175,8 +176,11 @@ def test_a_variant_that_the_data_have_nothing_for_is_refused(make_config, world,
         caplog.clear()
     mixed = f"data.sources=[{{shards: {tmp_path / 'tars'}}}, {{shards: {tmp_path / 'both'}}}]"
     write_shards(world / "annotations.jsonl", tmp_path / "both", clips_per_shard=8, num_workers=0)
-    load_clips(make_config("task=omnisource", "variant=vs", mixed))
+    load_clips(make_config("task=omnisource", "variant=vsc", mixed))
     assert not caplog.records
+    load_clips(make_config("task=omnisource", "variant=vs", mixed))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"no clip of {tmp_path / 'tars'} has a subtitle or text" in told
 
 
 def test_figures_are_written_though_they_cannot_be_shown_and_shown_though_not_written(

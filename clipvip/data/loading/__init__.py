@@ -7,7 +7,9 @@ loader.py gives the steps and where they are.
 from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Failure, LoaderError
 from clipvip.data.loading.in_worker import check_not_excluded, limit_memory, set_place
 from clipvip.data.loading.loader import ClipLoader, build_loader, counted
+from clipvip.data.loading.order import ClipSource, ClipSources, apportioned, shares_of
 from clipvip.data.loading.reader import ClipReader, for_each_clip, names_of
+from clipvip.data.loading.roles import COMPARED, texts_compared
 from clipvip.data.loading.samples import Batch, LoaderOptions, Sample
 from clipvip.data.loading.windows import (
     Division,
@@ -20,12 +22,15 @@ from clipvip.data.loading.windows import (
 from clipvip.data.loading.workers import Workers, worker_count
 
 __all__ = [
+    "COMPARED",
     "COUNTED_FROM",
     "BadFile",
     "BadFiles",
     "Batch",
     "ClipLoader",
     "ClipReader",
+    "ClipSource",
+    "ClipSources",
     "Division",
     "Facts",
     "Failure",
@@ -35,6 +40,7 @@ __all__ = [
     "PartReader",
     "Sample",
     "Workers",
+    "apportioned",
     "build_loader",
     "check_not_excluded",
     "counted",
@@ -44,5 +50,7 @@ __all__ = [
     "moment_batches",
     "names_of",
     "set_place",
+    "shares_of",
+    "texts_compared",
     "worker_count",
 ]

@@ -2,8 +2,7 @@
 
 Which clips, frames and texts are in a batch depends on (seed, epoch, rank, world size) alone, so
 batches are the same for any number of workers and after resuming. (Only which frames of a damaged
-file can be read may depend on what was read of it before.) All ranks share one order: a
-global batch is batch_size · world_size clips, of which rank r takes the r-th part.
+file can be read may depend on what was read of it before.) All ranks share one order, see order.py.
 
 A file that cannot be read is logged once, listed in `ClipLoader.bad_files` and appended to
 LoaderOptions.bad_files, as are files that are damaged but usable. In training, another clip, drawn
@@ -14,7 +13,7 @@ its batches again; a clip at which two processes died counts as unreadable.
 
 A batch is made in these steps:
 
-    Order                     which clips are in a batch             loader.py, shards' plan.py
+    Order                     which clips are in a batch             order.py, shards' plan.py
     BatchReader, ClipReader   clips → samples, in workers            reader.py, shards' stream.py
     collate                   samples → batch, in workers            samples.py
     DecodeByDali              with DALI: the end of both, in the     by_dali.py
@@ -29,13 +28,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from clipvip.data.annotations import Clip
 from clipvip.data.loading.bad_files import BadFile, BadFiles
 from clipvip.data.loading.by_dali import DecodeByDali, read_for_dali
 from clipvip.data.loading.in_worker import set_place
+from clipvip.data.loading.order import ClipSources, FileOrder, MixedOrder
 from clipvip.data.loading.reader import BatchReader, ClipReader, FileBatchReader, names_of
 from clipvip.data.loading.samples import TRIES, Batch, LoaderOptions, Report, collate
 from clipvip.data.loading.workers import Workers
@@ -50,6 +49,7 @@ def build_loader(
 ) -> "ClipLoader":
     """Make a loader of one rank's batches from video and image files.
 
+    clips: several ClipSources are mixed by their ratios in training.
     training: shuffle the clips, jitter the chosen frames and draw one text per clip. Otherwise
         every clip comes once, in order, with all its texts.
     drop_last: leave out the last clips of an epoch that do not fill a batch on every rank;
@@ -62,7 +62,9 @@ def build_loader(
       `clips` that each text belongs to (in training n = B and text_clip = clip_index).
     - task "omnisource": subtitle_ids, subtitle_mask, caption_ids, caption_mask int64 [B, len];
       subtitle_present, caption_present bool [B]; image uint8 [B, 3, S, S], the
-      annotated image or the clip's middle frame. Absent texts are tokenised as empty.
+      annotated image or the clip's middle frame. Absent texts are tokenised as empty. video_present
+      bool [B] is False for an image that is not embedded as a video too and so has no frames in
+      pixel_values; see roles.py.
     - task "video": frame_times float64 [F], seconds from the start of a frame's video.
     """
     if options.task == "retrieval":
@@ -71,7 +73,9 @@ def build_loader(
             named = f"line {without.line} ({shown(without.video)})"
             raise ValueError(f"{named} has no 'text' to retrieve by")
     reader = ClipReader(options, training, start_engine(options.decoder))
-    order = _FileOrder(len(clips), options, training, training if drop_last is None else drop_last)
+    order = FileOrder(len(clips), options, training, training if drop_last is None else drop_last)
+    if isinstance(clips, ClipSources) and len(clips.sources) > 1 and training:
+        order = MixedOrder(clips, options)
     return ClipLoader(FileBatchReader(clips, reader), order, len(clips), names_of(clips))
 
 
@@ -180,37 +184,6 @@ def _prefetched(batches: Iterator[Batch]) -> Iterator[Batch]:
         while (batch := coming.result()) is not None:
             coming = thread.submit(following)
             yield batch
-
-
-class _FileOrder:
-    """One rank's batches of (epoch, place of the clip)."""
-
-    worker_of = None
-
-    def __init__(self, count: int, options: LoaderOptions, training: bool, drop_last: bool) -> None:
-        self.count = count
-        self.batch_size = options.batch_size
-        self.first = options.rank * options.batch_size
-        self.stride = options.batch_size * options.world_size
-        self.training = training
-        self.seed = options.seed
-        if count == 0 or (drop_last and count < self.stride):
-            raise ValueError(
-                f"{count} clips make no batch of {self.batch_size} on {options.world_size} ranks; "
-                "give more clips, a smaller batch, or drop_last=False"
-            )
-        self.batches = count // self.stride + (not drop_last and count % self.stride > self.first)
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def tasks(self, epoch: int, skipped: int) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.count)
-        if self.training:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-        for batch in range(skipped, self.batches):
-            start = batch * self.stride + self.first
-            yield [(epoch, int(place)) for place in order[start : start + self.batch_size]]
 
 
 def _read_and_collate(

@@ -12,6 +12,8 @@ from torch import Tensor
 from clipvip.data.annotations import Annotations, Clip
 from clipvip.data.loading.bad_files import BadFile, Failure
 from clipvip.data.loading.in_worker import check_not_excluded, report_progress, set_place
+from clipvip.data.loading.order import ClipSources
+from clipvip.data.loading.roles import is_only_frame, role_of_text
 from clipvip.data.loading.samples import TRIES, LoaderOptions, Sample
 from clipvip.data.video import (
     DecodeError,
@@ -70,8 +72,13 @@ class ClipReader:
         Raises DecodeError, whatever went wrong; the sample then has no frames.
         """
         sample.texts, sample.subtitle, sample.caption = clip.text, clip.subtitle, clip.caption
+        compared, role = self.options.compared, None
+        if self.options.task == "omnisource":
+            role, sample.texts = role_of_text(clip, is_image(video), compared)
         if self.training and clip.text:
-            sample.texts = (clip.text[int(generator.integers(len(clip.text)))],)
+            sample.texts = (sample.texts[int(generator.integers(len(sample.texts)))],)
+        if role is not None:
+            setattr(sample, role, sample.texts[0])
         with_middle = False
         try:
             if self.options.task == "omnisource":
@@ -80,7 +87,10 @@ class ClipReader:
                     sample.image = self._read_image(image)[0]
             if is_image(video):
                 frames = self._read_image(video)
-                sample.hold(Frames(frames, frames[0] if with_middle else None))
+                middle = frames[0] if with_middle else None
+                if with_middle and is_only_frame(clip, True, image, compared):
+                    frames = frames[:0]
+                sample.hold(Frames(frames, middle))
                 sample.times = (0.0,)
                 sample.decoder = "PyAV" if self.engine is None else "PyAV (an image)"
                 return
@@ -125,10 +135,17 @@ class ClipReader:
 
 @dataclass
 class FileBatchReader:
-    """Read batches from files. A task is a list of (epoch, place of the clip)."""
+    """Read batches from files. A task is a list of (epoch or pass, place of the clip)."""
 
     clips: Sequence[Clip]
     reader: ClipReader
+
+    def _alike(self, place: int) -> range:
+        """Places of the clips by which a clip may be replaced: those of its source."""
+        if not isinstance(self.clips, ClipSources):
+            return range(len(self.clips))
+        number = self.clips.number(place)
+        return range(*self.clips.firsts[number : number + 2])
 
     def read_batch(self, task: list[tuple[int, int]], excluded: frozenset[int]) -> list[Sample]:
         return [self.read_sample((key, 0), excluded) for key in task]
@@ -139,7 +156,8 @@ class FileBatchReader:
         for attempt, generator in self.reader.attempts(first, epoch, place):
             sample.attempt = attempt
             if attempt:
-                sample.place = int(generator.integers(len(self.clips)))
+                alike = self._alike(place)
+                sample.place = alike[int(generator.integers(len(alike)))]
             sample.tried.append(sample.place)
             clip = self.clips[sample.place]
             set_place(sample.place)

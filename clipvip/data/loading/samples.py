@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipvip.data.loading.bad_files import BadFile, Failure
+from clipvip.data.loading.roles import COMPARED
 from clipvip.data.video import Encoded, Frames, check_sampling
 from clipvip.inputs import tokenize
 from clipvip.ops.resize_crop import check_resize
@@ -28,6 +29,8 @@ class LoaderOptions:
 
     task: which texts and images a batch holds, see build_loader.
     tokenizer: a transformers CLIPTokenizer; None for task "video".
+    compared: for task "omnisource", which of subtitle, frame and caption the loss compares; see
+        clipvip.data.loading.roles.
     batch_size: clips per batch of this rank.
     image_size: side of the square frames, in pixels.
     num_frames, sampling: frames per clip, and how they are chosen (clipvip.data.video.sampling).
@@ -51,6 +54,7 @@ class LoaderOptions:
     text_length: int
     sampling: str = "uniform"
     resize: str = "crop"
+    compared: tuple[str, ...] = COMPARED
     seed: int
     num_workers: int = 0
     rank: int = 0
@@ -79,7 +83,8 @@ class Sample:
     key: identifies it to BatchReader.read_sample.
     place: number of the clip among the data; another clip's if that one replaced it.
     attempt: how many clips were tried before this one.
-    frames: uint8 [N, 3, S, S], or Encoded for DALI to decode; None if no clip could be read.
+    frames: uint8 [N, 3, S, S], or Encoded for DALI to decode; None if no clip could be read. N is 0
+        for an image that is not embedded as a video.
     times: for task "video", when each frame is shown, in seconds from the start of its video.
     image: uint8 [3, S, S], the annotated image or the clip's middle frame.
     decoder: "DALI" or "PyAV", with the reason why PyAV took the place of DALI.
@@ -155,5 +160,6 @@ def _pack(samples: list[Sample], options: LoaderOptions) -> Batch:
             given = [getattr(sample, name) for sample in samples]
             batch[f"{name}_ids"], batch[f"{name}_mask"] = tokens([text or "" for text in given])
             batch[f"{name}_present"] = torch.tensor([text is not None for text in given])
+        batch["video_present"] = batch["frame_offsets"].diff() > 0
         batch["image"] = torch.stack([s.image for s in samples if s.image is not None])
     return batch

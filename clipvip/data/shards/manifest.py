@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from clipvip.data.annotations import Clip
 from clipvip.data.shards.tars import open_url, reason_of
+from clipvip.data.video import Media, is_image
 from clipvip.files import Hashed, json_line, write_whole
 
 MANIFEST = "manifest.jsonl"
@@ -32,6 +33,7 @@ class Shard:
 
     shard: name of the tar. bytes, sha256: size and checksum of its file.
     clips: number of clips in it. texts, subtitles, captions: number of them that have one.
+    images: number of them whose video is an image; None in older manifests.
     bad: number of clips that could not be read when the tar was written (they are not in it), or
         verified (they are).
     """
@@ -43,6 +45,7 @@ class Shard:
     texts: int
     subtitles: int
     captions: int
+    images: int | None = None
     bad: int = 0
 
 
@@ -54,8 +57,11 @@ class Tally:
     texts: int = 0
     subtitles: int = 0
     captions: int = 0
+    images: int = 0
 
-    def add_texts(self, clip: Clip) -> None:
+    def add(self, clip: Clip, media: Media) -> None:
+        """Count what a clip has. media: its video or image."""
+        self.images += is_image(media)
         self.texts += bool(clip.text)
         self.subtitles += clip.subtitle is not None
         self.captions += clip.caption is not None
@@ -174,7 +180,8 @@ def _parse_manifest(text: bytes, path: str) -> list[Shard]:
 
 def _parse_shard(line: bytes) -> Shard:
     shard = Shard(**json.loads(line))
-    name, parts = shard.shard, [shard.clips, shard.texts, shard.subtitles, shard.captions]
+    name, images = shard.shard, 0 if shard.images is None else shard.images
+    parts = [shard.clips, shard.texts, shard.subtitles, shard.captions, images]
     if not isinstance(name, str) or not name or "\0" in name or ".." in name.split("/"):
         raise ValueError(f"'shard' is {name!r:.80}, not the name of a tar beside it, or in full")
     if "::" in name:  # fsspec would keep copies, or open one file inside another

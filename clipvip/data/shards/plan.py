@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from clipvip.data.loading import LoaderOptions
+from clipvip.data.loading import LoaderOptions, apportioned, shares_of
 from clipvip.data.shards.manifest import ShardError, load_manifest
 
 LANES = 16
@@ -32,17 +32,20 @@ SMALL = 2  # clips per lane below which a source is not divided
 class Source:
     """A set of shards.
 
-    url: see load_manifest. ratio: share of clips, relative to the ratios of other sources.
+    name: url, see load_manifest. ratio: share of clips, relative to the ratios of other sources.
+    paragraph: join the texts of a clip to one; None for what holds for all sources.
+    images: how many of its clips are images; None if an older manifest does not say.
     """
 
-    def __init__(self, url: str, ratio: float = 1.0) -> None:
+    def __init__(self, url: str, ratio: float = 1.0, paragraph: bool | None = None) -> None:
         if not ratio > 0:
             raise ShardError(f"ratio of {url} is {ratio}; expected above 0")
         found = [(url, shard) for url, shard in load_manifest(url) if shard.clips]
         if not found:
             raise ShardError(f"{url}: its shards hold no clips")
-        self.url = url
+        self.name = url
         self.ratio = ratio
+        self.paragraph = paragraph
         self.urls = [url for url, _ in found]
         self.counts = np.array([shard.clips for _, shard in found])
         self.firsts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
@@ -50,6 +53,8 @@ class Source:
         self.bad = sum(shard.bad for _, shard in found)
         self.subtitles = sum(shard.subtitles for _, shard in found)
         self.captions = sum(shard.captions for _, shard in found)
+        images = [shard.images for _, shard in found]
+        self.images = None if None in images else sum(each or 0 for each in images)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -61,6 +66,10 @@ class Shards:
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
         self.firsts = np.cumsum([0, *map(len, self.sources)]).tolist()
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        return shares_of([source.ratio for source in self.sources])
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
@@ -83,9 +92,9 @@ class Shards:
             without = len(source) - source.texts
             # Unreadable clips may have a text; they are reported when they are read.
             if task == "retrieval" and without > source.bad:
-                raise ShardError(f"{source.url}: {without} of {len(source)} clips have no text")
-            if task == "omnisource" and not (source.subtitles or source.captions):
-                raise ShardError(f"{source.url}: no clip has a subtitle or caption")
+                raise ShardError(f"{source.name}: {without} of {len(source)} clips have no text")
+            if task == "omnisource" and not (source.subtitles or source.captions or source.texts):
+                raise ShardError(f"{source.name}: no clip has a subtitle, caption or text")
 
 
 class Plan:
@@ -109,8 +118,7 @@ class Plan:
                 "give more clips or a smaller batch"
             )
         self.lanes = min(LANES, self.batches)
-        ratios = np.array([source.ratio for source in shards.sources])
-        self.shares = ratios / ratios.sum()
+        self.shares = shards.shares
         self.windows = np.maximum(1, window * self.shares / self.lanes)  # clips, per source
 
     def __len__(self) -> int:
@@ -141,7 +149,7 @@ class Plan:
         """
         first = self.clips_before(lane)
         last = first + self.lane_batches(lane) * self.batch_size
-        return _apportioned(last, self.shares) - _apportioned(first, self.shares)
+        return apportioned(last, self.shares) - apportioned(first, self.shares)
 
     def picks(self, epoch: int, lane: int) -> NDArray[np.int8]:
         """Number of the source of each clip in an epoch of a lane."""
@@ -198,17 +206,3 @@ class Plan:
         seed = (self.seed, 2, number, pass_number, self.rank, lane)
         noise = np.random.default_rng(seed).uniform(0, self.windows[number], count)
         return np.argsort(np.arange(count) + noise, kind="stable")
-
-
-def _apportioned(count: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Divide `count` clips by shares that sum to 1, each within a clip or two of its share.
-
-    A larger count gives no source fewer clips: by Webster's method, a source gets its clip a + 1
-    in the order of share / (2 a + 1).
-    """
-    # A start that is never too many clips: the count less len(shares) / 2, and 1 for rounding.
-    at_least = np.floor(np.maximum(count - len(shares) / 2 - 1, 0) * shares + 0.5)
-    given = at_least.astype(np.int64)
-    for _ in range(count - int(given.sum())):
-        given[np.argmax(shares / (2 * given + 1))] += 1
-    return given

@@ -40,7 +40,7 @@ def build_shard_loader(
 
     clip_index is a place of `shards`. More than LANES workers gain nothing.
 
-    paragraph: join the texts of a clip to one.
+    paragraph: join the texts of a clip to one, where its source does not say.
     shuffle: encoded clips that a rank holds in memory to shuffle among.
     """
     shards.check(options.task)
@@ -113,7 +113,8 @@ class _ShardBatchReader:
                 check_not_excluded(sample.place, excluded, name)
                 if self.reader.options.task == "retrieval" and not clip.text:
                     raise DecodeError(name, "no text")
-                if self.paragraph and clip.text:
+                own = self.plan.shards.sources[drawn.number].paragraph
+                if clip.text and (self.paragraph if own is None else own):
                     clip = replace(clip, text=(" ".join(clip.text),))
                 self.reader.read(sample, clip, stored.video, stored.image, generator)
                 break

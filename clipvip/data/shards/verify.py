@@ -178,7 +178,7 @@ def _verify_shard(
                 set_place(place)
                 try:
                     clip, video, image, annotation = unpack(sample, url)
-                    tally.add_texts(clip)
+                    tally.add(clip, video)
                     check_not_excluded(place, excluded, video.name)
                     check_decodes(video, image, clip.start, clip.end)
                     annotations += [annotation] if annotation else []

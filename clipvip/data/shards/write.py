@@ -192,7 +192,7 @@ class _Writer:
             tar.write({"__key__": f"{place:09d}", **members})
             fallbacks.update([stored.instead] if stored.instead else ())
             tally.clips += 1
-            tally.add_texts(clip)
+            tally.add(clip, clip.video)
 
         try:
             with on_disk(partial):

@@ -637,9 +637,10 @@ def _report(where: str, store: Store, added: Added, unseen_captions: int) -> Non
     end = ", ".join(changed) or "nothing new"
     lines = [f"{where}: {', '.join(holds)} ({end})", *bad_lines(added.bad_files)]
     if unseen_captions:
+        videos = _count(unseen_captions, "video")
         lines.append(
-            f"  {_count(unseen_captions, 'caption')} of annotations describe whole videos, which "
-            "are divided into moments; a longer --window keeps a video whole and shows its caption"
+            f"  captions of {videos} are not shown, as they are of the whole video, which is "
+            "divided into moments; a longer --window keeps it whole"
         )
     for line in lines:
         print(shown(line), file=sys.stderr)

@@ -25,9 +25,7 @@ def main(where, seed, rounds):
             vectors = np.eye(WIDTH, dtype=np.float32)[: len(spans)]
             store.put([(FileState(path, 1, 1, content, "plan", 1.0, 1.0), spans, vectors)])
             moments = store.moments([path, f"/v/{draw.randrange(FILES)}.mp4"])
-            texts = {
-                key_of(m.file, m.start, m.end): f"{m.file.content} {m.start}" for m in moments
-            }
+            texts = {key_of(m.file, m.start, m.end): f"{m.file.content} {m.start}" for m in moments}
             store.captions.put(texts, draw.choice(["", "model"]))
             held = store.files()
             old = draw.choice([*held.values()])

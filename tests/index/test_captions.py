@@ -1,7 +1,6 @@
 """Properties of captions: each is shown for its own moment and content, or not at all."""
 
 import json
-import os
 import random
 import shutil
 import subprocess

@@ -236,6 +236,7 @@ function play(place) {
   const around = matches ? ` · matches from ${clock(hit.from)} to ${clock(hit.to ?? hit.duration)}` : "";
   byId("where").firstElementChild.textContent = hit.folder + around;
   byId("caption").textContent = hit.caption ?? "";
+  byId("caption").scrollTop = 0;
   byId("caption").hidden = hit.caption === null;
   byId("again").textContent = hit.image ? "" : `↺ ${span(hit.start, hit.end, hit.duration)}`;
   byId("again").hidden = hit.image;

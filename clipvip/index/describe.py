@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +30,9 @@ from clipvip.terminal import progress
 SAVE_SECONDS = 60.0  # least time between two saves
 ROUND = 2048  # moments that are read together, or those of one longer file
 
-# Reads clips, and yields the place of each in the sequence with a text. A file of which clips
-# cannot be read is added to the list, and these clips are left out.
-Captioner = Callable[[Sequence[Clip], list[BadFile]], Iterator[tuple[int, str]]]
+# Reads clips, and yields batches of captions, by the place of the clip in the sequence. A file of
+# which clips cannot be read is added to the list, and these clips are left out.
+Captioner = Callable[[Sequence[Clip], list[BadFile]], Iterable[Mapping[int, str]]]
 
 
 class Described(NamedTuple):
@@ -125,11 +125,12 @@ class _Work:
         unread: list[BadFile] = []
         done = 0
         if clips:
-            for place, text in self.caption(clips, unread):
-                one = moments[place]
-                self.ready[key_of(one.file, one.start, one.end)] = one.file, text
-                done += 1
-                show(1)
+            for captions in self.caption(clips, unread):
+                for place, text in captions.items():
+                    one = moments[place]
+                    self.ready[key_of(one.file, one.start, one.end)] = one.file, text
+                done += len(captions)
+                show(len(captions))
                 if time.monotonic() > self._save_due:
                     self._save()
         self.bad_files |= {str(file.path): file.reason for file in unread}

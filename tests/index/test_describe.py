@@ -61,7 +61,7 @@ class StandIn:
             if self.stop is not None and self.written == self.after:
                 raise self.stop
             self.written += 1
-            yield place, f"{clips[place].video.name}\n at {clips[place].start}"
+            yield {place: f"{clips[place].video.name}\n at {clips[place].start}"}
         for name in {clip.video for clip in clips if clip.video.name in self.bad}:
             bad_files.append(BadFile(str(name), "cut off", 0))
 

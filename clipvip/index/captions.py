@@ -102,10 +102,12 @@ class Captions:
         kind = f"by = '{ANNOTATIONS}'" if by == ANNOTATIONS else f"by != '{ANNOTATIONS}'"
         with reported(self._where):
             committed(table.add, _as_table(rows))
-            for some in chunks([*lines]):
-                earlier = f"{_key_in(some)} and {kind} and put < '{mark}'"
-                if table.count_rows(earlier):
-                    committed(table.delete, earlier)
+            earlier = f"{kind} and put < '{mark}'"
+            search = table.search().where(earlier).select(["key"])
+            known: set[str] = set()
+            for batch in search.to_batches(8192):
+                known.update(lines.keys() & batch["key"].to_pylist())
+            self._delete([*known], f" and {earlier}")
         return len(lines)
 
     def annotate(self, texts: Mapping[str, str]) -> None:

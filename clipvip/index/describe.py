@@ -28,6 +28,7 @@ from clipvip.index.store import Store
 from clipvip.terminal import progress
 
 SAVE_SECONDS = 60.0  # least time between two saves
+TIDY_SAVES = 30  # saves between which the table of captions is compacted, and its keys sorted
 ROUND = 2048  # moments that are read together, or those of one longer file
 
 # Reads clips, and yields batches of captions, by the place of the clip in the sequence. A file of
@@ -83,7 +84,7 @@ class _Work:
         self.note = f"describing {self.total:,} of {moments:,} moments"
         self.bad_files: dict[str, str] = {}  # path → reason
         self.ready: dict[str, tuple[FileState, str]] = {}  # key → file and caption
-        self.written = 0
+        self.written = self.saves = 0
         self._save_due = time.monotonic() + SAVE_SECONDS
 
     def run(self, show: Callable[[int], None]) -> Described:
@@ -163,6 +164,9 @@ class _Work:
         }
         self.written += self.store.captions.put(texts, self.by)
         self.ready.clear()
+        self.saves += 1
+        if self.saves % TIDY_SAVES == 0:  # for those who search meanwhile
+            self.store.tidy_captions()
         # However large the index grows, saving takes at most a twentieth of the time.
         self._save_due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - started))
 

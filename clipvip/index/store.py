@@ -328,20 +328,23 @@ class Store:
 
         described: whether moments that have a caption count too.
         """
+        import pyarrow as pa
         import pyarrow.compute as pc
 
-        known = self.captions.keys() if not described else None
-        found: dict[str, int] = {}
+        keys, paths = [], []
         with reported(self.where):
             columns = ["id", "content", "path"]
             for batch in self._moments.search().select(columns).to_batches(8192):
-                paths = batch["path"]
-                if known is not None:
-                    paths = paths.filter(pc.invert(pc.is_in(_caption_keys(batch), known)))
-                for pair in paths.value_counts().to_pylist():
-                    path = decoded(pair["values"])
-                    found[path] = found.get(path, 0) + pair["counts"]
-        return found
+                keys.append(_caption_keys(batch))
+                paths.append(batch["path"].dictionary_encode())
+        if not paths:
+            return {}
+        every = pa.chunked_array(paths)
+        if not described:
+            has = pc.is_in(pa.chunked_array(keys), value_set=self.captions.keys())
+            every = every.filter(pc.invert(has))
+        counts = every.cast(pa.string()).value_counts().to_pylist()
+        return {decoded(pair["values"]): pair["counts"] for pair in counts}
 
     def annotate(self, texts: Mapping[str, str]) -> int:
         """Bring the captions from annotations up to date, as Captions.annotate does for those keys

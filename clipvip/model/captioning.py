@@ -112,7 +112,8 @@ class CLIPViPForCaptioning(CLIPViPModel):
         settings = model.config.to_dict()
         shapes = decoder if loaded is None else loaded.config
         settings |= {"decoder_config": shapes.to_dict(), "decoder_tokens": tokens}
-        joined = cls(CLIPViPConfig.from_dict(settings)).to(model.dtype)
+        joined: Any = cls(CLIPViPConfig.from_dict(settings))
+        joined = joined.to(model.dtype)
         joined.load_state_dict(model.state_dict(), strict=False)
         if loaded is not None:
             joined.decoder.load_state_dict(loaded.state_dict())
@@ -132,7 +133,7 @@ class CLIPViPForCaptioning(CLIPViPModel):
         """Predict each token of a video's caption from the tokens before it (teacher forcing).
 
         input_ids: int64 [B, length], captions with start and end token, padded on the right, of the
-            decoder's tokenizer (`CLIPViPProcessor.caption_tokens`).
+            decoder's tokenizer (`CLIPViPProcessor.caption_tokenizer`).
         pixel_values, frame_offsets: see `get_video_features`.
         attention_mask: [B, length], 0 for padding; None for no padding.
         return_loss: also compute the loss, the mean of `token_losses` over all tokens.
@@ -156,6 +157,11 @@ class CLIPViPForCaptioning(CLIPViPModel):
             losses, counted = token_losses(logits, input_ids, attention_mask, label_smoothing)
             loss = losses.sum() / counted.sum()
         return CLIPViPCaptionOutput(loss, logits)
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """Return the layers of the decoder."""
+        gpt2 = self.decoder.config.model_type == "gpt2"
+        return [*(self.decoder.transformer.h if gpt2 else self.decoder.bert.encoder.layer)]
 
     def get_caption_memory(
         self, pixel_values: Tensor, frame_offsets: Tensor | None = None

@@ -110,10 +110,10 @@ class CLIPViPForCaptioning(CLIPViPModel):
         """
         loaded = decoder if isinstance(decoder, PreTrainedModel) else None
         settings = model.config.to_dict()
-        shapes = decoder if loaded is None else loaded.config
+        shapes: Any = decoder if loaded is None else loaded.config
         settings |= {"decoder_config": shapes.to_dict(), "decoder_tokens": tokens}
-        joined: Any = cls(CLIPViPConfig.from_dict(settings))
-        joined = joined.to(model.dtype)
+        joined = cls(CLIPViPConfig.from_dict(settings))
+        nn.Module.to(joined, model.dtype)  # transformers annotates its own wrongly
         joined.load_state_dict(model.state_dict(), strict=False)
         if loaded is not None:
             joined.decoder.load_state_dict(loaded.state_dict())

@@ -12,10 +12,10 @@ from clipvip.retrieval import METRICS, TABLES
 from clipvip.training.config import TrainConfig, flat
 
 SETTINGS = (
-    "task", "variant", "label_smoothing", "batch_size", "accumulation", "mixed_precision", "ema", "seed",
-    "optimizer.lr", "optimizer.decoder_lr", "optimizer.weight_decay", "optimizer.layer_decay", "model.lora",
-    "model.freeze", "model.unfreeze", "data.num_frames", "data.text_length", "data.paragraph",
-    "data.sampling", "data.resize",
+    "task", "variant", "label_smoothing", "batch_size", "accumulation", "mixed_precision", "ema",
+    "seed", "optimizer.lr", "optimizer.decoder_lr", "optimizer.weight_decay",
+    "optimizer.layer_decay", "model.lora", "model.freeze", "model.unfreeze", "data.num_frames",
+    "data.text_length", "data.paragraph", "data.sampling", "data.resize",
 )  # fmt: skip
 
 CHOSEN = "These clips may have chosen the checkpoint: expect less on others."

@@ -103,24 +103,26 @@ def train(
 def evaluate(
     model: Model,
     annotations: Annotations,
+    task: Literal["retrieval", "captioning"] | None = None,
     out: Path | None = None,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
 ) -> None:
-    """Measure how well a model retrieves videos by text, and texts by video.
+    """Measure how well a model retrieves videos by text, and texts by video; or captions videos.
 
-    Prints recall at 1, 5 and 10 and the median and mean rank, with and without dual softmax.
+    Prints recall at 1, 5 and 10 and the median and mean rank, with and without dual softmax; for
+    captions, how well they match the clips' texts, as COCO measures it.
     For example:
       clipvip eval run/last test.jsonl --out scores.json
 
     Args:
-        out: Also write the scores to this JSON file.
+        task: What to measure, by default captioning if the model has a decoder, else retrieval.
+        out: Also write the scores, and all captions, to this JSON file.
     """
     from clipvip.training.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(
-        model, annotations, out=out, decoder=decoder, mixed_precision=mixed_precision
-    )
+    options: dict[str, Any] = {"decoder": decoder, "mixed_precision": mixed_precision}
+    evaluate_checkpoint(model, annotations, task=task, out=out, **options)
 
 
 def convert(
@@ -442,6 +444,40 @@ def classify(
         print(f"{shown(out)}: {clips} clips")
 
 
+def describe(
+    model: Model,
+    videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
+    window: float | None = None,
+    beams: int = 5,
+    length: int | None = None,
+    json: bool = False,
+    decoder: DecodeWith = "auto",
+    mixed_precision: MixedPrecision = "auto",
+) -> None:
+    """Say what videos show, a sentence for each, with a model that was trained to caption.
+
+    Train it with `clipvip train msrvtt_captions`. For example:
+      clipvip describe run/best dog.mp4 ~/Videos
+      clipvip describe run/best film.mkv --window 10 --json
+
+    A video that cannot be read is listed at the end; all others are described.
+
+    Args:
+        videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
+            Also lists (.txt, one path per line) and annotations (.jsonl).
+        window: Describe each moment of so many seconds, instead of each video as a whole.
+        beams: Width of the beam search. 1 is fastest.
+        length: Number of tokens at which a caption is cut off, by default as in training.
+        json: Print one clip per line, as JSON with path, start, end and caption.
+    """
+    from clipvip.describe import describe as describe_videos
+    from clipvip.describe import print_captions
+
+    options: dict[str, Any] = {"decoder": decoder, "mixed_precision": mixed_precision}
+    described = describe_videos(model, videos, window=window, beams=beams, length=length, **options)
+    print_captions(described, json)
+
+
 def explain(
     model: Model,
     video: Annotated[Positional[Path], arg(metavar="VIDEO")],
@@ -711,6 +747,7 @@ COMMANDS: dict[str, Any] = {
     "search": search,
     "serve": serve,
     "classify": classify,
+    "describe": describe,
     "explain": explain,
     "prepare": prepare,
     "shard": shard,

@@ -10,12 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.model import CLIPViPConfig
+from clipvip.model.configuration import DECODERS
 from clipvip.training import lora
-from clipvip.training.build import build_processor, load_clips, model_config, settled
-from clipvip.training.config import ConfigError, TrainConfig, check_batch
-from clipvip.training.optimization import freeze, run_steps
+from clipvip.training.build import (
+    build_processor,
+    freeze_for,
+    load_clips,
+    model_config,
+    settled,
+)
+from clipvip.training.config import ConfigError, DecoderConfig, TrainConfig, check_batch
+from clipvip.training.optimization import run_steps
 from clipvip.training.plan import plan
+from clipvip.training.task import task_of
 from clipvip.training.trainer import train
 
 
@@ -29,9 +37,9 @@ def dry_run(config: TrainConfig, processes: int) -> None:
     shapes = model_config(config)
     config = settled(config, build_processor(config, shapes))
     with torch.device("meta"):
-        model = CLIPViPModel(shapes)
+        model = task_of(config).model_class(shapes)
     lora.prepare(model, config)
-    freeze(model, config.model.freeze, config.model.unfreeze)
+    freeze_for(model, config)
     print(plan(model, config, processes).describe(clips, steps), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         loss = train(trial(config, shapes, Path(folder)))["loss"]
@@ -54,6 +62,14 @@ def trial(config: TrainConfig, shapes: CLIPViPConfig, folder: Path) -> TrainConf
         given.pop(key, None)
     source = config.model.tokenizer or config.model.name
     model = replace(config.model, name=None, config=given, tokenizer=source)
+    decoder = given.pop("decoder_config")
+    tokens = given.pop("decoder_tokens")
+    if config.task == "captioning":
+        gpt2 = {"n_embd": 32, "n_head": 1, "n_inner": 64}
+        own = [*DECODERS[decoder["model_type"]]().to_dict(), "model_type"]
+        decoder = {name: value for name, value in decoder.items() if name in own}
+        decoder |= gpt2 if decoder["model_type"] == "gpt2" else narrow
+        model = replace(model, decoder=DecoderConfig(config=decoder, tokens=tokens))
     assert config.data.num_frames is not None
     clips = 2 * config.accumulation
     path = str(_made_up(folder, clips, config.data.num_frames))

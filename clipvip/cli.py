@@ -446,11 +446,13 @@ def classify(
 
 def describe(
     model: Model,
-    videos: Annotated[Positional[tuple[str, ...]], arg(metavar="VIDEOS …")],
+    videos: Annotated[Positional[tuple[str, ...]], arg(metavar="[VIDEOS …]")] = (),
     window: float | None = None,
     beams: int = 5,
     length: int | None = None,
     json: bool = False,
+    index: str | None = None,
+    overwrite: bool = False,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
 ) -> None:
@@ -462,6 +464,11 @@ def describe(
 
     A video that cannot be read is listed at the end; all others are described.
 
+    With --index and without VIDEOS, write a caption for each moment of an index that has none;
+    `clipvip search` and `clipvip serve` then show it. After an interruption, the same command
+    resumes:
+      clipvip describe run/best --index index
+
     Args:
         videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
             Also lists (.txt, one path per line) and annotations (.jsonl).
@@ -469,13 +476,26 @@ def describe(
         beams: Width of the beam search. 1 is fastest.
         length: Number of tokens at which a caption is cut off, by default as in training.
         json: Print one clip per line, as JSON with path, start, end and caption.
+        index: Folder of an index, that `clipvip embed` wrote, to put captions into.
+        overwrite: Write captions for all moments of the index, in place of those that they have.
     """
+    options: dict[str, Any] = {"decoder": decoder, "mixed_precision": mixed_precision}
+    options |= {"beams": beams, "length": length}
+    if index is not None:
+        if videos or window is not None or json:
+            raise ValueError(
+                "--index describes the moments of an index; leave videos, --window and --json out"
+            )
+        from clipvip.index import VideoIndex
+
+        VideoIndex(index).describe(model, overwrite=overwrite, **options)
+        return
+    if overwrite or not videos:
+        raise ValueError("no videos were named; expected videos, or --index with an index")
     from clipvip.describe import describe as describe_videos
     from clipvip.describe import print_captions
 
-    options: dict[str, Any] = {"decoder": decoder, "mixed_precision": mixed_precision}
-    described = describe_videos(model, videos, window=window, beams=beams, length=length, **options)
-    print_captions(described, json)
+    print_captions(describe_videos(model, videos, window=window, **options), json)
 
 
 def explain(

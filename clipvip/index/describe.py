@@ -12,14 +12,19 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+
+from clipvip.captions import BEAMS, caption_clips, load_for_captioning
 from clipvip.data.annotations import Clip
-from clipvip.data.loading import BadFile
+from clipvip.data.loading import BadFile, worker_count
 from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from clipvip.embedding import autocast
 from clipvip.files import shown
 from clipvip.index.build import bad_lines, state_of
 from clipvip.index.captions import key_of
@@ -47,8 +52,52 @@ class Described(NamedTuple):
     bad_files: list[dict[str, str]]
 
 
+def describe_index(
+    store: Store,
+    model: str | Path,
+    *,
+    overwrite: bool = False,
+    beams: int = BEAMS,
+    length: int | None = None,
+    batch_size: int = 8,
+    num_workers: int | None = None,
+    decoder: str = "auto",
+    device: str | torch.device | None = None,
+    mixed_precision: str = "auto",
+    show: Callable[[int], None] | None = None,
+) -> Described:
+    """Put a caption that a model writes into an index, for each moment that has none.
+
+    model: folder or hub name of a model with a decoder, see clipvip.captions.load_for_captioning.
+    beams, length: see clipvip.captions.caption_clips. batch_size: moments per batch.
+    num_workers: number of decoding processes; by default one per core.
+    decoder: see clipvip.data.loading.LoaderOptions. device: by default a CUDA GPU, if there is one.
+    mixed_precision: see clipvip.embedding.precision_on.
+    store, overwrite, show, and what is returned and raised: see describe_moments. Raises ValueError
+        also for a model without a decoder.
+    """
+    network: Any
+    network, processor = load_for_captioning(model)
+    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = autocast(network, mixed_precision)
+    options: dict[str, Any] = {"beams": beams, "length": length, "decoder": decoder}
+
+    def caption(clips: Sequence[Clip], bad_files: list[BadFile]) -> Iterator[dict[int, str]]:
+        sizes = {"batch_size": batch_size, "num_workers": worker_count(num_workers, len(clips))}
+        batches = caption_clips(network, processor, clips, bad_files, **sizes, **options)
+        while True:
+            with precision:  # which must not reach into the caller's code
+                captions = next(batches, None)
+            if captions is None:
+                return
+            yield captions
+
+    by = os.path.realpath(model) if os.path.exists(model) else os.fspath(model)
+    return describe_moments(store, caption, by, overwrite=overwrite, show=show)
+
+
 def describe_moments(
-    where: str | Path,
+    store: Store,
     caption: Captioner,
     by: str,
     *,
@@ -57,15 +106,17 @@ def describe_moments(
 ) -> Described:
     """Put a caption of each moment that has none into an index.
 
-    where: folder or address of the index. caption: see Captioner. by: its model.
+    caption: see Captioner. by: absolute path or hub name of its model.
     overwrite: also of moments that have one.
     show: called with each number of moments that are done; None to show the progress on standard
         error.
 
-    Raises ValueError if there is no index, or if no moment could be read, and OSError if captions
-    cannot be written; those that were saved stay.
+    Raises ValueError if no moment could be read, and OSError if captions cannot be written; those
+    that were saved stay.
     """
-    work = _Work(Store.open(where), caption, by, overwrite)
+    # The processes that decode are forked, and never use LanceDB.
+    warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
+    work = _Work(store, caption, by, overwrite)
     if show is not None:
         return work.run(show)
     with progress(work.note, work.total) as show:
@@ -173,7 +224,8 @@ class _Work:
     def _report(self, done: Described) -> None:
         counts = f"{done.written:,} new"
         if done.bad_files:
-            counts += f", {len(done.bad_files):,} unreadable files"
+            files = "file" if len(done.bad_files) == 1 else "files"
+            counts += f", {len(done.bad_files):,} {files} unreadable"
         moments, captions = self.store.count(), self.store.captioned()
         first = f"{self.store.where}: {moments:,} moments, {captions:,} with a caption ({counts})"
         for line in (first, *bad_lines(done.bad_files)):

@@ -22,6 +22,7 @@ from clipvip.index.rows import About, FileState, Hit, Moment, Where
 
 if TYPE_CHECKING:
     from clipvip.index.build import Added
+    from clipvip.index.describe import Described
     from clipvip.index.memory import Memory
 
 MOST_HITS = 10_000
@@ -72,6 +73,19 @@ class VideoIndex:
 
         options |= {"window": window, "stride": stride, "scenes": scenes}
         return build(self.where, model, videos, **options)
+
+    def describe(
+        self, model: str | Path, *, overwrite: bool = False, **options: Any
+    ) -> "Described":
+        """Write a caption for each moment that has none; hits then have it.
+
+        model: a folder or hub name of a model that was trained to caption, not that of the index.
+        overwrite: write captions for all moments, in place of those that they have.
+        options: those of clipvip.index.describe.describe_index.
+        """
+        from clipvip.index.describe import describe_index
+
+        return describe_index(self.store, model, overwrite=overwrite, **options)
 
     def search(
         self,

@@ -291,6 +291,61 @@ def test_moments_get_the_captions_of_annotations(build, videos, film, tmp_path, 
     assert VideoIndex(where).remove(film) == 1 and VideoIndex(where).captions == 1
 
 
+def save_captioner(model, folder):
+    """Save a model with a small decoder, whose captions are of random words."""
+    from transformers import GPT2Config
+
+    from clipvip.model import CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
+
+    base = CLIPViPModel.from_pretrained(model)
+    text = base.config.text_config
+    torch.manual_seed(0)
+    shapes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": text.vocab_size}
+    ends = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
+    decoder = GPT2Config(**shapes, **ends, pad_token_id=text.eos_token_id, n_positions=20)
+    decoder.is_decoder = decoder.add_cross_attention = True
+    CLIPViPForCaptioning.with_decoder(base, decoder, "proxies").save_pretrained(folder)
+    CLIPViPProcessor.from_pretrained(model).save_pretrained(folder)
+
+
+def test_a_model_describes_what_annotations_do_not(build, model, videos, film, tmp_path, capsys):
+    own, where = tmp_path / "captioner", tmp_path / "index"
+    save_captioner(model, own)
+    (videos / "broken.mp4").write_bytes(b"no video at all")
+    line = {"video": "a.mp4", "text": "a red square"}
+    (videos / "clips.jsonl").write_text(json.dumps(line))
+    shutil.copy(videos / "b.mp4", videos / "soon broken.mp4")
+    build([videos, videos / "clips.jsonl"])
+    state = (videos / "soon broken.mp4").stat()
+    (videos / "soon broken.mp4").write_bytes(b"x" * state.st_size)
+    os.utime(videos / "soon broken.mp4", ns=(state.st_mtime_ns, state.st_mtime_ns))
+
+    options = {"num_workers": 0, "device": "cpu", "mixed_precision": "no", "beams": 2, "length": 4}
+    done = VideoIndex(where).describe(own, **options)
+    assert done[:2] == (6, 1)
+    (bad,) = done.bad_files
+    assert bad["path"] == str(videos / "soon broken.mp4") and bad["reason"]
+    first = captions(where)
+    assert len(first) == 7 and first["a.mp4", None, None] == "a red square"
+    assert {name for name, *_ in first} == {"a.mp4", "b.mp4", "c.mp4", "film.mp4"}
+    assert VideoIndex(where).describe(own, **options)[:2] == (0, 7)
+
+    capsys.readouterr()
+    cli.describe(str(own), index=str(where), overwrite=True, length=4)
+    assert (
+        "index: 8 moments, 7 with a caption (7 new, 1 file unreadable)\n" in capsys.readouterr().err
+    )
+    again = captions(where)
+    assert again.keys() == first.keys() and again["a.mp4", None, None] != "a red square"
+    with pytest.raises(ValueError, match="has no decoder"):
+        cli.describe(str(model), index=str(where))
+    with pytest.raises(ValueError, match="no index in"):
+        cli.describe(str(own), index=str(tmp_path / "none"))
+    for wrong in ({"index": "index", "videos": ("a",)}, {"overwrite": True, "videos": ("a",)}, {}):
+        with pytest.raises(ValueError, match=r"expected videos|leave videos"):
+            cli.describe(str(own), **wrong)
+
+
 def test_captions_are_saved_with_their_files(build, videos, film, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
     file = videos / "clips.jsonl"

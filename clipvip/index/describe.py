@@ -44,11 +44,13 @@ Captioner = Callable[[Sequence[Clip], list[BadFile]], Iterable[Mapping[int, str]
 class Described(NamedTuple):
     """What was done. written: captions that were put. kept: those that the index had already.
 
+    empty: moments for which the model wrote nothing; they stay as they were.
     bad_files: {"path", "reason"} of each file with moments that cannot be read.
     """
 
     written: int
     kept: int
+    empty: int
     bad_files: list[dict[str, str]]
 
 
@@ -135,7 +137,7 @@ class _Work:
         self.note = f"describing {self.total:,} of {moments:,} moments"
         self.bad_files: dict[str, str] = {}  # path → reason
         self.ready: dict[str, tuple[FileState, str]] = {}  # key → file and caption
-        self.written = self.saves = 0
+        self.written = self.empty = self.saves = 0
         self._save_due = time.monotonic() + SAVE_SECONDS
 
     def run(self, show: Callable[[int], None]) -> Described:
@@ -149,11 +151,11 @@ class _Work:
             raise
         self._save()
         bad_files = [{"path": path, "reason": why} for path, why in sorted(self.bad_files.items())]
-        if bad_files and not self.written and not self.kept:
+        if bad_files and not (self.written or self.kept or self.empty):
             first = shown(f"{bad_files[0]['path']}: {bad_files[0]['reason']}")
             raise ValueError(f"no moment could be described; the first file: {first}")
         self.store.tidy_captions()
-        done = Described(self.written, self.kept, bad_files)
+        done = Described(self.written, self.kept, self.empty, bad_files)
         self._report(done)
         return done
 
@@ -213,7 +215,9 @@ class _Work:
         texts = {
             key: text for key, (file, text) in self.ready.items() if reasons[file.path] is None
         }
-        self.written += self.store.captions.put(texts, self.by)
+        written = self.store.captions.put(texts, self.by)
+        self.written += written
+        self.empty += len(texts) - written
         self.ready.clear()
         self.saves += 1
         if self.saves % TIDY_SAVES == 0:  # for those who search meanwhile
@@ -222,7 +226,7 @@ class _Work:
         self._save_due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - started))
 
     def _report(self, done: Described) -> None:
-        counts = f"{done.written:,} new"
+        counts = f"{done.written:,} new" + f", {done.empty:,} empty" * bool(done.empty)
         if done.bad_files:
             files = "file" if len(done.bad_files) == 1 else "files"
             counts += f", {len(done.bad_files):,} {files} unreadable"

@@ -84,26 +84,35 @@ def captions(store):
 def test_every_moment_gets_its_caption_once(store, videos, capsys):
     caption, told = StandIn(), []
     done = describe_moments(store, caption, "model", show=told.append)
-    assert done == (20, 0, []) and sum(told) == 20
+    assert done == (20, 0, 0, []) and sum(told) == 20
     assert None not in captions(store).values() and store.captioned() == 20
     assert "index: 20 moments, 20 with a caption (20 new)\n" in capsys.readouterr().err
-    assert describe(store, StandIn(stop=AssertionError())) == (0, 20, [])
+    assert describe(store, StandIn(stop=AssertionError())) == (0, 20, 0, [])
 
     (videos / "new.mp4").touch()
     put(store, videos / "new.mp4")
     caption = StandIn()
-    assert describe(store, caption) == (4, 20, [])
+    assert describe(store, caption) == (4, 20, 0, [])
     assert {name for name, _ in caption.read} == {"new.mp4"} and len(caption.read) == 4
     caption = StandIn()
-    assert describe(store, caption, by="other", overwrite=True) == (24, 0, [])
+    assert describe(store, caption, by="other", overwrite=True) == (24, 0, 0, [])
     assert len(set(caption.read)) == 24 and len(store.captions.keys()) == 24
+
+
+def test_moments_without_words_are_counted_and_stay_as_they_are(store):
+    def silent(clips, bad_files):
+        yield {place: "  " for place in range(len(clips))}
+
+    assert describe(store, silent) == (0, 0, 20, []) and store.captioned() == 0
+    describe(store, StandIn())
+    assert describe(store, silent, overwrite=True) == (0, 0, 20, []) and store.captioned() == 20
 
 
 def test_moments_with_an_annotation_are_left_as_they_are(store):
     moment = store.moments(sorted(store.files()))[7]
     key = key_of(moment.file, moment.start, moment.end)
     store.annotate({key: f"{os.path.basename(moment.file.path)} at {moment.start}, by a human"})
-    assert describe(store, StandIn()) == (19, 1, [])
+    assert describe(store, StandIn()) == (19, 1, 0, [])
     assert store.captions.of([key])[key].endswith("by a human")
     describe(store, StandIn(), overwrite=True)
     assert not store.captions.of([key])[key].endswith("by a human")
@@ -123,7 +132,7 @@ def test_a_bad_video_costs_only_its_moments(store, videos, rounds, monkeypatch, 
     assert not {name for name, _ in caption.read} & {"1.mp4", "2.mp4"}
     assert {name for (name, _), text in captions(store).items() if text} == {"0.mp4", "4.mp4"}
     assert "3 files unreadable" in capsys.readouterr().err
-    assert describe(store, StandIn()) == (4, 8, done.bad_files[:2])
+    assert describe(store, StandIn()) == (4, 8, 0, done.bad_files[:2])
 
 
 def test_files_that_only_a_stranger_would_name_are_not_opened(store, tmp_path):
@@ -151,7 +160,7 @@ def test_an_interrupted_run_keeps_what_is_done(store, error):
         describe(store, StandIn(stop=error(), after=7))
     assert store.captioned() == 7
     caption = StandIn()
-    assert describe(store, caption) == (13, 7, [])
+    assert describe(store, caption) == (13, 7, 0, [])
     assert len(caption.read) == 13
 
 

@@ -246,7 +246,7 @@ def embed(
     Args:
         videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
             Also lists (.txt, one path per line) and annotations (.jsonl), whose clips with a start
-            or end become moments as they are.
+            or end become moments as they are. Hits show the captions of annotations.
         out: Folder of the index, by default ./index; of the tokens, by default ./tokens.
             An index may also be in a bucket, such as s3://bucket/index.
         window: Length of a moment in seconds, by default 10. Longer moments give more context and
@@ -304,7 +304,7 @@ def search(
       clipvip search --image dog.jpg --json
 
     Several queries are added up: their vectors are weighted, and the sum is searched for. A hit is
-    a stretch of one video; its best moment is shown.
+    a stretch of one video; its best moment is shown, with its caption if the index has one.
 
     Args:
         queries: Sentences to search for. They come first: --image, --video and --weights take

@@ -95,7 +95,7 @@ def describe_index(
             yield captions
 
     by = os.path.realpath(model) if os.path.exists(model) else os.fspath(model)
-    return describe_moments(store, caption, by, overwrite=overwrite, show=show)
+    return describe_moments(store, caption, shown(by), overwrite=overwrite, show=show)
 
 
 def describe_moments(

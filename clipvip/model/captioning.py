@@ -247,6 +247,7 @@ class CLIPViPForCaptioning(CLIPViPModel):
             generation_config=GenerationConfig(**(given | options)),
             attention_mask=torch.ones_like(start),
             encoder_hidden_states=memory,
+            synced_gpus=False,  # under FSDP it would wait for ranks that generate less often
             **seen,
         )
 

@@ -6,8 +6,9 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 from transformers import BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from clipvip.model.pretrained import found, read_json
+from clipvip.model.pretrained import cached, found, read_json
 
+_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 # By tokenizer_class of tokenizer_config.json, or else by model_type of config.json. All others are
 # read from a tokenizer.json.
 _KINDS: dict[Any, Any] = {"gpt2": GPT2Tokenizer, "bert": BertTokenizer}
@@ -28,15 +29,9 @@ def load_decoder_tokenizer(where: str | os.PathLike, **hub: Any) -> PreTrainedTo
     with found("the decoder's tokenizer", where, kind="tokenizer"):
         named = read_json(where, "tokenizer_config.json", hub).get("tokenizer_class")
         named = named or read_json(where, "config.json", hub).get("model_type")
-        try:
-            read = _KINDS.get(named, PreTrainedTokenizerFast).from_pretrained(where, **hub)
-        except OSError as error:
-            if not os.path.exists(where):
-                raise
-            raise ValueError("it holds no tokenizer of a language model") from error
-        # Without files, transformers makes a tokenizer of the special tokens alone.
-        if len(read) <= len(read.all_special_ids):
-            raise ValueError("it holds no tokenizer of a language model")
+        if all(cached(where, name, hub) is None for name in _FILES):
+            raise ValueError(f"it holds no tokenizer ({', '.join(_FILES)})")
+        read = _KINDS.get(named, PreTrainedTokenizerFast).from_pretrained(where, **hub)
         start, end = read.bos_token or read.cls_token, read.eos_token or read.sep_token
         if start is None or end is None:
             raise ValueError("it lacks a token for a text's start or end")

@@ -66,7 +66,7 @@ def trial(config: TrainConfig, shapes: CLIPViPConfig, folder: Path) -> TrainConf
     tokens = given.pop("decoder_tokens")
     if config.task == "captioning":
         gpt2 = {"n_embd": 32, "n_head": 1, "n_inner": 64}
-        own = [*DECODERS[decoder["model_type"]]().to_dict(), "model_type"]
+        own = set(DECODERS[decoder["model_type"]]().to_dict()) - {"vocab_size"}  # the tokenizer's
         decoder = {name: value for name, value in decoder.items() if name in own}
         decoder |= gpt2 if decoder["model_type"] == "gpt2" else narrow
         model = replace(model, decoder=DecoderConfig(config=decoder, tokens=tokens))

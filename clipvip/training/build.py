@@ -13,6 +13,7 @@ import torch
 from transformers import CLIPTokenizer, PretrainedConfig
 
 from clipvip import distributed
+from clipvip.caption_metrics import check_installed
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loading import ClipLoader, LoaderOptions, build_loader
 from clipvip.data.shards import Shards, Source, build_shard_loader, is_shards
@@ -53,6 +54,11 @@ def load_clips(config: TrainConfig) -> tuple[list[Clip] | Shards, list[Clip]]:
     validation = load_annotations(data.validation) if data.validation else []
     if validation and not any(clip.text for clip in validation):
         raise ConfigError(f"{data.validation}: no clip has a text to compare with")
+    if validation and config.task == "captioning":
+        try:
+            check_installed()
+        except ValueError as error:
+            raise ConfigError(f"data.validation: {error}") from None
     clips: list[Clip] | Shards
     if data.train is None or is_shards(data.train):
         sources = data.sources or [SourceConfig(str(data.train))]

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clipvip import caption_metrics
 from clipvip.data import DECODERS
 from clipvip.data.video import check_sampling
 from clipvip.losses import VARIANTS
@@ -340,9 +341,7 @@ def best_metrics(config: TrainConfig) -> tuple[str, ...]:
     """Return the validation metrics of a configuration's task, the default of best_metric first."""
     if config.task != "captioning":
         return tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS)
-    from clipvip.caption_metrics import METRICS as CAPTION_METRICS
-
-    metrics = sorted(CAPTION_METRICS, key=lambda metric: metric != "CIDEr")
+    metrics = sorted(caption_metrics.METRICS, key=lambda metric: metric != "CIDEr")
     return tuple(f"captions/{metric}" for metric in metrics)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipvip import distributed
+from clipvip.caption_metrics import check_installed, score_captions
 from clipvip.captions import BEAMS, caption_clips, has_decoder, load_for_captioning
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loading import BadFile, LoaderError
@@ -125,8 +126,7 @@ def evaluate_captions(
     "clips", "texts": numbers of those compared, "missing": paths, "generated": [{"video", "start",
     "end", "caption", "texts"}] of each clip}.
     """
-    from clipvip.caption_metrics import score_captions
-
+    check_installed()
     clips = [clip for clip in join_texts(clips, processor.paragraph) if clip.text]
     if not clips:
         raise ValueError("none of the clips has a text to compare captions with")

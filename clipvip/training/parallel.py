@@ -115,10 +115,14 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
         whole: dict[str, Any] = states.get_model_state_dict(model, options=_WHOLE)
         if "logit_scale" in whole:  # no shard, so on a CPU it is the weight itself
             whole["logit_scale"] = whole["logit_scale"].clone()
-        return whole
-    if rank() != 0:
+    elif rank() != 0:
         return {}
-    return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
+    else:
+        whole = {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if source in whole:  # tied weights, such as a decoder's, are stored once
+            whole[name] = whole[source]
+    return whole
 
 
 def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipvip.model import CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
+from clipvip.model.processing import normalize_frames
 from clipvip.training.__main__ import main
 from clipvip.training.build import build_model, build_processor, load_clips, training_loader
 from clipvip.training.config import ConfigError
@@ -20,14 +23,16 @@ from clipvip.training.task import Captioning, task_of
 from clipvip.training.trainer import train
 
 GPT2 = "{model_type: gpt2, n_layer: 2, n_embd: 48, n_head: 2, n_positions: 40}"
-STEADY = "{model_type: gpt2, n_layer: 2, n_embd: 48, n_head: 2, n_positions: 40, resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0}"  # noqa: E501
+STEADY = GPT2.replace("}", ", resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0}")
 BERT = (
     "{model_type: bert, num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 2, "
     "intermediate_size: 64, max_position_embeddings: 40}"
 )
 ALL = "model.decoder.tokens=all"
-UNUSED = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
-NOT_REACHED = (*UNUSED, "vision_model.post_layernorm.")
+NOT_REACHED = (
+    "text_model.", "text_projection.", "visual_projection.", "logit_scale",
+    "vision_model.post_layernorm.",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -74,10 +79,11 @@ def trained_once(config):
     ids=["gpt2", "bert-all", "bf16", "mean", "lora"],
 )
 def test_loss_falls(captions, decoder, overrides):
-    config = captions("max_steps=60", "save_every=60", *overrides, decoder=decoder)
-    assert train(config)["step"] == 60
+    config = captions("max_steps=30", "save_every=30", *overrides, decoder=decoder)
+    assert train(config)["step"] == 30
     curve = list(losses(config.out).values())
     assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    torch.manual_seed(config.seed)
     before, _ = build_model(config, None)
     after = weights(config.out)
     if config.model.lora is None:
@@ -88,39 +94,32 @@ def test_loss_falls(captions, decoder, overrides):
 
 
 def test_gradients_reach_the_decoder_and_what_of_the_encoder_is_not_frozen(captions):
-    lower = ["vision_model.embeddings.*", "vision_model.pre_layrnorm.*", "*.layers.0.*"]
+    lower = [
+        "vision_model.embeddings.*",
+        "vision_model.pre_layrnorm.*",
+        "vision_model.*.layers.0.*",
+    ]
     for frozen in ([], lower, ["vision_model.*"]):
         names = ",".join(f"'{name}'" for name in frozen)
         globs = f"model.freeze=[{names}]"
-        if frozen == lower:
-            globs = "model.freeze=['vision_model.embeddings.*','vision_model.pre_layrnorm.*','vision_model.encoder.layers.0.*']"  # noqa: E501
         towers, batch, _ = trained_once(captions(globs))
         for name, parameter in towers.model.named_parameters():
-            is_frozen = name.startswith(NOT_REACHED) or (
-                name.startswith("vision_model.")
-                and frozen
-                and (frozen != lower or ".layers.1." not in name)
-            )
-            assert parameter.requires_grad != bool(is_frozen), name
-            assert (parameter.grad is None) == bool(is_frozen), name
-            assert is_frozen or parameter.grad.abs().sum() > 0 or ".k_proj.bias" in name or (
-                "key.bias" in name or "crossattention.c_attn.bias" in name
-            ), name
+            globs = [*frozen, *(f"{start}*" for start in NOT_REACHED)]
+            trained = not any(fnmatchcase(name, glob) for glob in globs)
+            assert parameter.requires_grad == trained, name
+            assert (parameter.grad is not None) == trained, name
+            # A key's bias changes no attention.
+            assert not trained or "k_proj.bias" in name or parameter.grad.abs().sum() > 0, name
         if frozen == ["vision_model.*"]:  # its forward builds no graph
-            hidden = []
-            towers.model.vision_model.encoder.register_forward_hook(
-                lambda module, given, output: hidden.append(output)
-            )
-            towers(batch)
-            assert not hidden[0].requires_grad
+            pixels = normalize_frames(batch["pixel_values"])
+            hidden = towers.model.vision_model.tokens(pixels, batch["frame_offsets"], -1)
+            assert not hidden.requires_grad
 
 
 def test_the_loss_is_the_mean_over_all_tokens(captions):
     """Not of the means of clips: longer texts count more."""
     towers, batch, loss = trained_once(captions("label_smoothing=0"))
     model, total, count = towers.model, 0.0, 0
-    from clipvip.model.processing import normalize_frames
-
     pixels = normalize_frames(batch["pixel_values"], towers.mean, towers.std)
     lengths = batch["text_mask"].sum(1).tolist()
     assert len(set(lengths)) > 1
@@ -225,6 +224,8 @@ def test_resumed_it_is_the_unbroken_run(captions, tmp_path, monkeypatch):
         assert losses(broken) == losses(unbroken)
         ended, whole = weights(broken), weights(unbroken)
         assert all(torch.equal(ended[key], whole[key]) for key in whole)
+        stored = load_file(broken / "last" / "model.safetensors")
+        assert len([key for key in stored if stored[key].shape == (514, 48)]) == 1
         tied = "decoder.lm_head.weight", "decoder.transformer.wte.weight"
         assert torch.equal(ended[tied[0]], ended[tied[1]])
 
@@ -238,8 +239,8 @@ def forks(*arguments):
 def test_two_processes_train_as_one(captions, tmp_path, world):
     overrides = [
         "task=captioning", f"model.decoder.config={STEADY}", "accumulation=2", "max_steps=4",
-        "optimizer.lr=1e-4", "optimizer.decoder_lr=1e-3", ALL, "eval_every=2", "ema=0.5",
-        f"data.validation={world / 'annotations.jsonl'}",
+        "optimizer.lr=1e-4", "optimizer.decoder_lr=1e-3", ALL, "eval_every=4", "ema=0.5",
+        "data.text_length=12", f"data.validation={world / 'annotations.jsonl'}",
     ]  # fmt: skip
     runs = {
         "ddp": [],
@@ -266,7 +267,7 @@ def test_two_processes_train_as_one(captions, tmp_path, world):
 
 def test_every_clip_is_captioned_once_on_any_number_of_ranks(captions, tmp_path, world):
     out = Path(captions().out)
-    train(captions("max_steps=20", "save_every=20"))
+    train(captions("max_steps=20", "save_every=20", "data.text_length=12"))
     lines = (world / "annotations.jsonl").read_text().splitlines()[:13]
     rows = [json.loads(line) for line in lines]
     for row in rows:
@@ -318,7 +319,10 @@ def override(config, folder):
         ([], "task=captioning needs a decoder: give model.decoder.name, such as gpt2"),
         (["model.decoder.tokens=some"], "task=captioning needs a decoder"),
         (["model.decoder={config: {}, tokens: some}"], "model.decoder.tokens is 'some'; it must"),
-        (["model.decoder={config: {n_embd: 8}, name: gpt2}"], "command line: give either model.decoder.nam"),
+        (
+            ["model.decoder={config: {n_embd: 8}, name: gpt2}"],
+            "command line: give either model.decoder.nam",
+        ),
         (["model.decoder.nam=gpt2"], "unknown key model.decoder.nam; did you mean model.decoder.n"),
         (["model.decoder.config={}"], "the decoder's model_type is None; expected one with cross-"),
         (["model.decoder.config={model_type: opt}"], "the decoder's model_type is 'opt'; expected"),
@@ -352,7 +356,7 @@ def test_settings_that_make_no_captioner_are_refused(captions, overrides, messag
 def test_a_model_has_one_decoder(captions, tmp_path):
     train(captions("max_steps=1"))
     named = [f"model.name={tmp_path / 'run' / 'last'}", "model.config=null", "task=captioning"]
-    with pytest.raises(ConfigError, match="which has a decoder; to train it further, give model.d"):
+    with pytest.raises(ConfigError, match=r"which has a decoder; to train it further, give mo"):
         build_model(captions.plain(*named, f"model.decoder.config={GPT2}"), None)
     with pytest.raises(ConfigError, match=r"model\.decoder\.tokens is 'all', but the decoder of"):
         build_model(captions.plain(*named, "model.decoder.tokens=all"), None)
@@ -407,5 +411,5 @@ def test_texts_longer_than_the_text_tower_reads_change_no_tower(captions, tmp_pa
     config = captions.plain(*named, "data.text_length=36")
     model, _ = build_model(captions.plain(*named), None)
     assert model.config.text_config.max_position_embeddings == 32
-    with pytest.raises(ConfigError, match="data.text_length is 36; expected at most 32"):
+    with pytest.raises(ConfigError, match=r"data\.text_length is 36; expected at most 32"):
         build_processor(config, model.config)

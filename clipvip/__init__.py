@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clipvip.index import VideoIndex as VideoIndex
     from clipvip.model import CLIPViPConfig as CLIPViPConfig
+    from clipvip.model import CLIPViPForCaptioning as CLIPViPForCaptioning
     from clipvip.model import CLIPViPModel as CLIPViPModel
     from clipvip.model import CLIPViPProcessor as CLIPViPProcessor
 
 __version__ = "0.1.0"
-_HOMES = dict.fromkeys(("CLIPViPConfig", "CLIPViPModel", "CLIPViPProcessor"), "clipvip.model")
+_HOMES = dict.fromkeys(
+    ("CLIPViPConfig", "CLIPViPForCaptioning", "CLIPViPModel", "CLIPViPProcessor"), "clipvip.model"
+)
 _HOMES["VideoIndex"] = "clipvip.index"
 __all__ = [*_HOMES, "ops"]
 

@@ -103,24 +103,26 @@ def train(
 def evaluate(
     model: Model,
     annotations: Annotations,
+    task: Literal["retrieval", "captioning"] | None = None,
     out: Path | None = None,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
 ) -> None:
-    """Measure how well a model retrieves videos by text, and texts by video.
+    """Measure how well a model retrieves videos by text, and texts by video; or captions videos.
 
-    Prints recall at 1, 5 and 10 and the median and mean rank, with and without dual softmax.
+    Prints recall at 1, 5 and 10 and the median and mean rank, with and without dual softmax; for
+    captions, how well they match the clips' texts, as COCO measures it.
     For example:
       clipvip eval run/last test.jsonl --out scores.json
 
     Args:
-        out: Also write the scores to this JSON file.
+        task: What to measure, by default captioning if the model has a decoder, else retrieval.
+        out: Also write the scores, and all captions, to this JSON file.
     """
     from clipvip.training.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(
-        model, annotations, out=out, decoder=decoder, mixed_precision=mixed_precision
-    )
+    options: dict[str, Any] = {"decoder": decoder, "mixed_precision": mixed_precision}
+    evaluate_checkpoint(model, annotations, task=task, out=out, **options)
 
 
 def convert(
@@ -244,7 +246,7 @@ def embed(
     Args:
         videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
             Also lists (.txt, one path per line) and annotations (.jsonl), whose clips with a start
-            or end become moments as they are.
+            or end become moments as they are. Hits show the captions of annotations.
         out: Folder of the index, by default ./index; of the tokens, by default ./tokens.
             An index may also be in a bucket, such as s3://bucket/index.
         window: Length of a moment in seconds, by default 10. Longer moments give more context and
@@ -302,7 +304,7 @@ def search(
       clipvip search --image dog.jpg --json
 
     Several queries are added up: their vectors are weighted, and the sum is searched for. A hit is
-    a stretch of one video; its best moment is shown.
+    a stretch of one video; its best moment is shown, with its caption if the index has one.
 
     Args:
         queries: Sentences to search for. They come first: --image, --video and --weights take
@@ -440,6 +442,60 @@ def classify(
     clips = classify_to_csv(model, videos, wanted, out, **options)
     if out is not None:
         print(f"{shown(out)}: {clips} clips")
+
+
+def describe(
+    model: Model,
+    videos: Annotated[Positional[tuple[str, ...]], arg(metavar="[VIDEOS …]")] = (),
+    window: float | None = None,
+    beams: int = 5,
+    length: int | None = None,
+    json: bool = False,
+    index: str | None = None,
+    overwrite: bool = False,
+    decoder: DecodeWith = "auto",
+    mixed_precision: MixedPrecision = "auto",
+) -> None:
+    """Say what videos show, a sentence for each, with a model that was trained to caption.
+
+    Train it with `clipvip train msrvtt_captions`. For example:
+      clipvip describe run/best dog.mp4 ~/Videos
+      clipvip describe run/best film.mkv --window 10 --json
+
+    A video that cannot be read is listed at the end; all others are described.
+
+    With --index and without VIDEOS, write a caption for each moment of an index that has none;
+    `clipvip search` and `clipvip serve` then show it. After an interruption, the same command
+    resumes:
+      clipvip describe run/best --index index
+
+    Args:
+        videos: Videos, images, folders (searched recursively for videos) and patterns in quotes.
+            Also lists (.txt, one path per line) and annotations (.jsonl).
+        window: Describe each moment of so many seconds, instead of each video as a whole.
+        beams: Width of the beam search. 1 is fastest.
+        length: Number of tokens at which a caption is cut off, by default as in training.
+        json: Print one clip per line, as JSON with path, start, end and caption.
+        index: Folder of an index, that `clipvip embed` wrote, to put captions into.
+        overwrite: Write captions for all moments of the index, in place of those that they have.
+    """
+    options: dict[str, Any] = {"decoder": decoder, "mixed_precision": mixed_precision}
+    options |= {"beams": beams, "length": length}
+    if index is not None:
+        if videos or window is not None or json:
+            raise ValueError(
+                "--index describes the moments of an index; leave videos, --window and --json out"
+            )
+        from clipvip.index import VideoIndex
+
+        VideoIndex(index).describe(model, overwrite=overwrite, **options)
+        return
+    if overwrite or not videos:
+        raise ValueError("no videos were named; expected videos, or --index with an index")
+    from clipvip.describe import describe as describe_videos
+    from clipvip.describe import print_captions
+
+    print_captions(describe_videos(model, videos, window=window, **options), json)
 
 
 def explain(
@@ -711,6 +767,7 @@ COMMANDS: dict[str, Any] = {
     "search": search,
     "serve": serve,
     "classify": classify,
+    "describe": describe,
     "explain": explain,
     "prepare": prepare,
     "shard": shard,

@@ -4,7 +4,7 @@
 
     a video, or an image, which counts as a video of one frame
     a folder, searched recursively for videos (not images) by VIDEO_SUFFIXES
-    annotations (.jsonl): one clip per line; their texts are not used
+    annotations (.jsonl): one clip per line, with its caption
     a list (.txt): the path of one video or image per line, relative to the list
     a pattern such as "clips/**/*.mkv" that matches any of these
 
@@ -41,6 +41,8 @@ class IndexedClip:
 
     path: absolute. start, end: seconds, None for the start or end of the file.
     size, mtime_ns: bytes and modification time of the file; 0 if they cannot be read.
+    caption: of annotations, their `caption`, else the first `text`, else ""; None if no annotations
+        name the clip. If several lines do, that of the first line that has one.
     """
 
     path: str
@@ -48,6 +50,7 @@ class IndexedClip:
     end: float | None
     size: int
     mtime_ns: int
+    caption: str | None = None
 
 
 def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, str]]]:
@@ -77,12 +80,15 @@ def clips_of(sources: Sequence[str]) -> tuple[list[IndexedClip], list[dict[str, 
             raise ValueError(_no_videos(source, skipped))
         for clip in found:
             path = os.path.abspath(clip.video)
-            key = identity(path)
-            if key not in files:
-                files[key] = path, *_state(path)
-            path, size, mtime_ns = files[key]
-            indexed = IndexedClip(path, clip.start, clip.end, size, mtime_ns)
-            clips.setdefault((path, clip.start, clip.end), indexed)
+            file = identity(path)
+            if file not in files:
+                files[file] = path, *_state(path)
+            path, size, mtime_ns = files[file]
+            key = path, clip.start, clip.end
+            known = clips.get(key)
+            if known is None or (clip.line and not known.caption):
+                caption = (clip.caption or next(iter(clip.text), "")) if clip.line else None
+                clips[key] = IndexedClip(*key, size, mtime_ns, caption)
     if not clips and left:
         raise ValueError(": ".join(map(shown, left[0])))
     if not clips:

@@ -73,7 +73,8 @@ def convert(
         raise FileExistsError(f"{destination} exists; remove it or choose another destination")
     with found("the model", source):
         plain = is_plain_clip(source)
-        by_reference = needs_reference(read_config(source, activation, head_width))
+        config = read_config(source, activation, head_width)
+        by_reference = needs_reference(config)
     told: dict[str, Any] = {"activation": activation, "head_width": head_width}
     if to == "clip" and plain:  # without what would be added to it
         told |= {"num_proxies": 1, "frame_pooling": "mean"}
@@ -102,6 +103,8 @@ def convert(
             processor.tokenizer.save_pretrained(unfinished)
         elif to != "authors":
             _warn_of_no_tokenizer(source, destination)
+    if config.decoder_config is not None:
+        logger.warning(f"{source} has a decoder, which is left out: {destination} cannot caption")
     if by_reference and to == "clipvip":
         logger.warning(
             f"{source} has heads of a size that the compiled attention does not take; "

@@ -21,6 +21,7 @@ PARTS = {
     "export": ("embedding", "model"),
     "collection": ("data",),
     "classify": ("embedding", "model", "data", "collection"),
+    "describe": ("embedding", "model", "data", "collection"),
     "index": ("embedding", "model", "data", "losses", "collection"),
     "serve": ("index", "data"),
     "training": ("embedding", "model", "data", "losses", "ops"),
@@ -28,6 +29,7 @@ PARTS = {
         "serve",
         "index",
         "classify",
+        "describe",
         "explain",
         "export",
         "training",
@@ -39,6 +41,7 @@ PARTS = {
 TOOLS = ("caption_metrics", "files", "inputs", "retrieval", "sentences", "terminal")
 IN_PART = {
     "explain_picture": "explain",
+    "captions": "embedding",
     "token_files": "index",
     "distributed": "losses",
     "sharded": "losses",

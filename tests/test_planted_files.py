@@ -256,6 +256,25 @@ def test_classify(annotations: Path, model: Path, run, tmp_path: Path) -> None:
     assert len(good) == 2 and len(rows) % 2
 
 
+def test_describe(annotations: Path, model: Path, run, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    from clipvip.model import CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
+
+    processor = CLIPViPProcessor.from_pretrained(model)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(processor.tokenizer, name) for name in names}
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 1, "vocab_size": len(processor.tokenizer)}
+    decoder = GPT2Config(n_positions=30, **sizes, **tokens)
+    plain = CLIPViPModel.from_pretrained(model)
+    CLIPViPForCaptioning.with_decoder(plain, decoder, "all").save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for more in ((), ("--window", "0.3")):
+        status, said = run("describe", tmp_path, annotations, "--length", "4", *more)
+        assert status == 0 and "files could not be used:" in said, said
+        assert "good.mp4" in said.partition("could not be used")[0]
+
+
 def test_prepare(planted: Path, run, tmp_path: Path) -> None:
     out = tmp_path / "prepared.jsonl"
     status, said = run("prepare", "folder", planted, out)

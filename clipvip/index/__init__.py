@@ -4,6 +4,7 @@
     paths to      what is    embeds   tables   rows    VideoIndex
     clips         new        it                to hits
 
+captions.py keeps captions of moments, which describe.py writes.
 query.py and tower.py turn a query into a vector; memory.py holds all vectors for a server.
 """
 

@@ -28,6 +28,7 @@ from clipvip.collection import IndexedClip, clips_of, listed, place_of
 from clipvip.data.loading import COUNTED_FROM, BadFile, Division, worker_count
 from clipvip.embedding import Embedded, autocast, embed_files, fingerprint, load_for_embedding
 from clipvip.files import shown
+from clipvip.index.captions import ANNOTATIONS, key_of
 from clipvip.index.changes import (
     Changes,
     NamedFile,
@@ -56,6 +57,7 @@ CHANGED = "it changed while it was read; run the same command again"
 BAD_SHOWN = 3  # unreadable files that the last lines name
 
 Result = TypeVar("Result")
+FileRows = tuple[FileState, list[Span], np.ndarray]  # as Store.put takes them
 
 
 class Progress(NamedTuple):
@@ -172,6 +174,8 @@ class _Build:
         self.embedded = 0
         self.by_others = 0
         self.moved = 0
+        self.unseen_captions = 0
+        self.captions: dict[str, tuple[tuple[Span, str], ...]] = {}  # see Changes
         self._save_due = time.monotonic() + SAVE_SECONDS
         self._look_due = time.monotonic() + LOOK_SECONDS
         # Version of the index, if only this process has changed it since it was last read.
@@ -217,6 +221,7 @@ class _Build:
     ) -> None:
         """Embed this rank's share of the new files and put them; what is done is also put before an
         error or a signal ends this."""
+        self.captions = found.captions
         own = dealt(found.new, distributed.world_size())[distributed.rank()]
         mine = [found.new[place] for place in own]
         if not mine:
@@ -309,12 +314,12 @@ class _Build:
     def _save(self) -> None:
         """Put the files that are ready."""
         started = time.monotonic()
-        rows = []
+        rows: list[FileRows] = []
         for new, parts in self.ready:
             spans, vectors = _joined(parts)
             facts = parts[0]
             for state in new.states:
-                if _state_of(state.path) != (state.size, state.mtime_ns):
+                if state_of(state.path) != (state.size, state.mtime_ns):
                     self.bad_files[state.path] = CHANGED
                     continue
                 date = state.mtime_ns / 1e9 if facts.date is None else facts.date
@@ -328,12 +333,21 @@ class _Build:
                 before = self.store.version()
                 self.store.put(rows)
                 after = self.store.version()
+                self._put_captions(self.store, rows)
                 alone = before == self._version and after == before + 1
                 self._version = after if alone else None
         self.embedded += len(rows)
         self.ready.clear()
         # However large the index grows, saving takes at most a twentieth of the time.
         self._save_due = time.monotonic() + max(SAVE_SECONDS, 20 * (time.monotonic() - started))
+
+    def _put_captions(self, store: Store, rows: list[FileRows]) -> None:
+        """Put the captions that annotations give for files that were just put."""
+        texts: dict[str, str] = {}
+        for state, spans, _ in rows:
+            given = dict(self.captions.get(state.path, ()))
+            texts |= {key_of(state, *x): given[x] for x in spans if x in given}
+        store.captions.put(texts, ANNOTATIONS)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -392,7 +406,7 @@ class _Build:
         if held == 0:
             raise ValueError(self._nothing(added, files, sources))
         assert self.store is not None
-        _report(self.where, self.store, added)
+        _report(self.where, self.store, added, self.unseen_captions)
         return added
 
     def _bring_up_to_date(
@@ -421,7 +435,23 @@ class _Build:
         # A damaged file whose other moments the index holds already was not read again.
         considered = [path for path in considered if path not in found.kept]
         store.put_bad_files(considered, added.bad_files)
+        self.unseen_captions = self._annotate(store, found)
         store.tidy(_tell_of_index)
+
+    def _annotate(self, store: Store, found: Changes) -> int:
+        """Bring the captions from annotations up to date. Return how many no moment has."""
+        given = found.captions.items()
+        if not store.captions.exist() and not any(text for _, own in given for _, text in own):
+            return 0
+        now = store.files() if given else {}
+        return store.annotate(
+            {
+                key_of(now[path], *span): text
+                for path, own in given
+                if path in now
+                for span, text in own
+            }
+        )
 
     def _nothing(self, added: Added, files: list[NamedFile], sources: list[str]) -> str:
         reasons = [file["reason"] for file in added.bad_files]
@@ -570,7 +600,8 @@ def _storable(path: str) -> str:
     return path
 
 
-def _state_of(path: str) -> tuple[int, int] | None:
+def state_of(path: str) -> tuple[int, int] | None:
+    """Return size and modification time of a file; None if it cannot be read."""
     try:
         state = os.stat(path)
     except (OSError, ValueError):
@@ -585,7 +616,7 @@ def _tell_of_index(moments: int) -> None:
     )
 
 
-def _report(where: str, store: Store, added: Added) -> None:
+def _report(where: str, store: Store, added: Added, unseen_captions: int) -> None:
     """Print what the index holds and what has changed, and name the first unreadable files."""
     files = store.files().values()
     counts = [
@@ -601,14 +632,26 @@ def _report(where: str, store: Store, added: Added) -> None:
     ]
     holds = [_count(len(files), "file"), length(sum(file.duration for file in files))]
     holds.append(_count(store.count(), "moment"))
+    if captions := store.captioned():
+        holds.append(f"{captions:,} with a caption")
     end = ", ".join(changed) or "nothing new"
-    lines = [f"{where}: {', '.join(holds)} ({end})"]
-    for file in added.bad_files[:BAD_SHOWN]:
-        lines.append(f"  unreadable: {file['path']}: {file['reason']}")
-    if (more := len(added.bad_files) - BAD_SHOWN) > 0:
-        lines.append(f"  and {more:,} more")
+    lines = [f"{where}: {', '.join(holds)} ({end})", *bad_lines(added.bad_files)]
+    if unseen_captions:
+        videos = _count(unseen_captions, "video")
+        lines.append(
+            f"  captions of {videos} are not shown, as they are of the whole video, which is "
+            "divided into moments; a longer --window keeps it whole"
+        )
     for line in lines:
         print(shown(line), file=sys.stderr)
+
+
+def bad_lines(bad_files: list[dict[str, str]]) -> list[str]:
+    """Return lines that name the first unreadable files."""
+    lines = [f"  unreadable: {x['path']}: {x['reason']}" for x in bad_files[:BAD_SHOWN]]
+    if (more := len(bad_files) - BAD_SHOWN) > 0:
+        lines.append(f"  and {more:,} more")
+    return lines
 
 
 def _text(progress: Progress) -> str:

@@ -50,6 +50,7 @@ class NamedFile:
 
     parts: what it is divided into: its windows or scenes (None), spans of its own, or both.
     plan: see FileState.
+    captions: span of a clip in annotations, and its caption, empty for a clip without one.
     """
 
     path: str
@@ -57,6 +58,7 @@ class NamedFile:
     mtime_ns: int
     parts: tuple[Sequence[Span] | None, ...]
     plan: str
+    captions: tuple[tuple[Span, str], ...] = ()
 
 
 def named_files(clips: Iterable[IndexedClip], plan: str) -> list[NamedFile]:
@@ -75,8 +77,11 @@ def named_files(clips: Iterable[IndexedClip], plan: str) -> list[NamedFile]:
         plans = [plan] * whole
         if spans:
             plans.append("spans " + hashlib.sha256(json.dumps(spans).encode()).hexdigest()[:16])
-        first = own[0]
-        files.append(NamedFile(path, first.size, first.mtime_ns, tuple(parts), "; ".join(plans)))
+        size, mtime_ns = own[0].size, own[0].mtime_ns
+        captions = tuple(
+            ((clip.start, clip.end), clip.caption) for clip in own if clip.caption is not None
+        )
+        files.append(NamedFile(path, size, mtime_ns, tuple(parts), "; ".join(plans), captions))
     return files
 
 
@@ -101,6 +106,7 @@ class Changes:
     new: files to embed. kept: paths of files that the index holds already.
     moved: path in the index → the file's new state. copied: path in the index of a file whose
     content another file has, and the state of that one. gone: paths that no longer exist.
+    captions: path in the index → captions of its clips in annotations, as in NamedFile.
     """
 
     new: list[New] = field(default_factory=list)
@@ -108,6 +114,7 @@ class Changes:
     moved: dict[str, FileState] = field(default_factory=dict)
     copied: list[tuple[str, FileState]] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    captions: dict[str, tuple[tuple[Span, str], ...]] = field(default_factory=dict)
 
 
 def changes(
@@ -122,6 +129,7 @@ def changes(
     under = Places([*places, *(file.path for file in files)])
     gone = {path for path in held if path in under and _is_gone(path)}
     files = _by_held_names(files, held)
+    found.captions = {file.path: file.captions for file in files if file.captions}
     rest = []
     for file in files:
         if is_held(file, held.get(file.path)):

@@ -82,12 +82,15 @@ class Hit:
     score: cosine of the query and the best moment (a weighted sum of queries is a unit vector too).
     start, end: seconds, the best moment; None for the file's own start or end.
     from_, to: seconds, all touching moments that match nearly as well; see clipvip.index.hits.
+    caption: what the best moment shows, one line, if the index has a caption of it; not safe to
+        print, as a stranger may have written it.
     """
 
     score: float
     moment: Moment
     from_: float | None
     to: float | None
+    caption: str | None = None
 
     @property
     def path(self) -> str:
@@ -114,4 +117,5 @@ class Hit:
             "id": self.moment.id,
             "duration": file.duration,
             "date": file.date,
+            "caption": self.caption,
         }

@@ -19,7 +19,7 @@ def print_hits(hits: Sequence[Hit], title: str, as_json: bool) -> None:
     if not hits:
         print("nothing in the index fits these filters")
         return
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -28,8 +28,10 @@ def print_hits(hits: Sequence[Hit], title: str, as_json: bool) -> None:
     table = Table("rank", "score", video, Column("moment", no_wrap=True), title=heading)
     here = os.path.join(os.getcwd(), "")
     for rank, hit in enumerate(hits, start=1):
-        path = Text(shown(hit.path.removeprefix(here)))
-        table.add_row(str(rank), f"{hit.score:.3f}", path, span(hit.start, hit.end))
+        lines = [Text(shown(hit.path.removeprefix(here)))]
+        if hit.caption is not None:
+            lines.append(Text(shown(hit.caption), "dim", no_wrap=True, overflow="ellipsis"))
+        table.add_row(str(rank), f"{hit.score:.3f}", Group(*lines), span(hit.start, hit.end))
     Console().print(table)
 
 

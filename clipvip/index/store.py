@@ -13,20 +13,19 @@ per value (RaBitQ, arXiv 2409.09913) and compares the best of these exactly.
 import os
 import secrets
 import shlex
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from clipvip.files import shown
+from clipvip.index.captions import Captions
 from clipvip.index.rows import About, FileState, Moment, Where
 from clipvip.index.tables import (
-    CONFLICT,
     FILE,
     ID,
+    KEY_CONTENT,
     ROW,
     Span,
     StoreError,
@@ -35,11 +34,14 @@ from clipvip.index.tables import (
     alone,
     are_unit,
     bad_files_schema,
+    caption_key,
     check_model,
     check_place,
     check_width,
+    checked_table,
     chunks,
     committed,
+    compact,
     condition_of,
     connect,
     damaged,
@@ -50,8 +52,8 @@ from clipvip.index.tables import (
     is_span,
     moment_id,
     moments_schema,
+    new_mark,
     open_or_create,
-    open_table,
     parse_about,
     path_in,
     reported,
@@ -59,7 +61,6 @@ from clipvip.index.tables import (
 )
 
 EXACT_ROWS = 1_000_000  # up to here every vector is compared; reading them takes about a second
-KEPT = timedelta(hours=1)  # a reader is at most one search behind, and none takes that long
 
 
 class Rows(NamedTuple):
@@ -91,6 +92,8 @@ class Store:
         self._width = stored.width
         self._moments = self._table("moments", moments_schema(self._width))
         self._bad_files = self._table("bad_files", bad_files_schema())
+        self.captions = Captions(where, database)
+        self._captioned: tuple[tuple[int, int], int] | None = None  # of which versions
 
     @classmethod
     def open(cls, where: str | Path) -> "Store":
@@ -136,20 +139,13 @@ class Store:
         return store
 
     def _table(self, name: str, schema: Any) -> Any:
-        with reported(self.where):
-            table = open_table(self._database, name)
-            if table is None:
-                raise StoreError(
-                    f"the index in {shown(self.where)} lacks its table {name}: its first build has "
-                    "just begun or was killed; run the same clipvip embed again"
-                )
-            if table.schema.names != schema.names or table.schema.types != schema.types:
-                raise damaged(self.where, f"table {name} has other columns than expected")
-            # It can name functions that LanceDB runs when rows are added: with any model, from
-            # anywhere.
-            if table.schema.metadata:
-                raise damaged(self.where, f"table {name} has notes that clipvip embed never makes")
-            return table
+        table = checked_table(self.where, self._database, name, schema)
+        if table is None:
+            raise StoreError(
+                f"the index in {shown(self.where)} lacks its table {name}: its first build has "
+                "just begun or was killed; run the same clipvip embed again"
+            )
+        return table
 
     @property
     def about(self) -> About:
@@ -214,12 +210,15 @@ class Store:
         return self._derive(copies, moves=False)
 
     def drop(self, paths: Iterable[str]) -> int:
-        """Delete all moments of these files. Return how many there were."""
+        """Delete all moments of these files, and their captions. Return how many there were."""
         dropped = 0
         with reported(self.where):
             for some in chunks(list(paths)):
+                keys = self.caption_keys(path_in(some)) if self.captions.exist() else None
                 result = committed(self._moments.delete, path_in(some))
                 dropped += int(result.num_deleted_rows)
+                if keys is not None:
+                    self.captions.drop(keys.to_pylist())
         return dropped
 
     def nearest(
@@ -308,6 +307,68 @@ class Store:
             if not table.num_rows:
                 raise KeyError(id)
             return self._moments_of(table)[0], self._vectors(table)[0]
+
+    def moments(self, paths: Sequence[str]) -> list[Moment]:
+        """Return all moments of these files, in any order."""
+        with reported(self.where):
+            return self._moments_of(self._of_files(paths, [*ROW, "put"]))
+
+    def caption_keys(self, condition: str | None = None) -> Any:
+        """Return the keys that captions of the moments have, as an array of Arrow."""
+        import pyarrow as pa
+
+        with reported(self.where):
+            search = self._moments.search().select(["id", "content"])
+            batches = (search.where(condition) if condition else search).to_batches(8192)
+            keys = [_caption_keys(batch) for batch in batches]
+            return pa.concat_arrays(keys) if keys else pa.array([], pa.string())
+
+    def moments_per_file(self, described: bool = True) -> dict[str, int]:
+        """Return the number of moments of each file that has any.
+
+        described: whether moments that have a caption count too.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        keys, paths = [], []
+        with reported(self.where):
+            columns = ["id", "content", "path"]
+            for batch in self._moments.search().select(columns).to_batches(8192):
+                keys.append(_caption_keys(batch))
+                paths.append(batch["path"].dictionary_encode())
+        if not paths:
+            return {}
+        every = pa.chunked_array(paths)
+        if not described:
+            has = pc.is_in(pa.chunked_array(keys), value_set=self.captions.keys())
+            every = every.filter(pc.invert(has))
+        counts = every.cast(pa.string()).value_counts().to_pylist()
+        return {decoded(pair["values"]): pair["counts"] for pair in counts}
+
+    def annotate(self, texts: Mapping[str, str]) -> int:
+        """Bring the captions from annotations up to date, as Captions.annotate does for those keys
+        that are moments. Return the number of other keys that have a text."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        keys = pa.array([*texts], pa.string())
+        held = pc.is_in(keys, value_set=self.caption_keys()).to_pylist()
+        own = {key: texts[key] for key, is_moment in zip(texts, held, strict=True) if is_moment}
+        self.captions.annotate(own)
+        return sum(1 for key, text in texts.items() if text and key not in own)
+
+    def captioned(self) -> int:
+        """Return the number of moments that have a caption."""
+        import pyarrow.compute as pc
+
+        if not self.captions.exist():
+            return 0
+        versions = self.version(), self.captions.version()
+        if self._captioned is None or self._captioned[0] != versions:
+            has = pc.is_in(self.caption_keys(), value_set=self.captions.keys())
+            self._captioned = versions, pc.sum(has).as_py() or 0
+        return self._captioned[1]
 
     def everything(self) -> Rows:
         """Read all moments into memory: 2 bytes per value of a vector, and little else."""
@@ -404,10 +465,10 @@ class Store:
                 known = None  # which no search uses
             new = rows - known.num_indexed_rows if known else rows
             makes = rows > EXACT_ROWS and self._width % 8 == 0 and 2 * new > rows
-            self._compact(self._about)
-            self._compact(self._bad_files)
+            compact(self._about)
+            compact(self._bad_files)
             if not known or (new > NEW_SHARE * rows and not makes):
-                self._compact(self._moments)
+                compact(self._moments)
             if rows > EXACT_ROWS:
                 for column in ("path", "id"):
                     if column not in indices:
@@ -422,14 +483,12 @@ class Store:
                     sample_rate=64,
                 )
                 committed(self._moments.create_index, "vector", config=config, replace=True)
+        self.tidy_captions()
 
-    def _compact(self, table: Any) -> None:
-        """Join small parts of a table, delete old versions, and add new rows to its indices."""
-        try:
-            committed(table.optimize, cleanup_older_than=KEPT)
-        except Exception as error:
-            if not CONFLICT.search(str(error)):  # else the next process tidies
-                raise
+    def tidy_captions(self) -> None:
+        """Compact the table of captions, and delete those of moments that are gone."""
+        if self.captions.exist():
+            self.captions.tidy(self.caption_keys())
 
     def _delete_duplicates(self, among: str | None = None) -> None:
         """Delete the rows of files that were put twice, except for the latest."""
@@ -467,37 +526,51 @@ class Store:
             vectors = self._vectors(rows)
             starts, ends = rows["start"].to_pylist(), rows["end"].to_pylist()
             numbers, paths = rows["number"].to_pylist(), rows["path"].to_pylist()
-            contents = rows["content"].to_pylist()
+            contents, ids = rows["content"].to_pylist(), rows["id"].to_pylist()
         # Another process may have put another content at a path meanwhile.
         found: dict[tuple[str, str], list[int]] = {}
         for row in sorted(range(len(paths)), key=numbers.__getitem__):
             found.setdefault((paths[row], contents[row]), []).append(row)
         files, gone = [], []
+        renamed: list[tuple[str, str]] = []
         for path, state in new:
             if own := found.get((encoded(path), encoded(state.content))):
                 files.append((state, [(starts[row], ends[row]) for row in own], vectors[own]))
                 gone += [path] * moves
+                content = encoded(state.content)
+                for row in own:
+                    id = moment_id(state.path, starts[row], ends[row])
+                    renamed.append((caption_key(ids[row], content), caption_key(id, content)))
         if files:
-            done = [state.path for state, _, _ in files]
-            self._replace(self._as_table(files), [*gone, *done])
+            table = self._as_table(files)
+            self.captions.copy(renamed)
+            self._replace(table, [*gone, *(state.path for state, _, _ in files)])
+            if moves:
+                self.captions.drop({old for old, _ in renamed} - {new for _, new in renamed})
         return {state.path for state, _, _ in files}
 
-    def _of_files(self, paths: Sequence[str]) -> Any:
-        """Return the rows of these files as one table, without those of earlier puts."""
+    def _of_files(
+        self, paths: Sequence[str], columns: Sequence[str] = (*ROW, "put", "vector")
+    ) -> Any:
+        """Return the rows of these files as one table, without those of earlier puts.
+
+        columns: "path" and "put" among them.
+        """
         import pyarrow as pa
 
+        names = [*columns]
         parts = []
         for some in chunks(list(dict.fromkeys(paths))):
-            search = self._moments.search().where(path_in(some)).select([*ROW, "put", "vector"])
+            search = self._moments.search().where(path_in(some)).select(names)
             parts.append(search.to_arrow())
         if not parts:
-            return moments_schema(self._width).empty_table()
+            return moments_schema(self._width).empty_table().select(names)
         table = pa.concat_tables(parts)
-        puts, names = table["put"].to_pylist(), table["path"].to_pylist()
+        puts, held = table["put"].to_pylist(), table["path"].to_pylist()
         latest: dict[str, str] = {}
-        for path, put in zip(names, puts, strict=True):
+        for path, put in zip(held, puts, strict=True):
             latest[path] = max(put, latest.get(path, ""))
-        keep = [latest[path] == put for path, put in zip(names, puts, strict=True)]
+        keep = [latest[path] == put for path, put in zip(held, puts, strict=True)]
         return table if all(keep) else table.filter(pa.array(keep))
 
     def _as_table(self, files: Sequence[tuple[FileState, Sequence[Span], np.ndarray]]) -> Any:
@@ -505,8 +578,7 @@ class Store:
         import pyarrow as pa
 
         columns: dict[str, list[Any]] = {name: [] for name in (*ROW, "put")}
-        # Later marks are greater.
-        put = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+        put = new_mark()
         for state, spans, vectors in files:
             shape = (len(spans), self._width)
             if not spans or np.shape(vectors) != shape:
@@ -583,6 +655,14 @@ NEW_SHARE = 0.02
 def _matrix(column: Any, width: int) -> np.ndarray:
     """Return a column of vectors as float16 [n, P]."""
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
+
+
+def _caption_keys(batch: Any) -> Any:
+    """Return the keys of captions of a batch of moments with id and content."""
+    import pyarrow.compute as pc
+
+    content = pc.utf8_slice_codeunits(batch["content"], 0, KEY_CONTENT)
+    return pc.binary_join_element_wise(batch["id"], content, "")
 
 
 def _numbered(column: Any, numbers: dict[str, int]) -> np.ndarray:

@@ -8,6 +8,8 @@ An index consists of three tables:
     moments    one row per moment: its file's state, its span, and a unit vector in float16
     bad_files  files that could not be decoded, and why
 
+There may be a fourth one, `captions`; see clipvip.index.captions.
+
 An index may come from a stranger. So the tables' columns are compared with those expected, and
 every value that is read is checked. Paths are stored with all bytes that could end an SQL text
 escaped (see `encoded`).
@@ -20,6 +22,7 @@ import math
 import os
 import random
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +39,7 @@ from clipvip.index.rows import About, FileState, Where
 FORMAT = 3
 COMMITS = 30  # attempts, with pauses that grow to a second
 MOST_VALUES = 1 << 16  # per vector
+KEPT = timedelta(hours=1)  # a reader is at most one search behind, and none takes that long
 PATHS_AT_ONCE = 1000  # in one SQL condition
 TABLES = ("moments", "bad_files", "about")  # a folder with the last one is an index
 
@@ -53,6 +57,7 @@ FILE = ("path", "size", "mtime_ns", "content", "plan", "duration", "date")
 SPAN = ("id", "number", "start", "end")
 ROW = (*FILE, *SPAN)
 ID = re.compile(r"[0-9a-f]{16}")
+KEY_CONTENT = 16  # characters of a content hash in the key of a caption
 
 
 class StoreError(ValueError):
@@ -63,6 +68,12 @@ def moment_id(path: str, start: float | None, end: float | None) -> str:
     """Return 16 hexadecimal digits that stand for a span of a file."""
     text = f"{encoded(path)}\n{_number(start)}\n{_number(end)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def caption_key(id: str, content: str) -> str:
+    """Return what a caption is stored under: a moment's id, and the start of its file's content
+    hash, as the tables hold it. So a caption is never shown for what replaced the file."""
+    return id + content[:KEY_CONTENT]
 
 
 def encoded(path: str) -> str:
@@ -114,6 +125,13 @@ def about_schema() -> Any:
     import pyarrow as pa
 
     return pa.schema([pa.field("json", pa.string(), nullable=False)])
+
+
+def captions_schema() -> Any:
+    import pyarrow as pa
+
+    names = ("key", "text", "by", "put")
+    return pa.schema([pa.field(name, pa.string(), nullable=False) for name in names])
 
 
 def about_row(about: About, made: str) -> Any:
@@ -238,6 +256,40 @@ def open_table(database: Any, name: str) -> Any | None:
         if "was not found" not in str(error):
             raise
         return None
+
+
+def checked_table(where: str, database: Any, name: str, schema: Any) -> Any | None:
+    """Open a table of an index; None if there is none. Raises StoreError for a foreign one."""
+    with reported(where):
+        table = open_table(database, name)
+        if table is None:
+            return None
+        if table.schema.names != schema.names or table.schema.types != schema.types:
+            raise damaged(where, f"table {name} has other columns than expected")
+        # It can name functions that LanceDB runs when rows are added: with any model, from
+        # anywhere.
+        if table.schema.metadata:
+            raise damaged(where, f"table {name} has notes that clipvip embed never makes")
+        return table
+
+
+def compact(table: Any) -> None:
+    """Join small parts of a table, delete old versions, and add new rows to its indices."""
+    try:
+        committed(table.optimize, cleanup_older_than=KEPT)
+    except Exception as error:
+        if not CONFLICT.search(str(error)):  # else the next process tidies
+            raise
+
+
+def new_mark() -> str:
+    """Return a mark for rows that are put now. Later marks are greater."""
+    return f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+
+
+def mark_before(age: timedelta) -> str:
+    """Return a mark that is greater than those of rows that were put longer ago."""
+    return f"{time.time_ns() - round(age.total_seconds() * 1e9):020d}"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 
 from clipvip.files import shown
 from clipvip.index import store as stored
+from clipvip.index.captions import key_of
 from clipvip.index.hits import Curve, best_hits, scores_of
 from clipvip.index.migrate import migrate
 from clipvip.index.query import Encoder, Query
@@ -21,6 +22,7 @@ from clipvip.index.rows import About, FileState, Hit, Moment, Where
 
 if TYPE_CHECKING:
     from clipvip.index.build import Added
+    from clipvip.index.describe import Described
     from clipvip.index.memory import Memory
 
 MOST_HITS = 10_000
@@ -72,6 +74,19 @@ class VideoIndex:
         options |= {"window": window, "stride": stride, "scenes": scenes}
         return build(self.where, model, videos, **options)
 
+    def describe(
+        self, model: str | Path, *, overwrite: bool = False, **options: Any
+    ) -> "Described":
+        """Write a caption for each moment that has none; hits then have it.
+
+        model: a folder or hub name of a model that was trained to caption, not that of the index.
+        overwrite: write captions for all moments, in place of those that they have.
+        options: those of clipvip.index.describe.describe_index.
+        """
+        from clipvip.index.describe import describe_index
+
+        return describe_index(self.store, model, overwrite=overwrite, **options)
+
     def search(
         self,
         query: Query | Sequence[Query],
@@ -97,7 +112,7 @@ class VideoIndex:
             vector = encoder.combined(queries, weights)
             source = self._source()
             if self._is_of_this_index(encoder):  # else it was replaced meanwhile
-                return best_hits(source, vector, k, where)
+                return self._with_captions(best_hits(source, vector, k, where))
 
     def like(self, hit: Hit | str, k: int = 10, *, where: Where | None = None) -> list[Hit]:
         """Return the k best hits for a moment of this index, without the hit that it is in.
@@ -108,7 +123,7 @@ class VideoIndex:
         moment, vector = self._moment(hit.moment.id if isinstance(hit, Hit) else hit)
         vector = (vector / np.linalg.norm(vector)).astype(np.float32)
         found = best_hits(self._source(), vector, k + 1, where)
-        return [other for other in found if not _within(moment, other)][:k]
+        return self._with_captions([x for x in found if not _within(moment, x)][:k])
 
     def moment(self, id: str) -> Moment:
         """Return a moment by its id. Raises ValueError if this index has no such moment."""
@@ -138,6 +153,11 @@ class VideoIndex:
         return self.store.count()
 
     @property
+    def captions(self) -> int:
+        """Number of moments that have a caption."""
+        return self.store.captioned()
+
+    @property
     def store(self) -> stored.Store:
         """The tables of the index, opened when first needed. Raises ValueError without an index."""
         return self._current()[0]
@@ -152,6 +172,12 @@ class VideoIndex:
                 about = self._store.about
             self._about = about
             return self._store, about
+
+    def _with_captions(self, hits: list[Hit]) -> list[Hit]:
+        """Return hits with the captions that the index has of them."""
+        keys = [key_of(hit.moment.file, hit.start, hit.end) for hit in hits]
+        texts = self.store.captions.of(keys)
+        return [replace(hit, caption=texts.get(key)) for hit, key in zip(hits, keys, strict=True)]
 
     def _encoder_of_index(self) -> Encoder:
         with self._lock:

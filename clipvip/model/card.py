@@ -44,6 +44,21 @@ clipvip search "a dog catches a frisbee" --index index
 ```
 """
 
+CAPTION = """Caption videos:
+
+```python
+from clipvip import CLIPViPForCaptioning
+
+model = CLIPViPForCaptioning.from_pretrained(name)
+batch = processor(videos=["dog.mp4", "pan.mp4"])
+print(processor.captions(model.generate(**batch)))
+```
+
+```
+clipvip describe NAME ~/videos
+```
+"""
+
 
 def model_card(
     config: CLIPViPConfig,
@@ -73,6 +88,12 @@ def model_card(
             else "the mean of its frames' features"
         ),
     }
+    decoder = config.decoder_config
+    if decoder is not None:
+        shapes["decoder"] = (
+            f"{decoder.model_type}, {decoder.num_hidden_layers} layers of {decoder.hidden_size} "
+            f"channels, {decoder.vocab_size} tokens; attends to {config.decoder_tokens}"
+        )
     metadata = ModelCardData(
         base_model=base_model(source),
         library_name="clipvip",
@@ -84,9 +105,11 @@ def model_card(
     )
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n\n# {title}",
-        f"A video-text model, [CLIP-ViP]({PAPER}), for searching videos by text.{made_from}",
+        f"A video-text model, [CLIP-ViP]({PAPER}), for searching videos by text"
+        f"{'' if decoder is None else ' and for captioning them'}.{made_from}",
         table(shapes),
         USE.strip(),
+        "" if decoder is None else CAPTION.strip(),
         sections.strip(),
         "## License\n\nNot stated: add `license:` to the metadata above. The license of the model "
         "that this one was made from may bind it.",

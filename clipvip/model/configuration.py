@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 
 import transformers.configuration_utils
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PretrainedConfig
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    GPT2Config,
+    PretrainedConfig,
+)
 from transformers.utils import is_flash_attn_2_available, logging
 
 from clipvip.files import shown
@@ -65,10 +72,21 @@ class CLIPViPVisionConfig(CLIPVisionConfig):
 VIDEO_OPTIONS = ("num_proxies", "num_frames", "proxy_init", "frame_pooling", "attention_backend")
 """Settings of CLIPViPVisionConfig that users may override when they load a model."""
 
+DECODERS: dict[str, type[PretrainedConfig]] = {
+    config.model_type: config for config in (GPT2Config, BertConfig)
+}
+"""Configurations of the decoders that can write captions: those with cross-attention.
+
+RoBERTa is not among them: transformers generates with other positions than it trains with.
+"""
+DECODER_TOKENS = ("proxies", "all")
+CAPTIONING = ("decoder.", "bridge.")
+"""Begins of the names of weights that `CLIPViPForCaptioning` adds to `CLIPViPModel`."""
+
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
     "max_position_embeddings", "image_size", "patch_size", "num_channels", "projection_dim",
-    "num_proxies", "num_frames",
+    "num_proxies", "num_frames", "n_embd", "n_head", "n_layer", "n_positions", "type_vocab_size",
 )  # fmt: skip
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Those with "_dict" are from before transformers 4.24 and override those without it.
@@ -82,6 +100,11 @@ class CLIPViPConfig(CLIPConfig):
 
     VIDEO_OPTIONS of `CLIPViPVisionConfig` may also be given here and in `from_pretrained`; they
     are kept in `vision_config`. `from_pretrained` also reads the config of a plain CLIP.
+
+    decoder_config: configuration of the decoder of `CLIPViPForCaptioning`, one of DECODERS, or a
+        dict of its settings with its model_type; None for a model without a decoder.
+    decoder_tokens: tokens of a video that the decoder attends to: "proxies", or "all" for proxies
+        and patches.
     """
 
     model_type = "clipvip"
@@ -102,8 +125,16 @@ class CLIPViPConfig(CLIPConfig):
     vision_config: Any = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
+    decoder_config: Any = None
+    decoder_tokens: str = "proxies"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.decoder_tokens not in DECODER_TOKENS:
+            raise ValueError(
+                f"decoder_tokens is {self.decoder_tokens!r}; expected one of {DECODER_TOKENS}"
+            )
+        if self.decoder_config is not None:
+            self.decoder_config = decoder_config(self.decoder_config)
         given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
         super().__post_init__(**kwargs)
         if given or type(self.vision_config) is not CLIPViPVisionConfig:
@@ -127,6 +158,26 @@ class CLIPViPConfig(CLIPConfig):
         """Build a config as transformers does; kwargs may also override VIDEO_OPTIONS."""
         given = {name: kwargs.pop(name) for name in VIDEO_OPTIONS if name in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
+
+
+def decoder_config(given: Any) -> PretrainedConfig:
+    """Return the configuration of a decoder that attends to itself and to a video.
+
+    given: one of DECODERS, or a dict of its settings with its model_type.
+    Raises ValueError for any other.
+    """
+    settings = given.to_dict() if isinstance(given, PretrainedConfig) else given
+    if not isinstance(settings, dict) or settings.get("model_type") not in [*DECODERS]:
+        kind = settings.get("model_type") if isinstance(settings, dict) else settings
+        raise ValueError(
+            f"the decoder's model_type is {shown(repr(kind))[:50]}; expected one with "
+            f"cross-attention: {', '.join(DECODERS)}"
+        )
+    config = DECODERS[settings["model_type"]]
+    own = {name: settings[name] for name in _fields(config) if name in settings}
+    _check_numbers(own, "decoder_config.")
+    # GPT2Config has no is_decoder of its own, and needs none.
+    return config(**{**own, "is_decoder": True, "add_cross_attention": True})
 
 
 def check_type(config: dict[str, Any], source: object) -> None:
@@ -157,7 +208,20 @@ def count_weights(config: CLIPViPConfig) -> int:
     patch = vision.num_channels * vision.patch_size**2
     patches = (vision.image_size // vision.patch_size) ** 2
     video = patch + patches + vision.num_proxies + vision.num_frames
-    return tower(text, text.vocab_size + text.max_position_embeddings) + tower(vision, video)
+    count = tower(text, text.vocab_size + text.max_position_embeddings) + tower(vision, video)
+    decoder = config.decoder_config
+    if decoder is not None:  # each layer also attends to the video
+        width = decoder.hidden_size
+        layer = max(_LEAST_LAYER, (8 * width + 2 * decoder_inner(decoder)) * width)
+        inputs = decoder.vocab_size + decoder.max_position_embeddings
+        count += decoder.num_hidden_layers * layer + inputs * width
+    return count
+
+
+def decoder_inner(config: PretrainedConfig) -> int:
+    """Return the width of a decoder's MLP."""
+    name = "n_inner" if config.model_type == "gpt2" else "intermediate_size"
+    return getattr(config, name) or 4 * config.hidden_size
 
 
 def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
@@ -165,7 +229,8 @@ def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
 
     Raises ValueError for values that no model can have.
     """
-    own = _fields(CLIPConfig) | set(VIDEO_OPTIONS) | {"model_type", "architectures"}
+    own = _fields(CLIPConfig) | {"decoder_config", "decoder_tokens", *VIDEO_OPTIONS}
+    own |= {"model_type", "architectures"}
     kept = {key: value for key, value in config.items() if key in own}
     left_out = [key for key in _NOT_OURS if config.get(key) is not None]
     for key in ("attn_implementation", "_attn_implementation"):
@@ -197,6 +262,8 @@ def _settings_in(config: dict[str, Any], source: str) -> dict[str, Any]:
             _check_numbers(kept[key], f"{key}.")
         elif config.get(key) is not None:
             raise ValueError(f"{key} is {config[key]!r}; expected the settings of a tower")
+    if kept.get("decoder_config") is not None:
+        kept["decoder_config"] = decoder_config(kept["decoder_config"]).to_dict()
     _check_numbers(kept, "")
     return kept
 

@@ -10,6 +10,7 @@ Parameters have the names of transformers' CLIPModel. Two are added:
 `vision_model.embeddings.temporal_embedding` [1, num_frames, C].
 """
 
+import copy
 import operator
 import os
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from clipvip.files import shown
 from clipvip.losses import contrastive_loss
 from clipvip.model.card import WithCard
-from clipvip.model.configuration import CLIPViPConfig, CLIPViPVisionConfig
+from clipvip.model.configuration import CAPTIONING, CLIPViPConfig, CLIPViPVisionConfig
 from clipvip.model.positions import interpolate_positions, with_sizes
 from clipvip.model.pretrained import (
     check_finite,
@@ -36,6 +37,7 @@ from clipvip.model.pretrained import (
     draws,
     found,
     quiet_load,
+    read_json,
     resolve,
     same_draws,
 )
@@ -203,9 +205,17 @@ class CLIPViPVisionModel(CLIPViPPreTrainedModel):
 
 
 class CLIPViPModel(WithCard, CLIPViPPreTrainedModel):  # type: ignore[misc]
-    """Video and text towers that project into a common space, and a learned scale of cosines."""
+    """Video and text towers that project into a common space, and a learned scale of cosines.
+
+    Of the folder of a `CLIPViPForCaptioning`, the decoder is left out.
+    """
+
+    has_decoder = False
 
     def __init__(self, config: CLIPViPConfig) -> None:
+        if config.decoder_config is not None and not self.has_decoder:
+            config = copy.deepcopy(config)  # what is saved must not promise a decoder
+            config.decoder_config = None
         super().__init__(config)
         text, vision = config.text_config, config.vision_config
         tower = CLIPTextModel._from_config(text)
@@ -262,10 +272,15 @@ class CLIPViPModel(WithCard, CLIPViPPreTrainedModel):  # type: ignore[misc]
         subfolder = kwargs.get("subfolder") or ""
         with nullcontext() if source is None else found("the model", source, subfolder):
             location, kwargs, added = resolve(source, kwargs)
+            written = {} if location is None else read_json(location, "config.json", kwargs)
+            decodes = written.get("decoder_config") is not None
             with same_draws(), quiet_load(report=not strict or ignore_mismatched_sizes):
                 kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
                 loaded: Any = super().from_pretrained(location, *model_args, **kwargs)
         model, info = loaded
+        if decodes and not cls.has_decoder:
+            unknown = info["unexpected_keys"]
+            info["unexpected_keys"] = {key for key in unknown if not key.startswith(CAPTIONING)}
         model.config.name_or_path = model.name_or_path = "" if source is None else str(source)
         check_fit(source, info, added, strict, ignore_mismatched_sizes)
         if source is not None:

@@ -24,6 +24,7 @@ from clipvip.inputs import send, tokenize
 from clipvip.model.card import Pushable
 from clipvip.model.checkpoints import is_checkpoint_file
 from clipvip.model.configuration import CLIPViPConfig
+from clipvip.model.decoder_tokenizer import load_decoder_tokenizer
 from clipvip.model.layouts import ADDED_TO_CLIP, AUTHORS, image_size
 from clipvip.model.positions import MOST
 from clipvip.model.pretrained import (
@@ -44,6 +45,7 @@ READING = ("num_frames", "text_length", "paragraph", "sampling", "resize")
 CLIP_READING = {"sampling": "uniform", "resize": "crop"}
 AUTHORS_READING = {"sampling": "authors", "resize": "squash"}  # as in the authors' code
 PROCESSOR_CONFIG = "processor_config.json"
+DECODER_TOKENIZER = "decoder_tokenizer"  # folder of it in a model's folder
 _SAVED = ("image_size", "image_mean", "image_std", *READING)
 
 # A video is a path, frames as one uint8 array [N, H, W, 3] or [N, 3, H, W], or a list of frames,
@@ -63,7 +65,13 @@ class CLIPViPProcessor(Pushable, ProcessorMixin):  # type: ignore[misc]
     paragraph: whether all texts of a clip are joined into one.
     sampling: which frames are read, see clipvip.data.video.sampling.
     resize: how frames become squares, see clipvip.ops.resize_crop.
+
+    Of a model that captions, the attribute decoder_tokenizer is the tokenizer of its decoder, as
+    `load_decoder_tokenizer` returns it; None if that is CLIP's.
     """
+
+    # No argument: ProcessorMixin would require it of every model.
+    decoder_tokenizer: Any = None
 
     def __init__(
         self,
@@ -102,18 +110,29 @@ class CLIPViPProcessor(Pushable, ProcessorMixin):  # type: ignore[misc]
             raise ValueError(
                 f"the tokenizer ends texts with token {own}, the model with {end}; {wanted}"
             )
+        decoder, spoken = config.decoder_config, self.caption_tokenizer
+        if decoder is None:
+            return
+        tokens = max(len(spoken), 1 + max(spoken.get_vocab().values()))
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        theirs, ours = ([getattr(each, name) for name in names] for each in (spoken, decoder))
+        if tokens > decoder.vocab_size or theirs != ours:
+            raise ValueError(
+                f"the decoder's tokenizer has {tokens} tokens, with {theirs} for start, end and "
+                f"padding; the decoder has {decoder.vocab_size}, with {ours}; {wanted}"
+            )
 
     def fit(self, config: CLIPViPConfig, text_length: int | None = None) -> None:
         """Adapt frame size and text length to a model. Raises ValueError as check_tokens does.
 
         text_length: number of tokens to read; None for the processor's or tokenizer's own limit.
-            Either is lowered to the number that the model reads.
+            Either is lowered to the number that the model and its decoder read.
         """
         self.check_tokens(config)
         self.image_size = config.vision_config.image_size
         positions = config.text_config.max_position_embeddings
         limit = text_length or self.text_length or self.tokenizer.model_max_length
-        self.text_length = int(min(limit, positions))
+        self.text_length = int(min(limit, longest_text(config)))
         self.tokenizer.model_max_length = positions
 
     @property
@@ -121,6 +140,23 @@ class CLIPViPProcessor(Pushable, ProcessorMixin):  # type: ignore[misc]
         """Number of tokens at which texts are cut off; before `fit`, at most MOST_TOKENS unless
         text_length says otherwise."""
         return self.text_length or min(self.tokenizer.model_max_length, MOST_TOKENS)
+
+    @property
+    def caption_tokenizer(self) -> Any:
+        """Tokenizer of the decoder of a model that captions: its own, or else CLIP's."""
+        return self.tokenizer if self.decoder_tokenizer is None else self.decoder_tokenizer
+
+    def captions(self, tokens: Tensor) -> list[str]:
+        """Turn tokens, as CLIPViPForCaptioning.generate returns them, int64 [B, length], into texts
+        of one line."""
+        texts = self.caption_tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Save as transformers does, and the decoder's tokenizer in a folder of its own."""
+        if self.decoder_tokenizer is not None:
+            self.decoder_tokenizer.save_pretrained(Path(save_directory, DECODER_TOKENIZER))
+        return super().save_pretrained(save_directory, **kwargs)
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of this class, except the tokenizer."""
@@ -217,7 +253,15 @@ class CLIPViPProcessor(Pushable, ProcessorMixin):  # type: ignore[misc]
         settings = read_settings(source, **kwargs)
         if not settings and tokenizer is not None:
             settings = read_settings(tokenizer)
-        return cls(loaded, **settings)
+        processor = cls(loaded, **settings)
+        if not is_checkpoint_file(source) and read_json(source, "config.json", kwargs).get(
+            "decoder_config"
+        ):
+            inner = f"{kwargs.get('subfolder') or ''}/{DECODER_TOKENIZER}".strip("/")
+            if cached(source, f"{DECODER_TOKENIZER}/tokenizer.json", kwargs) is not None:
+                kwargs = {**kwargs, "subfolder": inner}
+                processor.decoder_tokenizer = load_decoder_tokenizer(source, **kwargs)
+        return processor
 
 
 def normalize_frames(
@@ -331,6 +375,12 @@ def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
         if None in (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id):
             raise ValueError("it lacks a token for a text's start or end or for padding")
         return loaded
+
+
+def longest_text(config: CLIPViPConfig) -> int:
+    """Return the number of tokens that a model reads, and its decoder if it has one."""
+    towers = (config.text_config, config.decoder_config)
+    return min(each.max_position_embeddings for each in towers if each is not None)
 
 
 def _settings_of_clip(clip: dict[str, Any], source: str | os.PathLike) -> dict[str, Any]:

@@ -143,13 +143,19 @@ class App:
     # --- what is in the index -------------------------------------------------------------
 
     async def about(self, request: Request) -> Response:
-        about, moments, files = await self._ask(
-            lambda: (self.index.about, self.index.count, self.index.videos())
+        about, moments, captions, files = await self._ask(
+            lambda: (
+                self.index.about,
+                self.index.count,
+                self.index.captions,
+                self.index.videos(),
+            )
         )
         description = {
             "index": shown(self.where),
             "model": shown(about.model),
             "moments": moments,
+            "captions": captions,
             "videos": len(files),
             # A stranger's index may state lengths whose sum JSON cannot hold.
             "seconds": round(min(sum(file.duration for file in files), sys.float_info.max), 1),
@@ -379,7 +385,14 @@ def hit_as_json(hit: Hit) -> dict[str, Any]:
     moment = hit.moment
     image = media.is_image(moment.file)
     film = None if image else [round(second, 3) for second in media.film_span(moment)]
-    return {**hit.as_json(), **names(moment.file), "image": image, "film": film}
+    caption = None if hit.caption is None else shown(hit.caption)
+    return {
+        **hit.as_json(),
+        **names(moment.file),
+        "caption": caption,
+        "image": image,
+        "film": film,
+    }
 
 
 def folders_of(files: Iterable[FileState]) -> list[dict[str, str]]:

@@ -46,8 +46,9 @@ JSON = "application/json"
 HITS = (
     JSON,
     "{hits: […], seconds}. A hit is what `clipvip search --json` prints (score, path, start, end, "
-    "from, to, id, duration, date), and name and folder as text that is safe to show, image "
-    "(whether the file is one) and film (start and end of the film under /api/clip).",
+    "from, to, id, duration, date, caption), and name and folder as text that is safe to show, "
+    "image (whether the file is one) and film (start and end of the film under /api/clip). "
+    "caption is null for a moment without one, and is safe to show as text too.",
 )
 ROUTES = (
     ApiRoute(
@@ -88,8 +89,9 @@ ROUTES = (
         (),
         (
             JSON,
-            "{index, model, moments, videos, seconds, sources, folders, can_add}. seconds is the "
-            "length of all videos. A folder has text to show, and the query that selects it.",
+            "{index, model, moments, captions, videos, seconds, sources, folders, can_add}. "
+            "captions is the number of moments that have one, seconds the length of all videos. A "
+            "folder has text to show, and the query that selects it.",
         ),
     ),
     ApiRoute(

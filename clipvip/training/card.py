@@ -12,10 +12,10 @@ from clipvip.retrieval import METRICS, TABLES
 from clipvip.training.config import TrainConfig, flat
 
 SETTINGS = (
-    "task", "variant", "batch_size", "accumulation", "mixed_precision", "ema", "seed",
-    "optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay", "model.lora",
-    "model.freeze", "model.unfreeze", "data.num_frames", "data.text_length", "data.paragraph",
-    "data.sampling", "data.resize",
+    "task", "variant", "label_smoothing", "batch_size", "accumulation", "mixed_precision", "ema",
+    "seed", "optimizer.lr", "optimizer.decoder_lr", "optimizer.weight_decay",
+    "optimizer.layer_decay", "model.lora", "model.freeze", "model.unfreeze", "data.num_frames",
+    "data.text_length", "data.paragraph", "data.sampling", "data.resize",
 )  # fmt: skip
 
 CHOSEN = "These clips may have chosen the checkpoint: expect less on others."
@@ -41,20 +41,29 @@ def run_card(
     results = []
     if metrics:
         name = shown_name(config.data.validation)
-        sections += f"\n\n## Retrieval on {name}\n\n{_retrieval(metrics)}\n\n{CHOSEN}"
+        captions = config.task == "captioning"
+        what = "Captions" if captions else "Retrieval"
+        scores = table({_plain(key): f"{value:.1f}" for key, value in metrics.items()})
+        if not captions:
+            scores = _retrieval(metrics)
+        sections += f"\n\n## {what} on {name}\n\n{scores}\n\n{CHOSEN}"
         results = [
             EvalResult(
-                task_type="retrieval",
+                task_type="video-captioning" if captions else "retrieval",
                 dataset_type=name,
                 dataset_name=name,
-                metric_type="recall",
-                metric_name=key.replace("_", " ").replace("/", " "),
+                metric_type=key.partition("/")[2].lower() if captions else "recall",
+                metric_name=_plain(key),
                 metric_value=round(value, 2),
             )
             for key, value in metrics.items()
-            if "/R@" in key and "dsl" not in key
+            if captions or ("/R@" in key and "dsl" not in key)
         ]
     return model_card(shapes, Path(config.out).name, config.model.name, sections, results)
+
+
+def _plain(metric: str) -> str:
+    return metric.removeprefix("captions/").replace("_", " ").replace("/", " ")
 
 
 def _training(config: TrainConfig, step: int, steps: int, clips: int) -> dict[str, Any]:
@@ -62,8 +71,10 @@ def _training(config: TrainConfig, step: int, steps: int, clips: int) -> dict[st
     sources = [source.path for source in data.sources] or [str(data.train)]
     names = ", ".join(shown_name(source) for source in sources)
     rows = {"clips": f"{clips} of {names}", "step": f"{step} of {steps}"}
-    if config.task == "retrieval":
-        settings["variant"] = None  # post-pretraining's alone
+    if config.task != "omnisource":
+        settings["variant"] = None
+    if config.task != "captioning":
+        settings["label_smoothing"] = None
     given = {key: settings[key] for key in SETTINGS if settings[key] not in (None, [], False)}
     return rows | given
 

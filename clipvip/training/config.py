@@ -15,10 +15,12 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clipvip import caption_metrics
 from clipvip.data import DECODERS
 from clipvip.data.shards import is_shards
 from clipvip.data.video import check_sampling
 from clipvip.losses import VARIANTS
+from clipvip.model.configuration import DECODER_TOKENS
 from clipvip.ops.resize_crop import RESIZES
 from clipvip.retrieval import METRICS, TABLES
 from clipvip.training.sources import SourceConfig, check_sources
@@ -49,6 +51,21 @@ class LoraConfig:
 
 
 @dataclass
+class DecoderConfig:
+    """Language model that writes captions, task captioning alone. Give `name` or `config`, not
+    both; neither if model.name has a decoder that is to be trained further."""
+
+    # Folder or hub name of a language model, GPT-2 or BERT; cross-attention is added to it.
+    name: str | None = None
+    # Shapes of a new decoder, such as {model_type: gpt2, n_layer: 4, n_embd: 256, n_head: 4}. It
+    # starts from random weights, and reads texts by the model's own tokenizer.
+    config: dict[str, Any] | None = None
+    # Tokens of a video that it attends to: "proxies", or "all" for proxies and patches. By default
+    # those that the decoder of model.name was trained with, or proxies.
+    tokens: str | None = None
+
+
+@dataclass
 class ModelConfig:
     """Model to train. Give `name` or `config`, not both."""
 
@@ -69,6 +86,7 @@ class ModelConfig:
     # Train low-rank changes of linear layers, what CLIP lacks (proxies, temporal embedding), and
     # logit_scale; all else is frozen, except for what `unfreeze` names. {} for the defaults.
     lora: LoraConfig | None = None
+    decoder: DecoderConfig | None = None  # that a captioner is given; null for that of `name`
 
 
 @dataclass
@@ -113,6 +131,8 @@ class OptimizerConfig:
     """AdamW and its learning rate."""
 
     lr: float = 1e-6  # highest learning rate
+    # The same of a captioner's decoder and of the bridge to it; by default `lr`.
+    decoder_lr: float | None = None
     weight_decay: float = 0.2  # weight decay, except for biases, LayerNorms and logit_scale
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0  # norm to which the gradients are clipped, all together
@@ -125,13 +145,16 @@ class TrainConfig:
     """A run of post-pretraining or fine-tuning."""
 
     out: str = MISSING  # folder for checkpoints, metrics.jsonl, bad_files.jsonl, tensorboard
-    task: str = "retrieval"  # "omnisource" (post-pretraining) or "retrieval" (fine-tuning)
+    # "omnisource" (post-pretraining), or fine-tuning for "retrieval" or "captioning"
+    task: str = "retrieval"
     variant: str = "vsc_fc"  # omnisource loss: "vs", "vsc" or "vs_vc", each also with "_fc"
+    label_smoothing: float = 0.1  # captioning loss: share of the target spread over all tokens
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     # Clips per optimizer step, over all ranks and backward passes. The negatives of a clip are the
-    # others of its backward pass, which holds batch_size / accumulation clips, at least 2.
+    # others of its backward pass, which holds batch_size / accumulation clips, at least 2 (1 for
+    # captioning, which compares no clips).
     batch_size: int = 128
     accumulation: int = 1  # backward passes per optimizer step
     # Clips that a rank embeds at a time (gradient caching). The negatives remain the same. Memory
@@ -165,7 +188,9 @@ class TrainConfig:
     save_every: int | None = None  # steps between checkpoints; by default one epoch
     eval_batch_size: int = 32  # clips that a rank embeds at a time in a validation
     keep_checkpoints: int = 2  # number of latest checkpoints that are kept, besides the best one
-    best_metric: str = "text_to_video/R@1"  # validation metric that chooses the best checkpoint
+    # Validation metric that chooses the best checkpoint, by default "text_to_video/R@1", or
+    # "captions/CIDEr" for captioning.
+    best_metric: str | None = None
     # "latest" resumes from the newest checkpoint in `out`, or starts a new run if there is none;
     # "never" refuses a folder that holds a run.
     resume: str = "never"
@@ -174,10 +199,14 @@ class TrainConfig:
 # Pairs of settings for one thing: given in a higher layer, one replaces the other. model.name and
 # model.config are no such pair: a key of model.config above a name may be meant for the named
 # model, and would silently start a new one from random weights.
-_EXCLUSIVE = (("epochs", "max_steps"), ("data.train", "data.sources"))
+_EXCLUSIVE = (
+    ("epochs", "max_steps"),
+    ("data.train", "data.sources"),
+    ("model.decoder.name", "model.decoder.config"),
+)
 
 _CHOICES = {
-    "task": ("omnisource", "retrieval"),
+    "task": ("omnisource", "retrieval", "captioning"),
     "variant": VARIANTS,
     "mixed_precision": ("no", "bf16"),
     "parallel": ("ddp", "fsdp"),
@@ -187,16 +216,17 @@ _CHOICES = {
     "backend": ("native", "reference"),
     "data.decoder": DECODERS,
     "data.resize": RESIZES,
-    "best_metric": tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS),
 }
 _POSITIVE = (
     "model.image_size", "data.num_frames", "data.text_length", "data.shuffle", "batch_size",
     "accumulation", "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "save_every",
-    "eval_batch_size", "keep_checkpoints", "optimizer.lr", "optimizer.max_grad_norm",
+    "eval_batch_size", "keep_checkpoints", "optimizer.lr", "optimizer.decoder_lr",
+    "optimizer.max_grad_norm",
 )  # fmt: skip
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(_POSITIVE, ("above 0", lambda value: value > 0)),
     "ema": ("between 0 and 1", lambda value: 0 < value < 1),
+    "label_smoothing": ("in [0, 1)", lambda value: 0 <= value < 1),
     "optimizer.layer_decay": ("above 0 and at most 1", lambda value: 0 < value <= 1),
     "optimizer.warmup": ("in [0, 1)", lambda value: 0 <= value < 1),
 }
@@ -216,7 +246,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value")
     merged = OmegaConf.structured(TrainConfig)
-    known = _settings(OmegaConf.structured(TrainConfig(model=ModelConfig(lora=LoraConfig()))))
+    whole = TrainConfig(model=ModelConfig(lora=LoraConfig(), decoder=DecoderConfig()))
+    known = _settings(OmegaConf.structured(whole))
     layers = [*_layers(find_config(path), ())]
     try:
         layers.append(("command line", OmegaConf.from_dotlist(list(overrides))))
@@ -224,7 +255,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"command line: {_first_line(error)}") from None
     for source, layer in layers:
         for key, value in _settings(layer).items():
-            if not key.startswith("model.config."):  # checked when the model is built
+            # Shapes are checked when the model is built.
+            if not key.startswith(("model.config.", "model.decoder.config.")):
                 refuse_unknown_key(key, list(known), source)
                 _check_kind(key, value, known, source)
         try:
@@ -264,7 +296,8 @@ def check(config: TrainConfig) -> None:
             f"give either epochs or max_steps: epochs is {config.epochs}, "
             f"max_steps is {config.max_steps}"
         )
-    if config.batch_size < 2 * config.accumulation:
+    _check_captioning(config)
+    if config.task != "captioning" and config.batch_size < 2 * config.accumulation:
         raise ConfigError(
             f"batch_size is {config.batch_size} and accumulation {config.accumulation}; a clip is "
             "compared with the others of its backward pass, which holds batch_size / accumulation "
@@ -304,6 +337,49 @@ def check(config: TrainConfig) -> None:
         )
     if model.config is not None and model.tokenizer is None:
         raise ConfigError("model.config needs model.tokenizer, the folder of a CLIP tokenizer")
+
+
+def best_metrics(config: TrainConfig) -> tuple[str, ...]:
+    """Return the validation metrics of a configuration's task, the default of best_metric first."""
+    if config.task != "captioning":
+        return tuple(f"{table}/{metric}" for table in TABLES for metric in METRICS)
+    metrics = sorted(caption_metrics.METRICS, key=lambda metric: metric != "CIDEr")
+    return tuple(f"captions/{metric}" for metric in metrics)
+
+
+def _check_captioning(config: TrainConfig) -> None:
+    """Raise ConfigError if settings belong to another task, or contradict each other."""
+    metrics, decoder = best_metrics(config), config.model.decoder
+    if config.best_metric not in (*metrics, None):
+        raise ConfigError(
+            f"best_metric is {config.best_metric!r}; it must be one of {', '.join(metrics)}"
+        )
+    if config.task != "captioning":
+        for key, value in (
+            ("model.decoder", decoder),
+            ("optimizer.decoder_lr", config.optimizer.decoder_lr),
+        ):
+            if value is not None:
+                raise ConfigError(f"{key} is of task=captioning; leave it out for {config.task}")
+        return
+    new = decoder is not None and (decoder.name is not None or decoder.config is not None)
+    if config.model.name is None and not new:
+        raise ConfigError(
+            "task=captioning needs a decoder: give model.decoder.name, such as gpt2, or "
+            "model.decoder.config, the shapes of a new one"
+        )
+    if decoder is None:
+        return
+    if decoder.name is not None and decoder.config is not None:
+        raise ConfigError(
+            "give either model.decoder.name (a language model) or model.decoder.config (a new "
+            "one), not both"
+        )
+    if decoder.tokens not in (*DECODER_TOKENS, None):
+        raise ConfigError(
+            f"model.decoder.tokens is {decoder.tokens!r}; it must be one of "
+            f"{', '.join(DECODER_TOKENS)}"
+        )
 
 
 def check_batch(config: TrainConfig, processes: int) -> None:
@@ -376,7 +452,8 @@ def _without_replaced(below: DictConfig, layer: DictConfig, source: str) -> Dict
             raise ConfigError(f"{source}: give either {pair[0]} or {pair[1]}, not both")
         for key in here:
             (other,) = set(pair) - {key}
-            OmegaConf.update(kept, other, [] if other == "data.sources" else None)
+            if OmegaConf.select(kept, other) is not None:
+                OmegaConf.update(kept, other, [] if other == "data.sources" else None)
     return kept
 
 

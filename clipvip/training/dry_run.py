@@ -10,13 +10,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipvip.model import CLIPViPConfig, CLIPViPModel
+from clipvip.model import CLIPViPConfig
+from clipvip.model.configuration import DECODERS
 from clipvip.training import lora
-from clipvip.training.build import build_processor, load_clips, model_config, settled
-from clipvip.training.config import ConfigError, TrainConfig, check_batch
-from clipvip.training.optimization import freeze, run_steps
+from clipvip.training.build import (
+    build_processor,
+    freeze_for,
+    load_clips,
+    model_config,
+    settled,
+)
+from clipvip.training.config import ConfigError, DecoderConfig, TrainConfig, check_batch
+from clipvip.training.optimization import run_steps
 from clipvip.training.plan import plan
 from clipvip.training.sources import describe_sources, image_share
+from clipvip.training.task import task_of
 from clipvip.training.trainer import train
 
 
@@ -30,9 +38,9 @@ def dry_run(config: TrainConfig, processes: int) -> None:
     shapes = model_config(config)
     config = settled(config, build_processor(config, shapes))
     with torch.device("meta"):
-        model = CLIPViPModel(shapes)
+        model = task_of(config).model_class(shapes)
     lora.prepare(model, config)
-    freeze(model, config.model.freeze, config.model.unfreeze)
+    freeze_for(model, config)
     cost = plan(model, config, processes, image_share(clips))
     print(cost.describe(len(clips), steps, describe_sources(clips)), flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,6 +64,14 @@ def trial(config: TrainConfig, shapes: CLIPViPConfig, folder: Path) -> TrainConf
         given.pop(key, None)
     source = config.model.tokenizer or config.model.name
     model = replace(config.model, name=None, config=given, tokenizer=source)
+    decoder = given.pop("decoder_config")
+    tokens = given.pop("decoder_tokens")
+    if config.task == "captioning":
+        gpt2 = {"n_embd": 32, "n_head": 1, "n_inner": 64}
+        own = set(DECODERS[decoder["model_type"]]().to_dict()) - {"vocab_size"}  # the tokenizer's
+        decoder = {name: value for name, value in decoder.items() if name in own}
+        decoder |= gpt2 if decoder["model_type"] == "gpt2" else narrow
+        model = replace(model, decoder=DecoderConfig(config=decoder, tokens=tokens))
     assert config.data.num_frames is not None
     clips = 2 * config.accumulation
     path = str(_made_up(folder, clips, config.data.num_frames))

@@ -1,15 +1,17 @@
-"""Text-video retrieval: metrics of a model on annotated clips."""
+"""Metrics of a model on annotated clips: of text-video retrieval, or of captions."""
 
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from clipvip import distributed
+from clipvip.caption_metrics import check_installed, score_captions
+from clipvip.captions import BEAMS, caption_clips, has_decoder, load_for_captioning
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loading import BadFile, LoaderError
 from clipvip.embedding import (
@@ -21,10 +23,13 @@ from clipvip.embedding import (
     precision_on,
 )
 from clipvip.files import shown, write_whole
-from clipvip.model import CLIPViPModel, CLIPViPProcessor
+from clipvip.model import CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
 from clipvip.retrieval import METRICS, TABLES, both_directions
 from clipvip.training import watch
 from clipvip.training.config import Preempted, TrainConfig
+
+EXAMPLES = 5  # captions that are printed with their metrics
+Result = TypeVar("Result", Tensor, str)
 
 
 def evaluate(
@@ -76,7 +81,7 @@ def evaluate(
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        videos = _of_all_ranks(batches, asked_to_stop)
+        videos = _of_all_ranks(batches, asked_to_stop, _as_one_tensor)
         _check_missing(len(clips) - len(videos), len(clips), max_bad_share, unread)
         sentences = embed_texts(model, processor, [text for _, text in texts], batch_size)
     model.train(training)
@@ -95,10 +100,85 @@ def evaluate(
     return {**tables, "clips": len(videos), "texts": len(asked), "missing": missing}
 
 
+def evaluate_captions(
+    model: CLIPViPForCaptioning,
+    clips: Sequence[Clip],
+    processor: CLIPViPProcessor,
+    *,
+    batch_size: int = 32,
+    num_workers: int = 2,
+    max_bad_share: float = 0.05,
+    decoder: str = "auto",
+    mixed_precision: str = "auto",
+    beams: int = BEAMS,
+    length: int | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Caption clips, and score each caption against the clip's texts, over all ranks.
+
+    As in `evaluate`, whose other arguments and errors these are, the results do not depend on the
+    number of ranks, and clips that cannot be decoded are listed in `missing`. Clips without a
+    text are left out: there is nothing to compare with.
+
+    beams, length: see clipvip.captions.caption_clips.
+
+    Returns, the same on every rank, {"captions": metrics by name (clipvip.caption_metrics),
+    "clips", "texts": numbers of those compared, "missing": paths, "generated": [{"video", "start",
+    "end", "caption", "texts"}] of each clip}.
+    """
+    check_installed()
+    clips = [clip for clip in join_texts(clips, processor.paragraph) if clip.text]
+    if not clips:
+        raise ValueError("none of the clips has a text to compare captions with")
+    precision, training = autocast(model, mixed_precision), model.training
+    model.eval()
+    with torch.inference_mode(), precision:
+        unread: list[BadFile] = []
+        batches = caption_clips(
+            *(model, processor, clips, unread),
+            beams=beams,
+            length=length,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            decoder=decoder,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        captions = _of_all_ranks(batches, asked_to_stop)
+        _check_missing(len(clips) - len(captions), len(clips), max_bad_share, unread)
+    model.train(training)
+    if not captions:
+        raise ValueError(f"none of the {len(clips)} clips could be read")
+    told = {index: clips[index] for index in sorted(captions)}
+    scores = distributed.first_does(
+        lambda: score_captions(
+            [captions[index] for index in told], [clip.text for clip in told.values()]
+        )
+    )
+    generated = [
+        {
+            "video": str(clip.video),
+            "start": clip.start,
+            "end": clip.end,
+            "caption": captions[index],
+            "texts": list(clip.text),
+        }
+        for index, clip in told.items()
+    ]
+    return {
+        "captions": scores,
+        "clips": len(told),
+        "texts": sum(len(clip.text) for clip in told.values()),
+        "missing": [str(clip.video) for index, clip in enumerate(clips) if index not in captions],
+        "generated": generated,
+    }
+
+
 def evaluate_checkpoint(
     checkpoint: str | Path,
     annotations: str | Path,
     *,
+    task: str | None = None,
     out: str | Path | None = None,
     backend: str | None = None,
     mixed_precision: str = "auto",
@@ -110,21 +190,30 @@ def evaluate_checkpoint(
     Under torchrun each rank reads a share of the clips.
 
     checkpoint: model that load_for_embedding accepts.
-    annotations: JSON Lines, whose texts are the queries.
+    annotations: JSON Lines, whose texts are the queries, or what captions are compared with.
+    task: "retrieval" or "captioning"; None for captioning if the model has a decoder.
     out: JSON file for the result, written whole or not at all.
     backend: attention_backend of the model; by default that of its configuration.
     mixed_precision: see clipvip.embedding.precision_on; the result names what was chosen.
-    options: options of `evaluate`: batch_size, num_workers, max_bad_share, decoder.
+    options: options of `evaluate` and `evaluate_captions`: batch_size, num_workers, max_bad_share,
+        decoder; of the latter also beams and length.
+
+    Raises ValueError if a model without a decoder is to caption.
     """
+    if task is None:
+        task = "captioning" if has_decoder(checkpoint) else "retrieval"
     state = distributed.start(TrainConfig.timeout)
     with watch.Watch(TrainConfig.lost_after):
         clips = load_annotations(annotations)
         given_backend = {} if backend is None else {"attention_backend": backend}
-        model, processor = load_for_embedding(checkpoint, **given_backend)
+        captions = task == "captioning"
+        load: Any = load_for_captioning if captions else load_for_embedding
+        model, processor = load(checkpoint, **given_backend)
         model.to(state.device)
         precision = precision_on(model, mixed_precision)
-        result = evaluate(model, clips, processor, mixed_precision=precision, **options)
-    given = {"checkpoint": str(checkpoint), "annotations": str(annotations)}
+        measure: Any = evaluate_captions if captions else evaluate
+        result = measure(model, clips, processor, mixed_precision=precision, **options)
+    given = {"checkpoint": str(checkpoint), "annotations": str(annotations), "task": task}
     result = {**given, "mixed_precision": precision, **result}
     if state.is_main_process:
         try:
@@ -137,39 +226,53 @@ def evaluate_checkpoint(
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Print a table with a row per direction, with and without DSL."""
+    """Print a table with a row per direction, with and without DSL; of captions, their metrics and
+    those of the first clips."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{result['clips']} clips, {result['texts']} texts", title_justify="left")
-    table.add_column("direction")
-    for metric in METRICS:
+    captions = result.get("captions")
+    if captions is None:
+        table.add_column("direction")
+    for metric in METRICS if captions is None else captions:
         table.add_column(metric.replace("_", " "), justify="right")
-    for name in TABLES:
+    if captions is not None:
+        table.add_row(*(f"{value:.1f}" for value in captions.values()))
+    for name in TABLES if captions is None else ():
         label = name.replace("_to_", " → ").replace("_dsl", " + DSL")
         table.add_row(label, *(f"{result[name][metric]:.1f}" for metric in METRICS))
     console = Console()
     console.print(table)
+    for row in result.get("generated", ())[:EXAMPLES]:
+        line = f"{shown(row['video'])}: {shown(row['caption'])}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if result["missing"]:
         console.print(f"{len(result['missing'])} clips could not be read and were left out:")
         for path in result["missing"]:
             console.print(f"  {shown(path)}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _as_one_tensor(features: list[Tensor]) -> Tensor:
+    return torch.stack(features) if features else torch.empty(0)
+
+
 def _of_all_ranks(
-    batches: Iterator[dict[int, Tensor]], asked_to_stop: Callable[[], bool]
-) -> dict[int, Tensor]:
-    """Collect the features of all ranks' clips: index → [P], fp32 on the CPU."""
-    own: dict[int, Tensor] = {}
+    batches: Iterator[dict[int, Result]],
+    asked_to_stop: Callable[[], bool],
+    pack: Callable[[list[Result]], Any] = lambda results: results,
+) -> dict[int, Result]:
+    """Collect the results of all ranks' clips by the clips' indices. pack: makes a rank's results
+    ready to be sent."""
+    own: dict[int, Result] = {}
     while not (stopped := asked_to_stop()) and (batch := next(batches, None)) is not None:
         own.update(batch)
     if any(distributed.all_gather_objects(stopped)):
         raise Preempted("SIGTERM: the evaluation ends before its last clip")
-    features = torch.stack(list(own.values())) if own else torch.empty(0)  # sent as one tensor
-    videos: dict[int, Tensor] = {}
-    for indices, theirs in distributed.all_gather_objects((list(own), features)):
-        videos.update(zip(indices, theirs, strict=True))
-    return videos
+    found: dict[int, Result] = {}
+    for indices, theirs in distributed.all_gather_objects((list(own), pack(list(own.values())))):
+        found.update(zip(indices, theirs, strict=True))
+    return found
 
 
 def _check_missing(missing: int, clips: int, max_bad_share: float, unread: list[BadFile]) -> None:

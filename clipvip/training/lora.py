@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipvip.model import CLIPViPModel
+from clipvip.model.configuration import CAPTIONING
 from clipvip.model.pretrained import ADDED_TO_CLIP
 from clipvip.training.config import ConfigError, LoraConfig, TrainConfig
 
@@ -25,8 +26,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def prepare(model: CLIPViPModel, config: TrainConfig, resumed: Path | None = None) -> None:
-    """Add the configured LoRA, if any, to a model, and freeze all else but TRAINED_WHOLE. Load what
-    the checkpoint `resumed` holds of what is trained.
+    """Add the configured LoRA, if any, to a model, and freeze all else but TRAINED_WHOLE
+    and a captioner's decoder and bridge. Load what the checkpoint `resumed` holds of what is
+    trained.
 
     Raises ConfigError if PEFT is not installed, if a target matches no linear layer, or if the
     checkpoint was trained with another LoRA.
@@ -46,7 +48,7 @@ def prepare(model: CLIPViPModel, config: TrainConfig, resumed: Path | None = Non
     )
     peft.inject_adapter_in_model(given, model, NAME)
     for name, parameter in model.named_parameters():
-        if name in TRAINED_WHOLE:
+        if name in TRAINED_WHOLE or name.startswith(CAPTIONING):
             parameter.requires_grad_()
     if adapter is not None:
         _load(model, adapter)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clipvip.model import CLIPViPModel
+from clipvip.model.configuration import CAPTIONING
 from clipvip.training.config import ConfigError, OptimizerConfig, TrainConfig
 
 _LAYER = re.compile(r"(?P<tower>text|vision)_model\.encoder\.layers\.(?P<number>\d+)\.")
@@ -47,7 +48,8 @@ def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[s
 
     Biases, LayerNorms (recognized by class) and logit_scale have no weight decay. With layer_decay
     d, the last of a tower's N layers has share d, the first d^N, and its embeddings d^(N+1); all
-    other parameters, such as projections, have share 1.
+    other parameters, such as projections, have share 1. With decoder_lr, a captioner's decoder and
+    bridge have the share that gives this rate.
     """
     exempt = {
         id(parameter)
@@ -63,6 +65,8 @@ def parameter_groups(model: CLIPViPModel, optim: OptimizerConfig) -> list[dict[s
             continue
         decay = 0.0 if id(parameter) in exempt else optim.weight_decay
         share = optim.layer_decay ** height(name, depths)
+        if name.startswith(CAPTIONING) and optim.decoder_lr is not None:
+            share = optim.decoder_lr / optim.lr
         # logit_scale has a group of its own: it is never sharded, and a group holds one kind.
         key = (name == "logit_scale", decay, share)
         group = groups.setdefault(key, {"params": [], "weight_decay": decay, "share": share})

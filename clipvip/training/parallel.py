@@ -19,14 +19,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from clipvip.distributed import rank, world_size
-from clipvip.model import CLIPViPModel
+from clipvip.model import CLIPViPForCaptioning, CLIPViPModel
 
 COMPILED_GRAPHS = 32
 
 
 def layers(model: CLIPViPModel) -> list[nn.Module]:
-    """Return the layers of both towers."""
-    return [*model.text_model.encoder.layers, *model.vision_model.encoder.layers]
+    """Return the layers of both towers, and of a captioner's decoder."""
+    towers = [*model.text_model.encoder.layers, *model.vision_model.encoder.layers]
+    return towers + (model.decoder_layers() if isinstance(model, CLIPViPForCaptioning) else [])
 
 
 def compile_layers(model: CLIPViPModel, only_text: bool = False) -> None:
@@ -52,7 +53,8 @@ def distribute(
     for layer in layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
-    for name in ("get_video_features", "get_text_features"):
+    captions = ["generate"] * isinstance(model, CLIPViPForCaptioning)
+    for name in ("get_video_features", "get_text_features", *captions):
         register_fsdp_forward_method(model, name)
     return towers
 
@@ -113,10 +115,14 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
         whole: dict[str, Any] = states.get_model_state_dict(model, options=_WHOLE)
         if "logit_scale" in whole:  # no shard, so on a CPU it is the weight itself
             whole["logit_scale"] = whole["logit_scale"].clone()
-        return whole
-    if rank() != 0:
+    elif rank() != 0:
         return {}
-    return {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
+    else:
+        whole = {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if source in whole:  # tied weights, such as a decoder's, are stored once
+            whole[name] = whole[source]
+    return whole
 
 
 def whole_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from clipvip.model import CLIPViPModel
+from clipvip.model.configuration import CAPTIONING, decoder_inner
 from clipvip.training.config import TrainConfig
 from clipvip.training.optimization import height
 from clipvip.training.task import task_of
@@ -33,6 +34,13 @@ _KEPT_BY_LORA = {
     "no": {"q_proj": 1.0, "k_proj": 1.0, "v_proj": 1.0, "fc1": 4.0, "fc2": 16.0},
     "bf16": {"q_proj": 2.0, "k_proj": 2.0, "v_proj": 2.0, "out_proj": 2.0, "fc1": 3.0, "fc2": 9.0},
 }
+# The same that a decoder's layer keeps per token and channel, and per channel inside its MLP; per
+# token of the video and channel, its keys and values, and the bridge; and per logit.
+_KEPT_BY_DECODER = {"no": 69.0, "bf16": 56.0}
+_KEPT_BY_DECODER_MLP = {"gpt2": {"no": 19.0, "bf16": 9.0}, "bert": {"no": 8.0, "bf16": 4.0}}
+_KEPT_OF_VIDEO = {"no": 8.0, "bf16": 4.0}
+_KEPT_BY_BRIDGE = {"no": 16.0, "bf16": 12.0}
+_KEPT_OF_LOGITS = 4.0
 _FLOAT = 4  # bytes
 
 
@@ -106,10 +114,15 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int, images: float
         pairs = count * patches * (patches + proxies) + proxies * (proxies + count * patches)
         return towers["vision"].operations(proxies + count * patches, pairs, count * patches)
 
-    text = towers["text"].operations(length, length * length, 0)
+    captions = model.config.decoder_config is not None and task.pairs == 0
+    if captions:
+        decoder = _Decoder(model, video_tokens, length - 1)
+        texts = [decoder.operations()]
+    else:
+        texts = len(task.texts) * [towers["text"].operations(length, length * length, 0)]
     as_videos = [video(frames), video(1) if not task.with_image else (0.0, 0.0)]
     visual = [(1 - images) * a + images * b for a, b in zip(*as_videos, strict=True)]
-    inputs = [visual, *len(task.texts) * [text], *task.with_image * [video(1)]]
+    inputs = [visual, *texts, *task.with_image * [video(1)]]
     negatives = config.batch_size // config.accumulation  # per clip, and itself
     logits = config.accumulation * negatives**2
     loss_flops = 2.0 * task.pairs * logits * model.config.projection_dim
@@ -123,6 +136,8 @@ def plan(model: CLIPViPModel, config: TrainConfig, processes: int, images: float
     at_once = min(config.micro_batch or negatives, negatives // processes)
     tokens = {"vision": video_tokens + image_tokens, "text": text_tokens}
     kept = [tower.kept(tokens[kind], config) for kind, tower in towers.items()]
+    if captions:
+        kept.append(decoder.kept(config))
     per_clip = sum(throughout for throughout, _ in kept) + max(in_a_layer for _, in_a_layer in kept)
     return Plan(
         parameters=parameters,
@@ -196,6 +211,50 @@ class _Tower:
         # Gradients of inputs, of both factors in attention's products, and of weights.
         backward = self.reached * (weights + 2 * attention) + tokens * self.trained
         return 2.0 * forward, 2.0 * (backward + embedding * self.embedding_trained)
+
+
+class _Decoder:
+    """Sizes of a captioner's decoder, which is trained whole or not at all.
+
+    video_tokens: proxies and patches of a clip. tokens: of a caption, without the last one.
+    """
+
+    def __init__(self, model: CLIPViPModel, video_tokens: int, tokens: int) -> None:
+        config, vision = model.config.decoder_config, model.config.vision_config
+        self.tokens, self.kind = tokens, config.model_type
+        self.width, self.inner = config.hidden_size, decoder_inner(config)
+        self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
+        self.head = self.width**2 * (self.kind == "bert")  # before the vocabulary's product
+        whole = model.config.decoder_tokens == "all"
+        self.memory = video_tokens if whole else vision.num_proxies
+        self.channels = vision.hidden_size
+        self.trained = any(
+            weight.requires_grad and name.startswith(CAPTIONING)
+            for name, weight in model.named_parameters()
+        )
+
+    def operations(self) -> tuple[float, float]:
+        """Count the operations of the forward and of the backward pass on one caption."""
+        tokens, memory, width = self.tokens, self.memory, self.width
+        weights = tokens * (6 * width + 2 * self.inner) * width + memory * 2 * width**2
+        attention = 2 * width * tokens * (tokens + memory)
+        head = tokens * (self.vocabulary * width + self.head)
+        bridge = memory * self.channels * width * (self.channels != width)
+        forward = self.layers * (weights + attention) + head + bridge
+        return 2.0 * forward, 4.0 * forward * self.trained
+
+    def kept(self, config: TrainConfig) -> tuple[float, float]:
+        """Return the bytes kept until the backward pass, and those in one layer at a time."""
+        precision, tokens = config.mixed_precision, self.tokens
+        per_token = self.width * _KEPT_BY_DECODER[precision]
+        per_token += self.inner * _KEPT_BY_DECODER_MLP[self.kind][precision]
+        per_layer = tokens * per_token + self.memory * self.width * _KEPT_OF_VIDEO[precision]
+        in_a_layer = 0.0
+        if config.model.gradient_checkpointing:
+            per_layer, in_a_layer = tokens * self.width * _FLOAT, per_layer
+        bridge = self.memory * (self.channels / 2 + self.width) * _KEPT_BY_BRIDGE[precision]
+        logits = tokens * self.vocabulary * _KEPT_OF_LOGITS
+        return self.trained * (self.layers * per_layer + bridge + logits), in_a_layer
 
 
 def peak_tera(device: torch.device) -> float | None:

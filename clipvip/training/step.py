@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from clipvip import distributed
-from clipvip.embedding import needed_mask
 from clipvip.inputs import send, sent_ahead
 from clipvip.model import CLIPViPModel
 from clipvip.training import parallel
 from clipvip.training.optimization import schedule
 from clipvip.training.state import Run
-from clipvip.training.task import Batch, Features
+from clipvip.training.task import Batch, Features, Task
 
 MAX_LOGIT_SCALE = math.log(200)
 SHARED = "scale"  # the one feature that is not a row per clip
@@ -44,7 +43,7 @@ def sent_batches(run: Run, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Ba
     """
 
     def send_whole(batch: Batch) -> Batch:
-        return {} if part_size_of(run, batch) else to_device(batch, run.model)
+        return {} if part_size_of(run, batch) else to_device(batch, run.model, run.task)
 
     return sent_ahead(batches, send_whole, run.model.device)
 
@@ -108,7 +107,7 @@ def forward_backward(run: Run, batch: Batch, sent: Batch) -> Tensor:
             return run.towers(inputs)
 
     def send_part(part: Batch) -> Batch:
-        return to_device(part, run.model)
+        return to_device(part, run.model, run.task)
 
     def loss_of(features: Features) -> Tensor:
         return run.task.loss(features, batch)
@@ -132,7 +131,7 @@ def part_size_of(run: Run, batch: Batch) -> int | None:
     return size if size is not None and size < len(batch["frame_offsets"]) - 1 else None
 
 
-def to_device(batch: Batch, model: CLIPViPModel) -> Batch:
+def to_device(batch: Batch, model: CLIPViPModel, task: Task) -> Batch:
     """Send what a model's towers read of a batch to its device, except for masks that change no
     feature. The clips that have a video are sent as indices, "videos", if not all have one."""
     sent = {}
@@ -143,8 +142,7 @@ def to_device(batch: Batch, model: CLIPViPModel) -> Batch:
         name, _, kind = key.rpartition("_")
         needed: Tensor | None = value
         if kind == "mask":
-            config = model.text_model.config
-            needed = needed_mask(config, batch[f"{name}_ids"], value, model.device)
+            needed = task.mask(model, batch[f"{name}_ids"], value)
         if kind != "present" and needed is not None:
             sent[key] = send(needed, model.device)
     return sent

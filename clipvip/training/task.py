@@ -1,11 +1,12 @@
 """Tasks: the features that a run computes, the loss over them, and what its clips must have.
 
-`task_of` is the one place that looks at which task a configuration names. Another task, such as
-captioning, is one more subclass of Task in TASKS.
+`task_of` is the one place that looks at which task a configuration names. Another task is one more
+subclass of Task in TASKS.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,16 @@ from clipvip.data.annotations import Clip
 from clipvip.data.loading import COMPARED, ClipSource, ClipSources, texts_compared
 from clipvip.data.shards import Shards
 from clipvip.data.video import is_image
-from clipvip.embedding import text_features
+from clipvip.embedding import needed_mask, text_features
 from clipvip.files import shown
 from clipvip.losses import VARIANTS, contrastive_loss, omnisource_loss
-from clipvip.model import CLIPViPModel, CLIPViPProcessor
+from clipvip.model import CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
+from clipvip.model.captioning import token_losses
 from clipvip.model.processing import normalize_frames
+from clipvip.retrieval import TABLES
+from clipvip.sharded import all_reduce
 from clipvip.training.config import ConfigError, TrainConfig
+from clipvip.training.evaluate import evaluate, evaluate_captions
 from clipvip.training.sources import Clips
 
 logger = logging.getLogger(__name__)
@@ -38,11 +43,29 @@ class Task:
     compared: tuple[str, ...] = ()  # for the loader, see clipvip.data.loading.roles
     with_image = False  # whether the image of each clip is embedded too
     pairs = 1  # number of pairs of features whose similarities the loss computes
+    model_class: type[CLIPViPModel] = CLIPViPModel
+    frozen: tuple[str, ...] = ()  # globs of parameters that the loss does not reach
+    tables: tuple[str, ...] = TABLES  # names of the results of `evaluate` that are metrics
+    evaluate: Any = staticmethod(evaluate)  # measures a model on validation clips
 
     def __init__(self, config: TrainConfig) -> None:
         self.backend = config.backend
 
-    def towers(self, model: CLIPViPModel, processor: CLIPViPProcessor) -> "Towers":
+    @property
+    def batches(self) -> str:
+        """Kind of a loader's batches, see clipvip.data.loading.LoaderOptions."""
+        return self.name
+
+    def tokenizer(self, processor: CLIPViPProcessor) -> Any:
+        """Return the tokenizer of the texts of a batch."""
+        return processor.tokenizer
+
+    def mask(self, model: CLIPViPModel, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Return the mask of a batch of texts, int64 [n, length] on the CPU, or None if a model's
+        features on its device are the same without it."""
+        return needed_mask(model.text_model.config, ids, mask, model.device)
+
+    def towers(self, model: CLIPViPModel, processor: CLIPViPProcessor) -> nn.Module:
         """Make the module that turns a batch into features; data parallelism wraps it."""
         return Towers(model, processor, self)
 
@@ -61,7 +84,7 @@ class Task:
         where: path of the clips, for the error message; not used of several sources.
         """
         if isinstance(clips, Shards):
-            clips.check(self.name)
+            clips.check(self.batches)
             return
         if isinstance(clips, ClipSources):
             for source in clips.sources:
@@ -179,7 +202,43 @@ class Omnisource(Task):
             yield each.name, found
 
 
-TASKS = {task.name: task for task in (Omnisource, Retrieval)}
+class Captioning(Task):
+    """Fine-tuning: a decoder writes a video's text, token by token, from the text so far."""
+
+    name = "captioning"
+    batches = "retrieval"  # type: ignore[assignment]
+    needs = texts = ("text",)
+    pairs = 0
+    model_class = CLIPViPForCaptioning
+    # The video tower is read before its last norm.
+    frozen = (
+        "text_model.*", "text_projection.*", "visual_projection.*", "logit_scale",
+        "vision_model.post_layernorm.*",
+    )  # fmt: skip
+    tables = ("captions",)
+    evaluate = staticmethod(evaluate_captions)
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.label_smoothing = config.label_smoothing
+
+    def tokenizer(self, processor: CLIPViPProcessor) -> Any:
+        return processor.caption_tokenizer
+
+    def mask(self, model: CLIPViPModel, ids: Tensor, mask: Tensor) -> Tensor | None:
+        return mask  # it says which tokens count
+
+    def towers(self, model: CLIPViPModel, processor: CLIPViPProcessor) -> nn.Module:
+        return Captioner(cast(CLIPViPForCaptioning, model), processor, self)
+
+    def loss(self, features: Features, batch: Batch) -> Tensor:
+        """Compute the mean over the tokens of all ranks of their label-smoothed cross entropy."""
+        sums = torch.stack([features["loss"].sum(), features["tokens"].detach().sum()])
+        losses, tokens = all_reduce(sums)
+        return losses / tokens
+
+
+TASKS = {task.name: task for task in (Omnisource, Retrieval, Captioning)}
 
 
 def task_of(config: TrainConfig) -> Task:
@@ -225,3 +284,26 @@ class Towers(nn.Module):
             ids, mask = batch[f"{name}_ids"], batch.get(f"{name}_mask")
             features[name] = text_features(self.model, ids, mask)
         return features
+
+
+class Captioner(nn.Module):
+    """A model with a decoder, from a batch to the losses of its captions."""
+
+    def __init__(
+        self, model: CLIPViPForCaptioning, processor: CLIPViPProcessor, task: Captioning
+    ) -> None:
+        super().__init__()
+        self.model, self.label_smoothing = model, task.label_smoothing
+        self.mean, self.std = processor.image_mean, processor.image_std
+
+    def forward(self, batch: Batch) -> Features:
+        """Predict the captions of a batch of n clips, as a ClipLoader gives it, on the model's
+        device.
+
+        Returns, fp32 [n], "loss", the sum over the tokens of a caption, and "tokens", their number.
+        """
+        ids, mask = batch["text_ids"], batch["text_mask"]
+        pixels = normalize_frames(batch["pixel_values"], self.mean, self.std)
+        logits = self.model(ids, pixels, batch["frame_offsets"], mask).logits
+        losses, counted = token_losses(logits, ids, mask, self.label_smoothing)
+        return {"loss": losses.sum(1), "tokens": counted.sum(1).to(losses.dtype)}

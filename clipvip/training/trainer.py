@@ -1,4 +1,4 @@
-"""Training: post-pretraining on several sources and fine-tuning for retrieval, in one loop."""
+"""Training: post-pretraining on several sources and fine-tuning, in one loop."""
 
 import itertools
 import os
@@ -16,7 +16,6 @@ from accelerate.utils import ProjectConfiguration
 from clipvip import distributed
 from clipvip.data.loading import ClipLoader, counted
 from clipvip.files import shown
-from clipvip.retrieval import TABLES
 from clipvip.training import checkpoint, parallel, watch
 from clipvip.training.config import (
     ConfigError,
@@ -26,7 +25,6 @@ from clipvip.training.config import (
     check,
     check_batch,
 )
-from clipvip.training.evaluate import evaluate
 from clipvip.training.plan import TERA
 from clipvip.training.preemption import Preemption
 from clipvip.training.reporting import known_trackers
@@ -167,7 +165,7 @@ def validate(run: Run) -> bool:
     averaged = run.average.in_place() if run.average else nullcontext()
     try:
         with averaged, torch.random.fork_rng(devices=[]), parallel.whole_on_each_rank(run.model):
-            result = evaluate(
+            result = run.task.evaluate(
                 run.model,
                 run.validation,
                 run.processor,
@@ -182,15 +180,18 @@ def validate(run: Run) -> bool:
         state.unmeasured = True
         return False
     state.unmeasured = False
-    row = {f"{name}/{key}": value for name in TABLES for key, value in result[name].items()}
+    row = {
+        f"{name}/{key}": value for name in run.task.tables for key, value in result[name].items()
+    }
     run.reporter.write(state.step, {f"validation/{key}": value for key, value in row.items()})
     run.measured = state.step, row
-    value, best = row[config.best_metric], state.best_metric
-    better = best is None or (value < best if "rank" in config.best_metric else value > best)
+    metric, best = str(config.best_metric), state.best_metric
+    value = row[metric]
+    better = best is None or (value < best if "rank" in metric else value > best)
     if better:
         state.set_best(value)
     run.reporter.say(
-        f"step {state.step} · {config.best_metric} {value:.2f}"
+        f"step {state.step} · {metric} {value:.2f}"
         + (" (best)" if better else f" (best {best:.2f} at step {state.best_step})")
     )
     return better

@@ -19,6 +19,7 @@ from clipvip import cli
 from clipvip.index import VideoIndex
 from clipvip.index import build as module
 from clipvip.index.build import build as build_index
+from clipvip.index.captions import key_of
 from clipvip.index.store import Store
 from clipvip.index.tables import is_index
 
@@ -216,6 +217,146 @@ def test_clips_of_annotations_are_moments_as_they_are(build, videos, film, embed
     assert build([file, film])[:2] == (1, 1) and embedded == ["film.mp4", "film.mp4", "gone.mp4"]
     spans = held(tmp_path / "index")["film.mp4"][0]
     assert spans == [(None, 1.5), (0.0, 10.0), (2.0, 5.0), (5.0, 15.0), (10.0, 20.0), (13.0, 23.0)]
+
+
+def captions(where):
+    """Name and span of each moment that has a caption → the caption, as a search finds it."""
+    hits = VideoIndex(where).search("a square", 50)
+    store = Store.open(where)
+    every = store.moments(sorted(store.files()))
+    known = {key_of(m.file, m.start, m.end): m for m in every}
+    texts = store.captions.of(known)
+    assert all(
+        hit.caption == texts.get(key_of(hit.moment.file, hit.start, hit.end)) for hit in hits
+    )
+    return {
+        (os.path.basename(known[key].file.path), known[key].start, known[key].end): text
+        for key, text in texts.items()
+    }
+
+
+def test_moments_get_the_captions_of_annotations(build, videos, film, tmp_path, capsys):
+    file, where = videos / "clips.jsonl", tmp_path / "index"
+    (videos / "link").symlink_to("deep")
+
+    def annotate(*lines):
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return build(file)
+
+    span = {"video": "film.mp4", "start": 2, "end": 5}
+    given = [
+        {"video": "a.mp4", "text": ["a red square", "a square"]},
+        {"video": "a.mp4", "text": "too late"},
+        {"video": "b.mp4"},
+        {"video": "b.mp4", "caption": "a green square", "text": "other"},
+        {"video": "link/c.mp4", "subtitle": "spoken", "text": "blue"},
+        {**span, "caption": "a grey film"},
+        {"video": "film.mp4", "text": "a whole film"},
+    ]
+    annotate(*given)
+    expected = {
+        ("a.mp4", None, None): "a red square",
+        ("b.mp4", None, None): "a green square",
+        ("c.mp4", None, None): "blue",
+        ("film.mp4", 2.0, 5.0): "a grey film",
+    }
+    said = capsys.readouterr().err
+    assert captions(where) == expected
+    assert "8 moments, 4 with a caption (4 files new)\n" in said
+    assert "  captions of 1 video are not shown, as they are of the whole video" in said
+
+    assert build(videos)[:2] == (1, 3)  # a folder says nothing about captions; the film's span goes
+    del expected["film.mp4", 2.0, 5.0]
+    assert captions(where) == expected
+    os.rename(videos / "a.mp4", videos / "renamed.mp4")
+    shutil.copy(videos / "b.mp4", videos / "copy.mp4")
+    build(videos)
+    expected["renamed.mp4", None, None] = expected.pop(("a.mp4", None, None))
+    expected["copy.mp4", None, None] = "a green square"
+    assert captions(where) == expected
+    write_clip(videos / "renamed.mp4", (9, 9, 9))
+    (videos / "copy.mp4").unlink()
+    build(videos)
+    del expected["renamed.mp4", None, None], expected["copy.mp4", None, None]
+    assert captions(where) == expected
+
+    # Without embedding anything again, annotations are read anew.
+    assert annotate({"video": "b.mp4", "text": "new"}, {"video": "deep/c.mp4"}).embedded == 0
+    assert captions(where) == {("b.mp4", None, None): "new"}
+    assert VideoIndex(where).captions == 1
+    annotate({"video": "film.mp4", "text": "a whole film"})
+    assert VideoIndex(where).captions == 1
+    build(file, window=30)
+    assert captions(where)["film.mp4", None, None] == "a whole film"
+    assert VideoIndex(where).remove(film) == 1 and VideoIndex(where).captions == 1
+
+
+def save_captioner(model, folder):
+    """Save a model with a small decoder, whose captions are of random words."""
+    from transformers import GPT2Config
+
+    from clipvip.model import CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
+
+    base = CLIPViPModel.from_pretrained(model)
+    text = base.config.text_config
+    torch.manual_seed(0)
+    shapes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": text.vocab_size}
+    ends = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id}
+    decoder = GPT2Config(**shapes, **ends, pad_token_id=text.eos_token_id, n_positions=20)
+    decoder.is_decoder = decoder.add_cross_attention = True
+    CLIPViPForCaptioning.with_decoder(base, decoder, "proxies").save_pretrained(folder)
+    CLIPViPProcessor.from_pretrained(model).save_pretrained(folder)
+
+
+def test_a_model_describes_what_annotations_do_not(build, model, videos, film, tmp_path, capsys):
+    own, where = tmp_path / "captioner", tmp_path / "index"
+    save_captioner(model, own)
+    (videos / "broken.mp4").write_bytes(b"no video at all")
+    line = {"video": "a.mp4", "text": "a red square"}
+    (videos / "clips.jsonl").write_text(json.dumps(line))
+    shutil.copy(videos / "b.mp4", videos / "soon broken.mp4")
+    build([videos, videos / "clips.jsonl"])
+    state = (videos / "soon broken.mp4").stat()
+    (videos / "soon broken.mp4").write_bytes(b"x" * state.st_size)
+    os.utime(videos / "soon broken.mp4", ns=(state.st_mtime_ns, state.st_mtime_ns))
+
+    options = {"num_workers": 0, "device": "cpu", "mixed_precision": "no", "beams": 2, "length": 4}
+    done = VideoIndex(where).describe(own, **options)
+    assert done.written + done.empty == 6 and done.written and done.kept == 1
+    (bad,) = done.bad_files
+    assert bad["path"] == str(videos / "soon broken.mp4") and bad["reason"]
+    found = captions(where)
+    assert len(found) == done.written + 1 and found["a.mp4", None, None] == "a red square"
+    assert VideoIndex(where).describe(own, **options).kept == len(found)
+
+    capsys.readouterr()
+    cli.describe(str(own), index=str(where), overwrite=True, length=4)
+    said = capsys.readouterr().err
+    assert "describing 8 of 8 moments\n" in said and "1 file unreadable)\n" in said
+    with pytest.raises(ValueError, match="has no decoder"):
+        cli.describe(str(model), index=str(where))
+    with pytest.raises(ValueError, match="no index in"):
+        cli.describe(str(own), index=str(tmp_path / "none"))
+    for wrong in ({"index": "index", "videos": ("a",)}, {"overwrite": True, "videos": ("a",)}, {}):
+        with pytest.raises(ValueError, match=r"expected videos|leave videos"):
+            cli.describe(str(own), **wrong)
+
+
+def test_captions_are_saved_with_their_files(build, videos, film, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    file = videos / "clips.jsonl"
+    names = ["a.mp4", "b.mp4", "deep/c.mp4", "film.mp4"]
+    file.write_text("".join(json.dumps({"video": x, "text": f"of {x}"}) + "\n" for x in names))
+
+    def interrupted(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(file, progress=interrupted, batch_size=1)
+    found = captions(tmp_path / "index")
+    assert len(found) == len(held(tmp_path / "index")) > 0
+    assert all(text.endswith(name) for (name, *_), text in found.items())
 
 
 def test_bad_files_are_listed_until_they_are_mended(build, videos, tmp_path, capsys):

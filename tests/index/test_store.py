@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -247,7 +248,7 @@ def test_sources_add_up_and_the_model_stays(tmp_path, store):
 def test_an_open_reader_sees_what_is_put_later(store, tmp_path, monkeypatch):
     reader = Store.open(tmp_path / "index")
     seen = {reader.version()}
-    monkeypatch.setattr(store_module, "KEPT", store_module.timedelta(0))
+    monkeypatch.setattr(tables, "KEPT", timedelta(0))
     for i in range(4):
         store.put([one(f"/v/{i}.mp4", seed=i)])
         store.drop([f"/v/{i - 1}.mp4"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipvip.index.captions import key_of
 from clipvip.index.rows import About, FileState
 from clipvip.index.store import Store
 from clipvip.index.video_index import VideoIndex
@@ -17,6 +18,10 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230)}
 # What a name may hold: HTML, a terminal's command, a mark that turns text around, bytes that are
 # not UTF-8.
 HOSTILE = os.fsdecode("<img src=x onerror=alert(1)>\x1b[31m\u202e".encode() + b"\xe9.mp4")
+
+
+CAPTION = "a red square with a white bar that grows from second to second, " * 5
+HOSTILE_CAPTION = "<img src=x onerror=alert(2)> \x1b[31m\u202e & </p>"
 
 
 def write_video(path: Path, colour, codec="libx264", seconds=4, sound=False) -> Path:
@@ -88,6 +93,9 @@ def index(tmp_path_factory) -> Index:
     vectors = {0: np.stack([one[0], one[1]]), 1: one[1:2], 2: one[2:3], 3: near[None]}
     store = Store.create(folder / "index", About("model", "fingerprint", 4, (str(videos),)))
     store.put([(file, spans[place], vectors[place]) for file, place in files])
+    texts = [(0, CAPTION), (2, "a blue square"), (3, HOSTILE_CAPTION)]
+    keys = {key_of(files[place][0], *spans[place][0]): text for place, text in texts}
+    store.captions.put(keys, "model")
     return Index(folder / "index")
 
 

@@ -104,8 +104,18 @@ def test_more_like_a_moment_leaves_it_out(client, red):
     assert red["id"] not in [hit["id"] for hit in answer.json()["hits"]]
 
 
+def test_hits_have_captions_that_are_safe_to_show(client):
+    texts = {hit["name"]: hit["caption"] for hit in search(client, q="red")}
+    hostile = next(name for name in texts if name.startswith("<img"))
+    assert texts.pop(hostile) == r"<img src=x onerror=alert(2)> \x1b[31m\u202e & </p>"
+    assert texts.pop("red.mp4").startswith("a red square with a white bar")
+    assert texts == {"blue.png": "a blue square", "green.avi": None}
+    assert "caption" in client.get("/openapi.json").text
+
+
 def test_what_is_in_the_index(client, index):
     about = client.get("/api/index").json()
+    assert about["captions"] == 3
     assert about["moments"] == 5 and about["videos"] == 4 and about["can_add"] is True
     (folder,) = about["folders"]
     assert len(search(client, q="red", folder=folder["text"])) == len(search(client, q="red"))
@@ -361,7 +371,7 @@ def test_adding_ends_with_a_message_and_its_time(index):
             time.sleep(0.1)
             state = own.get("/api/add").json()
     assert state["state"] == "failed" and "is not on this machine" in state["message"], state
-    assert 0 < state["seconds"] <= time.monotonic() - began
+    assert 0 < state["seconds"] <= time.monotonic() - began + 0.05  # it is rounded
 
 
 # --- the table of routes --------------------------------------------------------------------

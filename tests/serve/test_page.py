@@ -153,6 +153,25 @@ def address(index):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium in PATH")
+def test_captions_fit_a_phone(address, tmp_path):
+    browser = Browser(CHROMIUM, tmp_path)
+    try:
+        phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+        browser.call("Emulation.setDeviceMetricsOverride", **phone)
+        browser.open(f"{address}/?q=red")
+        browser.wait("document.querySelectorAll('.hit').length === 4")
+        assert browser.run("document.documentElement.scrollWidth") == 360
+        browser.run("document.querySelector('.open').click()")
+        browser.wait("document.getElementById('player').open")
+        box = "document.getElementById('caption').getBoundingClientRect()"
+        assert browser.run(f"{box}.left >= 0 && {box}.right <= 360 && {box}.height < 100")
+        assert browser.run("document.getElementById('player').scrollWidth") <= 360
+        assert browser.run("document.activeElement.id") == "close"
+    finally:
+        browser.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium in PATH")
 def test_the_page_finds_plays_and_is_driven_by_keys(address, tmp_path):
     browser = Browser(CHROMIUM, tmp_path)
     try:
@@ -161,6 +180,16 @@ def test_the_page_finds_plays_and_is_driven_by_keys(address, tmp_path):
         # Names of files are text, whatever they hold.
         assert browser.run("document.body.textContent.includes('<img src=x onerror=alert(1)>')")
         assert browser.run("document.querySelector('.time').textContent") == "00:00:00–00:00:02"
+        # So are captions, of which three lines are shown.
+        captions = "[...document.querySelectorAll('#hits .caption')]"
+        assert browser.run(f"{captions}.length") == 3
+        hostile = r"'<img src=x onerror=alert(2)> \\x1b[31m\\u202e & </p>'"
+        assert browser.run(f"{captions}.some(one => one.textContent === {hostile})")
+        assert browser.run("document.querySelectorAll('img[src=x]').length") == 0
+        cut = f"{captions}.filter(one => one.scrollHeight > one.clientHeight + 1)"
+        assert browser.run(f"{cut}.map(one => one.clientHeight < 70)") == [True]
+        whole = browser.run(f"{cut}[0].title")
+        assert whole == browser.run(f"{cut}[0].textContent") and len(whole) > 200
 
         browser.press("/")
         browser.run("document.getElementById('q').select()")
@@ -182,6 +211,12 @@ def test_the_page_finds_plays_and_is_driven_by_keys(address, tmp_path):
         browser.press("Enter")
         playing = "document.getElementById('player').open && !document.getElementById('video')"
         browser.wait(f"{playing}.paused && document.getElementById('video').videoWidth === 64")
+        assert browser.run("document.getElementById('caption').textContent") == whole
+        browser.press("ArrowRight")
+        next_caption = "document.getElementById('caption').textContent"
+        browser.wait(f"{next_caption} !== {json.dumps(whole)}")
+        browser.press("ArrowLeft")
+        browser.wait(f"{next_caption} === {json.dumps(whole)}")
         browser.press("Escape")
         browser.wait("!document.getElementById('player').open")
         assert browser.run(focused) == 0

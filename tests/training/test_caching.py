@@ -50,7 +50,7 @@ def run(towers, config, micro_batch, device="cpu", bf16=False):
     task, whole = task_of(config), batch()
 
     def send(part):
-        return to_device(part, towers.model)
+        return to_device(part, towers.model, task)
 
     def embed(part):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPConfig, CLIPTokenizer
+from transformers import CLIPConfig, CLIPTokenizer, GPT2Config
 
 from clipvip.model import CLIPViPModel
 from clipvip.training.__main__ import main
@@ -38,6 +38,15 @@ def checkpoints(tmp_path_factory, world):
 
 
 @pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, world):
+    """Folder of GPT-2's true shapes, but for its vocabulary, with a tokenizer and no weights."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    CLIPTokenizer.from_pretrained(world / "tokenizer").save_pretrained(folder)
+    GPT2Config(vocab_size=514, bos_token_id=512, eos_token_id=513).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def annotations(tmp_path_factory):
     """As many lines as the largest batch has clips, of a video that is not there."""
     path = tmp_path_factory.mktemp("clips") / "clips.jsonl"
@@ -47,17 +56,22 @@ def annotations(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [path.stem for path in packaged_configs()])
-def test_every_packaged_config_runs_dry(name, checkpoints, annotations, tmp_path, capsys):
-    kind = name.rpartition("_")[2] if "_" in name else "b32"
+def test_every_packaged_config_runs_dry(name, checkpoints, gpt2, annotations, tmp_path, capsys):
+    kind = next((kind for kind in PATCHES if name.endswith(kind)), "b32")
     given = [f"out={tmp_path / 'run'}", f"data.train={annotations}"]
+    parameters = {"b32": 151.3, "b16": 149.6, "l14": 427.6}[kind]
+    all_of_them = f"{parameters} M, {parameters} M trained"
+    if captions := name.endswith("captions"):  # with the shapes of GPT-2 and no weights
+        given.append(f"model.decoder.name={gpt2}")
+        all_of_them = "265.9 M, 202.1 M trained"
     given += [f"model.name={checkpoints[kind]}", "data.num_workers=0"]
     main([name, *given, "--dry-run", "--processes", "8"])
     said = capsys.readouterr().out
     config = load_config(name, given)
     tokens = 4 + config.data.num_frames * (224 // PATCHES[kind]) ** 2
     assert f"tokens per clip      {tokens} of video" in said
-    parameters = {"b32": 151.3, "b16": 149.6, "l14": 427.6}[kind]
-    assert f"{parameters} M, {parameters} M trained" in said
+    assert all_of_them in said
+    assert captions == (config.task == "captioning")
     assert f"{config.batch_size // 8} on each of 8 processes" in said
     steps = int(config.epochs * (2048 // config.batch_size))
     assert f"{steps} steps, {steps * config.batch_size} samples drawn from 2048 clips" in said

@@ -502,7 +502,6 @@ def test_a_full_gpu_is_no_fault_of_the_checkpoint(make_config, monkeypatch):
 def test_what_was_best_is_there_or_is_best_no_more(make_config, world, monkeypatch, caplog):
     """The newest checkpoint, the best, is damaged: alone, then with the best before it."""
     from clipvip.retrieval import METRICS, TABLES
-    from clipvip.training import trainer
 
     scores = iter([50.0, 10.0, 20.0, 60.0, 30.0, 30.0])
 
@@ -510,7 +509,7 @@ def test_what_was_best_is_there_or_is_best_no_more(make_config, world, monkeypat
         score = next(scores)
         return {table: dict.fromkeys(METRICS, score) for table in TABLES}
 
-    monkeypatch.setattr(trainer, "evaluate", scored)
+    monkeypatch.setattr(Retrieval, "evaluate", staticmethod(scored))
     config = make_config(
         *("max_steps=8", "eval_every=2", "save_every=2", "resume=latest"),
         f"data.validation={world / 'annotations.jsonl'}",

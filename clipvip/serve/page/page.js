@@ -193,6 +193,12 @@ function card(hit, place) {
   name.title = `${hit.folder}/${hit.name}`;
   about.append(name, element("span", "score", hit.score.toFixed(3)));
   item.append(open, more, about);
+  if (hit.caption !== null) {
+    const caption = element("p", "caption", hit.caption);
+    caption.dir = "auto";
+    caption.title = hit.caption; // as three lines of it are shown; the player has all
+    item.append(caption);
+  }
   return item;
 }
 
@@ -229,6 +235,9 @@ function play(place) {
   const matches = hit.from !== null && (hit.from !== hit.start || hit.to !== hit.end);
   const around = matches ? ` · matches from ${clock(hit.from)} to ${clock(hit.to ?? hit.duration)}` : "";
   byId("where").firstElementChild.textContent = hit.folder + around;
+  byId("caption").textContent = hit.caption ?? "";
+  byId("caption").scrollTop = 0;
+  byId("caption").hidden = hit.caption === null;
   byId("again").textContent = hit.image ? "" : `↺ ${span(hit.start, hit.end, hit.duration)}`;
   byId("again").hidden = hit.image;
   byId("previous").disabled = place === 0;
@@ -359,7 +368,8 @@ async function describe() {
     const about = await fetchJson("/api/index");
     const hours = about.seconds / 3600;
     const long = hours >= 1 ? `${Math.round(hours).toLocaleString()} h` : `${Math.round(about.seconds / 60)} min`;
-    byId("about").textContent = `${about.moments.toLocaleString()} moments in ${about.videos.toLocaleString()} files, ${long}`;
+    const described = about.captions ? `; ${about.captions.toLocaleString()} have a caption` : "";
+    byId("about").textContent = `${about.moments.toLocaleString()} moments in ${about.videos.toLocaleString()} files, ${long}${described}`;
     byId("show-add").hidden = !about.can_add;
     const chosen = byId("folder").value;
     const options = about.folders.map((folder) => new Option(folder.text, folder.query));

@@ -81,7 +81,7 @@ def gradients_of(make_config, path, *overrides):
         return whole(pixels, offsets)
 
     model.get_video_features = watched
-    features = towers(to_device(batch, model))
+    features = towers(to_device(batch, model, towers.task))
     for feature in features.values():
         feature.retain_grad()
     task.loss(features, batch).backward()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clipvip.captions import BEAMS, caption_clips, load_for_captioning
+from clipvip.captioning import BEAMS, caption_clips, load_for_captioning
 from clipvip.collection import clips_of, listed
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile, Division, PartReader, divide_files
@@ -40,7 +40,7 @@ def describe(
         clipvip.collection.
     window: seconds of a moment; longer videos are described moment by moment. None describes every
         clip as a whole. Clips with a start or end of their own are not divided.
-    beams, length: see clipvip.captions.caption_clips.
+    beams, length: see clipvip.captioning.caption_clips.
     batch_size: clips per batch. num_workers: decoding processes, by default one per core.
     decoder: see clipvip.data.loading.LoaderOptions.
     device: by default a CUDA GPU, if there is one.

@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from clipvip import cli
-from clipvip.captions import caption_clips, has_decoder, load_for_captioning
+from clipvip.captioning import caption_clips, has_decoder, load_for_captioning
 from clipvip.describe import describe
 from clipvip.model import CLIPViPConfig, CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
 from tests.test_planted_files import write_clip

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clipvip.captions import BEAMS, caption_clips, load_for_captioning
+from clipvip.captioning import BEAMS, caption_clips, load_for_captioning
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile, worker_count
 from clipvip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -70,8 +70,8 @@ def describe_index(
 ) -> Described:
     """Put a caption that a model writes into an index, for each moment that has none.
 
-    model: folder or hub name of a model with a decoder, see clipvip.captions.load_for_captioning.
-    beams, length: see clipvip.captions.caption_clips. batch_size: moments per batch.
+    model: folder or hub name of a model with a decoder (clipvip.captioning.load_for_captioning).
+    beams, length: see clipvip.captioning.caption_clips. batch_size: moments per batch.
     num_workers: number of decoding processes; by default one per core.
     decoder: see clipvip.data.loading.LoaderOptions. device: by default a CUDA GPU, if there is one.
     mixed_precision: see clipvip.embedding.precision_on.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipvip import distributed
 from clipvip.caption_metrics import check_installed, score_captions
-from clipvip.captions import BEAMS, caption_clips, has_decoder, load_for_captioning
+from clipvip.captioning import BEAMS, caption_clips, has_decoder, load_for_captioning
 from clipvip.data.annotations import Clip, load_annotations
 from clipvip.data.loading import BadFile, LoaderError
 from clipvip.embedding import (
@@ -120,7 +120,7 @@ def evaluate_captions(
     number of ranks, and clips that cannot be decoded are listed in `missing`. Clips without a
     text are left out: there is nothing to compare with.
 
-    beams, length: see clipvip.captions.caption_clips.
+    beams, length: see clipvip.captioning.caption_clips.
 
     Returns, the same on every rank, {"captions": metrics by name (clipvip.caption_metrics),
     "clips", "texts": numbers of those compared, "missing": paths, "generated": [{"video", "start",

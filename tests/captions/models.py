@@ -1,0 +1,166 @@
+"""Tiny captioners of several kinds with random weights, made from configurations."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipProcessor,
+    CLIPVisionConfig,
+    GitConfig,
+    GitForCausalLM,
+    GitProcessor,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+WORDS = (
+    "a the dog cat ball child red green runs jumps on grass water with and to left right "
+    "describe this image in one sentence these are frames of video it picture user assistant . :"
+).split()
+SIZE, PATCH = 32, 16
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+VISION = {**TOWER, "image_size": SIZE, "patch_size": PATCH}
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+def words(*special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words."""
+    tokens = [*special, *WORDS]
+    inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, special[0]))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return inner, tokens
+
+
+def bert() -> BertTokenizer:
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    return BertTokenizer(vocab={token: i for i, token in enumerate([*special, *WORDS])})
+
+
+def blip(folder: Path) -> Path:
+    tokenizer = bert()
+    text = {**TOWER, "vocab_size": len(tokenizer), "encoder_hidden_size": 32, "pad_token_id": 0}
+    text |= {"bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "projection_dim": 16}
+    config = BlipConfig(
+        text_config=text,
+        vision_config={**VISION, "projection_dim": 16},
+        projection_dim=16,
+        image_text_hidden_size=16,
+    )
+    _save(folder, BlipForConditionalGeneration(config))
+    images = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    BlipProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def git(folder: Path, frames: int | None = None) -> Path:
+    tokenizer = bert()
+    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    config = GitConfig(
+        vision_config=VISION,
+        vocab_size=len(tokenizer),
+        num_image_with_embedding=frames,
+        **TOWER,
+        **ends,
+    )
+    _save(folder, GitForCausalLM(config))
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    )
+    GitProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def llava(folder: Path, template: str | None = CHAT) -> Path:
+    inner, tokens = words("<unk>", "<s>", "</s>", "<pad>", "<image>")
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(
+            vocab_size=len(tokens), num_key_value_heads=2, max_position_embeddings=256, **TOWER, **ends
+        ),
+        image_token_index=4,
+        vision_feature_layer=-1,
+        image_seq_length=4,
+    )
+    model = LlavaForConditionalGeneration(config)
+    _save(folder, model)
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    )
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def vit_gpt2(folder: Path) -> Path:
+    inner, tokens = words("<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    )
+    decoder = GPT2Config(
+        vocab_size=len(tokens), n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+        add_cross_attention=True, is_decoder=True,
+    )  # fmt: skip
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**VISION), decoder)
+    config.decoder_start_token_id = config.pad_token_id = config.eos_token_id = 0
+    model = VisionEncoderDecoderModel(config)
+    model.generation_config.decoder_start_token_id = 0
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = 0
+    _save(folder, model)
+    ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _save(folder: Path, model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():  # large enough for answers to depend on the picture
+        if weight.dim() > 1:
+            weight.data.normal_(0, 0.4, generator=generator)
+    model.save_pretrained(folder)
+
+
+__all__ = ["AutoTokenizer", "blip", "git", "llava", "vit_gpt2"]

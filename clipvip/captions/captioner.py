@@ -116,9 +116,7 @@ class Preparer:
             texts.append(self.processor.apply_chat_template([message], add_generation_prompt=True))
         first = self.processor.tokenizer.bos_token  # which a template writes itself, or not
         own = {"add_special_tokens": False} if first and texts[0].startswith(first) else {}
-        return self.processor(
-            images=pictures, text=texts, padding=True, return_tensors="pt", **own
-        )
+        return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt", **own)
 
     def _git(self, nested: list[list[Any]], flat: list[Any]) -> dict[str, Any]:
         tokenizer = self.processor.tokenizer
@@ -128,7 +126,10 @@ class Preparer:
         if self.at_once > 1:
             inputs["pixel_values"] = inputs["pixel_values"].unflatten(0, (-1, self.at_once))
         if self.prompt:
-            ids = [tokenizer.cls_token_id, *tokenizer(self.prompt, add_special_tokens=False).input_ids]
+            ids = [
+                tokenizer.cls_token_id,
+                *tokenizer(self.prompt, add_special_tokens=False).input_ids,
+            ]
             inputs["input_ids"] = torch.tensor([ids] * len(inputs["pixel_values"]))
         return inputs
 
@@ -194,7 +195,6 @@ class Captioner:
         processor = self.prepare.processor
         settings: list[Any] = [
             self.prepare.kind,
-            self.precision,
             processor.image_processor.to_dict(),
             getattr(processor, "chat_template", None),
             sorted(processor.tokenizer.get_vocab().items()),
@@ -220,23 +220,24 @@ class Captioner:
         answers to a clip's pictures, the one with the highest mean log-probability of its tokens is
         returned.
         """
-        several = self.prepare.at_once == 1 and max(counts, default=0) > 1
+        if not counts:
+            return []
+        several = self.prepare.at_once == 1 and max(counts) > 1
         begin = _Begin()
         given = tree_map_only(Tensor, self._sent, inputs)
+        options = {
+            "max_new_tokens": self.asking.length,
+            "num_beams": self.asking.beams,
+            "do_sample": False,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),
+            "logits_processor": LogitsProcessorList([begin]),
+            "return_dict_in_generate": True,
+            "output_logits": several and self.asking.beams == 1,
+            "output_scores": several and self.asking.beams > 1,  # for sequences_scores
+        }
         try:
-            found = self.model.generate(
-                **given,
-                max_new_tokens=self.asking.length,
-                num_beams=self.asking.beams,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                logits_processor=LogitsProcessorList([begin]),
-                return_dict_in_generate=True,
-                output_logits=several and self.asking.beams == 1,
-                output_scores=several and self.asking.beams > 1,  # for sequences_scores
-            )
+            with _quiet():
+                found = self.model.generate(**given, **options)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"the GPU's memory does not hold {len(counts)} clips at once; give a smaller "
@@ -247,7 +248,7 @@ class Captioner:
         tokens = found.sequences[:, begin.length :]
         answers = self._decoded(tokens)
         if not several:
-            return answers if self.prepare.at_once > 1 else answers[: len(counts)]
+            return answers
         likely = self._likelihoods(found, tokens)
         best, first = [], 0
         for count in counts:
@@ -327,9 +328,10 @@ def _preparer(source: str, config: Any, asking: Asking) -> Preparer:
 
 
 def _load(source: str, dtype: Any) -> Any:
-    model, report = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         source, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"the captioner is {source!r}, whose files lack {len(missing)} weights, the first "

@@ -28,10 +28,12 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-WORDS = (
-    "a the dog cat ball child red green runs jumps on grass water with and to left right "
-    "describe this image in one sentence these are frames of video it picture user assistant . :"
-).split()
+WORDS = [
+    *("a", "the", "dog", "cat", "ball", "child", "red", "green", "runs", "jumps", "on", "grass"),
+    *("water", "with", "and", "to", "left", "right", "describe", "this", "image", "in", "one"),
+    *("sentence", "these", "are", "frames", "of", "video", "it", "picture", "user", "assistant"),
+    *(".", ":"),
+]
 SIZE, PATCH = 32, 16
 TOWER = {
     "hidden_size": 32,
@@ -112,7 +114,11 @@ def llava(folder: Path, template: str | None = CHAT) -> Path:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
         text_config=LlamaConfig(
-            vocab_size=len(tokens), num_key_value_heads=2, max_position_embeddings=256, **TOWER, **ends
+            vocab_size=len(tokens),
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            **TOWER,
+            **ends,
         ),
         image_token_index=4,
         vision_feature_layer=-1,
@@ -138,7 +144,8 @@ def llava(folder: Path, template: str | None = CHAT) -> Path:
 def vit_gpt2(folder: Path) -> Path:
     inner, tokens = words("<|endoftext|>")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+        tokenizer_object=inner,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     )
     decoder = GPT2Config(
         vocab_size=len(tokens), n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,

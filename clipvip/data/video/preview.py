@@ -30,7 +30,7 @@ from clipvip.data.video.container import (
     open_video,
 )
 from clipvip.data.video.decode import UNSTABLE, open_clip
-from clipvip.data.video.pictures import upright_rgb
+from clipvip.data.video.pictures import fit, upright_rgb
 from clipvip.data.video.pixels import ONE_THREAD, open_image, orientation, rgb_of, turned
 from clipvip.data.video.strategies import Mismatch
 

@@ -92,8 +92,7 @@ def caption(
     options: dict[str, Any] = {"batch_size": batch_size, "max_bad_share": max_bad_share}
     if is_shards(os.fspath(source)):
         return caption_shards(captioner, os.fspath(source), Path(out), about, workers, **options)
-    with distributed.first_reports():
-        job = Job(Path(source), Path(out), about, **options)
+    job = Job(Path(source), Path(out), about, **options)
     with job.only_run() as finished:
         if finished is not None:
             return finished
@@ -171,16 +170,14 @@ class Job:
         batch_size: int = 16,
         max_bad_share: float = 0.05,
     ) -> None:
-        if out.suffix.lower() != ".jsonl":
-            raise ValueError(f"OUT is {shown(out)}; expected a name that ends in .jsonl")
-        if os.path.realpath(source) == os.path.realpath(out):
-            raise ValueError(f"OUT is {shown(out)}, as are the annotations; give another name")
+        with distributed.first_reports():
+            annotations = distributed.first_does(lambda: _hash(source, out))
         self.clips = Annotations(source)
         self.out, self.batch_size, self.max_bad_share = out, batch_size, max_bad_share
         self.overwrite, self.length = about["overwrite"], about["length"]
         self.head = {
             "format": FORMAT,
-            "annotations": distributed.first_does(lambda: sha256_of(source)),
+            "annotations": annotations,
             **{key: value for key, value in about.items() if key != "name"},
         }
         self.name = about["name"]
@@ -286,3 +283,14 @@ class Job:
             summary.add(record)
             # That a clip is unreadable now says nothing against a caption that it has.
             yield clip if record.left_out == UNREADABLE else replace(clip, caption=record.caption)
+
+
+def _hash(source: Path, out: Path) -> str:
+    """Hash the annotations. Raises ValueError if OUT cannot be the file of captions."""
+    if out.suffix.lower() != ".jsonl":
+        raise ValueError(f"OUT is {shown(out)}; expected a name that ends in .jsonl")
+    if os.path.realpath(source) == os.path.realpath(out):
+        raise ValueError(f"OUT is {shown(out)}, as are the annotations; give another name")
+    if not source.is_file():
+        raise ValueError(f"{shown(source)} is not a file; expected annotations (.jsonl) or shards")
+    return sha256_of(source)

@@ -118,9 +118,9 @@ def caption_shards(
     """Write shards with captions; see clipvip.captions.run.caption. The summary's counts of clips
     that were captioned or filtered are those of this run, not of those that it resumes."""
     settings = {key: value for key, value in about.items() if key != "name"}
+    copies = ShardCopies(source, out, settings)
     with ExitStack() as stack:
         with distributed.first_reports():
-            copies = ShardCopies(source, out, settings)
             stack.enter_context(distributed.first_enters(copies.only_run()))
             finished = distributed.first_does(copies.finished)
         captioner.start()

@@ -1,11 +1,14 @@
-"""Tiny captioners of several kinds with random weights, made from configurations."""
+"""Tiny captioners of several kinds with random weights, and a few short videos."""
 
+import json
 from pathlib import Path
 
+import av
+import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
-    AutoTokenizer,
     BertTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
@@ -49,8 +52,8 @@ CHAT = (
 )
 
 
-def words(*special: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words."""
+def words(*special: str) -> tuple[Tokenizer, list[str]]:
+    """A tokenizer of whole words, and its tokens."""
     tokens = [*special, *WORDS]
     inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, special[0]))
     inner.normalizer = normalizers.Lowercase()
@@ -170,4 +173,62 @@ def _save(folder: Path, model: torch.nn.Module) -> None:
     model.save_pretrained(folder)
 
 
-__all__ = ["AutoTokenizer", "blip", "git", "llava", "vit_gpt2"]
+COLOURS = [
+    (220, 30, 30),
+    (30, 200, 30),
+    (30, 30, 220),
+    (200, 200, 20),
+    (20, 200, 200),
+    (90, 90, 90),
+]
+
+
+KINDS = {"blip": blip, "git": git, "llava": llava, "vit_gpt2": vit_gpt2}
+
+
+@pytest.fixture(scope="session")
+def captioners(tmp_path_factory) -> dict[str, Path]:
+    """Kind of captioner → folder."""
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in KINDS.items()}
+
+
+@pytest.fixture(scope="session")
+def make_captioner():
+    """make_captioner(kind, folder, **options) → folder, for captioners that differ from those."""
+    return lambda kind, folder, **options: KINDS[kind](folder, **options)
+
+
+def write_video(path: Path, colours, size=(48, 32)) -> Path:
+    """A video of one frame per colour, with noise that tells frames apart."""
+    noise = np.random.default_rng(len(colours)).integers(0, 60, (size[1], size[0], 3))
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for number, colour in enumerate(colours):
+            pixels = np.clip(np.roll(noise, number * 5, 1) + colour, 0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def annotations(tmp_path_factory) -> Path:
+    """Annotations of eleven clips: videos, spans, an image, one with a caption, one missing."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("clips")
+    records = []
+    for number, colour in enumerate(COLOURS):
+        write_video(folder / f"{number}.mp4", [colour, COLOURS[number - 1], colour, colour[::-1]])
+        records.append({"video": f"{number}.mp4", "text": f"text {number}"})
+    Image.fromarray(np.full((30, 50, 3), (250, 120, 10), np.uint8)).save(folder / "other.png")
+    records += [
+        {"video": "0.mp4", "start": 0.1, "end": 0.3, "subtitle": "so now"},
+        {"video": "1.mp4", "caption": "an old caption", "text": ["one", "two"]},
+        {"video": "missing.mp4", "text": "nobody sees it"},
+        {"video": "other.png"},
+        {"video": "2.mp4", "image": "other.png", "subtitle": "this is it"},
+    ]
+    path = folder / "clips.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path

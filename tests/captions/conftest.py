@@ -186,6 +186,15 @@ COLOURS = [
 KINDS = {"blip": blip, "git": git, "llava": llava, "vit_gpt2": vit_gpt2}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads cost such small models more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def captioners(tmp_path_factory) -> dict[str, Path]:
     """Kind of captioner → folder."""

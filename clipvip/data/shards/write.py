@@ -133,10 +133,11 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if old.get(key) != value:
             other = {"annotations": "other annotations", "coding": "another video coding"}
+            other |= {"shards": "other shards", "model": "another model"}
             was = other.get(key, f"{key}={old.get(key)}")
             raise ShardError(
                 f"{out} holds shards made with {was}; give another folder, or the same "
-                "annotations and options to resume"
+                f"{'shards' if 'shards' in settings else 'annotations'} and options to resume"
             )
 
 

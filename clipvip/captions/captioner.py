@@ -13,6 +13,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from transformers.utils import logging
 
 from clipvip.embedding import precision_of
 from clipvip.files import shown
-from clipvip.model.pretrained import found, no_bars
+from clipvip.model.pretrained import found, no_bars, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -164,6 +165,12 @@ class Captioner:
         self.source, self.asking = source, asking
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with found("the captioner", source), _packages(source), no_bars(), _quiet():
+            if os.path.isfile(source):
+                raise ValueError(
+                    f"the captioner is {source!r}, a file; expected a folder as transformers saves "
+                    "it, or a name on the Hugging Face hub"
+                )
+            read_json(source, "config.json", {})  # fails sooner than transformers if it is absent
             config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
             if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
                 raise ValueError(

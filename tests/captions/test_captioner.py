@@ -216,6 +216,18 @@ def test_code_of_a_models_author_is_not_run(captioners, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_in_weights_is_not_run(captioners, tmp_path):
+    class Planted:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    copy = shutil.copytree(captioners["blip"], tmp_path / "a")
+    (copy / "model.safetensors").unlink()
+    torch.save({"a": Planted()}, copy / "pytorch_model.bin")
+    assert "holds more than weights" in refused(copy)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_model_that_needs_torchvision_says_so(captioners, tmp_path):
     copy = changed(
         captioners["llava"], tmp_path / "a", "processor_config.json",

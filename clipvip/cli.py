@@ -636,11 +636,9 @@ def caption(
             Unreadable clips stay in OUT as they are, and are listed: in OUT/bad_files.jsonl, or
             beside OUT.jsonl in OUT.bad_files.jsonl.
     """
-    from clipvip import distributed
-    from clipvip.captions import Asking
-    from clipvip.captions import caption as caption_clips
+    from clipvip.captions import Asking, caption_and_leave
 
-    summary = caption_clips(
+    caption_and_leave(
         model,
         source,
         out,
@@ -651,9 +649,6 @@ def caption(
         mixed_precision=mixed_precision,
         max_bad_share=max_bad_share,
     )
-    if distributed.rank() == 0:
-        print(f"{shown(out)}: " + "\n".join(summary.lines(length)))
-    distributed.leave(0)
 
 
 def verify(

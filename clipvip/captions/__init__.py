@@ -5,8 +5,17 @@ use; journal.py keeps what is done; run.py and shards.py caption annotations and
 """
 
 from clipvip.captions.captioner import Asking, Captioner
-from clipvip.captions.run import Job, caption
+from clipvip.captions.run import Job, caption, caption_and_leave
 from clipvip.captions.summary import Summary
 from clipvip.captions.work import ClipCaptioner, Record
 
-__all__ = ["Asking", "Captioner", "ClipCaptioner", "Job", "Record", "Summary", "caption"]
+__all__ = [
+    "Asking",
+    "Captioner",
+    "ClipCaptioner",
+    "Job",
+    "Record",
+    "Summary",
+    "caption",
+    "caption_and_leave",
+]

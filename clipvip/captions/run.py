@@ -103,6 +103,16 @@ def caption(
             return distributed.first_does(job.finish)
 
 
+def caption_and_leave(
+    model: str, source: str, out: Path, *, asking: Asking, **options: Any
+) -> None:
+    """Caption clips and print what the run came to, as a command; end a rank's process."""
+    summary = caption(model, source, out, asking=asking, **options)
+    if distributed.rank() == 0:
+        print(f"{shown(out)}: " + "\n".join(summary.lines(asking.length)))
+    distributed.leave(0)
+
+
 def _about(captioner: Captioner, overwrite: bool) -> dict[str, Any]:
     """Return all that captions depend on, except for the data."""
     asking, prepare = captioner.asking, captioner.prepare

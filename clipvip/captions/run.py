@@ -92,6 +92,8 @@ def caption(
     workers = _worker_count(num_workers)
     options: dict[str, Any] = {"batch_size": batch_size, "max_bad_share": max_bad_share}
     if is_shards(os.fspath(source)):
+        if Path(out).suffix.lower() == ".jsonl":
+            raise ValueError(f"OUT is {shown(out)}; expected the folder to write shards to")
         return caption_shards(captioner, os.fspath(source), Path(out), about, workers, **options)
     job = Job(Path(source), Path(out), about, **options)
     with job.only_run() as finished:

@@ -89,7 +89,7 @@ def write_shards(
         "seed": seed,
     }
     with only_run(out, "writes shards", ShardError):
-        _check_settings(out, settings)
+        check_settings(out, settings)
         order = np.random.default_rng(seed).permutation(len(clips))
         plan = np.split(order, range(clips_per_shard, len(clips), clips_per_shard))
         names = [_shard_name(number) for number in range(len(plan))]
@@ -110,7 +110,7 @@ def _shard_name(number: int) -> str:
     return f"{number:05d}.tar"
 
 
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new folder; raise ShardError if it holds shards of other settings,
     or of another tool."""
     path = out / "settings.json"
@@ -133,10 +133,11 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if old.get(key) != value:
             other = {"annotations": "other annotations", "coding": "another video coding"}
+            other |= {"shards": "other shards", "model": "another model"}
             was = other.get(key, f"{key}={old.get(key)}")
             raise ShardError(
                 f"{out} holds shards made with {was}; give another folder, or the same "
-                "annotations and options to resume"
+                f"{'shards' if 'shards' in settings else 'annotations'} and options to resume"
             )
 
 

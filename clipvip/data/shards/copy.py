@@ -140,7 +140,7 @@ class ShardCopies:
                                 sample.members = _captioned(sample.members, captions[place])
                             tar.write({"__key__": sample.key, **sample.members})
                             tally.clips += 1
-                            _count_texts(tally, sample, url)
+                            _count(tally, sample, url)
                     out.flush()
                     os.fsync(out.fileno())
                 partial.replace(self.out / name)
@@ -185,8 +185,9 @@ def _captioned(members: dict[str, bytes], caption: str | None) -> dict[str, byte
     return {**members, "json": json_line(record)}
 
 
-def _count_texts(tally: Tally, sample: Packed, url: str) -> None:
+def _count(tally: Tally, sample: Packed, url: str) -> None:
     try:
-        tally.add_texts(unpack(sample, url).clip)
+        clip, video, _, _ = unpack(sample, url)
     except DecodeError:
         return  # it stays in the tar, and training lists it
+    tally.add(clip, video)

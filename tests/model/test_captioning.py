@@ -17,7 +17,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from clipvip.model import CLIPViPConfig, CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
-from clipvip.model.captioning import load_decoder, token_losses
+from clipvip.model import captioning as module
+from clipvip.model.captioning import leaves_out_padding, load_decoder, token_losses
 from clipvip.model.configuration import CAPTIONING
 from clipvip.model.decoder_tokenizer import load_decoder_tokenizer
 
@@ -54,10 +55,12 @@ def shapes(kind="gpt2", tokens="proxies", pooling="proxy", **decoder):
     )
 
 
-def captioner(*given, **decoder):
+def captioner(kind="gpt2", tokens="proxies", pooling="proxy", **decoder):
     """A model whose decoder is sure of itself, so that ties and rounding decide nothing."""
+    if (tokens, pooling) != ("proxies", "proxy") and not leaves_out_padding(kind):
+        pytest.skip("this version of transformers ignores the mask of padding; see below")
     torch.manual_seed(0)
-    model = CLIPViPForCaptioning(shapes(*given, **decoder)).eval()
+    model = CLIPViPForCaptioning(shapes(kind, tokens, pooling, **decoder)).eval()
     with torch.no_grad():
         for parameter in model.decoder.parameters():
             parameter.mul_(5)
@@ -122,6 +125,18 @@ def test_a_video_is_described_as_if_it_were_alone(kind, tokens, pooling):
             (text,) = model.generate(video, num_beams=3, max_new_tokens=8)
             assert written[row, : len(text)].tolist() == text.tolist()
             assert set(written[row, len(text) :].tolist()) <= {PAD}
+
+
+def test_no_decoder_attends_to_padding(monkeypatch):
+    """As GPT-2 does in some versions of transformers, which is noticed and refused."""
+    assert leaves_out_padding("bert") and leaves_out_padding.cache_info().currsize
+    model = captioner("bert", "all")
+    monkeypatch.setattr(module, "leaves_out_padding", lambda kind: False)
+    with pytest.raises(RuntimeError, match=r"bert of transformers .* upgrade transformers, or ca"):
+        model.generate(*videos(2, 3), max_new_tokens=2)
+    model.generate(*videos(3, 3), max_new_tokens=2)
+    model.config.decoder_tokens = "proxies"  # of which all videos have the same number
+    model.generate(*videos(2, 3), max_new_tokens=2)
 
 
 @WHOLE

@@ -103,8 +103,8 @@ def train(
 def evaluate(
     model: Model,
     annotations: Annotations,
-    task: Literal["retrieval", "captioning"] | None = None,
     out: Path | None = None,
+    task: Literal["retrieval", "captioning"] | None = None,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
 ) -> None:
@@ -116,8 +116,8 @@ def evaluate(
       clipvip eval run/last test.jsonl --out scores.json
 
     Args:
-        task: What to measure, by default captioning if the model has a decoder, else retrieval.
         out: Also write the scores, and all captions, to this JSON file.
+        task: What to measure, by default captioning if the model has a decoder, else retrieval.
     """
     from clipvip.training.evaluate import evaluate_checkpoint
 

@@ -1,5 +1,6 @@
 """What several test folders share."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -87,3 +88,21 @@ def cuda() -> str:
 def device(request) -> str:
     """Where kernels run: the CPU, then a GPU where there is one."""
     return request.getfixturevalue("cuda") if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path: Path) -> Path:
+    """A tiny language model such as gpt2: byte-level tokens, no start token, no padding."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    words = {token: number for number, token in enumerate(bytes_to_unicode().values())}
+    words["<|endoftext|>"] = len(words)
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    sizes = {"n_layer": 2, "n_embd": 24, "n_head": 2, "n_positions": 32}
+    shapes = GPT2Config(vocab_size=257, bos_token_id=256, eos_token_id=256, **sizes)
+    GPT2LMHeadModel(shapes).save_pretrained(folder)
+    return folder

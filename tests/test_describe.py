@@ -4,6 +4,8 @@ import json
 import os
 import sys
 
+import av
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPTokenizer
@@ -12,7 +14,6 @@ from clipvip import cli
 from clipvip.captioning import caption_clips, has_decoder, load_for_captioning
 from clipvip.describe import describe
 from clipvip.model import CLIPViPConfig, CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
-from tests.test_planted_files import write_clip
 
 ODD = os.fsdecode(b"caf\xe9 \x1b[31mred\n.mp4")
 HERE = {"num_workers": 0, "device": "cpu", "mixed_precision": "no", "length": 6}
@@ -50,8 +51,15 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
-    write_clip(folder / "a.mp4", [i / 25 for i in range(60)])
-    write_clip(folder / ODD, [i / 25 for i in range(10)], kind="mp4")
+    for name, frames in {"a.mp4": 20, ODD: 4}.items():
+        with av.open(str(folder / name), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.width = stream.height = 64
+            stream.pix_fmt = "yuv420p"
+            for number in range(frames):
+                pixels = np.full((64, 64, 3), (220, 30, 12 * number), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
     return folder
 
 

@@ -12,12 +12,17 @@ which CLIPViPModel leaves the latter out, and captioning.
 import copy
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
+from logging import LogRecord, getLogger
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BertLMHeadModel,
@@ -37,6 +42,17 @@ from clipvip.model.pretrained import cached, found, quiet_load, read_json
 from clipvip.model.vision import proxy_starts
 
 _CLASSES: dict[str, Any] = {"gpt2": GPT2LMHeadModel, "bert": BertLMHeadModel}
+_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+_TINY: dict[str, dict[str, Any]] = {  # shapes; the weights are large enough to tell videos apart
+    "gpt2": {"n_layer": 1, "n_embd": 8, "n_head": 1, "initializer_range": 1.0},
+    "bert": {
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "initializer_range": 1.0,
+    },
+}
 # Weights that a language model without cross-attention lacks.
 _CROSS_ATTENTION = re.compile(r"\.(crossattention|ln_cross_attn)\.")
 # Weights of published models that no decoder uses.
@@ -199,6 +215,12 @@ class CLIPViPForCaptioning(CLIPViPModel):
         longest = int(lengths.max()) if len(lengths) else 0
         mask = torch.arange(longest, device=tokens.device) < lengths[:, None]
         bridged = self.bridge(tokens)
+        kind = self.decoder.config.model_type
+        if not leaves_out_padding(kind) and not mask.all():
+            raise RuntimeError(
+                f"the {kind} of transformers {transformers.__version__} would attend to padding "
+                "behind shorter videos; upgrade transformers, or caption videos of one length"
+            )
         memory = bridged.new_zeros(*mask.shape, bridged.shape[-1])
         return memory.masked_scatter(mask[..., None], bridged), mask
 
@@ -242,14 +264,50 @@ class CLIPViPForCaptioning(CLIPViPModel):
         # Renamed within version 5 of transformers.
         known = signature(self.decoder.forward).parameters
         seen["cache" if "cache" in known else "past_key_values"] = cache
-        return self.decoder.generate(
-            start,
-            generation_config=GenerationConfig(**(given | options)),
-            attention_mask=torch.ones_like(start),
-            encoder_hidden_states=memory,
-            synced_gpus=False,  # under FSDP it would wait for ranks that generate less often
-            **seen,
-        )
+        with _no_advice_on_padding():
+            return self.decoder.generate(
+                start,
+                generation_config=GenerationConfig(**(given | options)),
+                attention_mask=torch.ones_like(start),
+                encoder_hidden_states=memory,
+                synced_gpus=False,  # under FSDP it would wait for ranks that generate less often
+                **seen,
+            )
+
+
+@cache
+def leaves_out_padding(kind: str) -> bool:
+    """Whether the installed transformers' decoder of this kind attends to no padding of videos: the
+    GPT-2 of some versions, such as 5.4, ignores encoder_attention_mask."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(), torch.device("cpu"):
+        config = decoder_config({"model_type": kind, "vocab_size": 4, **_TINY[kind], **_NO_TOKENS})
+        decoder = _CLASSES[kind]._from_config(config).float().eval()
+        text, video = torch.zeros(1, 1, dtype=torch.int64), torch.randn(1, 2, 8)
+        with torch.autocast("cpu", enabled=False):
+            whole = decoder(
+                input_ids=text,
+                encoder_hidden_states=video,
+                encoder_attention_mask=torch.tensor([[True, False]]),
+                use_cache=False,
+            )
+            alone = decoder(input_ids=text, encoder_hidden_states=video[:, :1], use_cache=False)
+        return torch.allclose(whole.logits, alone.logits, atol=1e-5)
+
+
+@contextmanager
+def _no_advice_on_padding() -> Iterator[None]:
+    """Silence transformers' advice to pass an attention mask: where the start token is also that of
+    padding, it gives it although generate was passed one, which it drops."""
+
+    def wanted(record: LogRecord) -> bool:
+        return "We strongly recommend passing in an `attention_mask`" not in record.getMessage()
+
+    source = getLogger("transformers.modeling_utils")
+    source.addFilter(wanted)
+    try:
+        yield
+    finally:
+        source.removeFilter(wanted)
 
 
 def token_losses(

@@ -105,7 +105,7 @@ class DataConfig:
     # processor (for a plain CLIP 12, 77, false, uniform, crop). The run's processor saves them.
     num_frames: int | None = None
     # Tokens per text; longer texts are truncated. Beyond the positions of the model, its positions
-    # are interpolated to this number.
+    # are interpolated to this number (not for captioning, whose decoder reads the texts).
     text_length: int | None = None
     paragraph: bool | None = None  # join all texts of a clip into one, also in evaluation
     # Which frames are read: "uniform", "fps:R", "clip:R", or "authors", as in the authors' code.

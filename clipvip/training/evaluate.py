@@ -200,20 +200,19 @@ def evaluate_checkpoint(
 
     Raises ValueError if a model without a decoder is to caption.
     """
-    if task is None:
-        task = "captioning" if has_decoder(checkpoint) else "retrieval"
     state = distributed.start(TrainConfig.timeout)
     with watch.Watch(TrainConfig.lost_after):
         clips = load_annotations(annotations)
         given_backend = {} if backend is None else {"attention_backend": backend}
-        captions = task == "captioning"
+        captions = has_decoder(checkpoint) if task is None else task == "captioning"
         load: Any = load_for_captioning if captions else load_for_embedding
         model, processor = load(checkpoint, **given_backend)
         model.to(state.device)
         precision = precision_on(model, mixed_precision)
         measure: Any = evaluate_captions if captions else evaluate
         result = measure(model, clips, processor, mixed_precision=precision, **options)
-    given = {"checkpoint": str(checkpoint), "annotations": str(annotations), "task": task}
+    given = {"checkpoint": str(checkpoint), "annotations": str(annotations)}
+    given["task"] = "captioning" if captions else "retrieval"
     result = {**given, "mixed_precision": precision, **result}
     if state.is_main_process:
         try:

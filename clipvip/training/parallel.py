@@ -26,8 +26,12 @@ COMPILED_GRAPHS = 32
 
 def layers(model: CLIPViPModel) -> list[nn.Module]:
     """Return the layers of both towers, and of a captioner's decoder."""
-    towers = [*model.text_model.encoder.layers, *model.vision_model.encoder.layers]
-    return towers + (model.decoder_layers() if isinstance(model, CLIPViPForCaptioning) else [])
+    decoder = model.decoder_layers() if isinstance(model, CLIPViPForCaptioning) else []
+    return [*_tower_layers(model), *decoder]
+
+
+def _tower_layers(model: CLIPViPModel) -> list[nn.Module]:
+    return [*model.text_model.encoder.layers, *model.vision_model.encoder.layers]
 
 
 def compile_layers(model: CLIPViPModel, only_text: bool = False) -> None:
@@ -38,7 +42,7 @@ def compile_layers(model: CLIPViPModel, only_text: bool = False) -> None:
     # without padding, and batches of one clip each need a graph of their own.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_GRAPHS)
-    for layer in model.text_model.encoder.layers if only_text else layers(model):
+    for layer in model.text_model.encoder.layers if only_text else _tower_layers(model):
         layer.compile(dynamic=True)
 
 

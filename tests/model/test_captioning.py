@@ -11,13 +11,12 @@ from transformers import (
     BertConfig,
     BertForPreTraining,
     CLIPTokenizer,
-    GPT2Config,
     GPT2LMHeadModel,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from clipvip.model import CLIPViPConfig, CLIPViPForCaptioning, CLIPViPModel, CLIPViPProcessor
-from clipvip.model.captioning import load_decoder, token_losses
+from clipvip.model import captioning as module
+from clipvip.model.captioning import leaves_out_padding, load_decoder, token_losses
 from clipvip.model.configuration import CAPTIONING
 from clipvip.model.decoder_tokenizer import load_decoder_tokenizer
 
@@ -54,10 +53,12 @@ def shapes(kind="gpt2", tokens="proxies", pooling="proxy", **decoder):
     )
 
 
-def captioner(*given, **decoder):
+def captioner(kind="gpt2", tokens="proxies", pooling="proxy", **decoder):
     """A model whose decoder is sure of itself, so that ties and rounding decide nothing."""
+    if (tokens, pooling) != ("proxies", "proxy") and not leaves_out_padding(kind):
+        pytest.skip("this version of transformers ignores the mask of padding; see below")
     torch.manual_seed(0)
-    model = CLIPViPForCaptioning(shapes(*given, **decoder)).eval()
+    model = CLIPViPForCaptioning(shapes(kind, tokens, pooling, **decoder)).eval()
     with torch.no_grad():
         for parameter in model.decoder.parameters():
             parameter.mul_(5)
@@ -122,6 +123,18 @@ def test_a_video_is_described_as_if_it_were_alone(kind, tokens, pooling):
             (text,) = model.generate(video, num_beams=3, max_new_tokens=8)
             assert written[row, : len(text)].tolist() == text.tolist()
             assert set(written[row, len(text) :].tolist()) <= {PAD}
+
+
+def test_no_decoder_attends_to_padding(monkeypatch):
+    """As GPT-2 does in some versions of transformers, which is noticed and refused."""
+    assert leaves_out_padding("bert") and leaves_out_padding.cache_info().currsize
+    model = captioner("bert", "all")
+    monkeypatch.setattr(module, "leaves_out_padding", lambda kind: False)
+    with pytest.raises(RuntimeError, match=r"bert of transformers .* upgrade transformers, or ca"):
+        model.generate(*videos(2, 3), max_new_tokens=2)
+    model.generate(*videos(3, 3), max_new_tokens=2)
+    model.config.decoder_tokens = "proxies"  # of which all videos have the same number
+    model.generate(*videos(2, 3), max_new_tokens=2)
 
 
 @WHOLE
@@ -292,20 +305,6 @@ def test_a_stranger_chooses_no_code_and_fetches_nothing(tmp_path, monkeypatch):
     assert model.generate(pixels, offsets, num_beams=1, max_new_tokens=6).shape[1] > 3
 
 
-def gpt2_folder(folder: Path, **settings) -> Path:
-    """A language model such as gpt2: byte-level tokens, no start token, no padding."""
-    folder.mkdir()
-    words = {token: number for number, token in enumerate(bytes_to_unicode().values())}
-    words["<|endoftext|>"] = len(words)
-    (folder / "vocab.json").write_text(json.dumps(words))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    sizes = {"n_layer": 2, "n_embd": 24, "n_head": 2, "n_positions": 32}
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=257, bos_token_id=256, eos_token_id=256, **sizes | settings)
-    ).save_pretrained(folder)
-    return folder
-
-
 def bert_folder(folder: Path) -> Path:
     folder.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", ",", "."]
@@ -316,10 +315,10 @@ def bert_folder(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("make", [gpt2_folder, bert_folder])
-def test_a_language_model_becomes_a_decoder(make, tmp_path, monkeypatch):
+@KINDS
+def test_a_language_model_becomes_a_decoder(kind, gpt2_folder, tmp_path):
     """With its weights, new cross-attention, and texts from a start to an end token."""
-    folder = make(tmp_path / "lm")
+    folder = gpt2_folder if kind == "gpt2" else bert_folder(tmp_path / "lm")
     tokenizer = load_decoder_tokenizer(folder)
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     texts = ["a dog runs.", "a"]
@@ -333,7 +332,7 @@ def test_a_language_model_becomes_a_decoder(make, tmp_path, monkeypatch):
     assert len(cut) == 4 and cut[-1] == end  # a text that is cut off ends too
 
     decoder = load_decoder(folder, tokenizer)
-    plain = (GPT2LMHeadModel if make is gpt2_folder else BertForPreTraining).from_pretrained(folder)
+    plain = (GPT2LMHeadModel if kind == "gpt2" else BertForPreTraining).from_pretrained(folder)
     new = [name for name, _ in decoder.named_parameters() if name not in plain.state_dict()]
     assert new and all("cross" in name for name in new)
     model = CLIPViPModel(shapes())
@@ -365,8 +364,8 @@ def test_a_language_model_becomes_a_decoder(make, tmp_path, monkeypatch):
         again.fit(joined.config)
 
 
-def test_a_language_model_that_does_not_fit_its_configuration_is_refused(tmp_path):
-    folder = gpt2_folder(tmp_path / "lm")
+def test_a_language_model_that_does_not_fit_its_configuration_is_refused(gpt2_folder, tmp_path):
+    folder = gpt2_folder
     tokenizer = load_decoder_tokenizer(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())

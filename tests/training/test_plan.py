@@ -190,6 +190,43 @@ def test_memory_with_lora_is_what_the_model_keeps(wide, precision, targets):
     assert kept == pytest.approx(predicted, rel=0.15, abs=2**18)
 
 
+@pytest.mark.parametrize("tokens", ["proxies", "all"])
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("frozen", ["", "'vision_model.*'"])
+def test_operations_and_memory_of_a_captioner_are_those_of_the_model(
+    make_config, tokens, kind, frozen
+):
+    width = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
+    width |= {"intermediate_size": 300, "max_position_embeddings": 40}
+    if kind == "gpt2":
+        width = {"n_embd": 192, "n_layer": 2, "n_head": 2, "n_positions": 40}
+    config = make_config(
+        *("task=captioning", f"model.decoder.tokens={tokens}", f"model.freeze=[{frozen}]"),
+        f"model.decoder.config={json.dumps({'model_type': kind} | width)}",
+        *("model.config.vision_config.hidden_size=128", "batch_size=4"),
+        *("model.config.vision_config.intermediate_size=512", "data.num_frames=1"),
+        "model.config.vision_config.image_size=96",
+    )
+    model, processor = build_model(config, None)
+    model.decoder.config._attn_implementation = "eager"  # SDPA's would not be counted
+    batch = {
+        "pixel_values": torch.randint(256, (4, 3, 96, 96), dtype=torch.uint8),
+        "frame_offsets": torch.arange(5, dtype=torch.int32),
+        "text_ids": torch.randint(500, (4, 32)),
+        "text_mask": torch.ones(4, 32, dtype=torch.int64),
+    }
+    towers, predicted = task_of(config).towers(model, processor), plan(model, config, 1)
+    with FlopCounterMode(display=False) as counter:
+        losses = towers(batch)["loss"]
+    assert counter.get_total_flops() == pytest.approx(4 * predicted.tower_flops, rel=0.01)
+    with FlopCounterMode(display=False) as counter:
+        losses.sum().backward()
+    assert counter.get_total_flops() == pytest.approx(4 * predicted.backward_flops, rel=0.02)
+    if frozen:  # as others measure the tower's own
+        kept = bytes_kept(lambda: towers(batch), towers.parameters())
+        assert kept == pytest.approx(predicted.activation_bytes, rel=0.2)
+
+
 def test_memory_with_checkpoints_is_what_is_kept_and_a_layers_insides(wide):
     config, towers, batch = wide(10, "backend=native", "model.gradient_checkpointing=true")
     kept = bytes_kept(lambda: towers(batch), towers.parameters())

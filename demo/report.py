@@ -1,4 +1,5 @@
-"""The demo's results to look at: a picture of curves and figures, and a page of found clips."""
+"""The demo's results to look at: a picture of curves and figures, and a page of clips with what was
+found and said."""
 
 import base64
 import html
@@ -23,11 +24,11 @@ PAINT = {"clip_vip": "#2f6fed", "mean_pool": "#e08a1e", "chance": "#b8bec9"}
 STAGES = {"pretrain": "post-pretraining", "finetune": "fine-tuning"}
 STRIP_FRAMES, STRIP_SIZE = 6, 64
 SHOWN, QUERIES = 3, 12  # clips per query, queries per page
-FILM_QUERIES = 6
+FILM_QUERIES, CAPTIONED = 6, 12
 
 
 def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -> None:
-    """Plot training loss, validation recall and held-out recall side by side.
+    """Plot training loss and validation recall of retrieval, and held-out figures, side by side.
 
     runs: model → stage → folder of the run, whose metrics.jsonl is read.
     """
@@ -39,7 +40,7 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
     for name, stages in runs.items():
         begun = 0
         curve: list[tuple[int, float]] = []
-        for number, folder in enumerate(stages.values()):
+        for number, folder in enumerate(stages[stage] for stage in STAGES):
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
             losses = [(begun + row["step"], row["loss"]) for row in rows if "loss" in row]
             label = NAMES[name] if number == 0 else None
@@ -73,25 +74,32 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
     cuts = ("R@1", "R@5", "R@10")
     for place, name in enumerate(("chance", "mean_pool", "clip_vip")):
         values = [results[name]["text_to_video"][cut] for cut in cuts]
-        at = [cut + 0.27 * (place - 1) for cut in range(len(cuts))]
+        values.append(results[name]["captions"]["exact"])
+        at = [group + 0.27 * (place - 1) for group in range(len(values))]
         drawn = bars.bar(at, values, 0.25, color=PAINT[name], label=NAMES.get(name, name))
         bars.bar_label(drawn, fmt="%.0f", padding=1, fontsize=8)
-    bars.set_xticks(range(len(cuts)), cuts)
+    bars.set_xticks(range(len(cuts) + 1), [*cuts, "captions"])
     bars.set_ylim(0, 118)
     bars.set_yticks(range(0, 101, 20))
     bars.grid(axis="x", visible=False)
     bars.legend(frameon=False, loc="upper left", ncols=3, fontsize=8, columnspacing=1)
-    bars.set_title("text → video on held-out clips, %", loc="left", fontweight="bold")
+    bars.set_title("text → video, captions, held-out clips, %", loc="left", fontweight="bold")
     figure.savefig(out, dpi=150)
     plt.close(figure)
 
 
 def page(
-    found: dict[str, dict[str, Found]], results: dict[str, Any], picture: Path, out: Path
+    found: dict[str, dict[str, Found]],
+    captions: dict[str, list[dict[str, Any]]],
+    results: dict[str, Any],
+    picture: Path,
+    out: Path,
 ) -> None:
-    """Write one self-contained HTML file: the figures, and queries beside what they found.
+    """Write one self-contained HTML file: the figures, queries beside what they found, and clips
+    beside their captions.
 
     found: model → "clips" or "films" → what was found there.
+    captions: model → a row per clip, the same clips for each model.
     """
     clips, shots = found["clip_vip"]["clips"], found["clip_vip"]["films"]
     sentence = {str(clip.video.resolve()): clip.text[0] for clip, _ in clips}
@@ -100,12 +108,17 @@ def page(
         for number in _spread(len(clips), QUERIES)
     )
     films = "\n".join(_film_card(*shots[number]) for number in _spread(len(shots), FILM_QUERIES))
+    said = "\n".join(
+        _caption_card({name: captions[name][number] for name in NAMES})
+        for number in _spread(len(clips), CAPTIONED)
+    )
     chart = base64.b64encode(picture.read_bytes()).decode()
     out.write_text(
         TEMPLATE.replace("{{count}}", str(len(clips)))
         .replace("{{figures}}", _figures(results))
         .replace("{{chart}}", chart)
         .replace("{{films}}", films)
+        .replace("{{captions}}", said)
         .replace("{{cards}}", cards),
         encoding="utf-8",
     )
@@ -131,6 +144,7 @@ def _figures(results: dict[str, Any]) -> str:
             for cut in ("R@1", "R@5", "R@10")
         )
         cells += f"<td>{results[key]['films']['R@1']:.1f}</td>"
+        cells += f"<td>{results[key]['captions']['exact']:.1f}</td>"
         rows.append(f'<tr class="{key}"><th>{name}</th>{cells}</tr>')
     return "".join(rows)
 
@@ -169,6 +183,20 @@ def _film_card(query: Clip, hits: list[Hit]) -> str:
     )
 
 
+def _caption_card(rows: dict[str, dict[str, Any]]) -> str:
+    """A clip's frames, its sentence, and each model's caption of it."""
+    row = rows["clip_vip"]
+    lines = "".join(
+        f'<p class="{"hit" if said["caption"] == said["texts"][0] else "miss"}">'
+        f"<b>{NAMES[name]}</b> {html.escape(said['caption'])}</p>"
+        for name, said in rows.items()
+    )
+    return (
+        f'<section class="said"><img src="{_strip(Path(row["video"]))}" '
+        f'alt="frames of the clip, first to last">{lines}</section>'
+    )
+
+
 def _found(place: int, hit: Hit, sentence: str, right: bool) -> str:
     path = Path(hit.path)
     clip = base64.b64encode(path.read_bytes()).decode()
@@ -195,7 +223,7 @@ def _strip(video: Path, start: float | None = None, end: float | None = None) ->
 TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>CLIP-ViP demo: text-video retrieval</title>
+<title>CLIP-ViP demo: text-video retrieval and captions</title>
 <style>
 :root { --ink: #1c2430; --soft: #667085; --line: #e4e8ef; --good: #16874a; --bad: #b4541a }
 * { box-sizing: border-box }
@@ -224,6 +252,10 @@ h3 { font-size: 13px; font-weight: 600; margin: 0 0 8px; display: flex;
 .film i { position: absolute; top: 0; height: 8px; min-width: 4px; border-radius: 4px;
   background: #2f6fed }
 section > img { max-width: 100%; border-radius: 4px }
+.said p { margin: 6px 0 0; display: flex; justify-content: space-between }
+.said p.hit { color: var(--good) } .said p.miss { color: var(--bad) }
+.said b { font-weight: 500; color: var(--soft) }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 0 18px }
 .hit { color: var(--good) } .miss { color: var(--bad) }
 figure { display: grid; grid-template-columns: 18px 64px 1fr; gap: 3px 8px; align-items: center;
   margin: 0 0 8px; padding: 7px 8px; border: 1px solid var(--line); border-radius: 8px }
@@ -241,11 +273,12 @@ figcaption i { font-style: normal; color: var(--soft); font-variant-numeric: tab
 <p>A small CLIP-ViP was post-pretrained from scratch on noisy speech and captions, then fine-tuned,
 on clips of moving shapes. Here are {{count}} clips it never saw. Beside it is the same network with
 mean-pooled frames and no video proxies: it sees the same pictures, but a motion and its reverse
-look the same to it.</p>
+look the same to it. Beside each, a small decoder learned to write the sentence of a clip.</p>
 <div class="panel scroll"><table>
 <thead><tr><th></th><th colspan="3">text → video, %</th><th colspan="3">video → text, %</th>
-<th>films, %</th></tr>
-<tr><th></th><th>R@1</th><th>R@5</th><th>R@10</th><th>R@1</th><th>R@5</th><th>R@10</th><th>R@1</th></tr></thead>
+<th>films, %</th><th>captions, %</th></tr>
+<tr><th></th><th>R@1</th><th>R@5</th><th>R@10</th><th>R@1</th><th>R@5</th><th>R@10</th><th>R@1</th>
+<th>exact</th></tr></thead>
 <tbody>{{figures}}</tbody></table></div>
 <div class="panel"><img src="data:image/png;base64,{{chart}}"
  alt="training loss, validation recall and held-out recall of both models"></div>
@@ -254,6 +287,10 @@ look the same to it.</p>
 CLIP-ViP searched overlapping windows of the films, which know nothing of the cuts. A moment counts
 as found if it and the true shot share at least half of what they cover together.</p>
 {{films}}
+<h1>What does it show?</h1>
+<p>Captions of clips that no model saw, by decoders that read the four proxies of CLIP-ViP or the
+tokens of single frames. Green ones equal the clip's own sentence.</p>
+<div class="two">{{captions}}</div>
 <h1>Which clip is it?</h1>
 <p>The first three clips that each model found.</p>
 {{cards}}

@@ -1,8 +1,8 @@
 """Train text-video retrieval from scratch on one small machine: `python -m demo.run`.
 
 Renders clips, post-pretrains and fine-tunes a small CLIP-ViP on them through the package's own
-trainer, does the same with mean-pooled frames, and measures both on clips that neither has seen,
-and on films in which those clips follow each other.
+trainer, and trains a decoder that captions them. Does the same with mean-pooled frames, and
+measures both on clips that neither has seen, and on films in which those clips follow each other.
 Everything goes to demo/out: results.json, results.png, index.html, the models, search indexes.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
+from clipvip.caption_metrics import exact_match
 from clipvip.data.annotations import load_annotations
 from clipvip.index import VideoIndex
 from clipvip.model import CLIPViPConfig, CLIPViPModel, CLIPViPProcessor
@@ -42,7 +43,7 @@ MODELS = {
     "clip_vip": {"num_proxies": 4, "frame_pooling": "proxy"},
     "mean_pool": {"num_proxies": 1, "frame_pooling": "mean"},
 }
-STAGES = ("pretrain", "finetune")
+STAGES = ("pretrain", "finetune", "captions")  # each starts from the model of the one before
 INDEXES = {"clips": "index", "films": "films"}  # folders beside the model's runs
 # Length and stride in seconds. A clip is as long as its window, so it is one moment. For the films,
 # both together are less than the shortest shot, so that every shot holds a window without a cut.
@@ -74,12 +75,16 @@ def main() -> None:
     clips = load_annotations(splits["heldout"])
     results: dict[str, Any] = {"chance": chance(len(clips)), "held_out_clips": len(clips)}
     found: dict[str, dict[str, Found]] = {}
+    captions: dict[str, list[dict[str, Any]]] = {}
     for name in reversed(MODELS):
-        results[name], found[name] = measure(runs[name]["finetune"] / "last", OUT / name, splits)
+        # The last stage freezes what searches, so its model is measured in both.
+        last = runs[name]["captions"] / "last"
+        results[name], found[name] = measure(last, OUT / name, splits)
+        results[name]["captions"], captions[name] = measure_captions(last, splits["heldout"])
     results["seconds"] = round(time.monotonic() - started)
     (OUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(runs, results, OUT / "results.png")
-    page(found, results, OUT / "results.png", OUT / "index.html")
+    page(found, captions, results, OUT / "results.png", OUT / "index.html")
     show(results)
     for kind, hits in found["clip_vip"].items():
         search_again(kind, hits, OUT / "clip_vip" / INDEXES[kind])
@@ -115,7 +120,7 @@ def measure(
 
     Returns its figures, and what each sentence found among "clips" and in "films".
     """
-    tables = evaluate_checkpoint(checkpoint, splits["heldout"], print_table=False)
+    tables = evaluate_checkpoint(checkpoint, splits["heldout"], task="retrieval", print_table=False)
     figures = {
         direction: {cut: round(tables[direction][cut], 2) for cut in ("R@1", "R@5", "R@10")}
         for direction in ("text_to_video", "video_to_text")
@@ -129,6 +134,17 @@ def measure(
     first = [margin(hits, shot) > 0 for shot, hits in found["films"]]
     figures["films"] = {"R@1": round(100 * sum(first) / len(first), 2)}
     return figures, found
+
+
+def measure_captions(
+    checkpoint: Path, annotations: Path
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Caption the held-out clips. Returns figures of the captions, and a row per clip."""
+    result = evaluate_checkpoint(checkpoint, annotations, print_table=False)
+    rows = result["generated"]
+    exact = exact_match([row["caption"] for row in rows], [row["texts"] for row in rows])
+    figures = {"exact": exact, **result["captions"]}
+    return {name: round(value, 2) for name, value in figures.items()}, rows
 
 
 def search_again(kind: str, found: Found, index: Path) -> None:
@@ -277,22 +293,30 @@ def waves(place: Tensor, count: int, channels: int) -> Tensor:
 
 
 def chance(clips: int) -> dict[str, dict[str, float]]:
-    """Expected recall if that many clips are ranked at random, or moments of films are drawn."""
+    """Expected figures if that many clips are ranked at random, or moments or sentences drawn."""
     recall = {f"R@{k}": round(100 * k / clips, 2) for k in (1, 5, 10)}
-    return {"text_to_video": recall, "video_to_text": recall, "films": {"R@1": recall["R@1"]}}
+    one = recall["R@1"]
+    return {
+        "text_to_video": recall,
+        "video_to_text": recall,
+        "films": {"R@1": one},
+        "captions": {"exact": one},
+    }
 
 
 def show(results: dict[str, Any]) -> None:
     """Print the figures as a table."""
     print(f"\n{results['held_out_clips']} held-out clips       text → video           video → text")
     cuts = f"{'R@1':>7}{'R@5':>7}{'R@10':>7}"
-    print(f"{'':22}{cuts}  {cuts}  {'films R@1':>11}")
+    print(f"{'':22}{cuts}  {cuts}  {'films R@1':>11}  {'captions':>9}")
     for name in ("chance", "mean_pool", "clip_vip"):
         rows = [
             "".join(f"{value:7.1f}" for value in results[name][direction].values())
             for direction in ("text_to_video", "video_to_text")
         ]
-        print(f"{name:22}{rows[0]}  {rows[1]}  {results[name]['films']['R@1']:11.1f}")
+        films, captions = results[name]["films"]["R@1"], results[name]["captions"]["exact"]
+        print(f"{name:22}{rows[0]}  {rows[1]}  {films:11.1f}  {captions:9.1f}")
+    print("captions: % that equal the clip's own sentence, word for word")
 
 
 if __name__ == "__main__":

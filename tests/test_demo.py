@@ -150,3 +150,17 @@ def test_a_film_shows_each_held_out_scene_once_from_cut_to_cut(tmp_path, monkeyp
         drawn, _ = draw(scene, np.random.default_rng(scene.seed), count)
         read = read_frames(shot.video, count, size=drawn.shape[1], start=shot.start, end=shot.end)
         assert np.abs(read.permute(0, 2, 3, 1).numpy().astype(int) - drawn).mean() < 4
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "captions"])
+def test_every_stage_is_a_configuration_that_can_run(stage):
+    pytest.importorskip("matplotlib")
+    from clipvip.training.config import load_config
+    from demo import run
+
+    assert stage in run.STAGES
+    given = ["out=run", "model.name=start", "data.train=a.jsonl", "data.validation=b.jsonl"]
+    config = load_config(run.HERE / f"{stage}.yaml", given)
+    assert (config.task == "captioning") == (stage == "captions")
+    if config.task == "captioning":  # one model searches and captions, so only the decoder learns
+        assert config.model.freeze == ["vision_model.*"]

@@ -43,7 +43,7 @@ PARTS = {
 TOOLS = ("caption_metrics", "files", "inputs", "retrieval", "sentences", "terminal")
 IN_PART = {
     "explain_picture": "explain",
-    "captions": "embedding",
+    "captioning": "embedding",
     "token_files": "index",
     "distributed": "losses",
     "sharded": "losses",

@@ -66,7 +66,20 @@ MixedPrecision = Annotated[
 ]
 DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]
 Suite = Literal["ops", "model", "train", "decode", "growth", "all"]
-WorkerCount = Annotated[int | None, arg(help="Number of processes; by default one per core.")]
+WorkerCount = Annotated[
+    int | None,
+    arg(
+        help="Number of worker processes; by default one per core, with --on ray per cluster core."
+    ),
+]
+RunOn = Annotated[
+    Literal["local", "ray"],
+    arg(
+        help="Where the workers run: on this machine, or on a Ray cluster, whose nodes must see "
+        "all files under the same paths. That is the cluster at RAY_ADDRESS, else the one that "
+        "this machine belongs to, else Ray on this machine alone."
+    ),
+]
 
 
 def train(
@@ -543,6 +556,7 @@ def shard(
     size: int | None = None,
     seed: int = 0,
     workers: WorkerCount = None,
+    on: RunOn = "local",
     max_bad_share: float = 0.05,
 ) -> None:
     """Pack clips into WebDataset tar files (shards) to train from.
@@ -550,6 +564,9 @@ def shard(
     Writes OUT/00000.tar, 00001.tar, … and a manifest with their checksums. For example:
       clipvip shard train.jsonl SHARDS --size 256
       clipvip train msrvtt data.train=SHARDS …
+
+    On a Ray cluster, with all of its cores:
+      clipvip shard train.jsonl SHARDS --size 256 --on ray
 
     If a run stops early, run the same command again: it keeps the finished shards. To train on
     some of the shards, use data.train='SHARDS/{00000..00099}.tar'.
@@ -575,6 +592,7 @@ def shard(
         size=size,
         seed=seed,
         num_workers=workers,
+        on=on,
         max_bad_share=max_bad_share,
     )
     bad = sum(shard.bad for shard in shards)
@@ -591,12 +609,14 @@ def verify(
     clean: Annotated[Positional[Path | None], arg(metavar="[CLEAN.jsonl]")] = None,
     manifest: Path | None = None,
     workers: WorkerCount = None,
+    on: RunOn = "local",
 ) -> None:
     """Verify that clips can be read, by decoding the first, middle and last frame of each.
 
     Lists the clips that cannot be read. If there are any, exits with status 1. For example:
       clipvip verify train.jsonl clean.jsonl
       clipvip verify 'https://example.org/shards/{00000..00099}.tar'
+      clipvip verify train.jsonl clean.jsonl --on ray
 
     Args:
         source: Annotations (.jsonl), or shards: a folder, a pattern of tars, or an fsspec URL.
@@ -608,9 +628,9 @@ def verify(
     from clipvip.data.shards import is_shards, verify_files, verify_shards
 
     if is_shards(source) or manifest is not None:
-        clips, bad = verify_shards(source, clean, manifest, num_workers=workers)
+        clips, bad = verify_shards(source, clean, manifest, num_workers=workers, on=on)
     else:
-        clips, bad = verify_files(Path(source), clean, num_workers=workers)
+        clips, bad = verify_files(Path(source), clean, num_workers=workers, on=on)
     for file in bad:
         line = f" (line {file.line})" if file.line else ""
         print(f"{shown(file.path)}{line}: {shown(file.reason)}")

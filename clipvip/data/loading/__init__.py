@@ -5,9 +5,12 @@ loader.py gives the steps and where they are.
 """
 
 from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Failure, LoaderError
+from clipvip.data.loading.in_actor import Job
 from clipvip.data.loading.in_worker import check_not_excluded, limit_memory, set_place
 from clipvip.data.loading.loader import ClipLoader, build_loader, counted
-from clipvip.data.loading.reader import ClipReader, for_each_clip, names_of
+from clipvip.data.loading.on_ray import On, RayWorkers, check_seen, start_workers
+from clipvip.data.loading.ray_cluster import joined_cluster
+from clipvip.data.loading.reader import ClipReader, for_each_clip, names_of, some_files
 from clipvip.data.loading.samples import Batch, LoaderOptions, Sample
 from clipvip.data.loading.windows import (
     Division,
@@ -29,20 +32,27 @@ __all__ = [
     "Division",
     "Facts",
     "Failure",
+    "Job",
     "LoaderError",
     "LoaderOptions",
     "MomentBatch",
+    "On",
     "PartReader",
+    "RayWorkers",
     "Sample",
     "Workers",
     "build_loader",
     "check_not_excluded",
+    "check_seen",
     "counted",
     "divide_files",
     "for_each_clip",
+    "joined_cluster",
     "limit_memory",
     "moment_batches",
     "names_of",
     "set_place",
+    "some_files",
+    "start_workers",
     "worker_count",
 ]

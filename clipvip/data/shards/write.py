@@ -17,16 +17,26 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipvip.data.annotations import Annotations, Clip, kind_of
-from clipvip.data.loading import BadFiles, Failure, Workers, for_each_clip, names_of, worker_count
+from clipvip.data.loading import (
+    BadFiles,
+    Failure,
+    On,
+    check_seen,
+    for_each_clip,
+    names_of,
+    some_files,
+    start_workers,
+)
 from clipvip.data.shards.manifest import (
     MANIFEST,
     Shard,
@@ -60,12 +70,15 @@ def write_shards(
     size: int | None = None,
     seed: int = 0,
     num_workers: int | None = None,
+    on: On = "local",
     max_bad_share: float = 0.05,
 ) -> list[Shard]:
     """Write a folder of shards, or resume a run that was killed.
 
     cut: store only the part of each video that its clip needs, with unchanged packets.
     size: re-encode that part as H.264 with this shortest side, in pixels.
+    on: "local" for processes of this machine, "ray" for those of a Ray cluster, which makes the
+        same tars. All nodes must see the clips and `out` under the same paths.
 
     Without these, whole files are stored. So are files that cannot be cut or re-encoded without
     changing what they show; the log counts them. The first, middle and last frame of every clip
@@ -93,13 +106,13 @@ def write_shards(
         order = np.random.default_rng(seed).permutation(len(clips))
         plan = np.split(order, range(clips_per_shard, len(clips), clips_per_shard))
         names = [_shard_name(number) for number in range(len(plan))]
-        for name in names:
-            (out / f"{name}.partial").unlink(missing_ok=True)
+        _delete_partial(out)
         finished = finished_shards(out / MANIFEST, set(names))
         bad = BadFiles(len(clips), max_bad_share, out / "bad_files.jsonl")
         for shard in finished.values():
             bad.resume(plan[int(shard.shard.removesuffix(".tar"))], shard.bad)
-        _write_missing(_Writer(clips, plan, out, cut, size), finished, bad, num_workers)
+        _write_missing(_Writer(clips, plan, out, cut, size), finished, bad, on, num_workers)
+        _delete_partial(out)  # of workers that died
         bad.note((), (), final=True)
         shards = [finished[name] for name in names]
         write_manifest(out / MANIFEST, shards)
@@ -110,13 +123,18 @@ def _shard_name(number: int) -> str:
     return f"{number:05d}.tar"
 
 
+def _delete_partial(out: Path) -> None:
+    for path in out.glob("*.tar.*partial"):
+        path.unlink(missing_ok=True)
+
+
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new folder; raise ShardError if it holds shards of other settings,
     or of another tool."""
     path = out / "settings.json"
     if not path.exists():
         names = os.listdir(out)
-        if others := [x for x in names if x.endswith((".tar", ".tar.partial")) or x == MANIFEST]:
+        if others := [x for x in names if x.endswith((".tar", ".partial")) or x == MANIFEST]:
             raise ShardError(
                 f"{out} holds {min(others)!r} and no settings.json, so it is not from an earlier "
                 "run; give a new or empty folder"
@@ -141,7 +159,11 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _write_missing(
-    writer: "_Writer", finished: dict[str, Shard], bad: BadFiles, num_workers: int | None
+    writer: "_Writer",
+    finished: dict[str, Shard],
+    bad: BadFiles,
+    on: On,
+    num_workers: int | None,
 ) -> None:
     """Write the shards that are not finished, and add them to `finished` and to the manifest."""
     plan = writer.plan
@@ -150,13 +172,22 @@ def _write_missing(
     note = f"writing {len(missing)} shards of {clips} clips"
     note += f", {len(finished)} are finished" if finished else ""
     fallbacks: Counter[str] = Counter()
-    count = worker_count(num_workers, len(missing))
     with (
+        # Ends the workers too: none may still write when another run begins.
+        start_workers(
+            on,
+            writer,
+            num_workers,
+            len(missing),
+            names_of(writer.clips),
+            lambda clips: done(clips),
+            sees=partial(some_files, writer.clips),
+            writes=writer.out,
+        ) as workers,
         progress(note, clips) as done,
-        # No worker may still write once this run has ended, as another run may have begun.
-        closing(Workers(writer, count, names_of(writer.clips), done)) as workers,
     ):
         for number, (shard, failures, stored) in workers.run(missing, ahead=1, ordered=False):
+            check_seen(on, failures)
             try:  # bad files first, since a shard in the manifest is not checked again
                 bad.note(plan[number].tolist(), failures)
             finally:
@@ -182,7 +213,8 @@ class _Writer:
 
         check_compiled()  # or every clip would seem to be bad
         name, tally = _shard_name(number), Tally()
-        partial = self.out / f"{name}.partial"
+        # A name of its own: a worker that was given up may still be alive on a lost node.
+        partial = self.out / f"{name}.{uuid4().hex}.partial"
         fallbacks: Counter[str] = Counter()
 
         def store(place: int, clip: Clip) -> None:
@@ -195,7 +227,7 @@ class _Writer:
             tally.add_texts(clip)
 
         try:
-            with on_disk(partial):
+            with on_disk(self.out / name):
                 with partial.open("wb") as file:
                     hashed = Hashed(file)
                     with TarWriter(hashed, encoder=False, mtime=0) as tar:

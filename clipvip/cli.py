@@ -231,6 +231,8 @@ def embed(
     scenes: bool = False,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
+    workers: int | None = None,
+    on: RunOn = "local",
     tokens: bool = False,
     layer: int | None = None,
     dtype: Literal["fp16", "bf16", "fp32"] | None = None,
@@ -250,6 +252,9 @@ def embed(
     On several GPUs, which share the videos:
       torchrun --nproc-per-node 8 -m clipvip.cli embed MODEL ~/Videos
 
+    On a Ray cluster, with all of its GPUs, or its cores if it has none:
+      clipvip embed MODEL /shared/videos --out /shared/index --on ray
+
     With --tokens, write the model's tokens of each clip to a file instead, such as a language
     model takes them, and list the files in OUT/clips.jsonl:
       clipvip embed MODEL ~/Videos --tokens --layer -2 --out tokens
@@ -266,12 +271,16 @@ def embed(
             --window. Moments that overlap leave no event cut in two.
         scenes: Make a moment of each scene, from cut to cut, instead of fixed windows.
             Scenes longer than two windows are divided. This decodes every frame.
+        workers: Number of processes that decode, by default one per core. With --on ray, number of
+            workers that each hold the model, by default one per GPU, or without GPUs one per four
+            cores.
         tokens: Write each clip's proxies [M, C] and patches [N, L, C] to a .safetensors file.
         layer: Layer to take tokens from, counted from 1 or, from the last, -1 (the default).
             0 is the input of the first layer. Only with --tokens.
         dtype: Precision to store tokens in, by default fp16. Only with --tokens.
     """
     given: dict[str, Any] = {"window": window, "stride": stride, "scenes": scenes or None}
+    given |= {"workers": workers, "on": on if on != "local" else None}
     given = {name: value for name, value in given.items() if value is not None}
     if tokens:
         if given:
@@ -289,6 +298,8 @@ def embed(
     from clipvip.index.build import build_and_leave
 
     given |= {"decoder": decoder, "mixed_precision": mixed_precision}
+    if "workers" in given:
+        given["num_workers"] = given.pop("workers")
     build_and_leave("index" if out is None else out, model, videos, **given)
 
 

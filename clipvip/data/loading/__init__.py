@@ -8,8 +8,8 @@ from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Fail
 from clipvip.data.loading.in_actor import Job
 from clipvip.data.loading.in_worker import check_not_excluded, limit_memory, set_place
 from clipvip.data.loading.loader import ClipLoader, build_loader, counted
-from clipvip.data.loading.on_ray import On, RayWorkers, check_seen, start_workers
-from clipvip.data.loading.ray_cluster import joined_cluster
+from clipvip.data.loading.on_ray import RayWorkers, check_seen, start_workers
+from clipvip.data.loading.ray_cluster import On, is_ray, joined_cluster
 from clipvip.data.loading.reader import ClipReader, for_each_clip, names_of, some_files
 from clipvip.data.loading.samples import Batch, LoaderOptions, Sample
 from clipvip.data.loading.windows import (
@@ -47,6 +47,7 @@ __all__ = [
     "counted",
     "divide_files",
     "for_each_clip",
+    "is_ray",
     "joined_cluster",
     "limit_memory",
     "moment_batches",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal
 
 import clipvip
-from clipvip.data.loading.bad_files import Failure
+from clipvip.data.loading.bad_files import BadFile
 from clipvip.data.loading.in_actor import (
     SHARE,
     Actor,
@@ -38,13 +38,11 @@ from clipvip.data.loading.in_actor import (
     Task,
 )
 from clipvip.data.loading.in_worker import Key, WorkerError
-from clipvip.data.loading.ray_cluster import at_least_one, joined_cluster
+from clipvip.data.loading.ray_cluster import On, at_least_one, is_ray, joined_cluster
 from clipvip.data.loading.workers import DEATHS_IN_A_ROW, Work, Workers, worker_count
 from clipvip.files import LOCK, shown
 
 logger = logging.getLogger(__name__)
-
-On = Literal["local", "ray"]
 
 LOST = "node has died"  # in Ray's reason for the death of an actor
 TASK_DEATHS = 5  # of actors at one task without a result of it: more is not bad luck
@@ -75,7 +73,7 @@ def start_workers(
 
     Raises ValueError without Ray or a cluster, WorkerError if a worker cannot see a path.
     """
-    if on == "local" or not tasks:
+    if not is_ray(on) or not tasks:
         count = worker_count(num_workers, tasks)
         with closing(Workers(work, count, name, on_progress)) as workers:
             yield workers
@@ -88,9 +86,9 @@ def start_workers(
             yield actors
 
 
-def check_seen(on: On, failures: Iterable[Failure]) -> None:
+def check_seen(bad_files: Iterable[BadFile]) -> None:
     """Raise WorkerError if a worker of a cluster did not find a file that this machine sees."""
-    for _, file in failures if on == "ray" else ():
+    for file in bad_files:
         if NOT_FOUND in file.reason and os.path.exists(file.path):
             raise WorkerError(f"a Ray worker does not see {shown(file.path)}; {SHARE}")
 

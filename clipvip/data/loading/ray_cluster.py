@@ -7,11 +7,22 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from clipvip.files import shown
 
 MOST_CPUS = 4  # of an actor with a model: more threads would rather wait for one another
+
+
+On = Literal["local", "ray"]
+
+
+def is_ray(on: str) -> bool:
+    """Whether workers run on a Ray cluster rather than on this machine. Raises ValueError for
+    anything else."""
+    if on not in ("local", "ray"):
+        raise ValueError(f"on is {on!r}; expected local or ray")
+    return on == "ray"
 
 
 def at_least_one(num_workers: int | None) -> int | None:

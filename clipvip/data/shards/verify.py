@@ -85,7 +85,8 @@ def verify_files(
         progress(f"verifying {len(clips)} clips", len(clips)) as advance,
     ):
         for _, failures in workers.run(tasks, ordered=False):
-            check_seen(on, failures)
+            if on == "ray":
+                check_seen(failure.file for failure in failures)
             found += failures
     found.sort(key=lambda failure: failure.place)
     if clean is not None:

@@ -187,7 +187,8 @@ def _write_missing(
         progress(note, clips) as done,
     ):
         for number, (shard, failures, stored) in workers.run(missing, ahead=1, ordered=False):
-            check_seen(on, failures)
+            if on == "ray":
+                check_seen(failure.file for failure in failures)
             try:  # bad files first, since a shard in the manifest is not checked again
                 bad.note(plan[number].tolist(), failures)
             finally:

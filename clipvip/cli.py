@@ -77,7 +77,7 @@ RunOn = Annotated[
     arg(
         help="Where the workers run: on this machine, or on a Ray cluster, whose nodes must see "
         "all files under the same paths. That is the cluster at RAY_ADDRESS, else the one that "
-        "this machine belongs to, else Ray on this machine alone."
+        "`ray start` has joined this machine to, else Ray on this machine alone."
     ),
 ]
 

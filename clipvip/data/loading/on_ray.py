@@ -260,10 +260,8 @@ class RayWorkers(Generic[Task, Result]):
             given.reported += message.clips
             self._on_progress(message.clips)
         elif isinstance(message, Failed):
-            error, trace, place = message.failure
-            where = f"{self._where(place)}, in {actor}"
-            logger.error("%s %s", type(error).__name__, where)
-            raise error from RuntimeError(f"{where}:\n{trace}")
+            error, trace, _ = message.failure  # whose place the actor has logged
+            raise error from RuntimeError(f"in {actor}:\n{trace}")
         else:
             self._deaths_in_a_row = given.deaths = 0
             if message.last:

@@ -3,14 +3,18 @@
 import logging
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from clipvip.files import shown
 
+ANSWER_SECONDS = 10.0
 MOST_CPUS = 4  # of an actor with a model: more threads would rather wait for one another
 
 
@@ -63,7 +67,7 @@ def joined_cluster() -> Iterator[Cluster]:
     """Join the cluster that RAY_ADDRESS names or this machine belongs to, else start Ray on this
     machine alone, until this block ends; say which. A cluster that is joined already stays so.
 
-    Raises ValueError without Ray, or if no cluster answers at RAY_ADDRESS.
+    Raises ValueError without Ray, or if no cluster answers.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # or Ray reports on this cluster over the network
     try:
@@ -78,12 +82,12 @@ def joined_cluster() -> Iterator[Cluster]:
     with _quiet():
         try:
             with _usual_sigterm():
-                where = _join(os.environ.get("RAY_ADDRESS"))
+                where = _join(os.environ.get("RAY_ADDRESS", ""))
             cluster = _cluster()
             count = len(cluster.nodes)
             gpus = f", {cluster.gpus} GPUs" * bool(cluster.gpus)
             nodes = f"{count} node{'s' * (count != 1)}, {cluster.cpus} CPUs{gpus}"
-            print(f"Ray: {where}: {nodes}", file=sys.stderr)
+            print(f"Ray {where}: {nodes}", file=sys.stderr)
             if not cluster.cpus:
                 raise ValueError("the Ray cluster has no CPUs; add nodes that have some")
             yield cluster
@@ -91,22 +95,51 @@ def joined_cluster() -> Iterator[Cluster]:
             ray.shutdown()
 
 
-def _join(address: str | None) -> str:
-    """Join a cluster or start Ray; return in words what was done."""
+def _join(address: str) -> str:
+    """Join a cluster or start Ray; return in words what was done. address: RAY_ADDRESS, or ""."""
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    own = _cluster_of_machine() if address in ("", "auto") else ""
+    if not own and address in ("", "auto", "local"):
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return "on this machine alone" + "; found no cluster" * (address != "local")
+    found = own or address
+    if not _answers(found):  # Ray itself would try for minutes
+        raise ValueError(
+            f"no Ray cluster answers at {shown(found)}, which is "
+            + ("what `ray start` left on this machine; " if own else "RAY_ADDRESS; ")
+            + "start it, or set RAY_ADDRESS=local to use this machine alone"
+        )
+    ray.init(address=found, **quiet)
+    return f"joined the cluster at {shown(found)}"
+
+
+def _cluster_of_machine() -> str:
+    """Address of the cluster that `ray start` made this machine a node of; "" if there is none.
+
+    Ray's own search would also join what another program has started for itself.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     try:
-        ray.init(address="auto", **quiet)  # RAY_ADDRESS, or the cluster of this machine
-        return f"joined the cluster at {ray.get_runtime_context().gcs_address}"
-    except ConnectionError as error:
-        if address:
-            raise ValueError(
-                f"no Ray cluster answers at {shown(address)} (RAY_ADDRESS); start it there, or "
-                "unset RAY_ADDRESS to use this machine alone"
-            ) from error
-    ray.init(address="local", include_dashboard=False, **quiet)
-    return "found no cluster, so it runs on this machine alone"
+        return Path(folder, "ray", "ray_current_cluster").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _answers(address: str) -> bool:
+    """Whether a program answers at host:port. Raises ValueError for another form of address."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()) or "/" in host:
+        raise ValueError(
+            f"RAY_ADDRESS is {shown(address)}; expected host:port. Run this on a node of the "
+            "cluster, such as by `ray job submit`, since files are read and written here too"
+        )
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS):
+            return True
+    except (OSError, OverflowError):
+        return False
 
 
 def _cluster() -> Cluster:

@@ -15,6 +15,7 @@ resumes after the last one.
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ from clipvip.terminal import progress
 logger = logging.getLogger(__name__)
 
 FORMAT = "clipvip shards 1"
+PARTIAL = re.compile(r"\d{5,}\.tar\.([0-9a-f]{32}\.)?partial")  # earlier versions added none
 # A shard, the clips left out of it, and the number of clips by how they were stored instead of as
 # requested, and why.
 Written = tuple[Shard, list[Failure], Counter[str]]
@@ -124,8 +126,9 @@ def _shard_name(number: int) -> str:
 
 
 def _delete_partial(out: Path) -> None:
-    for path in out.glob("*.tar.*partial"):
-        path.unlink(missing_ok=True)
+    for name in os.listdir(out):
+        if PARTIAL.fullmatch(name):
+            (out / name).unlink(missing_ok=True)
 
 
 def _check_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -134,7 +137,8 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     path = out / "settings.json"
     if not path.exists():
         names = os.listdir(out)
-        if others := [x for x in names if x.endswith((".tar", ".partial")) or x == MANIFEST]:
+        ours = re.compile(rf".*\.tar(\.partial)?|{PARTIAL.pattern}|{MANIFEST}", re.DOTALL)
+        if others := [name for name in names if ours.fullmatch(name)]:
             raise ShardError(
                 f"{out} holds {min(others)!r} and no settings.json, so it is not from an earlier "
                 "run; give a new or empty folder"

@@ -80,9 +80,9 @@ def joined_cluster() -> Iterator[Cluster]:
         yield _cluster()
         return
     with _quiet():
+        with _usual_sigterm():
+            where = _join(os.environ.get("RAY_ADDRESS", ""))
         try:
-            with _usual_sigterm():
-                where = _join(os.environ.get("RAY_ADDRESS", ""))
             cluster = _cluster()
             count = len(cluster.nodes)
             gpus = f", {cluster.gpus} GPUs" * bool(cluster.gpus)

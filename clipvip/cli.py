@@ -615,6 +615,79 @@ def shard(
     )
 
 
+def caption(
+    model: Annotated[
+        Positional[str],
+        arg(
+            metavar="MODEL",
+            help="Folder or hub name of an image-to-text model of transformers, such as "
+            "Salesforce/blip-image-captioning-large or Qwen/Qwen2.5-VL-3B-Instruct.",
+        ),
+    ],
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    out: Annotated[Positional[Path], arg(metavar="OUT")],
+    prompt: str | None = None,
+    length: int = 40,
+    beams: int = 1,
+    frames: int = 1,
+    overwrite: bool = False,
+    batch_size: int = 16,
+    mixed_precision: MixedPrecision = "auto",
+    workers: int | None = None,
+    on: RunOn = "local",
+    max_bad_share: float = 0.05,
+) -> None:
+    """Write a caption for the middle frame of every clip, as post-pretraining needs.
+
+    For example:
+      clipvip caption Salesforce/blip-image-captioning-large clips.jsonl captioned.jsonl
+      clipvip caption Qwen/Qwen2.5-VL-3B-Instruct SHARDS CAPTIONED --batch-size 32
+
+    On several GPUs, which share the clips; the captions do not depend on their number:
+      torchrun --nproc-per-node 8 -m clipvip.cli caption MODEL clips.jsonl captioned.jsonl
+
+    On a Ray cluster, with all of its GPUs, or its cores if it has none:
+      clipvip caption MODEL /shared/SHARDS /shared/CAPTIONED --on ray --mixed-precision bf16
+
+    Clips that have a caption keep it. Clips whose caption is empty, no text or a repetition stay
+    in OUT without one. Run the same command again to resume a run that was stopped or killed.
+    Frames are decoded by PyAV. See docs/caption.md.
+
+    Args:
+        source: Annotations (.jsonl), or shards: a folder, a pattern of tars, or an fsspec URL.
+        out: For annotations, the file (.jsonl) to write; for shards, the folder.
+        prompt: What a chat model is asked, by default for one sentence. For BLIP and GIT, a text
+            that the caption continues, by default none; it is not part of the caption.
+        length: Number of tokens after which a caption is cut off.
+        beams: Number of beams of the search for the likeliest caption; 1 takes the likeliest token.
+        frames: Number of frames per clip, spread evenly. A chat model reads them together. From
+            other models, the likeliest of the frames' captions is taken. A clip that has an
+            annotated image is captioned by that image.
+        overwrite: Also caption clips that have a caption.
+        batch_size: Number of clips per call of the model.
+        workers: Number of processes that read, by default one per core. With --on ray, number of
+            workers that each hold the model, by default one per GPU, or without GPUs one per four
+            cores.
+        max_bad_share: Share of unreadable clips above which the command fails.
+            Unreadable clips stay in OUT as they are, and are listed: in OUT/bad_files.jsonl, or
+            beside OUT.jsonl in OUT.bad_files.jsonl.
+    """
+    from clipvip.captions import Asking, caption_and_leave
+
+    caption_and_leave(
+        model,
+        source,
+        out,
+        asking=Asking(prompt, length, beams, frames),
+        overwrite=overwrite,
+        batch_size=batch_size,
+        num_workers=workers,
+        mixed_precision=mixed_precision,
+        on=on,
+        max_bad_share=max_bad_share,
+    )
+
+
 def verify(
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
     clean: Annotated[Positional[Path | None], arg(metavar="[CLEAN.jsonl]")] = None,
@@ -744,6 +817,7 @@ COMMANDS: dict[str, Any] = {
     "classify": classify,
     "explain": explain,
     "prepare": prepare,
+    "caption": caption,
     "shard": shard,
     "verify": verify,
     "bench": bench,

@@ -125,6 +125,17 @@ def first_does(work: Callable[[], Result]) -> Result:
 
 
 @contextmanager
+def first_reports() -> Iterator[None]:
+    """Within, all ranks raise the same errors; let only the first rank's process show them."""
+    try:
+        yield
+    except Exception:
+        if rank() == 0:
+            raise
+        raise SystemExit(1) from None
+
+
+@contextmanager
 def first_enters(manager: AbstractContextManager[None]) -> Iterator[None]:
     """Enter a context on the first rank alone; an error on entry is raised on every rank."""
     with ExitStack() as entered:

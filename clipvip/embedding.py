@@ -91,16 +91,21 @@ def precision_on(model: CLIPViPModel, mixed_precision: str) -> str:
 
     Weights in fp16 cannot be mixed with bf16: "auto" is "no" for them, and "bf16" a ValueError.
     """
+    return precision_of(model.dtype, model.device, mixed_precision)
+
+
+def precision_of(dtype: torch.dtype, device: torch.device, mixed_precision: str) -> str:
+    """Return what `precision_on` says of a model whose weights are stored in `dtype`."""
     if mixed_precision not in PRECISIONS:
         raise ValueError(
             f"mixed_precision is {mixed_precision!r}; expected one of {', '.join(PRECISIONS)}"
         )
-    mixable = model.dtype != torch.float16
+    mixable = dtype != torch.float16
     if mixed_precision == "bf16" and not mixable:
         raise ValueError('mixed_precision is "bf16", but the model\'s weights are fp16; use no')
     if mixed_precision != "auto":
         return mixed_precision
-    return "bf16" if mixable and _computes_in_bf16(model.device) else "no"
+    return "bf16" if mixable and _computes_in_bf16(device) else "no"
 
 
 def _computes_in_bf16(device: torch.device) -> bool:

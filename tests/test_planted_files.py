@@ -226,6 +226,55 @@ def test_shard_and_verify(
     assert status == 0 and ", 0 bad" in said
 
 
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertTokenizer, GitConfig, GitForCausalLM, GitProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle", "moves", "left")
+    tower = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    tower |= dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
+    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    config = GitConfig(vision_config=vision, vocab_size=len(words), **tower, **ends)
+    folder = tmp_path_factory.mktemp("captioner")
+    GitForCausalLM(config).save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    size = {"height": 32, "width": 32}
+    images = CLIPImageProcessorPil(size=size, crop_size=size)
+    GitProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_caption(
+    planted: Path, annotations: Path, captioner: Path, run, tmp_path: Path, workers: int
+) -> None:
+    out = tmp_path / "out.jsonl"
+    options = ("--overwrite", "--max-bad-share", "1", "--workers", workers, "--length", "4")
+    status, said = run("caption", captioner, annotations, out, *options)
+    assert status == 0 and "without a caption: unreadable" in said, said
+    found = [json.loads(line) for line in out.read_bytes().splitlines()]
+    assert len(found) == len(annotations.read_bytes().splitlines())
+    listed = out.with_suffix(".bad_files.jsonl").read_bytes().splitlines()
+    unread = [json.loads(line)["line"] for line in listed]
+    assert len(unread) > 20
+    assert all(found[line - 1]["caption"] == TEXT for line in unread)  # they keep what they had
+
+
+def test_caption_tars_of_others(planted: Path, captioner: Path, run, tmp_path: Path) -> None:
+    folder, out = tmp_path / "tars", tmp_path / "out"
+    folder.mkdir()
+    hostile_tar(folder / "a.tar", (planted / "good.mp4").read_bytes())
+    run("verify", folder / "a.tar", "--manifest", folder / "manifest.jsonl")
+    options = ("--overwrite", "--max-bad-share", "1", "--workers", "2", "--length", "4")
+    status, said = run("caption", captioner, folder, out, *options)
+    assert status == 0, said
+    status, said = run("verify", out)
+    assert "sha256" not in said and f"{out}: " in said
+
+
 def test_verify(annotations: Path, run, tmp_path: Path) -> None:
     clean = tmp_path / "clean.jsonl"
     status, said = run("verify", annotations, clean)
@@ -389,6 +438,7 @@ def test_models_of_others(
             ("convert", file, "out", "--tokenizer", model),
             ("embed", file, planted / "good.mp4", "--out", "out"),
             ("eval", file, annotations, "--out", "out"),
+            ("caption", file, annotations, "out.jsonl"),
             ("train", "msrvtt", f"model.name={file}", *trained),
         ):
             status, said = run(*words)

@@ -103,6 +103,24 @@ class Annotations:
     def __len__(self) -> int:
         return len(self._offsets)
 
+    def __iter__(self) -> Iterator[Clip]:
+        """Yield all clips in order, reading the file once."""
+        place = 0
+        try:
+            with self.path.open("rb") as file:
+                for number, (offset, line) in enumerate(_lines(file), 1):
+                    if line.strip():
+                        if place == len(self) or offset != self._offsets[place]:
+                            raise ValueError("its lines have moved")
+                        yield parse_line(line, self.path.parent, number)
+                        place += 1
+            if place < len(self):
+                raise ValueError("it has become shorter")
+        except (OSError, ValueError) as error:
+            raise AnnotationError(
+                f"{shown(self.path)}: changed while in use ({shown(error)}); start again"
+            ) from error
+
     def __getitem__(self, place: int) -> Clip:
         offset = self._offsets[place]
         number = place + 1 + bisect_right(self._blanks, place)

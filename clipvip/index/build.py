@@ -532,12 +532,8 @@ def _worker_count(given: int | None) -> int:
 
 def _first(work: Callable[[], Result]) -> Result:
     """Run `work` on the first rank; return its result on all. Only the first reports its error."""
-    try:
+    with distributed.first_reports():
         return distributed.first_does(work)
-    except Exception:
-        if distributed.rank() == 0:
-            raise
-        raise SystemExit(1) from None
 
 
 # --- small parts ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clipvip.data.loading import BadFile, Job, RayWorkers, check_seen, joined_cluster
+from clipvip.data.loading import BadFile, RayJob, RayWorkers, check_seen, joined_cluster
 from clipvip.embedding import Embedded, autocast, embed_files, fingerprint, load_for_embedding
 from clipvip.files import shown
 from clipvip.index.rows import About
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 @dataclass
-class EmbedFiles(Job[list[File], Part]):
+class EmbedFiles(RayJob[list[File], Part]):
     """Embed lists of files. options: those of embed_files. hashed: the model's fingerprint."""
 
     model: str

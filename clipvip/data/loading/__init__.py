@@ -5,7 +5,7 @@ loader.py gives the steps and where they are.
 """
 
 from clipvip.data.loading.bad_files import COUNTED_FROM, BadFile, BadFiles, Failure, LoaderError
-from clipvip.data.loading.in_actor import Job
+from clipvip.data.loading.in_actor import RayJob
 from clipvip.data.loading.in_worker import check_not_excluded, limit_memory, set_place
 from clipvip.data.loading.loader import ClipLoader, build_loader, counted
 from clipvip.data.loading.on_ray import RayWorkers, check_seen, start_workers
@@ -32,12 +32,12 @@ __all__ = [
     "Division",
     "Facts",
     "Failure",
-    "Job",
     "LoaderError",
     "LoaderOptions",
     "MomentBatch",
     "On",
     "PartReader",
+    "RayJob",
     "RayWorkers",
     "Sample",
     "Workers",

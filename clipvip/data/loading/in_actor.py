@@ -45,7 +45,7 @@ class Line(NamedTuple):
         logging.getLogger(self.name).log(self.level, "%s", self.text)
 
 
-class Job(Generic[Task, Result]):
+class RayJob(Generic[Task, Result]):
     """A kind of work. It is pickled, and each actor has its own copy.
 
     begin: called once in each actor, before its first task; such as to load a model.
@@ -68,7 +68,7 @@ class Job(Generic[Task, Result]):
         return task
 
 
-class InProcess(Job[Task, Result]):
+class InProcess(RayJob[Task, Result]):
     """Do `work` in a process of the actor's own, see Workers."""
 
     def __init__(self, work: Work[Task, Result], name: Callable[[int], str]) -> None:
@@ -204,7 +204,7 @@ class Expected(NamedTuple):
 class Actor:
     """Do the tasks of a job. Ray makes an actor of this class."""
 
-    def __init__(self, job: Job[Any, Any], expected: Expected) -> None:
+    def __init__(self, job: RayJob[Any, Any], expected: Expected) -> None:
         self._job = job
         self._tasks: queue.SimpleQueue[tuple[Key, Any, frozenset[int]]] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()

@@ -29,9 +29,9 @@ from clipvip.data.loading.in_actor import (
     Expected,
     Failed,
     InProcess,
-    Job,
     Line,
     Message,
+    RayJob,
     Refused,
     Reported,
     Result,
@@ -140,7 +140,7 @@ class RayWorkers(Generic[Task, Result]):
 
     def __init__(
         self,
-        job: Job[Task, Result],
+        job: RayJob[Task, Result],
         count: int,
         *,
         cpus: int = 1,

@@ -48,6 +48,7 @@ MEDIA = IMAGE_SUFFIXES | VIDEO_SUFFIXES
 TEXTS = ("json", "txt")
 HEADER_BYTES = 1 << 20  # limit for a long name, or for pax records
 BLOCK, PIECE = 512, 1 << 24
+ANY_BYTES = 1 << 62
 DIGITS = 20  # limit for the digits of a size in pax records
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -104,17 +105,21 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def read_samples(file: Readable, url: str) -> Iterator[Packed]:
+def read_samples(file: Readable, url: str, everything: bool = False) -> Iterator[Packed]:
     """Yield the samples of an open tar, in order. Raises DecodeError if the rest of the tar cannot
-    be parsed, and errors of the file itself."""
-    for key, members in groupby(_members(_Bytes(file, url)), lambda member: member.key):
+    be parsed, and errors of the file itself.
+
+    everything: also hold members that are neither media nor texts.
+    """
+    tar = _Bytes(file, url)
+    for key, members in groupby(_members(tar, everything), lambda member: member.key):
         sample = Packed(key)
         for member in members:
             fault = member.fault
             if member.suffix in sample.members:
                 fault = f"two members have the suffix .{member.suffix}"
             sample.fault = sample.fault or fault
-            if _most_bytes(member.suffix):
+            if everything or _most_bytes(member.suffix):
                 sample.members[member.suffix] = member.data
         yield sample
 
@@ -134,7 +139,7 @@ def _most_bytes(suffix: str) -> int:
     if suffix in TEXTS:
         return TEXT_BYTES
     kind, _, last = suffix.rpartition(".")
-    return 1 << 62 if f".{last}" in MEDIA and kind in ("", "image") else 0
+    return ANY_BYTES if f".{last}" in MEDIA and kind in ("", "image") else 0
 
 
 # --- a clip as members ---------------------------------------------------------------------
@@ -299,7 +304,7 @@ class _Member(NamedTuple):
     fault: str | None
 
 
-def _members(tar: _Bytes) -> Iterator[_Member]:
+def _members(tar: _Bytes, everything: bool) -> Iterator[_Member]:
     """Yield the regular files of samples in a tar (POSIX.1-2001 and GNU formats), in order; skip
     others."""
     while True:
@@ -322,7 +327,7 @@ def _members(tar: _Bytes) -> Iterator[_Member]:
             tar.skip(0 if info.type in tarfile.SUPPORTED_TYPES else size + -size % BLOCK)
             continue
         key, suffix = _split(named)
-        fault, most = None, _most_bytes(suffix)
+        fault, most = None, _most_bytes(suffix) or (ANY_BYTES if everything else 0)
         if records is None:
             fault = "its pax header is damaged"
         elif info.type == tarfile.GNUTYPE_SPARSE or known.keys() & SPARSE:

@@ -217,7 +217,7 @@ def _verify_shard(
                     annotations += [annotation] if annotation else []
                 except DecodeError as error:
                     bad.append(BadFile(str(error.path), error.reason, 0))
-            _read_rest(hashed, url)
+            read_rest(hashed, url)
     except Exception as error:  # of fsspec and its file systems
         return _Checked(tally.clips, [*bad, BadFile(url, reason_of(error), 0)], [], None)
     shard = tally.shard(url if expected is None else expected.shard, hashed, bad=len(bad))
@@ -227,7 +227,7 @@ def _verify_shard(
     return _Checked(tally.clips, bad, annotations, shard)
 
 
-def _read_rest(file: Hashed, url: str) -> None:
+def read_rest(file: Hashed, url: str) -> None:
     """Hash what follows the end of the tar, and warn if that is more than padding."""
     unread = False
     while rest := file.read(1 << 20):

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ from clipvip.terminal import progress
 logger = logging.getLogger(__name__)
 
 FORMAT = "clipvip shards 1"
-PARTIAL = re.compile(r"\d{5,}\.tar\.([0-9a-f]{32}\.)?partial")  # earlier versions added none
+PARTIAL = re.compile(r"(.*\.tar)\.([0-9a-f]{32}\.)?partial", re.DOTALL)
 # A shard, the clips left out of it, and the number of clips by how they were stored instead of as
 # requested, and why.
 Written = tuple[Shard, list[Failure], Counter[str]]
@@ -104,17 +104,17 @@ def write_shards(
         "seed": seed,
     }
     with only_run(out, "writes shards", ShardError):
-        _check_settings(out, settings)
+        check_settings(out, settings)
         order = np.random.default_rng(seed).permutation(len(clips))
         plan = np.split(order, range(clips_per_shard, len(clips), clips_per_shard))
         names = [_shard_name(number) for number in range(len(plan))]
-        _delete_partial(out)
+        delete_partial(out, {*names})
         finished = finished_shards(out / MANIFEST, set(names))
         bad = BadFiles(len(clips), max_bad_share, out / "bad_files.jsonl")
         for shard in finished.values():
             bad.resume(plan[int(shard.shard.removesuffix(".tar"))], shard.bad)
         _write_missing(_Writer(clips, plan, out, cut, size), finished, bad, on, num_workers)
-        _delete_partial(out)  # of workers that died
+        delete_partial(out, {*names})  # of workers that died
         bad.note((), (), final=True)
         shards = [finished[name] for name in names]
         write_manifest(out / MANIFEST, shards)
@@ -125,20 +125,28 @@ def _shard_name(number: int) -> str:
     return f"{number:05d}.tar"
 
 
-def _delete_partial(out: Path) -> None:
+def partial_path(path: Path) -> Path:
+    """Return a new name for a tar that is being written. It is never used twice, since a worker
+    that was given up may still write on a lost node."""
+    return path.with_name(f"{path.name}.{uuid4().hex}.partial")
+
+
+def delete_partial(out: Path, names: Collection[str]) -> None:
+    """Delete what workers left that died while they wrote tars of these names."""
     for name in os.listdir(out):
-        if PARTIAL.fullmatch(name):
+        found = PARTIAL.fullmatch(name)
+        if found is not None and found[1] in names:
             (out / name).unlink(missing_ok=True)
 
 
-def _check_settings(out: Path, settings: dict[str, Any]) -> None:
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a new folder; raise ShardError if it holds shards of other settings,
     or of another tool."""
     path = out / "settings.json"
     if not path.exists():
         names = os.listdir(out)
-        ours = re.compile(rf".*\.tar(\.partial)?|{PARTIAL.pattern}|{MANIFEST}", re.DOTALL)
-        if others := [name for name in names if ours.fullmatch(name)]:
+        tars = [name for name in names if name.endswith(".tar") or PARTIAL.fullmatch(name)]
+        if others := [*tars, *({MANIFEST} & {*names})]:
             raise ShardError(
                 f"{out} holds {min(others)!r} and no settings.json, so it is not from an earlier "
                 "run; give a new or empty folder"
@@ -155,10 +163,11 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if old.get(key) != value:
             other = {"annotations": "other annotations", "coding": "another video coding"}
+            other |= {"shards": "other shards", "model": "another model"}
             was = other.get(key, f"{key}={old.get(key)}")
             raise ShardError(
                 f"{out} holds shards made with {was}; give another folder, or the same "
-                "annotations and options to resume"
+                f"{'shards' if 'shards' in settings else 'annotations'} and options to resume"
             )
 
 
@@ -218,8 +227,7 @@ class _Writer:
 
         check_compiled()  # or every clip would seem to be bad
         name, tally = _shard_name(number), Tally()
-        # A name of its own: a worker that was given up may still be alive on a lost node.
-        partial = self.out / f"{name}.{uuid4().hex}.partial"
+        partial = partial_path(self.out / name)
         fallbacks: Counter[str] = Counter()
 
         def store(place: int, clip: Clip) -> None:

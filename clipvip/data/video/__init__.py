@@ -6,8 +6,9 @@
 
 decode.py goes this way by PyAV; dali.py divides it between workers, which choose frames and copy
 their packets, and DALI, which decodes them; engines.py says what is left to DALI; transcode.py
-stores clips in shards; preview.py shows moments to people. The names below are for the rest of the
-package; all others are private to this folder.
+stores clips in shards; pictures.py gives whole frames to other people's models; preview.py shows
+moments to people. The names below are for the rest of the package; all others are private to this
+folder.
 """
 
 from clipvip.data.video.container import (
@@ -38,6 +39,7 @@ from clipvip.data.video.decode import (
     read_frames,
 )
 from clipvip.data.video.engines import start_engine
+from clipvip.data.video.pictures import Pictures, read_pictures
 from clipvip.data.video.pixels import rgb_of
 from clipvip.data.video.preview import film_of, picture_of, plain_copy
 from clipvip.data.video.sampling import check_sampling
@@ -57,6 +59,7 @@ __all__ = [
     "Media",
     "OpenClip",
     "OpenVideo",
+    "Pictures",
     "Refused",
     "Span",
     "as_decode_errors",
@@ -72,6 +75,7 @@ __all__ = [
     "picture_of",
     "plain_copy",
     "read_frames",
+    "read_pictures",
     "reencode",
     "rgb_of",
     "start_engine",

@@ -30,6 +30,7 @@ from clipvip.data.video.container import (
     open_video,
 )
 from clipvip.data.video.decode import UNSTABLE, open_clip
+from clipvip.data.video.pictures import fit, upright_rgb
 from clipvip.data.video.pixels import ONE_THREAD, open_image, orientation, rgb_of, turned
 from clipvip.data.video.strategies import Mismatch
 
@@ -60,7 +61,7 @@ def picture_of(
             image = Image.fromarray(rgb_of(opened))
     else:
         with open_video(path) as video:
-            image = Image.fromarray(_rgb(video, _frame_in(video, start, end), side))
+            image = Image.fromarray(upright_rgb(video, _frame_in(video, start, end), side))
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     written = io.BytesIO()
     image.save(written, "JPEG", quality=80)
@@ -136,25 +137,6 @@ def _duration(video: Video) -> float:
     return (video.container.duration or 0) / av.time_base
 
 
-def _rgb(video: Video, frame: VideoFrame, side: int) -> Any:
-    """Return the frame upright, uint8 [H, W, 3], with sides of at most `side` pixels."""
-    width, height = _fit(video, frame, side, side)
-    small = VideoReformatter().reformat(
-        frame, width, height, "rgb24", interpolation=Interpolation.BICUBIC, **ONE_THREAD
-    )
-    pixels = torch.from_numpy(small.to_ndarray()).permute(2, 0, 1)
-    return turned(pixels, orientation(frame)).permute(1, 2, 0).contiguous().numpy()
-
-
-def _fit(video: Video, frame: VideoFrame, width: int, height: int) -> tuple[int, int]:
-    """Return width and height, in pixels that are square, of a frame that is shrunk to fit."""
-    aspect = video.stream.sample_aspect_ratio or Fraction(1)
-    # A few bytes can claim pixels of any shape.
-    wide = frame.width * float(aspect) if Fraction(1, 4) <= aspect <= 4 else float(frame.width)
-    scale = min(width / wide, height / frame.height, 1.0)
-    return max(round(wide * scale), 1), max(round(frame.height * scale), 1)
-
-
 # --- films ----------------------------------------------------------------------------------
 
 
@@ -222,9 +204,9 @@ class _Pictures:
 
     def _upright(self, frame: VideoFrame) -> VideoFrame:
         turn = orientation(frame)
-        width, height = _fit(self.video, frame, self.height * 16 // 9, self.height)
+        width, height = fit(self.video, frame, self.height * 16 // 9, self.height)
         if turn[0]:
-            width, height = _fit(self.video, frame, self.height, self.height * 16 // 9)
+            width, height = fit(self.video, frame, self.height, self.height * 16 // 9)
         width, height = (side + side % 2 for side in (width, height))
         if not any(turn):
             return self._reformat(frame, width, height, "yuv420p")

@@ -1,6 +1,7 @@
 """Properties of the jobs that run on a Ray cluster: the same results as on this machine, whatever
 dies meanwhile."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -20,11 +21,19 @@ import numpy as np
 import pytest
 
 from clipvip import cli
+from clipvip.captions import Asking, Job, caption
 from clipvip.data.loading import in_actor, ray_cluster
 from clipvip.data.loading.in_worker import WorkerError, report_progress, set_place
 from clipvip.data.loading.on_ray import RayWorkers, start_workers
 from clipvip.data.loading.ray_cluster import Cluster
-from clipvip.data.shards import verify, verify_files, verify_shards, write, write_shards
+from clipvip.data.shards import (
+    ShardCopies,
+    verify,
+    verify_files,
+    verify_shards,
+    write,
+    write_shards,
+)
 from clipvip.index.build import build
 from clipvip.index.store import Store
 
@@ -455,6 +464,49 @@ def test_a_model_of_other_weights_is_refused(cluster: str, model: Path) -> None:
             [*workers.run([[]], ordered=False)]
         finally:
             workers.close()
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small image-to-text model."""
+    path = Path(__file__).parent / "captions" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("captioners", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.blip(tmp_path_factory.mktemp("captioner"))
+
+
+@pytest.mark.parametrize("kind", ["annotations", "shards"])
+def test_captions_are_the_same_though_a_worker_is_killed(
+    kind: str,
+    cluster: str,
+    captioner: Path,
+    clips: Path,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = clips if kind == "annotations" else shards
+    here, there = (
+        tmp_path / (f"{name}.jsonl" if kind == "annotations" else name)
+        for name in ("here", "there")
+    )
+    options: dict[str, Any] = {"asking": Asking(length=8), "batch_size": 2}
+    expected = caption(
+        str(captioner), source, here, device="cpu", mixed_precision="no", num_workers=0, **options
+    )
+    kill = KillOne()
+    add, finish = Job.add, ShardCopies.finish
+    monkeypatch.setattr(Job, "add", lambda *given: [add(*given), kill()])
+    monkeypatch.setattr(ShardCopies, "finish", lambda *given: [finish(*given), kill()])
+    options |= {"on": "ray", "num_workers": 2, "mixed_precision": "no"}
+    found = caption(str(captioner), source, there, **options)
+    assert kill.killed and found == expected and found.clips > found.captioned > 0
+    if kind == "annotations":
+        assert there.read_bytes().replace(b"there", b"here") == here.read_bytes()
+    else:
+        assert content(there) == content(here)
 
 
 def test_the_commands_pass_it_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

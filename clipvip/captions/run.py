@@ -10,12 +10,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clipvip import distributed
 from clipvip.captions.captioner import Asking, Captioner
@@ -264,14 +265,11 @@ class Job:
         """Whether a clip is to be captioned."""
         return self.overwrite or clip.caption is None
 
-    def batches(self) -> list[list[int]]:
+    def batches(self) -> "Batches":
         """Return the places of the clips that are left, in batches, in order."""
         wanted = np.fromiter(map(self.wanted, self.clips), bool, len(self.clips))
         left = np.flatnonzero(wanted & ~self.journal.finished())
-        return [
-            left[start : start + self.batch_size].tolist()
-            for start in range(0, len(left), self.batch_size)
-        ]
+        return Batches(left, self.batch_size, range(-(-len(left) // self.batch_size)))
 
     def add(self, found: Sequence[Record]) -> None:
         """Keep records. Raises LoaderError if too many clips are unreadable."""
@@ -321,6 +319,31 @@ class Job:
             summary.add(record)
             # That a clip is unreadable now says nothing against a caption that it has.
             yield clip if record.left_out == UNREADABLE else replace(clip, caption=record.caption)
+
+
+@dataclass(frozen=True)
+class Batches(Sequence[list[int]]):
+    """Places of clips in batches of `size`; a slice has those of `numbers`. It is made as it is
+    read: a list of a hundred million Python integers would take gigabytes."""
+
+    places: NDArray[np.int64]
+    size: int
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, key: int) -> list[int]: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> "Batches": ...
+
+    def __getitem__(self, key: int | slice) -> "list[int] | Batches":
+        if isinstance(key, slice):
+            return replace(self, numbers=self.numbers[key])
+        start = self.numbers[key] * self.size
+        return self.places[start : start + self.size].tolist()
 
 
 def _hash(source: Path, out: Path) -> str:

@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipProcessor,
@@ -22,6 +25,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    OPTConfig,
     PreTrainedTokenizerFast,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
@@ -79,6 +83,38 @@ def blip(folder: Path) -> Path:
     _save(folder, BlipForConditionalGeneration(config))
     images = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
     BlipProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def blip2(folder: Path) -> Path:
+    """With OPT, whose first token is also its last, as in the published models."""
+    inner, tokens = words("<unk>", "<pad>", "</s>")
+    inner.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="</s>",
+        eos_token="</s>",
+    )
+    images = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=4)  # adds <image>
+    text = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=32, num_hidden_layers=1,
+        num_attention_heads=2, word_embed_proj_dim=32, bos_token_id=2, eos_token_id=2,
+        pad_token_id=1,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=VISION,
+        qformer_config={**TOWER, "encoder_hidden_size": 32, "vocab_size": len(tokenizer)},
+        text_config={**text.to_dict(), "model_type": "opt"},
+        num_query_tokens=4,
+        image_token_index=len(tokens),
+    )
+    _save(folder, Blip2ForConditionalGeneration(config))
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -183,7 +219,7 @@ COLOURS = [
 ]
 
 
-KINDS = {"blip": blip, "git": git, "llava": llava, "vit_gpt2": vit_gpt2}
+KINDS = {"blip": blip, "blip2": blip2, "git": git, "llava": llava, "vit_gpt2": vit_gpt2}
 
 
 @pytest.fixture(autouse=True)

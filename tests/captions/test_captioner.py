@@ -17,7 +17,7 @@ PICTURES = [
     GENERATOR.integers(0, 255, (height, width, 3)).astype(np.uint8)
     for height, width in ((40, 60), (64, 32), (33, 47), (48, 48), (20, 90))
 ]
-KINDS = ("blip", "git", "llava", "vit_gpt2")
+KINDS = ("blip", "blip2", "git", "llava", "vit_gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_clips_caption_does_not_depend_on_the_others_of_its_batch(load, kind, 
     assert len({*together}) > 1  # it looks at the pictures
 
 
-@pytest.mark.parametrize("kind", ["blip", "git", "llava"])
+@pytest.mark.parametrize("kind", ["blip", "blip2", "git", "llava"])
 def test_the_prompt_is_not_part_of_the_caption(load, kind):
     prompt = "a picture of the dog"
     captioner = load(kind, prompt=prompt)
@@ -108,7 +108,7 @@ def test_git_for_video_reads_the_frames_of_a_clip_together(make_captioner, tmp_p
     assert more.prepare.at_once == 1  # more frames than it has embeddings for
 
 
-@pytest.mark.parametrize("kind", ["blip", "git", "vit_gpt2"])
+@pytest.mark.parametrize("kind", ["blip", "blip2", "git", "vit_gpt2"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_of_the_frames_captions_the_likeliest_is_taken(load, kind, beams):
     one, many = load(kind, beams=beams), load(kind, beams=beams, frames=len(PICTURES))

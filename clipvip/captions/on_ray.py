@@ -1,7 +1,7 @@
 """Caption clips on a Ray cluster: each worker holds the captioner, and the command keeps the
 records."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -102,7 +102,7 @@ class CaptionShards(RayJob[list[int], Taken]):
 def caption_clips_on_ray(
     there: CaptionerThere,
     clips: Annotations,
-    batches: list[list[int]],
+    batches: Sequence[list[int]],
     num_workers: int | None,
 ) -> Iterator[list[Record]]:
     """Yield the records of batches, in any order. Batches are those of a run on one machine, and so
@@ -114,7 +114,8 @@ def caption_clips_on_ray(
         count, cpus, gpus = cluster.for_model(num_workers)
         count = min(count, len(batches))
         size = min(max(len(batches) // (count * TASKS_PER_WORKER), 1), MOST_BATCHES)
-        tasks = (batches[first : first + size] for first in range(0, len(batches), size))
+        starts = range(0, len(batches), size)
+        tasks = ([*batches[first : first + size]] for first in starts)
         job = CaptionClips(there, "cuda" if gpus else "cpu", cpus, clips)
         sees: list[str | Path] = [there.source, *some_files(clips)]
         actors = RayWorkers(job, count, cpus=cpus, gpus=gpus, name=names_of(clips), sees=sees)

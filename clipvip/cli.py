@@ -68,9 +68,7 @@ DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "caption
 Suite = Literal["ops", "model", "train", "decode", "growth", "all"]
 WorkerCount = Annotated[
     int | None,
-    arg(
-        help="Number of worker processes; by default one per core, with --on ray per cluster core."
-    ),
+    arg(help="Number of processes; by default one per core of this machine, or of the cluster."),
 ]
 RunOn = Annotated[
     Literal["local", "ray"],

@@ -111,7 +111,13 @@ def _join(address: str) -> str:
             + ("what `ray start` left on this machine; " if own else "RAY_ADDRESS; ")
             + "start it, or set RAY_ADDRESS=local to use this machine alone"
         )
-    ray.init(address=found, **quiet)
+    try:
+        ray.init(address=found, **quiet)
+    except Exception as error:  # another version of Ray or Python, no token, …
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"cannot join the Ray cluster at {shown(found)}: {shown(reason)}"
+        ) from error
     return f"joined the cluster at {shown(found)}"
 
 

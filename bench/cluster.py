@@ -156,6 +156,7 @@ class Bench:
 
 def _save_models(model: Path, captioner: Path) -> None:
     """Save a ViT-B/32 and a BLIP of the usual size, with random weights."""
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import (
         BertTokenizer,
         BlipConfig,
@@ -170,14 +171,16 @@ def _save_models(model: Path, captioner: Path) -> None:
     torch.manual_seed(0)
     vision: dict[str, Any] = {"vision_config": {"patch_size": 32}, "projection_dim": 512}
     CLIPViPModel(CLIPViPConfig(**vision)).save_pretrained(model)
-    ends = {"<|startoftext|>": 0, "<|endoftext|>": 1}  # no text is read
-    tokenizer = CLIPTokenizer(vocab=ends, merges=[], model_max_length=77)
+    letters = sorted(ByteLevel.alphabet())  # no text is read, but a model has a tokenizer
+    words = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
     CLIPViPProcessor(tokenizer).save_pretrained(model)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [*special, *(f"w{number}" for number in range(30_524 - len(special)))]
+    known = [*special, *(f"w{number}" for number in range(30_524 - len(special)))]
     BlipForConditionalGeneration(BlipConfig()).save_pretrained(captioner)
     images = BlipImageProcessorPil(size={"height": 384, "width": 384})
-    tokens = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    tokens = BertTokenizer(vocab={word: number for number, word in enumerate(known)})
     BlipProcessor(images, tokens).save_pretrained(captioner)
 
 

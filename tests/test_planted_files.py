@@ -228,8 +228,13 @@ def test_shard_and_verify(
 
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import BertTokenizer, GitConfig, GitForCausalLM, GitProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers import (
+        BertTokenizer,
+        CLIPImageProcessor,
+        GitConfig,
+        GitForCausalLM,
+        GitProcessor,
+    )
 
     words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle", "moves", "left")
     tower = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
@@ -242,7 +247,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GitForCausalLM(config).save_pretrained(folder)
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
     size = {"height": 32, "width": 32}
-    images = CLIPImageProcessorPil(size=size, crop_size=size)
+    images = CLIPImageProcessor(size=size, crop_size=size)
     GitProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 

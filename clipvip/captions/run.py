@@ -113,6 +113,8 @@ def caption(
     if is_shards(os.fspath(source)):
         if there is not None:
             options["elsewhere"] = partial(caption_shards_on_ray, there, num_workers=num_workers)
+        if Path(out).suffix.lower() == ".jsonl":
+            raise ValueError(f"OUT is {shown(out)}; expected the folder to write shards to")
         return caption_shards(captioner, os.fspath(source), Path(out), about, workers, **options)
     job = Job(Path(source), Path(out), about, **options)
     with job.only_run() as finished:

@@ -15,7 +15,9 @@ from transformers import (
     Blip2Processor,
     BlipConfig,
     BlipForConditionalGeneration,
+    BlipImageProcessor,
     BlipProcessor,
+    CLIPImageProcessor,
     CLIPVisionConfig,
     GitConfig,
     GitForCausalLM,
@@ -30,10 +32,8 @@ from transformers import (
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
+    ViTImageProcessor,
 )
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 WORDS = [
     *("a", "the", "dog", "cat", "ball", "child", "red", "green", "runs", "jumps", "on", "grass"),
@@ -81,7 +81,7 @@ def blip(folder: Path) -> Path:
         image_text_hidden_size=16,
     )
     _save(folder, BlipForConditionalGeneration(config))
-    images = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    images = BlipImageProcessor(size={"height": SIZE, "width": SIZE})
     BlipProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 
@@ -99,7 +99,7 @@ def blip2(folder: Path) -> Path:
         bos_token="</s>",
         eos_token="</s>",
     )
-    images = BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
+    images = BlipImageProcessor(size={"height": SIZE, "width": SIZE})
     processor = Blip2Processor(images, tokenizer, num_query_tokens=4)  # adds <image>
     text = OPTConfig(
         vocab_size=len(tokenizer), hidden_size=32, ffn_dim=32, num_hidden_layers=1,
@@ -129,7 +129,7 @@ def git(folder: Path, frames: int | None = None) -> Path:
         **ends,
     )
     _save(folder, GitForCausalLM(config))
-    images = CLIPImageProcessorPil(
+    images = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
     )
     GitProcessor(images, tokenizer).save_pretrained(folder)
@@ -165,7 +165,7 @@ def llava(folder: Path, template: str | None = CHAT) -> Path:
     )
     model = LlavaForConditionalGeneration(config)
     _save(folder, model)
-    images = CLIPImageProcessorPil(
+    images = CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
     )
     processor = LlavaProcessor(
@@ -196,16 +196,16 @@ def vit_gpt2(folder: Path) -> Path:
     model.generation_config.decoder_start_token_id = 0
     model.generation_config.pad_token_id = model.generation_config.eos_token_id = 0
     _save(folder, model)
-    ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def _save(folder: Path, model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():  # large enough for answers to depend on the picture
-        if weight.dim() > 1:
-            weight.data.normal_(0, 0.4, generator=generator)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 or name.endswith("class_embedding"):  # others start from ones and zeros
+            weight.data.normal_(0, 0.4, generator=generator)  # answers depend on the picture
     model.save_pretrained(folder)
 
 

@@ -151,6 +151,8 @@ def test_other_options_and_other_shards_are_refused(shards, run, tmp_path):
         run(f"{shards}/{{00000..00001}}.tar")
     with pytest.raises(ShardError, match="is the folder of the shards"):
         run(shards, "in")
+    with pytest.raises(ValueError, match="expected the folder"):
+        run(shards, "out.jsonl")
 
 
 def test_filtered_captions_are_removed_and_counted(shards, run, tmp_path, say):

@@ -169,12 +169,15 @@ def _save_models(model: Path, captioner: Path) -> None:
     from clipvip.model import CLIPViPConfig, CLIPViPModel, CLIPViPProcessor
 
     torch.manual_seed(0)
-    vision: dict[str, Any] = {"vision_config": {"patch_size": 32}, "projection_dim": 512}
-    CLIPViPModel(CLIPViPConfig(**vision)).save_pretrained(model)
     letters = sorted(ByteLevel.alphabet())  # no text is read, but a model has a tokenizer
     words = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: number for number, word in enumerate(words)}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    text = {"vocab_size": len(words), "bos_token_id": len(words) - 2}
+    text |= {"eos_token_id": len(words) - 1}
+    vision = {"patch_size": 32}
+    config = CLIPViPConfig(text_config=text, vision_config=vision, projection_dim=512)
+    CLIPViPModel(config).save_pretrained(model)
     CLIPViPProcessor(tokenizer).save_pretrained(model)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     known = [*special, *(f"w{number}" for number in range(30_524 - len(special)))]

@@ -286,6 +286,7 @@ def measure(out: Path) -> None:
     from machine import machine
 
     torch.set_num_threads(1)
+    os.environ["RAY_ADDRESS"] = "local"  # no cluster that happens to be there
     os.environ["XDG_CACHE_HOME"] = tempfile.gettempdir()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))

@@ -281,13 +281,17 @@ class RayWorkers(Generic[Task, Result]):
             raise WorkerError(
                 f"Ray cannot start workers ({last}); is clipvip installed on all nodes?"
             )
-        detail = " ".join(reason.partition("Worker exit detail:")[2].split()).partition(". ")[0]
-        event = f"{dead} died {self._where(dead.place)}" + (f" ({detail})" if detail else "")
-        tasks = [*dead.tasks.items()]
-        if LOST in reason or getattr(dead.death, "preempted", False):
-            event = f"{dead} was lost with its node"
+        unavailable = isinstance(dead.death, self._ray.exceptions.ActorUnavailableError)
+        if unavailable or LOST in reason or getattr(dead.death, "preempted", False):
+            event = f"{dead} was lost with its node, or its connection was"
+            under_way = None
         else:
-            event += self._count_death(dead, event)
+            detail = " ".join(reason.partition("Worker exit detail:")[2].split()).partition(". ")[0]
+            event = f"{dead} died {self._where(dead.place)}" + f" ({detail})" * bool(detail)
+            under_way = next(iter(dead.tasks.values()), None)
+            event += self._blamed(dead.place)
+        self._count_death(event, under_way)
+        tasks = [*dead.tasks.items()]
         logger.warning("%s; another one takes over its tasks", event)
         with suppress(Exception):  # it may be cut off rather than dead
             self._ray.kill(dead.handle)
@@ -298,20 +302,24 @@ class RayWorkers(Generic[Task, Result]):
         self._actors[dead.number] = self._start(dead.number)
         return tasks
 
-    def _count_death(self, dead: _Remote, event: str) -> str:
-        """Count a death that may be the fault of a clip. Return what follows from it, in words."""
+    def _blamed(self, place: int) -> str:
+        """Count a death at a place. Return what follows from it, in words."""
+        if place >= 0:
+            self._deaths[place] += 1
+            if self._deaths[place] == 2:
+                self._excluded |= {place}
+                return ", the second to die there; this clip is skipped from now on"
+        return ""
+
+    def _count_death(self, event: str, under_way: _Given[Task] | None) -> None:
+        """Raise WorkerError if too many actors died in a row, or at one task."""
         self._deaths_in_a_row += 1
-        most = max(DEATHS_IN_A_ROW, 2 * len(self._actors))
-        under_way = next(iter(dead.tasks.values()), None)
+        deaths = 0
         if under_way is not None:
             under_way.deaths += 1
-        if self._deaths_in_a_row > most or (under_way and under_way.deaths > TASK_DEATHS):
+            deaths = under_way.deaths
+        most = max(DEATHS_IN_A_ROW, 2 * len(self._actors))  # a node may have had all of them
+        if self._deaths_in_a_row > most or deaths > TASK_DEATHS:
             raise WorkerError(
                 f"{event}, the last of several in a row; if memory ran out, use fewer workers"
             )
-        if dead.place >= 0:
-            self._deaths[dead.place] += 1
-            if self._deaths[dead.place] == 2:
-                self._excluded |= {dead.place}
-                return ", the second to die there; this clip is skipped from now on"
-        return ""

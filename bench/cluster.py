@@ -32,8 +32,9 @@ RESULT = records.BENCH / "results" / "cluster.json"
 CLIPS = records.BENCH.parent / ".cache" / "test-clips"  # `make test` fetches the clips
 KINDS = {"small": "bikes.mp4", "large": "bigbuckbunny.mp4"}
 JOBS = ("verify", "shard", "caption", "embed")
-FEW = {"caption": (2, 6)}  # clips of the two calibrating runs; (4, 16) for the other jobs
-MANY = {"caption": 8}  # clips of the runs that are predicted; 40 for the other jobs
+# Clips of the two calibrating runs of a job, and of the runs that are predicted.
+FEW = {"verify": (20, 100), "shard": (4, 16), "caption": (2, 6), "embed": (4, 24)}
+MANY = {"verify": 400, "shard": 40, "caption": 16, "embed": 60}
 TOLERANCE = 0.25
 EFFICIENCY = 0.9  # of many workers: the end of a run, and stragglers. Assumed.
 # Clips per second of one data-center GPU in bf16. Assumed, not measured.
@@ -221,7 +222,7 @@ def timed(work: Callable[..., Any], *given: Any) -> tuple[Any, float, float]:
 
 def calibrate(bench: Bench, job: str, kind: str) -> dict[str, float]:
     """Measure what a clip takes of one core, by two runs of one worker each."""
-    few, some = FEW.get(job, (4, 16))
+    few, some = FEW[job]
     bench.run(job, bench.clips({kind: 1}), 1, "local")  # imports, and reads the model
     found = []
     for count in (few, some):
@@ -249,8 +250,8 @@ def held_against(bench: Bench, calibration: dict[str, Any]) -> dict[str, dict[st
     check = {}
     cores = len(os.sched_getaffinity(0))
     for job in JOBS:
-        few, _ = FEW.get(job, (4, 16))
-        many = MANY.get(job, 40)
+        few, _ = FEW[job]
+        many = MANY[job]
         small, large = (calibration[kind][job]["seconds"] for kind in ("small", "large"))
         # The start of Ray and its workers is the fixed part, as a run of a few clips shows.
         _, start, _ = timed(bench.run, job, bench.clips({"small": few}), 2, "ray")

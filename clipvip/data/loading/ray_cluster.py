@@ -112,11 +112,14 @@ def _join(address: str) -> str:
             + "start it, or set RAY_ADDRESS=local to use this machine alone"
         )
     try:
-        ray.init(address=found, **quiet)
+        # Under "auto", Ray joins the cluster of `ray start` and sends its token, which it does for no
+        # address that is given.
+        ray.init(address="auto" if own else found, **quiet)
     except Exception as error:  # another version of Ray or Python, no token, …
         reason = " ".join(str(error).split())[:300]
+        token = "" if own else " (if it asks for a token, set RAY_AUTH_MODE=token)"
         raise ValueError(
-            f"cannot join the Ray cluster at {shown(found)}: {shown(reason)}"
+            f"cannot join the Ray cluster at {shown(found)}: {shown(reason)}{token}"
         ) from error
     return f"joined the cluster at {shown(found)}"
 

@@ -89,7 +89,7 @@ def made_up(videos: int, device: str) -> Batch:
         within = torch.arange(TEXT_LENGTH) < length
         batch[f"{name}_ids"] = ids.masked_fill(~within, END).index_fill(1, torch.tensor(-1), END)
         batch[f"{name}_mask"] = within.long()
-    for name in ("subtitle", "caption", "image"):
+    for name in ("video", "subtitle", "caption"):
         batch[f"{name}_present"] = torch.ones(videos, dtype=torch.bool)
     # These masks decide about shapes, so the trainer keeps them on the host.
     there = {name: each for name, each in batch.items() if name.endswith("_present")}

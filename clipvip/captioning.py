@@ -69,8 +69,10 @@ def caption_clips(
         for that of the texts in training.
     The other arguments are those of clipvip.embedding.read_clips. Yields index in `clips` →
     caption. Clips that cannot be read are left out and added to bad_files after the last batch.
+    Raises ValueError, before a clip is read, if beams or length is out of its range.
     """
     most = processor.longest_text - 1 if length is None else length
+    model.check_search(beams, most)
     for batch, frames, offsets in read_clips(model, processor, clips, bad_files, **options):
         tokens = model.generate(frames, offsets, num_beams=beams, max_new_tokens=most)
         yield dict(zip(batch["clip_index"].tolist(), processor.captions(tokens), strict=True))

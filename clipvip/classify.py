@@ -9,7 +9,6 @@ feature. Probabilities are the softmax of all labels' scores, times the model's 
 import csv
 import io
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipvip.collection import clips_of, listed
+from clipvip.collection import clips_of, list_left_out
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile
 from clipvip.embedding import autocast, embed_clips, embed_texts, load_for_embedding
@@ -320,17 +319,7 @@ class _Classifier:
     def _finish(self) -> None:
         """List the files that were left out. Raises ValueError if no clip was classified."""
         reasons = {bad["path"]: bad["reason"] for bad in self.bad_files}
-        if not self.done:
-            path, reason = next(iter(reasons.items()))
-            raise ValueError(
-                f"none of {len(self.clips)} clips in {shown(listed(self.sources))} could be "
-                f"classified; the first: {shown(path)}: {shown(reason)}"
-            )
-        if reasons:
-            files = "file" if len(reasons) == 1 else "files"
-            print(f"{len(reasons)} {files} could not be used:", file=sys.stderr)
-        for path, reason in reasons.items():
-            print(f"  {shown(path)}: {shown(reason)}", file=sys.stderr)
+        list_left_out(reasons, self.sources, None if self.done else "classified")
 
 
 def _by_length(text: str) -> tuple[int, str]:

@@ -512,7 +512,9 @@ def describe(
 
         VideoIndex(index).describe(model, overwrite=overwrite, **options)
         return
-    if overwrite or not videos:
+    if overwrite:
+        raise ValueError("--overwrite is for an index; give --index, or leave it out")
+    if not videos:
         raise ValueError("no videos were named; expected videos, or --index with an index")
     from clipvip.describe import describe as describe_videos
     from clipvip.describe import print_captions

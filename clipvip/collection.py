@@ -20,7 +20,7 @@ import re
 import sys
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -134,6 +134,25 @@ def listed(names: Sequence[str]) -> str:
     """Join the first names for a message, and add how many more there are."""
     more = len(names) - MOST_NAMED
     return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def list_left_out(reasons: Mapping[str, str], sources: Sequence[str], undone: str | None) -> None:
+    """List files that were left out of a command's work, path → reason, on standard error.
+
+    sources: what the command was given. undone: what happened to no clip, such as "classified";
+        None if it happened to some. Raises ValueError, with the first reason, if it is given.
+    """
+    if undone is not None:
+        path, reason = next(iter(reasons.items()))
+        raise ValueError(
+            f"none of the clips in {shown(listed(sources))} could be {undone}; the first: "
+            f"{shown(path)}: {shown(reason)}"
+        )
+    if reasons:
+        files = "file" if len(reasons) == 1 else "files"
+        print(f"{len(reasons)} {files} could not be used:", file=sys.stderr)
+    for path, reason in reasons.items():
+        print(f"  {shown(path)}: {shown(reason)}", file=sys.stderr)
 
 
 def _state(path: str) -> tuple[int, int]:

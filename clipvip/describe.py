@@ -1,7 +1,6 @@
 """Say what videos show, with a model that captions. This is `clipvip describe`."""
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from clipvip.captioning import BEAMS, caption_clips, load_for_captioning
-from clipvip.collection import clips_of, listed
+from clipvip.collection import clips_of, list_left_out
 from clipvip.data.annotations import Clip
 from clipvip.data.loading import BadFile, Division, PartReader, divide_files
 from clipvip.embedding import autocast
@@ -74,7 +73,8 @@ def describe(
                 done += 1
                 yield clips[place], caption
             advance(len(captions))
-    _list_left_out(bad_files, done, sources)
+    reasons = {str(bad.path): bad.reason for bad in bad_files}
+    list_left_out(reasons, sources, None if done else "described")
 
 
 def _moments(
@@ -96,22 +96,6 @@ def _moments(
             moments += [Clip(files[place][0], *span) for span in facts.spans]
             advance(1)
     return moments
-
-
-def _list_left_out(bad_files: list[BadFile], done: int, sources: list[str]) -> None:
-    """List the files that were left out. Raises ValueError if no clip was described."""
-    reasons = {str(bad.path): bad.reason for bad in bad_files}
-    if not done:
-        path, reason = next(iter(reasons.items()))
-        raise ValueError(
-            f"none of the clips in {shown(listed(sources))} could be described; the first: "
-            f"{shown(path)}: {shown(reason)}"
-        )
-    if reasons:
-        files = "file" if len(reasons) == 1 else "files"
-        print(f"{len(reasons)} {files} could not be used:", file=sys.stderr)
-    for path, reason in reasons.items():
-        print(f"  {shown(path)}: {shown(reason)}", file=sys.stderr)
 
 
 def print_captions(described: Iterable[tuple[Clip, str]], as_json: bool) -> None:

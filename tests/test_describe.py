@@ -150,8 +150,8 @@ def test_a_model_without_a_decoder_is_refused_in_one_line(model, videos, tmp_pat
     with pytest.raises(FileNotFoundError, match="no such model"):
         list(describe("no such model", videos, **HERE))
     for options, message in (
-        (["--beams", 0], "num_beams is 0; expected 1 to"),
-        (["--length", 99], "max_new_tokens is 99; expected 1 to 29"),
+        (["--beams", 0], "beams is 0; expected 1 to"),
+        (["--length", 99], "length is 99; expected 1 to 29"),
     ):
         status, out, err = run(model, videos, *options)
         assert status == 1 and message in err.splitlines()[-1] and out == ""

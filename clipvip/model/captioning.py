@@ -12,7 +12,7 @@ which CLIPViPModel leaves the latter out, and captioning.
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -36,9 +36,9 @@ from transformers import (
 from transformers.utils import ModelOutput, can_return_tuple
 
 from clipvip.files import shown
-from clipvip.model.configuration import CLIPViPConfig, decoder_config
+from clipvip.model.configuration import CLIPViPConfig, count_decoder_weights, decoder_config
 from clipvip.model.modeling import CLIPViPModel, pack_frames
-from clipvip.model.pretrained import cached, found, quiet_load, read_json
+from clipvip.model.pretrained import cached, check_size, found, quiet_load, read_json
 from clipvip.model.vision import proxy_starts
 
 _CLASSES: dict[str, Any] = {"gpt2": GPT2LMHeadModel, "bert": BertLMHeadModel}
@@ -224,6 +224,17 @@ class CLIPViPForCaptioning(CLIPViPModel):
         memory = bridged.new_zeros(*mask.shape, bridged.shape[-1])
         return memory.masked_scatter(mask[..., None], bridged), mask
 
+    def check_search(
+        self, beams: int, length: int, names: Sequence[str] = ("beams", "length")
+    ) -> None:
+        """Raise ValueError if the width of a beam search, or the number of tokens after the start
+        token, is out of its range. names: of both, for the message."""
+        shapes = self.decoder.config
+        limits = (shapes.vocab_size, shapes.max_position_embeddings - 1)
+        for name, value, limit in zip(names, (beams, length), limits, strict=True):
+            if not 1 <= value <= limit:
+                raise ValueError(f"{name} is {value}; expected 1 to {limit} for this decoder")
+
     @torch.inference_mode()
     def generate(
         self,
@@ -246,13 +257,7 @@ class CLIPViPForCaptioning(CLIPViPModel):
         Raises ValueError for a number out of its range.
         """
         shapes = self.decoder.config
-        most = shapes.max_position_embeddings - 1
-        for name, value, limit in (
-            ("num_beams", num_beams, shapes.vocab_size),
-            ("max_new_tokens", max_new_tokens, most),
-        ):
-            if not 1 <= value <= limit:
-                raise ValueError(f"{name} is {value}; expected 1 to {limit} for this decoder")
+        self.check_search(num_beams, max_new_tokens, ("num_beams", "max_new_tokens"))
         memory, mask = self.get_caption_memory(pixel_values, frame_offsets)
         start = torch.full((len(memory), 1), shapes.bos_token_id, device=memory.device)
         given = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
@@ -363,8 +368,9 @@ def load_decoder(source: str | os.PathLike, tokenizer: Any) -> PreTrainedModel:
     Cross-attention that it lacks is new, with random weights. No code of its files is run.
     Raises ValueError if its weights are not those of its configuration.
     """
-    with found("the decoder", source):
+    with found("the decoder", source, kind="language model"):
         config = read_decoder_config(source, tokenizer)
+        check_size(count_decoder_weights(config), source, {})
         kind = _CLASSES[config.model_type]
         with quiet_load(report=False):
             decoder, info = kind.from_pretrained(

@@ -210,12 +210,16 @@ def count_weights(config: CLIPViPConfig) -> int:
     video = patch + patches + vision.num_proxies + vision.num_frames
     count = tower(text, text.vocab_size + text.max_position_embeddings) + tower(vision, video)
     decoder = config.decoder_config
-    if decoder is not None:  # each layer also attends to the video
-        width = decoder.hidden_size
-        layer = max(_LEAST_LAYER, (8 * width + 2 * decoder_inner(decoder)) * width)
-        inputs = decoder.vocab_size + decoder.max_position_embeddings
-        count += decoder.num_hidden_layers * layer + inputs * width
-    return count
+    return count + (0 if decoder is None else count_decoder_weights(decoder))
+
+
+def count_decoder_weights(config: PretrainedConfig) -> int:
+    """Count the weights of a decoder, one of DECODERS, up to a few per cent and a small number."""
+    width = config.hidden_size
+    # Each layer also attends to the video.
+    layer = max(_LEAST_LAYER, (8 * width + 2 * decoder_inner(config)) * width)
+    inputs = config.vocab_size + config.max_position_embeddings
+    return config.num_hidden_layers * layer + inputs * width
 
 
 def decoder_inner(config: PretrainedConfig) -> int:

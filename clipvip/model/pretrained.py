@@ -71,7 +71,7 @@ def found(
     source: str | PathLike,
     subfolder: str = "",
     *,
-    kind: Literal["model", "tokenizer"] = "model",
+    kind: Literal["model", "tokenizer", "language model"] = "model",
     error: type[Exception] = FileNotFoundError,
 ) -> Iterator[None]:
     """Run a load of `source`, and turn its errors into one line that says what is wrong.
@@ -85,18 +85,20 @@ def found(
     """
     value, path = fspath(source), Path(source)
     wanted = f"expected the folder of a {kind}" + ", a file of weights" * (kind == "model")
-    wanted += " or a name on the Hugging Face hub such as openai/clip-vit-base-patch32"
+    known = "openai-community/gpt2" if kind == "language model" else "openai/clip-vit-base-patch32"
+    wanted += f" or a name on the Hugging Face hub such as {known}"
     if not value.strip():
         raise error(f"{what} is empty; {wanted}")
     check_name(what, value)
     named = _HUB_NAME.fullmatch(value) and path.suffix not in FILE_SUFFIXES
     if not path.exists() and not named:
         raise error(f"{what} is {value!r}, which does not exist; {wanted}{_nearest(path)}")
-    if path.is_dir() and kind == "model":
+    if path.is_dir() and kind != "tokenizer":
         inner = path / subfolder
         if not any((inner / name).is_file() for name in ("config.json", OPEN_CLIP_CONFIG)):
             files = sorted(file for file in inner.glob("*") if file.suffix in FILE_SUFFIXES)
             hint = f"; for the file of weights in it, give {shown(files[0])}" if files else ""
+            hint *= kind == "model"
             if (inner / "adapter_config.json").is_file():
                 hint = "; it holds an adapter of PEFT: give the model that it is merged into"
             raise error(f"{what} is {value!r}, a folder without config.json; {wanted}{hint}")
@@ -249,7 +251,7 @@ def resolve(
         if options.get("config") is None:
             video = {name: options.pop(name) for name in VIDEO_OPTIONS if name in options}
             config = options["config"] = infer_config(weights, source, **told, **video)
-            _check_size(config, source, options)
+            check_size(count_weights(config), source, options)
         if weights.left_out:
             logger.warning(
                 f"{shown(source)} is a {weights.layout} checkpoint: its CLIP is read, and left out "
@@ -267,7 +269,7 @@ def resolve(
     if options.get("config") is None:
         video = {name: options[name] for name in VIDEO_OPTIONS if name in options}
         shapes = CLIPViPConfig.from_pretrained(source, **hub_options(options), **video)
-        _check_size(shapes, source, options)
+        check_size(count_weights(shapes), source, options)
     return (
         source,
         options,
@@ -488,14 +490,14 @@ def failed_writes() -> Iterator[None]:
         raise OSError("a file could not be written completely") from error
 
 
-def _check_size(config: CLIPViPConfig, source: str | PathLike, options: dict[str, Any]) -> None:
-    """Raise ValueError if a configuration has more weights than the model's files have bytes.
+def check_size(wanted: int, source: str | PathLike, options: dict[str, Any]) -> None:
+    """Raise ValueError if a configuration has more weights, `wanted`, than the model's files have
+    bytes.
 
     transformers would initialise the missing ones, however much memory that takes.
     """
     path = Path(source)
     stored = path.stat().st_size if path.is_file() else _weight_bytes(source, options)
-    wanted = count_weights(config)
     if stored is not None and wanted > stored + _SLACK:
         raise ValueError(
             f"its configuration has {wanted:.3g} weights, but its files hold only {stored} bytes "

@@ -6,6 +6,7 @@ The processor, saved with the model, decides how videos and texts are read for t
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ CLIP_READING = {"sampling": "uniform", "resize": "crop"}
 AUTHORS_READING = {"sampling": "authors", "resize": "squash"}  # as in the authors' code
 PROCESSOR_CONFIG = "processor_config.json"
 DECODER_TOKENIZER = "decoder_tokenizer"  # folder of it in a model's folder
+_PUNCTUATED = "it's a t-shirt."
+_SPACED = {
+    re.compile(r" ([.,;:!?]+)(?= |$)"): r"\1",
+    re.compile(r"(?<=\w) ?' ?(s|t|re|ve|ll|d|m)\b"): r"'\1",
+    re.compile(r"(?<=\w) - (?=\w)"): "-",
+}
 _SAVED = ("image_size", "image_mean", "image_std", *READING)
 
 # A video is a path, frames as one uint8 array [N, H, W, 3] or [N, 3, H, W], or a list of frames,
@@ -149,8 +156,12 @@ class CLIPViPProcessor(Pushable, ProcessorMixin):  # type: ignore[misc]
     def captions(self, tokens: Tensor) -> list[str]:
         """Turn tokens, as CLIPViPForCaptioning.generate returns them, int64 [B, length], into texts
         of one line."""
-        texts = self.caption_tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        tokenizer = self.caption_tokenizer
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = [" ".join(text.split()) for text in texts]
+        # CLIP's and BERT's decode punctuation as words; GPT-2's keep the spaces of a text.
+        sample = tokenizer.decode(tokenizer(_PUNCTUATED).input_ids, skip_special_tokens=True)
+        return texts if sample.strip() == _PUNCTUATED else [*map(_joined, texts)]
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Save as transformers does, and the decoder's tokenizer in a folder of its own."""
@@ -375,6 +386,14 @@ def load_tokenizer(where: str | os.PathLike, **hub: Any) -> CLIPTokenizer:
         if None in (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id):
             raise ValueError("it lacks a token for a text's start or end or for padding")
         return loaded
+
+
+def _joined(text: str) -> str:
+    """Remove the spaces that a tokenizer's words leave before punctuation, and in contractions and
+    compounds."""
+    for spaced, joined in _SPACED.items():
+        text = spaced.sub(joined, text)
+    return text
 
 
 def longest_text(config: CLIPViPConfig) -> int:

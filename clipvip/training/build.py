@@ -38,6 +38,8 @@ from clipvip.training.optimization import freeze
 from clipvip.training.sources import Clips, SourceConfig, load_sources
 from clipvip.training.task import task_of
 
+_KINDS = {"model.tokenizer": "tokenizer", "model.decoder.name": "language model"}
+
 
 def load_clips(config: TrainConfig) -> tuple[Clips, list[Clip]]:
     """Load training and validation clips; the latter are empty if data.validation is not given.
@@ -296,7 +298,7 @@ def _tokenizer(config: TrainConfig) -> CLIPTokenizer:
 def _given(key: str, value: str) -> Iterator[None]:
     """Within, raise a ConfigError that names `key` if what `value` names does not exist, has no
     tokenizer, or has a damaged file."""
-    kind: Any = "tokenizer" if key == "model.tokenizer" else "model"
+    kind: Any = _KINDS.get(key, "model")
     try:
         with found(key, value, kind=kind, error=ConfigError):
             try:

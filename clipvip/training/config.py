@@ -218,7 +218,7 @@ _CHOICES = {
     "data.resize": RESIZES,
 }
 _POSITIVE = (
-    "model.image_size", "data.num_frames", "data.text_length", "data.shuffle", "batch_size",
+    "model.image_size", "data.num_frames", "data.shuffle", "batch_size",
     "accumulation", "micro_batch", "epochs", "max_steps", "log_every", "eval_every", "save_every",
     "eval_batch_size", "keep_checkpoints", "optimizer.lr", "optimizer.decoder_lr",
     "optimizer.max_grad_norm",
@@ -226,6 +226,8 @@ _POSITIVE = (
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(_POSITIVE, ("above 0", lambda value: value > 0)),
     "ema": ("between 0 and 1", lambda value: 0 < value < 1),
+    # Below 2, tokenizers do not truncate at all; with 2, a text is a start and an end token.
+    "data.text_length": ("at least 3", lambda value: value >= 3),
     "label_smoothing": ("in [0, 1)", lambda value: 0 <= value < 1),
     "optimizer.layer_decay": ("above 0 and at most 1", lambda value: 0 < value <= 1),
     "optimizer.warmup": ("in [0, 1)", lambda value: 0 <= value < 1),

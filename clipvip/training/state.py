@@ -256,6 +256,8 @@ def course(config: TrainConfig, processes: int) -> dict[str, Any]:
         {key: value for key, value in source.items() if value is not None}
         for source in settings["data.sources"]
     ]
+    if config.task != "captioning":  # nor is it in older checkpoints
+        del settings["label_smoothing"]
     return {key: value for key, value in settings.items() if key not in _NOT_THE_COURSE}
 
 
@@ -265,7 +267,7 @@ def changes(then: dict[str, Any], config: TrainConfig, processes: int) -> Iterat
         before = then.get(key)
         if before == value:
             continue
-        if key in ("model.name", "model.config", "model.tokenizer"):
+        if key in ("model.name", "model.config", "model.tokenizer", "model.decoder"):
             yield f"{key} was {before} and is now {value}; the checkpoint's model is kept"
         elif key != "processes":
             yield f"resuming with another {key}: was {before}, is now {value}"

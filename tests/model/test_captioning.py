@@ -364,6 +364,27 @@ def test_a_language_model_becomes_a_decoder(kind, gpt2_folder, tmp_path):
         again.fit(joined.config)
 
 
+def test_captions_have_no_spaces_before_punctuation(gpt2_folder, tmp_path):
+    """CLIP's and BERT's tokens leave them; GPT-2's say where a text has spaces."""
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"
+    vocabulary = [character + end for end in ("", "</w>") for character in characters]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    clip = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[])
+    folder = bert_folder(tmp_path / "lm")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *characters, *(f"##{c}" for c in characters)]
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+    processor = CLIPViPProcessor(clip)
+    joined = ["it's a man's t-shirt, isn't it?", "a stop sign; 2 men!", "we're on a street."]
+    for own, texts in (
+        (None, joined),
+        (load_decoder_tokenizer(folder), joined),
+        (load_decoder_tokenizer(gpt2_folder), [*joined, "a dog - a cat ."]),
+    ):
+        processor.decoder_tokenizer = own
+        rows = processor.caption_tokenizer(texts, padding=True)["input_ids"]
+        assert processor.captions(torch.tensor(rows)) == texts
+
+
 def test_a_language_model_that_does_not_fit_its_configuration_is_refused(gpt2_folder, tmp_path):
     folder = gpt2_folder
     tokenizer = load_decoder_tokenizer(folder)
@@ -372,6 +393,8 @@ def test_a_language_model_that_does_not_fit_its_configuration_is_refused(gpt2_fo
     for changed, message in (
         ({"n_layer": 3}, r"weights are not those of its config.json \(missing: "),
         ({"n_layer": 1}, r"weights are not those of its config.json \(unexpected: "),
+        ({"n_layer": 10**9}, "but its files hold only"),
+        ({"vocab_size": 10**12}, "but its files hold only"),
         ({"n_embd": 32}, r"weights are not those of its config.json \(of another shape: "),
         ({"model_type": "opt"}, "model_type is 'opt'; expected one with cross-attention"),
     ):

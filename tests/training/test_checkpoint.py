@@ -297,3 +297,14 @@ def test_a_changed_setting_is_reported_with_whether_it_takes_effect(make_config)
         "is kept",
         "resuming with another optimizer.lr: was 0.001, is now 0.002",
     ]
+
+
+def test_a_captioners_settings_are_reported_for_captioners_alone(make_config):
+    then = state.course(make_config(), 1)
+    assert "label_smoothing" not in then  # as in checkpoints from before it existed
+    given = ["task=captioning", "model.decoder.name=a"]
+    then = state.course(make_config(*given), 1)
+    now = make_config(*given[:1], "model.decoder.name=b", "label_smoothing=0.2")
+    smoothing, decoder = sorted(state.changes(then, now, 1), key=lambda line: "model" in line)
+    assert smoothing == "resuming with another label_smoothing: was 0.1, is now 0.2"
+    assert decoder.startswith("model.decoder was {") and decoder.endswith("model is kept")

@@ -102,6 +102,7 @@ def test_a_new_model_is_nested_keys(tmp_path):
         (["data.num_frame=3"], "unknown key data.num_frame; did you mean data.num_frames?"),
         (["optimizer.lr=fast"], "command line: optimizer.lr: "),
         (["batch_size=0"], "batch_size is 0; it must be above 0"),
+        (["data.text_length=2"], "data.text_length is 2; it must be at least 3"),
         (["task=pretrain"], "task is 'pretrain'; it must be one of omnisource, retrieval"),
         (["variant=vcs"], "variant is 'vcs'; it must be one of vs, "),
         (["epochs=1", "max_steps=5"], "command line: give either epochs or max_steps, not both"),

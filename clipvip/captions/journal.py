@@ -57,18 +57,19 @@ class Journal:
         with only_run(self.folder, "captions", JournalError):
             path = self.folder / HEAD
             old = _read_json(path)
-            if old is None:
-                if others := [name for name in os.listdir(self.folder) if _OURS.fullmatch(name)]:
-                    raise JournalError(
-                        f"{shown(self.folder)} holds {min(others)} and no usable {HEAD}; delete "
-                        "this folder to start again"
-                    )
-                write_whole(path, json.dumps(head, indent=1) + "\n")
-            elif differing := difference(old, head):
+            files = [name for name in os.listdir(self.folder) if _OURS.fullmatch(name)]
+            if old is None and files:
+                raise JournalError(
+                    f"{shown(self.folder)} holds {min(files)} and no usable {HEAD}; delete this "
+                    "folder to start again"
+                )
+            if old is not None and files and (differing := difference(old, head)):
                 raise JournalError(
                     f"{shown(self.folder)} holds captions made with {differing}; to resume them, "
                     "give the same command; to start again, delete this folder or give another OUT"
                 )
+            if old is None or not files:  # of a run that ended before its first caption
+                write_whole(path, json.dumps(head, indent=1) + "\n")
             yield
 
     def read(self) -> None:

@@ -66,7 +66,18 @@ MixedPrecision = Annotated[
 ]
 DataSet = Literal["msrvtt", "didemo", "lsmdc", "activitynet", "hdvila", "captions", "folder"]
 Suite = Literal["ops", "model", "train", "decode", "growth", "all"]
-WorkerCount = Annotated[int | None, arg(help="Number of processes; by default one per core.")]
+WorkerCount = Annotated[
+    int | None,
+    arg(help="Number of processes; by default one per core of this machine, or of the cluster."),
+]
+RunOn = Annotated[
+    Literal["local", "ray"],
+    arg(
+        help="Where the workers run: on this machine, or on a Ray cluster, whose nodes must see "
+        "all files under the same paths. That is the cluster at RAY_ADDRESS, else the one that "
+        "`ray start` has joined this machine to, else Ray on this machine alone."
+    ),
+]
 
 
 def train(
@@ -220,6 +231,8 @@ def embed(
     scenes: bool = False,
     decoder: DecodeWith = "auto",
     mixed_precision: MixedPrecision = "auto",
+    workers: int | None = None,
+    on: RunOn = "local",
     tokens: bool = False,
     layer: int | None = None,
     dtype: Literal["fp16", "bf16", "fp32"] | None = None,
@@ -239,6 +252,9 @@ def embed(
     On several GPUs, which share the videos:
       torchrun --nproc-per-node 8 -m clipvip.cli embed MODEL ~/Videos
 
+    On a Ray cluster, with all of its GPUs, or its cores if it has none:
+      clipvip embed MODEL /shared/videos --out /shared/index --on ray
+
     With --tokens, write the model's tokens of each clip to a file instead, such as a language
     model takes them, and list the files in OUT/clips.jsonl:
       clipvip embed MODEL ~/Videos --tokens --layer -2 --out tokens
@@ -255,12 +271,16 @@ def embed(
             --window. Moments that overlap leave no event cut in two.
         scenes: Make a moment of each scene, from cut to cut, instead of fixed windows.
             Scenes longer than two windows are divided. This decodes every frame.
+        workers: Number of processes that decode, by default one per core. With --on ray, number of
+            workers that each hold the model, by default one per GPU, or without GPUs one per four
+            cores.
         tokens: Write each clip's proxies [M, C] and patches [N, L, C] to a .safetensors file.
         layer: Layer to take tokens from, counted from 1 or, from the last, -1 (the default).
             0 is the input of the first layer. Only with --tokens.
         dtype: Precision to store tokens in, by default fp16. Only with --tokens.
     """
     given: dict[str, Any] = {"window": window, "stride": stride, "scenes": scenes or None}
+    given |= {"workers": workers, "on": on if on != "local" else None}
     given = {name: value for name, value in given.items() if value is not None}
     if tokens:
         if given:
@@ -278,6 +298,8 @@ def embed(
     from clipvip.index.build import build_and_leave
 
     given |= {"decoder": decoder, "mixed_precision": mixed_precision}
+    if "workers" in given:
+        given["num_workers"] = given.pop("workers")
     build_and_leave("index" if out is None else out, model, videos, **given)
 
 
@@ -599,6 +621,7 @@ def shard(
     size: int | None = None,
     seed: int = 0,
     workers: WorkerCount = None,
+    on: RunOn = "local",
     max_bad_share: float = 0.05,
 ) -> None:
     """Pack clips into WebDataset tar files (shards) to train from.
@@ -606,6 +629,9 @@ def shard(
     Writes OUT/00000.tar, 00001.tar, … and a manifest with their checksums. For example:
       clipvip shard train.jsonl SHARDS --size 256
       clipvip train msrvtt data.train=SHARDS …
+
+    On a Ray cluster, with all of its cores:
+      clipvip shard train.jsonl SHARDS --size 256 --on ray
 
     If a run stops early, run the same command again: it keeps the finished shards. To train on
     some of the shards, use data.train='SHARDS/{00000..00099}.tar'.
@@ -631,6 +657,7 @@ def shard(
         size=size,
         seed=seed,
         num_workers=workers,
+        on=on,
         max_bad_share=max_bad_share,
     )
     bad = sum(shard.bad for shard in shards)
@@ -660,7 +687,8 @@ def caption(
     overwrite: bool = False,
     batch_size: int = 16,
     mixed_precision: MixedPrecision = "auto",
-    workers: WorkerCount = None,
+    workers: int | None = None,
+    on: RunOn = "local",
     max_bad_share: float = 0.05,
 ) -> None:
     """Write a caption for the middle frame of every clip, as post-pretraining needs.
@@ -671,6 +699,9 @@ def caption(
 
     On several GPUs, which share the clips; the captions do not depend on their number:
       torchrun --nproc-per-node 8 -m clipvip.cli caption MODEL clips.jsonl captioned.jsonl
+
+    On a Ray cluster, with all of its GPUs, or its cores if it has none:
+      clipvip caption MODEL /shared/SHARDS /shared/CAPTIONED --on ray --mixed-precision bf16
 
     Clips that have a caption keep it. Clips whose caption is empty, no text or a repetition stay
     in OUT without one. Run the same command again to resume a run that was stopped or killed.
@@ -688,6 +719,9 @@ def caption(
             annotated image is captioned by that image.
         overwrite: Also caption clips that have a caption.
         batch_size: Number of clips per call of the model.
+        workers: Number of processes that read, by default one per core. With --on ray, number of
+            workers that each hold the model, by default one per GPU, or without GPUs one per four
+            cores.
         max_bad_share: Share of unreadable clips above which the command fails.
             Unreadable clips stay in OUT as they are, and are listed: in OUT/bad_files.jsonl, or
             beside OUT.jsonl in OUT.bad_files.jsonl.
@@ -703,6 +737,7 @@ def caption(
         batch_size=batch_size,
         num_workers=workers,
         mixed_precision=mixed_precision,
+        on=on,
         max_bad_share=max_bad_share,
     )
 
@@ -712,12 +747,14 @@ def verify(
     clean: Annotated[Positional[Path | None], arg(metavar="[CLEAN.jsonl]")] = None,
     manifest: Path | None = None,
     workers: WorkerCount = None,
+    on: RunOn = "local",
 ) -> None:
     """Verify that clips can be read, by decoding the first, middle and last frame of each.
 
     Lists the clips that cannot be read. If there are any, exits with status 1. For example:
       clipvip verify train.jsonl clean.jsonl
       clipvip verify 'https://example.org/shards/{00000..00099}.tar'
+      clipvip verify train.jsonl clean.jsonl --on ray
 
     Args:
         source: Annotations (.jsonl), or shards: a folder, a pattern of tars, or an fsspec URL.
@@ -729,9 +766,9 @@ def verify(
     from clipvip.data.shards import is_shards, verify_files, verify_shards
 
     if is_shards(source) or manifest is not None:
-        clips, bad = verify_shards(source, clean, manifest, num_workers=workers)
+        clips, bad = verify_shards(source, clean, manifest, num_workers=workers, on=on)
     else:
-        clips, bad = verify_files(Path(source), clean, num_workers=workers)
+        clips, bad = verify_files(Path(source), clean, num_workers=workers, on=on)
     for file in bad:
         line = f" (line {file.line})" if file.line else ""
         print(f"{shown(file.path)}{line}: {shown(file.reason)}")

@@ -24,7 +24,7 @@ PAINT = {"clip_vip": "#2f6fed", "mean_pool": "#e08a1e", "chance": "#b8bec9"}
 STAGES = {"pretrain": "post-pretraining", "finetune": "fine-tuning"}
 STRIP_FRAMES, STRIP_SIZE = 6, 64
 SHOWN, QUERIES = 3, 12  # clips per query, queries per page
-FILM_QUERIES, CAPTIONED = 6, 12
+FILM_QUERIES, CAPTIONED = 6, 16
 
 
 def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -> None:
@@ -83,7 +83,7 @@ def plot(runs: dict[str, dict[str, Path]], results: dict[str, Any], out: Path) -
     bars.set_yticks(range(0, 101, 20))
     bars.grid(axis="x", visible=False)
     bars.legend(frameon=False, loc="upper left", ncols=3, fontsize=8, columnspacing=1)
-    bars.set_title("text → video, captions, held-out clips, %", loc="left", fontweight="bold")
+    bars.set_title("held-out clips, %: recall, exact captions", loc="left", fontweight="bold")
     figure.savefig(out, dpi=150)
     plt.close(figure)
 

@@ -86,6 +86,10 @@ def main() -> None:
     plot(runs, results, OUT / "results.png")
     page(found, captions, results, OUT / "results.png", OUT / "index.html")
     show(results)
+    say("captioning the moments of clips and films, so that searches show what was found")
+    for folder in INDEXES.values():
+        index = VideoIndex(OUT / "clip_vip" / folder)
+        index.describe(runs["clip_vip"]["captions"] / "last", beams=1)
     for kind, hits in found["clip_vip"].items():
         search_again(kind, hits, OUT / "clip_vip" / INDEXES[kind])
     films = shlex.quote(str(OUT / "clip_vip" / INDEXES["films"]))

@@ -1,8 +1,8 @@
 """Caption the clips of annotations or shards. This is `clipvip caption`.
 
 For annotations, `Job` says which clips are left and takes their records in any order, from any
-executor; here those are the ranks of a run, each with worker processes that read ahead of the
-model. shards.py does the same for shards.
+executor: the ranks of a run, each with worker processes that read ahead of the model, or the
+workers of a Ray cluster (on_ray.py). shards.py does the same for shards.
 """
 
 import json
@@ -21,19 +21,31 @@ from numpy.typing import NDArray
 from clipvip import distributed
 from clipvip.captions.captioner import Asking, Captioner
 from clipvip.captions.journal import Journal, JournalError, difference
+from clipvip.captions.on_ray import (
+    CaptionerThere,
+    caption_clips_on_ray,
+    caption_shards_on_ray,
+)
 from clipvip.captions.shards import caption_shards
 from clipvip.captions.summary import Summary
 from clipvip.captions.work import (
     UNREADABLE,
-    Prepared,
     Reader,
     Record,
-    given_of,
     note_files,
+    read_batch,
     records,
 )
 from clipvip.data.annotations import Annotations, Clip, write_annotations
-from clipvip.data.loading import BadFiles, LoaderError, Workers, names_of, worker_count
+from clipvip.data.loading import (
+    BadFiles,
+    LoaderError,
+    On,
+    Workers,
+    is_ray,
+    names_of,
+    worker_count,
+)
 from clipvip.data.shards import is_shards
 from clipvip.files import sha256_of, shown, write_whole
 from clipvip.terminal import progress
@@ -54,6 +66,7 @@ def caption(
     mixed_precision: str = "auto",
     max_bad_share: float = 0.05,
     device: str | None = None,
+    on: On = "local",
 ) -> Summary:
     """Write captions of clips, and resume a run that was killed.
 
@@ -67,6 +80,9 @@ def caption(
     overwrite: also caption clips that have a caption; without it, theirs are kept.
     batch_size: clips per call of the model. num_workers: processes that read; by default one per
         core. mixed_precision, device: see Captioner.
+    on: "local", or "ray" for a Ray cluster: see on_ray.py. num_workers is then the number of
+        workers that each hold a captioner, by default one per GPU, or one per four cores; and
+        mixed_precision "auto" is decided by this machine.
     max_bad_share: share of unreadable clips, among those to be captioned, above which LoaderError
         is raised; what is captioned stays in the journal.
 
@@ -91,15 +107,23 @@ def caption(
         about = distributed.first_does(load)
     captioner = loaded[0] if loaded else Captioner(model, asking, device, mixed_precision)
     workers = _worker_count(num_workers)
+    there = None
+    if is_ray(on):
+        there = CaptionerThere(model, asking, captioner.precision, about["model"])
     options: dict[str, Any] = {"batch_size": batch_size, "max_bad_share": max_bad_share}
     if is_shards(os.fspath(source)):
+        if there is not None:
+            options["elsewhere"] = partial(caption_shards_on_ray, there, num_workers=num_workers)
         return caption_shards(captioner, os.fspath(source), Path(out), about, workers, **options)
     job = Job(Path(source), Path(out), about, **options)
     with job.only_run() as finished:
         if finished is not None:
             return finished
-        reader = Reader(captioner.prepare, asking.frames)
-        _caption_own(captioner.start(), reader, job, workers)
+        if there is not None:
+            _caption_on_ray(there, job, num_workers)
+        else:
+            reader = Reader(captioner.prepare, asking.frames)
+            _caption_own(captioner.start(), reader, job, workers)
         distributed.all_gather_objects(None)  # all have written their last record
         with distributed.first_reports():
             return distributed.first_does(job.finish)
@@ -145,7 +169,7 @@ def _caption_own(captioner: Captioner, reader: Reader, job: "Job", workers: int)
     count = sum(map(len, own))
     note = f"captioning {count} clips" + f", one of {world} shares" * (world > 1)
     show = progress(note, count) if rank == 0 else nullcontext(lambda clips: None)
-    read = partial(_read, job.clips, reader)
+    read = partial(read_batch, job.clips, reader)
     with (
         show as done,
         closing(Workers(read, min(workers, len(own)), names_of(job.clips))) as pool,
@@ -156,11 +180,15 @@ def _caption_own(captioner: Captioner, reader: Reader, job: "Job", workers: int)
             done(len(places))
 
 
-def _read(
-    clips: Annotations, reader: Reader, places: Sequence[int], excluded: frozenset[int]
-) -> Prepared:
-    """Read a batch, in a worker."""
-    return reader((given_of(place, clips[place]) for place in places), excluded)
+def _caption_on_ray(there: CaptionerThere, job: "Job", num_workers: int | None) -> None:
+    batches = job.batches()
+    count = sum(map(len, batches))
+    if not count:
+        return
+    with progress(f"captioning {count} clips", count) as done:
+        for found in caption_clips_on_ray(there, job.clips, batches, num_workers):
+            job.add(found)
+            done(len(found))
 
 
 class Job:

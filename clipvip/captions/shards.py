@@ -6,7 +6,7 @@ after the last whole one.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -105,6 +105,18 @@ class ShardWork:
         return f"clip {place - self.firsts[number]} of {self.copies.shards[number][0]}"
 
 
+class Taken(NamedTuple):
+    """What became of a shard. records: some of those of its clips. shard: its copy, once it is
+    whole."""
+
+    number: int
+    records: list[Record]
+    shard: Shard | None
+
+
+Elsewhere = Callable[[ShardCopies, list[int], int, bool], Generator[Taken, None, None]]
+
+
 def caption_shards(
     captioner: Captioner,
     source: str,
@@ -114,19 +126,47 @@ def caption_shards(
     *,
     batch_size: int,
     max_bad_share: float,
+    elsewhere: Elsewhere | None = None,
 ) -> Summary:
     """Write shards with captions; see clipvip.captions.run.caption. The summary's counts of clips
-    that were captioned or filtered are those of this run, not of those that it resumes."""
+    that were captioned or filtered are those of this run, not of those that it resumes.
+
+    elsewhere: captions and copies shards of these numbers on other machines, with batches of this
+    size; also clips that have a caption, if the last argument is true.
+    """
     settings = {key: value for key, value in about.items() if key != "name"}
     copies = ShardCopies(source, out, settings)
     with ExitStack() as stack:
         with distributed.first_reports():
             stack.enter_context(distributed.first_enters(copies.only_run()))
             finished = distributed.first_does(copies.finished)
-        captioner.start()
-        run = _Run(captioner, copies, finished, batch_size, about["overwrite"], max_bad_share)
-        run.caption(workers)
-        summary = joined(distributed.all_gather_objects(run.summary))
+        counts = [shard.clips for _, shard in copies.shards]
+        firsts = np.cumsum([0, *counts]).tolist()
+        bad = BadFiles(firsts[-1], max_bad_share, out / "bad_files.jsonl")
+        for number, shard in finished.items():
+            bad.resume(np.arange(firsts[number], firsts[number + 1]), shard.bad)
+        left = [number for number in range(len(counts)) if number not in finished]
+        rank, world = distributed.rank(), distributed.world_size()
+        own = left[rank::world]
+        given = copies, own, batch_size, about["overwrite"]
+        if elsewhere is None:
+            taken = ShardRun(captioner.start(), *given).taken(workers)
+        else:
+            taken = elsewhere(*given)
+        own_summary, clips = Summary(), sum(counts[number] for number in own)
+        note = f"captioning {len(own)} shards of {clips} clips"
+        note += f", one of {world} shares" * (world > 1)
+        show = progress(note, clips) if rank == 0 else nullcontext(lambda clips: None)
+        with show as done, closing(taken):
+            for number, found, copy in taken:
+                note_files(bad, found)
+                for record in found:
+                    own_summary.add(record)
+                if copy is not None:
+                    copies.finish(number, copy, rank)
+                    done(counts[number])
+        bad.note((), (), final=True)
+        summary = joined(distributed.all_gather_objects(own_summary))
         shards = distributed.first_does(copies.close)
     summary.clips = sum(shard.clips for shard in shards)
     captions = sum(shard.captions for shard in shards)
@@ -134,48 +174,36 @@ def caption_shards(
     return summary
 
 
-class _Run:
-    """This rank's share of the shards."""
+class ShardRun:
+    """Caption and copy shards of the numbers `own` in this process and its workers."""
 
     def __init__(
         self,
         captioner: Captioner,
         copies: ShardCopies,
-        finished: dict[int, Shard],
+        own: list[int],
         batch_size: int,
         overwrite: bool,
-        max_bad_share: float,
     ) -> None:
-        self.captioner, self.copies, self.summary = captioner, copies, Summary()
+        self.captioner, self.copies, self.own = captioner, copies, own
         counts = [shard.clips for _, shard in copies.shards]
         firsts = np.cumsum([0, *counts]).tolist()
         reader = Reader(captioner.prepare, captioner.asking.frames)
         self.work = ShardWork(copies, reader, firsts[:-1], batch_size, overwrite)
-        self.bad = BadFiles(firsts[-1], max_bad_share, copies.out / "bad_files.jsonl")
-        for number, shard in finished.items():
-            self.bad.resume(np.arange(firsts[number], firsts[number + 1]), shard.bad)
-        left = [number for number in range(len(counts)) if number not in finished]
-        self.own = left[distributed.rank() :: distributed.world_size()]
-        self.batches = {number: max(-(-counts[number] // batch_size), 1) for number in self.own}
-        self.found: dict[int, list[Record]] = {number: [] for number in self.own}
+        self.batches = {number: max(-(-counts[number] // batch_size), 1) for number in own}
+        self.found: dict[int, list[Record]] = {number: [] for number in own}
         self.ready: deque[Copy] = deque()
-        self.clips = sum(counts[number] for number in self.own)
 
-    def caption(self, workers: int) -> None:
-        rank, world = distributed.rank(), distributed.world_size()
-        note = f"captioning {len(self.own)} shards of {self.clips} clips"
-        note += f", one of {world} shares" * (world > 1)
-        show = progress(note, self.clips) if rank == 0 else nullcontext(lambda clips: None)
+    def taken(self, workers: int) -> Generator[Taken, None, None]:
+        """Yield the records of each batch, and each copy."""
         workers = min(workers, len(self.own))
-        with show as done, closing(Workers(self.work, workers, self.work.name)) as pool:
+        with closing(Workers(self.work, workers, self.work.name)) as pool:
             for tasks in (self._tasks(max(workers, 1)), self._copies()):
                 for task, result in pool.run(tasks, worker_of=lambda task: task.lane):
                     if isinstance(result, Shard):
-                        self.copies.finish(task.shard, result, rank)
-                        done(self.copies.shards[task.shard][1].clips)
+                        yield Taken(task.shard, [], result)
                     elif isinstance(task, Batch):
-                        self._answer(task, result)
-        self.bad.note((), (), final=True)
+                        yield Taken(task.shard, self._answer(task, result), None)
 
     def _tasks(self, lanes: int) -> Iterator[Batch | Copy]:
         """Yield batches of as many tars in turn as there are lanes, and copies as soon as they can
@@ -199,20 +227,17 @@ class _Run:
         while self.ready:
             yield self.ready.popleft()
 
-    def _answer(self, task: Batch, prepared: Prepared) -> None:
+    def _answer(self, task: Batch, prepared: Prepared) -> list[Record]:
         answers = self.captioner.answer(prepared.inputs, prepared.counts)
-        found = self.found[task.shard]
         new = records(prepared, answers)
-        found += new
-        note_files(self.bad, new)
-        if task.batch + 1 < self.batches[task.shard]:
-            return
-        first, bad = self.work.firsts[task.shard], 0
-        captions: dict[int, str | None] = {}
-        for record in self.found.pop(task.shard):
-            self.summary.add(record)
-            if record.left_out == UNREADABLE:
-                bad += 1
-            else:
-                captions[record.place - first] = record.caption
-        self.ready.append(Copy(task.lane, task.shard, captions, bad))
+        self.found[task.shard] += new
+        if task.batch + 1 == self.batches[task.shard]:
+            first, bad = self.work.firsts[task.shard], 0
+            captions: dict[int, str | None] = {}
+            for record in self.found.pop(task.shard):
+                if record.left_out == UNREADABLE:
+                    bad += 1
+                else:
+                    captions[record.place - first] = record.caption
+            self.ready.append(Copy(task.lane, task.shard, captions, bad))
+        return new

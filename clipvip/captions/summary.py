@@ -32,9 +32,10 @@ class Summary:
     captioned: int = 0
     cut: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-    _hashes: "array[int]" = field(default_factory=lambda: array("Q"), repr=False)
-    _texts: dict[int, str] = field(default_factory=dict, repr=False)
+    # These depend on the order of the results, which is that in which workers finish.
+    examples: dict[str, str] = field(default_factory=dict, compare=False)
+    _hashes: "array[int]" = field(default_factory=lambda: array("Q"), repr=False, compare=False)
+    _texts: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def add(self, record: Record) -> None:
         if record.caption is None:

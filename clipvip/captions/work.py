@@ -1,17 +1,16 @@
 """The unit of work: clips in, a record per clip out.
 
 `Reader` reads the pictures of clips and prepares the model's inputs; it runs in worker processes,
-without the model's weights. `records` joins that with the model's answers. `ClipCaptioner` does
-both for some clips; it can be sent to other machines, where it loads the model.
+without the model's weights. `records` joins that with the model's answers.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from clipvip.captions.captioner import Answer, Asking, Captioner, Picture, Preparer
+from clipvip.captions.captioner import Answer, Picture, Preparer
 from clipvip.captions.filters import fault_of, said
-from clipvip.data.annotations import Clip
+from clipvip.data.annotations import Annotations, Clip
 from clipvip.data.loading import BadFile, BadFiles, Failure, check_not_excluded, set_place
 from clipvip.data.video import DecodeError, Media, as_decode_errors, read_pictures
 
@@ -153,29 +152,8 @@ def note_files(bad: BadFiles, found: Sequence[Record]) -> None:
     bad.note([record.place for record in found], failures, damaged)
 
 
-@dataclass
-class ClipCaptioner:
-    """Caption clips wherever this object is sent to; the model is loaded there, once per process.
-
-    Arguments are those of Captioner.
-    """
-
-    source: str
-    asking: Asking
-    device: str | None = None
-    mixed_precision: str = "auto"
-    _loaded: tuple[Captioner, Reader] | None = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
-
-    def __call__(
-        self, clips: Sequence[tuple[int, Clip]], excluded: frozenset[int] = frozenset()
-    ) -> list[Record]:
-        """Return one record per (place, clip); see Reader for `excluded`."""
-        if self._loaded is None:
-            captioner = Captioner(self.source, self.asking, self.device, self.mixed_precision)
-            self._loaded = captioner.start(), Reader(captioner.prepare, self.asking.frames)
-        captioner, reader = self._loaded
-        prepared = reader((given_of(place, clip) for place, clip in clips), excluded)
-        return records(prepared, captioner.answer(prepared.inputs, prepared.counts))
+def read_batch(
+    clips: Annotations, reader: Reader, places: Sequence[int], excluded: frozenset[int]
+) -> Prepared:
+    """Read clips of annotations by their places, in a worker."""
+    return reader((given_of(place, clips[place]) for place in places), excluded)

@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from clipvip.files import json_line, shown, write_whole
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,11 @@ class Annotations:
             self._blanks.extend([len(self._offsets)] * (clip.line - line - 1))
             self._offsets.append(offset)
             line = clip.line
+
+    def __getstate__(self) -> dict[str, Any]:
+        # NumPy's arrays, since Ray keeps those once for all workers of a machine.
+        tables = {"_offsets": self._offsets, "_blanks": self._blanks}
+        return {"path": self.path} | {key: np.asarray(table) for key, table in tables.items()}
 
     def __len__(self) -> int:
         return len(self._offsets)

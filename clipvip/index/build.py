@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +26,7 @@ import torch
 
 from clipvip import distributed
 from clipvip.collection import IndexedClip, clips_of, listed, place_of
-from clipvip.data.loading import COUNTED_FROM, BadFile, Division, worker_count
+from clipvip.data.loading import COUNTED_FROM, BadFile, Division, On, is_ray, worker_count
 from clipvip.embedding import Embedded, autocast, embed_files, fingerprint, load_for_embedding
 from clipvip.files import shown
 from clipvip.index.captions import ANNOTATIONS, key_of
@@ -41,6 +42,7 @@ from clipvip.index.changes import (
     plan_of,
 )
 from clipvip.index.migrate import migrate
+from clipvip.index.on_ray import embed_on_ray
 from clipvip.index.query import Files, files_of, model_here, note_model
 from clipvip.index.rows import About, FileState
 from clipvip.index.store import Store
@@ -102,6 +104,7 @@ def build(
     decoder: str = "auto",
     device: str | torch.device | None = None,
     mixed_precision: str = "auto",
+    on: On = "local",
     progress: Callable[[Progress], None] | None = None,
 ) -> Added:
     """Put videos into an index, divided into moments with one vector each.
@@ -121,11 +124,14 @@ def build(
     window, stride: length of a moment and distance between the starts of two, in seconds; stride
         None for half a window. A file no longer than a window is one moment.
     scenes: divide at cuts instead. Scenes of more than two windows are divided into windows.
-    num_workers: number of decoding processes; by default one per core.
+    num_workers: number of decoding processes, by default one per core; with on="ray", number of
+        workers that each hold a model, by default one per GPU or four cores of the cluster.
     decoder: see clipvip.data.loading.LoaderOptions.
     device: by default a CUDA GPU, if there is one.
     mixed_precision: "auto", "bf16" or "no", see clipvip.embedding.precision_on. An index may hold
         files of either precision.
+    on: "local", or "ray" to embed on a Ray cluster, see clipvip.index.on_ray. All nodes must see
+        the files, and the model, under the same paths.
     progress: called while files are embedded; None to show the progress on standard error.
 
     Raises ValueError if no named file can be read, if a name in `videos` matches nothing, and if
@@ -143,14 +149,19 @@ def build(
     clips, left_out = _first(lambda: _listed(where, sources))
     files = named_files(clips, plan_of(window, stride, scenes))
     network, processor, about = _load(where, model, sources)
-    network.to(device)  # type: ignore[arg-type]
+    if not is_ray(on):
+        network.to(device)  # type: ignore[arg-type]
     run = _Build(where, about, progress)
     found = _first(lambda: run.compare(files, [place_of(source) for source in sources]))
     options: dict[str, Any] = {"window": window, "stride": stride, "scenes": scenes}
-    options |= {"batch_size": batch_size, "num_workers": _worker_count(num_workers)}
-    options |= {"decoder": decoder}
-    with autocast(network, mixed_precision):
-        run.embed(network, processor, found, options)
+    options |= {"batch_size": batch_size, "decoder": decoder}
+    if is_ray(on):
+        options |= {"num_workers": num_workers, "mixed_precision": mixed_precision}
+        run.embed(found, partial(embed_on_ray, about, **options))
+    else:
+        options["num_workers"] = _worker_count(num_workers)
+        with autocast(network, mixed_precision):
+            run.embed(found, partial(embed_files, network, processor, **options))
     return run.finish(files, found, left_out, sources)
 
 
@@ -212,15 +223,12 @@ class _Build:
 
     # --- what the model is for ---
 
-    def embed(
-        self,
-        network: CLIPViPModel,
-        processor: CLIPViPProcessor,
-        found: Changes,
-        options: dict[str, Any],
-    ) -> None:
+    def embed(self, found: Changes, embedded: Callable[..., Iterator[Embedded]]) -> None:
         """Embed this rank's share of the new files and put them; what is done is also put before an
-        error or a signal ends this."""
+        error or a signal ends this.
+
+        embedded: embed_files without its files, or what does the same elsewhere.
+        """
         self.captions = found.captions
         own = dealt(found.new, distributed.world_size())[distributed.rank()]
         mine = [found.new[place] for place in own]
@@ -230,7 +238,7 @@ class _Build:
         warnings.filterwarnings("ignore", "lancedb fork support", RuntimeWarning)
         try:
             with self._progress(found, mine) as done:
-                self._embed(network, processor, mine, options, done)
+                self._embed(mine, embedded, done)
         except BaseException:
             with suppress(Exception):  # the first error is told
                 self._save()
@@ -238,12 +246,7 @@ class _Build:
         self._save()
 
     def _embed(
-        self,
-        network: CLIPViPModel,
-        processor: CLIPViPProcessor,
-        mine: list[New],
-        options: dict[str, Any],
-        done: "_Done",
+        self, mine: list[New], embedded: Callable[..., Iterator[Embedded]], done: "_Done"
     ) -> None:
         owners = [place for place, new in enumerate(mine) for _ in new.file.parts]
         parts = [part for new in mine for part in new.file.parts]
@@ -251,15 +254,7 @@ class _Build:
         unread: list[BadFile] = []
         not_finite: set[int] = set()
         whole: dict[int, list[Embedded]] = {}
-        for one in embed_files(
-            network,
-            processor,
-            given,
-            unread,
-            on_moments=done.moments,
-            order=self._order(mine),
-            **options,
-        ):
+        for one in embedded(given, unread, on_moments=done.moments, order=self._order(mine)):
             own = owners[one.place]
             whole.setdefault(own, []).append(one)
             if not one.vectors.isfinite().all():

@@ -14,9 +14,10 @@ from transformers import CLIPTokenizer
 
 import clipvip.files
 from clipvip import cli
-from clipvip.captions import Asking, Captioner, ClipCaptioner, Job, Record, caption
+from clipvip.captions import Asking, Captioner, Job, Record, caption
 from clipvip.captions import run as module
 from clipvip.captions.captioner import Answer, Preparer
+from clipvip.captions.on_ray import CaptionClips, CaptionerThere
 from clipvip.captions.summary import Summary
 from clipvip.data.annotations import load_annotations
 from clipvip.data.loading import LoaderError, LoaderOptions, build_loader
@@ -318,13 +319,16 @@ def test_records_may_come_from_elsewhere_in_any_order_and_twice(
     expected, _ = run()
     captioner = Captioner(str(captioners["git"]), ASKING, "cpu", "no")
     about = module._about(captioner, False)
-    work = ClipCaptioner(str(captioners["git"]), ASKING, "cpu", "no")
+    there = CaptionerThere(str(captioners["git"]), ASKING, "no", captioner.fingerprint())
     job = Job(annotations, tmp_path / "far.jsonl", about, batch_size=4, max_bad_share=0.2)
     with job.only_run() as finished:
         assert finished is None
-        tasks = [[(place, job.clips[place]) for place in places] for places in job.batches()]
+        work = CaptionClips(there, "cpu", 0, job.clips)
         sent = [pickle.loads(pickle.dumps(work)) for _ in range(2)]
-        found = [sent[i % 2](task) for i, task in enumerate(tasks)]
+        for each in sent:
+            each.begin(lambda clips: None)
+        batches = enumerate(job.batches())
+        found = [part for i, batch in batches for part in sent[i % 2].do([batch], frozenset())]
         for part in [*found[::-1], found[0]]:
             job.add(part)
         written = (tmp_path / "far.jsonl.journal" / "00000.jsonl").read_bytes()

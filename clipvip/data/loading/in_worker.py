@@ -114,7 +114,7 @@ def serve(connection: Connection, work: Any, slots: Any, number: int) -> None:
             try:
                 message = pack((key, work(task, excluded)))
             except Exception as error:
-                message = pack((key, _failure(error)))
+                message = pack((key, failure_of(error, _slot.place)))
             set_place(-1)
             send(connection, message)
     except ConnectionError:
@@ -167,15 +167,16 @@ def _memory() -> int:
     return min(found)
 
 
-def _failure(error: Exception) -> WorkFailure:
+def failure_of(error: BaseException, place: int) -> WorkFailure:
     """Pass on an error as it is if it can be pickled, else a WorkerError with its text."""
     trace = traceback.format_exc()
     try:
-        if not isinstance(pickle.loads(ForkingPickler.dumps(error)), Exception):
+        passed = pickle.loads(ForkingPickler.dumps(error))
+        if not isinstance(passed, Exception):
             raise TypeError
     except Exception:
-        error = WorkerError(traceback.format_exception_only(type(error), error)[-1].strip())
-    return WorkFailure(error, trace, _slot.place)
+        passed = WorkerError(traceback.format_exception_only(type(error), error)[-1].strip())
+    return WorkFailure(passed, trace, place)
 
 
 # --- messages ---------------------------------------------------------------------------------

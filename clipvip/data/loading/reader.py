@@ -196,3 +196,11 @@ def for_each_clip(
 def names_of(clips: Sequence[Clip] | Annotations) -> Callable[[int], str]:
     """A function that describes a place of `clips` by its file and annotation line, for logs."""
     return lambda place: f"{clips[place].video} (line {clips[place].line})"
+
+
+def some_files(clips: Annotations) -> list[Path]:
+    """Return the annotations and the files of up to 100 clips, spread evenly."""
+    places = np.linspace(0, len(clips) - 1, min(len(clips), 100), dtype=int).tolist()
+    some = [clips[place] for place in places]
+    images = [clip.image for clip in some if clip.image is not None]
+    return [clips.path, *(clip.video for clip in some), *images]

@@ -87,6 +87,10 @@ class Workers(Generic[Task, Result]):
         object is no longer used, which an error that is kept may delay."""
         self._stop()
 
+    def places(self) -> list[int]:
+        """The place that each process works at; -1 for none."""
+        return [worker.slot.place for worker in self._workers]
+
     def run(
         self,
         tasks: Iterable[Task],

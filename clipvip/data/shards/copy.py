@@ -28,7 +28,7 @@ from clipvip.data.shards.manifest import (
 )
 from clipvip.data.shards.tars import Packed, Stored, open_url, read_samples, reason_of, unpack
 from clipvip.data.shards.verify import read_rest
-from clipvip.data.shards.write import check_settings
+from clipvip.data.shards.write import check_settings, delete_partial, partial_path
 from clipvip.data.video import DecodeError
 from clipvip.files import Hashed, json_line, only_run
 
@@ -83,8 +83,7 @@ class ShardCopies:
         for path in lists:
             if path != self._list(0):
                 path.unlink()
-        for name in self.names:
-            (self.out / f"{name}.partial").unlink(missing_ok=True)
+        delete_partial(self.out, {*self.names})
         numbers = {name: number for number, name in enumerate(self.names)}
         return {numbers[name]: shard for name, shard in found.items()}
 
@@ -127,9 +126,9 @@ class ShardCopies:
         from webdataset import TarWriter
 
         url, name = self.shards[number][0], self.names[number]
-        partial, tally = self.out / f"{name}.partial", Tally()
+        partial, tally = partial_path(self.out / name), Tally()
         try:
-            with on_disk(partial):
+            with on_disk(self.out / name):
                 with partial.open("wb") as out:
                     copied = Hashed(out)
                     with TarWriter(copied, encoder=False, mtime=0) as tar:

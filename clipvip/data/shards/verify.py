@@ -16,12 +16,14 @@ from clipvip.data.annotations import Annotations, Clip, write_annotations
 from clipvip.data.loading import (
     BadFile,
     Failure,
-    Workers,
+    On,
     check_not_excluded,
+    check_seen,
     for_each_clip,
     names_of,
     set_place,
-    worker_count,
+    some_files,
+    start_workers,
 )
 from clipvip.data.shards.manifest import (
     MOST_CLIPS,
@@ -40,7 +42,7 @@ from clipvip.terminal import progress
 logger = logging.getLogger(__name__)
 
 
-CLIPS_PER_TASK = 16
+CLIPS_PER_TASK, CLIPS_PER_LARGE_TASK, MANY_CLIPS = 16, 128, 100_000
 Tars = list[tuple[str, Shard | None]]  # URLs of tars, with what their manifests say of them
 
 
@@ -52,26 +54,46 @@ class Verified(NamedTuple):
 
 
 def verify_files(
-    annotations: Path, clean: Path | None = None, *, num_workers: int | None = None
+    annotations: Path,
+    clean: Path | None = None,
+    *,
+    num_workers: int | None = None,
+    on: On = "local",
 ) -> Verified:
     """Decode the first, middle and last frame of every clip, and its image.
 
     clean: file to write the annotations of the readable clips to.
+    num_workers, on: see write_shards.
     """
     clips = Annotations(annotations)
-    kept = np.ones(len(clips), np.bool_)
-    bad: list[BadFile] = []
-    with progress(f"verifying {len(clips)} clips", len(clips)) as done:
-        count = worker_count(num_workers, len(clips))
-        workers = Workers(partial(_verify_clips, clips), count, names_of(clips), done)
-        places = range(len(clips))
-        tasks = (places[i : i + CLIPS_PER_TASK] for i in places[::CLIPS_PER_TASK])
-        for _, failures in workers.run(tasks):
-            bad += [failure.file for failure in failures]
-            kept[[failure.place for failure in failures]] = False
+    places = range(len(clips))
+    # One process takes all results, so those of many workers must not be too many.
+    size = CLIPS_PER_TASK if len(clips) < MANY_CLIPS else CLIPS_PER_LARGE_TASK
+    tasks = (places[first : first + size] for first in places[::size])
+    found: list[Failure] = []
+    work = partial(_verify_clips, clips)
+    with (
+        start_workers(
+            on,
+            work,
+            num_workers,
+            len(places[::size]),
+            names_of(clips),
+            lambda done: advance(done),
+            sees=partial(some_files, clips),
+        ) as workers,
+        progress(f"verifying {len(clips)} clips", len(clips)) as advance,
+    ):
+        for _, failures in workers.run(tasks, ordered=False):
+            if on == "ray":
+                check_seen(failure.file for failure in failures)
+            found += failures
+    found.sort(key=lambda failure: failure.place)
     if clean is not None:
+        kept = np.ones(len(clips), np.bool_)
+        kept[[failure.place for failure in found]] = False
         write_annotations(clean, (clips[int(place)] for place in np.flatnonzero(kept)))
-    return Verified(len(clips), bad)
+    return Verified(len(clips), [failure.file for failure in found])
 
 
 def _verify_clips(clips: Annotations, places: range, excluded: frozenset[int]) -> list[Failure]:
@@ -87,12 +109,14 @@ def verify_shards(
     manifest: Path | None = None,
     *,
     num_workers: int | None = None,
+    on: On = "local",
 ) -> Verified:
     """Compare tars with their manifest, and decode the first, middle and last frame of every clip.
 
     source: see load_manifest.
     clean: file to write the annotations to from which the readable clips were made.
     manifest: file to write a manifest of the tars to, which then need not have one.
+    num_workers, on: see write_shards.
     """
     shards: Tars
     if manifest is None:
@@ -103,48 +127,57 @@ def verify_shards(
         shards = [(url, None) for url in expand_urls(source)]
     counts = (MOST_CLIPS if shard is None else shard.clips for _, shard in shards)
     firsts = np.cumsum([0, *counts]).tolist()
-    found: list[_Checked] = []
-    lines = array("q")
+    found: dict[int, _Checked] = {}
+    lines, numbers = array("q"), array("q")  # of each clip's annotation, and of its tar
 
     def name(place: int) -> str:
         number = int(np.searchsorted(firsts, place, side="right")) - 1
         return f"clip {place - firsts[number]} of {shards[number][0]}"
 
+    def urls() -> list[str]:
+        return [url for url, _ in shards]
+
     def readable() -> Iterator[Clip]:
         """Verify the tars, several at a time; yield the annotations of the clips that can be read,
-        in the order of the tars."""
-        with progress(f"verifying {len(shards)} shards", len(shards)) as done:
-            count = worker_count(num_workers, len(shards))
-            workers = Workers(partial(_verify_shard, shards, firsts), count, name)
-            for _, checked in workers.run(range(len(shards)), ahead=1):
+        those of a tar in its order."""
+        work = partial(_verify_shard, shards, firsts)
+        with (
+            start_workers(on, work, num_workers, len(shards), name, sees=urls) as workers,
+            progress(f"verifying {len(shards)} shards", len(shards)) as done,
+        ):
+            for number, checked in workers.run(range(len(shards)), ahead=1, ordered=False):
                 lines.extend(clip.line for clip in checked.annotations)
+                numbers.extend([number] * len(checked.annotations))
                 yield from checked.annotations
-                found.append(checked._replace(annotations=[]))
+                found[number] = checked._replace(annotations=[])
                 done(1)
 
     if clean is None:
         deque(readable(), maxlen=0)
     else:
-        _write_in_order(clean, readable(), lines, source)
+        _write_in_order(clean, readable(), (numbers, lines), source)
+    in_order = [found[number] for number in range(len(shards))]
     if manifest is not None:
-        records = [checked.shard for checked in found if checked.shard is not None]
+        records = [checked.shard for checked in in_order if checked.shard is not None]
         named = [replace(record, shard=name_in(manifest, record.shard)) for record in records]
         write_manifest(manifest, named)
-    bad = [file for checked in found for file in checked.bad]
-    return Verified(sum(checked.clips for checked in found), bad)
+    bad = [file for checked in in_order for file in checked.bad]
+    return Verified(sum(checked.clips for checked in in_order), bad)
 
 
-def _write_in_order(clean: Path, clips: Iterator[Clip], lines: Sequence[int], source: str) -> None:
-    """Write annotations in the order of their line numbers, which are in `lines` once `clips` has
-    been read."""
+def _write_in_order(
+    clean: Path, clips: Iterator[Clip], keys: tuple[Sequence[int], Sequence[int]], source: str
+) -> None:
+    """Write annotations in the order of their line numbers, then of their tars. keys: numbers of
+    the tars and of the lines, filled once `clips` has been read."""
     clean.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unsorted-", dir=clean.parent) as folder:
         unsorted = Path(folder, "clips.jsonl")
         write_annotations(unsorted, clips)
-        if not lines:
+        if not keys[0]:
             raise ShardError(f"{source}: no clip of it can be read and says what it was made from")
         found = Annotations(unsorted)
-        order = np.argsort(np.array(lines), kind="stable")
+        order = np.lexsort([np.array(key) for key in keys])
         write_annotations(clean, (found[int(place)] for place in order))
 
 

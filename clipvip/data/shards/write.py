@@ -15,18 +15,29 @@ resumes after the last one.
 import json
 import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipvip.data.annotations import Annotations, Clip, kind_of
-from clipvip.data.loading import BadFiles, Failure, Workers, for_each_clip, names_of, worker_count
+from clipvip.data.loading import (
+    BadFiles,
+    Failure,
+    On,
+    check_seen,
+    for_each_clip,
+    names_of,
+    some_files,
+    start_workers,
+)
 from clipvip.data.shards.manifest import (
     MANIFEST,
     Shard,
@@ -46,6 +57,7 @@ from clipvip.terminal import progress
 logger = logging.getLogger(__name__)
 
 FORMAT = "clipvip shards 1"
+PARTIAL = re.compile(r"(.*\.tar)\.([0-9a-f]{32}\.)?partial", re.DOTALL)
 # A shard, the clips left out of it, and the number of clips by how they were stored instead of as
 # requested, and why.
 Written = tuple[Shard, list[Failure], Counter[str]]
@@ -60,12 +72,15 @@ def write_shards(
     size: int | None = None,
     seed: int = 0,
     num_workers: int | None = None,
+    on: On = "local",
     max_bad_share: float = 0.05,
 ) -> list[Shard]:
     """Write a folder of shards, or resume a run that was killed.
 
     cut: store only the part of each video that its clip needs, with unchanged packets.
     size: re-encode that part as H.264 with this shortest side, in pixels.
+    on: "local" for processes of this machine, "ray" for those of a Ray cluster, which makes the
+        same tars. All nodes must see the clips and `out` under the same paths.
 
     Without these, whole files are stored. So are files that cannot be cut or re-encoded without
     changing what they show; the log counts them. The first, middle and last frame of every clip
@@ -93,13 +108,13 @@ def write_shards(
         order = np.random.default_rng(seed).permutation(len(clips))
         plan = np.split(order, range(clips_per_shard, len(clips), clips_per_shard))
         names = [_shard_name(number) for number in range(len(plan))]
-        for name in names:
-            (out / f"{name}.partial").unlink(missing_ok=True)
+        delete_partial(out, {*names})
         finished = finished_shards(out / MANIFEST, set(names))
         bad = BadFiles(len(clips), max_bad_share, out / "bad_files.jsonl")
         for shard in finished.values():
             bad.resume(plan[int(shard.shard.removesuffix(".tar"))], shard.bad)
-        _write_missing(_Writer(clips, plan, out, cut, size), finished, bad, num_workers)
+        _write_missing(_Writer(clips, plan, out, cut, size), finished, bad, on, num_workers)
+        delete_partial(out, {*names})  # of workers that died
         bad.note((), (), final=True)
         shards = [finished[name] for name in names]
         write_manifest(out / MANIFEST, shards)
@@ -110,12 +125,26 @@ def _shard_name(number: int) -> str:
     return f"{number:05d}.tar"
 
 
+def partial_path(path: Path) -> Path:
+    """Return a new name for a tar that is being written. It is never used twice, since a worker
+    that was given up may still write on a lost node."""
+    return path.with_name(f"{path.name}.{uuid4().hex}.partial")
+
+
+def delete_partial(out: Path, names: Collection[str]) -> None:
+    """Delete what workers left that died while they wrote tars of these names."""
+    for name in os.listdir(out):
+        found = PARTIAL.fullmatch(name)
+        if found is not None and found[1] in names:
+            (out / name).unlink(missing_ok=True)
+
+
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a folder without shards; raise ShardError if it holds shards of other
     settings, or of another tool."""
     path = out / "settings.json"
     names = os.listdir(out)
-    shards = [x for x in names if x.endswith((".tar", ".tar.partial")) or x == MANIFEST]
+    shards = [x for x in names if x.endswith(".tar") or PARTIAL.fullmatch(x) or x == MANIFEST]
     if not path.exists():
         if shards:
             raise ShardError(
@@ -150,7 +179,11 @@ def _write_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _write_missing(
-    writer: "_Writer", finished: dict[str, Shard], bad: BadFiles, num_workers: int | None
+    writer: "_Writer",
+    finished: dict[str, Shard],
+    bad: BadFiles,
+    on: On,
+    num_workers: int | None,
 ) -> None:
     """Write the shards that are not finished, and add them to `finished` and to the manifest."""
     plan = writer.plan
@@ -159,13 +192,23 @@ def _write_missing(
     note = f"writing {len(missing)} shards of {clips} clips"
     note += f", {len(finished)} are finished" if finished else ""
     fallbacks: Counter[str] = Counter()
-    count = worker_count(num_workers, len(missing))
     with (
+        # Ends the workers too: none may still write when another run begins.
+        start_workers(
+            on,
+            writer,
+            num_workers,
+            len(missing),
+            names_of(writer.clips),
+            lambda clips: done(clips),
+            sees=partial(some_files, writer.clips),
+            writes=writer.out,
+        ) as workers,
         progress(note, clips) as done,
-        # No worker may still write once this run has ended, as another run may have begun.
-        closing(Workers(writer, count, names_of(writer.clips), done)) as workers,
     ):
         for number, (shard, failures, stored) in workers.run(missing, ahead=1, ordered=False):
+            if on == "ray":
+                check_seen(failure.file for failure in failures)
             try:  # bad files first, since a shard in the manifest is not checked again
                 bad.note(plan[number].tolist(), failures)
             finally:
@@ -191,7 +234,7 @@ class _Writer:
 
         check_compiled()  # or every clip would seem to be bad
         name, tally = _shard_name(number), Tally()
-        partial = self.out / f"{name}.partial"
+        partial = partial_path(self.out / name)
         fallbacks: Counter[str] = Counter()
 
         def store(place: int, clip: Clip) -> None:
@@ -204,7 +247,7 @@ class _Writer:
             tally.add(clip, clip.video)
 
         try:
-            with on_disk(partial):
+            with on_disk(self.out / name):
                 with partial.open("wb") as file:
                     hashed = Hashed(file)
                     with TarWriter(hashed, encoder=False, mtime=0) as tar:

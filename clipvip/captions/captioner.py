@@ -14,7 +14,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 
 ASK = "Describe this image in one sentence."
 ASK_FRAMES = "These are frames of one video. Describe it in one sentence."
-TRIED_SIDE = 64  # pixels of the grey picture on which a model is tried
+TRIED_SIDE = 64  # pixels of the picture on which a processor is tried
 
 Picture = NDArray[np.uint8]
 
@@ -181,21 +181,19 @@ class Captioner:
             stored = getattr(config, "dtype", None) or torch.float32
             self.precision = precision_of(stored, self.device, mixed_precision)
             self.model = _load(source, torch.bfloat16 if self.precision == "bf16" else "auto")
-        blank = np.full((TRIED_SIDE, TRIED_SIDE, 3), 128, np.uint8)
-        with self._tried("whose processor fails"):
-            self._grey = self.prepare([[blank] * asking.frames])
+        self._try_processor()
 
-    @contextmanager
-    def _tried(self, what: str) -> Iterator[None]:
+    def _try_processor(self) -> None:
         """Raise ValueError, before a long run starts, if the model cannot be asked like this."""
+        blank = np.full((TRIED_SIDE, TRIED_SIDE, 3), 128, np.uint8)
         try:
-            yield
+            self.prepare([[blank] * self.asking.frames])
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             hint = "" if self.prepare.prompt else "; it may need a prompt: give --prompt"
             hint = "; give --frames 1" if self.asking.frames > 1 else hint
             raise ValueError(
-                f"the captioner is {self.source!r}, {what} on a grey picture "
+                f"the captioner is {self.source!r}, whose processor fails on a grey picture "
                 f"({type(error).__name__}: {reason}){hint}"
             ) from error
 
@@ -217,10 +215,8 @@ class Captioner:
         return digest.hexdigest()
 
     def start(self) -> "Captioner":
-        """Move the model to its device, and try it. Raises ValueError if it cannot caption."""
+        """Move the model to its device."""
         self.model.to(self.device)
-        with self._tried("which fails"):
-            self.answer(self._grey, [self.asking.frames])
         return self
 
     @torch.inference_mode()

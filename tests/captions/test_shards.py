@@ -151,8 +151,15 @@ def test_other_options_and_other_shards_are_refused(shards, run, tmp_path):
         run(f"{shards}/{{00000..00001}}.tar")
     with pytest.raises(ShardError, match="is the folder of the shards"):
         run(shards, "in")
-    with pytest.raises(ValueError, match="expected the folder"):
+    with pytest.raises(ValueError, match="expected a folder"):
         run(shards, "out.jsonl")
+
+
+def test_a_run_that_wrote_nothing_binds_to_no_options(shards, run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(Captioner, "answer", None)
+        run(shards)
+    assert run(shards, asking=Asking(length=9)).captioned
 
 
 def test_filtered_captions_are_removed_and_counted(shards, run, tmp_path, say):

@@ -112,8 +112,8 @@ def _join(address: str) -> str:
             + "start it, or set RAY_ADDRESS=local to use this machine alone"
         )
     try:
-        # Under "auto", Ray joins the cluster of `ray start` and sends its token. It sends none to an
-        # address that is given.
+        # Under "auto", Ray joins the cluster of `ray start` and sends its token. To an address that
+        # is given it sends none.
         ray.init(address="auto" if own else found, **quiet)
     except Exception as error:  # another version of Ray or Python, no token, …
         reason = " ".join(str(error).split())[:300]

@@ -200,6 +200,18 @@ def test_tars_of_other_tools_keep_all_their_members(shards, run, tmp_path, say):
     assert (shard["texts"], shard["captions"]) == (3, 0)
 
 
+def test_a_clip_is_not_lost_for_members_that_nobody_reads(shards, run, tmp_path, say):
+    video = next(data for name, data in members(shards).items() if name.endswith(".mp4"))
+    (tmp_path / "theirs").mkdir()
+    repack(tmp_path / "theirs" / "a.tar", {"a.mp4": video, "a.cls": b"7", "a.CLS": b"8"})
+    source = f"{tmp_path}/theirs/a.tar"
+    verify_shards(source, manifest=tmp_path / "theirs" / "manifest.jsonl", num_workers=0)
+    say("a dog")
+    assert run(source).captioned == 1
+    (shard,) = manifest(tmp_path / "out").values()
+    assert shard["clips"] == shard["captions"] == 1
+
+
 def test_shards_of_several_folders_get_numbers(shards, run, tmp_path, say):
     say("a dog")
     for name in ("p", "q"):

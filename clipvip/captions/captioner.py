@@ -14,7 +14,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 
 ASK = "Describe this image in one sentence."
 ASK_FRAMES = "These are frames of one video. Describe it in one sentence."
-TRIED_SIDE = 64  # pixels of the picture on which a processor is tried
+TRIED_SIDE = 64  # pixels of the grey picture on which a model is tried
 
 Picture = NDArray[np.uint8]
 
@@ -173,27 +173,32 @@ class Captioner:
             read_json(source, "config.json", {})  # fails sooner than transformers if it is absent
             config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
             if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+                own = config.model_type.startswith("clipvip")
+                hint = "; `clipvip describe` captions with models of clipvip" if own else ""
                 raise ValueError(
                     f"the captioner is {source!r}, of the type {config.model_type!r}; expected a "
                     "model from pictures to text, such as BLIP, GIT, LLaVA or Qwen-VL"
+                    f"{hint}"
                 )
             self.prepare = _preparer(source, config, asking)
             stored = getattr(config, "dtype", None) or torch.float32
             self.precision = precision_of(stored, self.device, mixed_precision)
             self.model = _load(source, torch.bfloat16 if self.precision == "bf16" else "auto")
-        self._try_processor()
-
-    def _try_processor(self) -> None:
-        """Raise ValueError, before a long run starts, if the model cannot be asked like this."""
         blank = np.full((TRIED_SIDE, TRIED_SIDE, 3), 128, np.uint8)
+        with self._tried("whose processor fails"):
+            self._grey = self.prepare([[blank] * asking.frames])
+
+    @contextmanager
+    def _tried(self, what: str) -> Iterator[None]:
+        """Raise ValueError, before a long run starts, if the model cannot be asked like this."""
         try:
-            self.prepare([[blank] * self.asking.frames])
+            yield
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             hint = "" if self.prepare.prompt else "; it may need a prompt: give --prompt"
             hint = "; give --frames 1" if self.asking.frames > 1 else hint
             raise ValueError(
-                f"the captioner is {self.source!r}, whose processor fails on a grey picture "
+                f"the captioner is {self.source!r}, {what} on a grey picture "
                 f"({type(error).__name__}: {reason}){hint}"
             ) from error
 
@@ -214,9 +219,12 @@ class Captioner:
             digest.update(flat.view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    @torch.inference_mode()
     def start(self) -> "Captioner":
-        """Move the model to its device."""
+        """Move the model to its device, and try it. Raises ValueError if it cannot caption."""
         self.model.to(self.device)
+        with self._tried("which fails"):
+            self._generated(self._grey, self.prepare.at_once < self.asking.frames, 1)
         return self
 
     @torch.inference_mode()
@@ -230,6 +238,22 @@ class Captioner:
         if not counts:
             return []
         several = self.prepare.at_once == 1 and max(counts) > 1
+        found, tokens = self._generated(inputs, several, len(counts))
+        answers = self._decoded(tokens)
+        if not several:
+            return answers
+        likely = self._likelihoods(found, tokens)
+        best, first = [], 0
+        for count in counts:
+            best.append(max(range(first, first + count), key=likely.__getitem__))
+            first += count
+        return [answers[row] for row in best]
+
+    def _generated(self, inputs: dict[str, Any], several: bool, clips: int) -> tuple[Any, Tensor]:
+        """Return what the model generates, and the tokens that it adds to what it was given.
+
+        several: whether it also returns how likely they are. clips: their number, for an error.
+        """
         begin = _Begin()
         given = tree_map_only(Tensor, self._sent, inputs)
         options = {
@@ -247,21 +271,11 @@ class Captioner:
                 found = self.model.generate(**given, **options)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"the GPU's memory does not hold {len(counts)} clips at once; give a smaller "
-                "--batch-size"
+                f"the GPU's memory does not hold {clips} clips at once; give a smaller --batch-size"
             ) from error
         if begin.length is None:
             raise ValueError(f"{shown(self.source)} does not generate token by token")
-        tokens = found.sequences[:, begin.length :]
-        answers = self._decoded(tokens)
-        if not several:
-            return answers
-        likely = self._likelihoods(found, tokens)
-        best, first = [], 0
-        for count in counts:
-            best.append(max(range(first, first + count), key=likely.__getitem__))
-            first += count
-        return [answers[row] for row in best]
+        return found, found.sequences[:, begin.length :]
 
     def _sent(self, tensor: Tensor) -> Tensor:
         dtype = self.model.dtype if tensor.is_floating_point() else None

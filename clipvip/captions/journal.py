@@ -13,6 +13,7 @@ next run.
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from clipvip.captions.work import UNREADABLE, Record
 from clipvip.data.loading import BadFile
-from clipvip.files import json_line, only_run, shown, write_whole
+from clipvip.files import LOCK, json_line, only_run, shown, write_whole
 
 HEAD = "head.json"
 OFFSET_BITS = 44  # of a place in the journal; the others are the number of its file
@@ -55,20 +56,23 @@ class Journal:
         head: all that captions depend on, in the order in which differences are named.
         """
         with only_run(self.folder, "captions", JournalError):
+            if not (self.folder / LOCK).exists():  # deleted while this run waited for the lock
+                raise JournalError(f"another run has just written {shown(self.out)}")
             path = self.folder / HEAD
             old = _read_json(path)
-            if old is None:
-                if others := [name for name in os.listdir(self.folder) if _OURS.fullmatch(name)]:
-                    raise JournalError(
-                        f"{shown(self.folder)} holds {min(others)} and no usable {HEAD}; delete "
-                        "this folder to start again"
-                    )
-                write_whole(path, json.dumps(head, indent=1) + "\n")
-            elif differing := difference(old, head):
+            files = [name for name in os.listdir(self.folder) if _OURS.fullmatch(name)]
+            if old is None and files:
+                raise JournalError(
+                    f"{shown(self.folder)} holds {min(files)} and no usable {HEAD}; delete this "
+                    "folder to start again"
+                )
+            if old is not None and files and (differing := difference(old, head)):
                 raise JournalError(
                     f"{shown(self.folder)} holds captions made with {differing}; to resume them, "
                     "give the same command; to start again, delete this folder or give another OUT"
                 )
+            if old is None or not files:  # of a run that ended before its first caption
+                write_whole(path, json.dumps(head, indent=1) + "\n")
             yield
 
     def read(self) -> None:
@@ -116,9 +120,11 @@ class Journal:
         """Delete the journal, when the captions are in their file."""
         for file in self._open.values():
             file.close()
-        for path in (*self._files, self.folder / HEAD, *self.folder.iterdir()):
-            path.unlink(missing_ok=True)
-        self.folder.rmdir()
+        # Renamed first: a run killed while it deletes half of the journal must not be resumed.
+        gone = self.folder.with_name(f".{self.folder.name}.done")
+        shutil.rmtree(gone, ignore_errors=True)
+        self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 class Writer:

@@ -93,6 +93,7 @@ def caption(
     asking = asking or Asking()
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    _check_names(os.fspath(source), Path(out))  # loading a model may take minutes
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         own = distributed.start(PATIENCE).device
         device = device or str(own)
@@ -113,8 +114,6 @@ def caption(
     if is_shards(os.fspath(source)):
         if there is not None:
             options["elsewhere"] = partial(caption_shards_on_ray, there, num_workers=num_workers)
-        if Path(out).suffix.lower() == ".jsonl":
-            raise ValueError(f"OUT is {shown(out)}; expected the folder to write shards to")
         return caption_shards(captioner, os.fspath(source), Path(out), about, workers, **options)
     job = Job(Path(source), Path(out), about, **options)
     with job.only_run() as finished:
@@ -212,7 +211,7 @@ class Job:
         max_bad_share: float = 0.05,
     ) -> None:
         with distributed.first_reports():
-            annotations = distributed.first_does(lambda: _hash(source, out))
+            annotations = distributed.first_does(lambda: sha256_of(source))
         self.clips = Annotations(source)
         self.out, self.batch_size, self.max_bad_share = out, batch_size, max_bad_share
         self.overwrite, self.length = about["overwrite"], about["length"]
@@ -348,12 +347,18 @@ class Batches(Sequence[list[int]]):
         return self.places[start : start + self.size].tolist()
 
 
-def _hash(source: Path, out: Path) -> str:
-    """Hash the annotations. Raises ValueError if OUT cannot be the file of captions."""
+def _check_names(source: str, out: Path) -> None:
+    """Raise ValueError if OUT cannot be what is written for SOURCE."""
+    name, given = shown(out), shown(source)
+    if is_shards(source):
+        if out.suffix.lower() == ".jsonl":
+            raise ValueError(
+                f"OUT is {name}; expected a folder to write shards to, as {given} names shards"
+            )
+        return
     if out.suffix.lower() != ".jsonl":
-        raise ValueError(f"OUT is {shown(out)}; expected a name that ends in .jsonl")
+        raise ValueError(f"OUT is {name}; expected a name that ends in .jsonl")
     if os.path.realpath(source) == os.path.realpath(out):
-        raise ValueError(f"OUT is {shown(out)}, as are the annotations; give another name")
-    if not source.is_file():
-        raise ValueError(f"{shown(source)} is not a file; expected annotations (.jsonl) or shards")
-    return sha256_of(source)
+        raise ValueError(f"OUT is {name}, as are the annotations; give another name")
+    if not os.path.isfile(source):
+        raise ValueError(f"{given} is not a file; expected annotations (.jsonl) or shards")

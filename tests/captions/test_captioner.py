@@ -238,6 +238,17 @@ def test_a_model_that_needs_torchvision_says_so(captioners, tmp_path):
         assert "pip install torchvision" in refused(copy)
 
 
+def test_a_model_that_cannot_generate_says_so_when_it_starts(load, monkeypatch):
+    captioner = load("git")
+
+    def fails(**inputs):
+        raise RuntimeError("no image tokens")
+
+    monkeypatch.setattr(captioner.model, "generate", fails)
+    with pytest.raises(ValueError, match=r"grey picture \(RuntimeError: no image.*give --prompt"):
+        captioner.start()
+
+
 def test_weights_that_are_missing_are_an_error(captioners, tmp_path):
     from safetensors.torch import load_file, save_file
 

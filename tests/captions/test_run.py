@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +255,38 @@ def test_a_journal_of_other_annotations_is_refused(run, stopped, annotations):
     other.write_text(annotations.read_text() + '{"video": "0.mp4"}\n')
     with pytest.raises(ValueError, match="other annotations"):
         run(source=other)
+
+
+def test_a_run_that_captioned_nothing_binds_to_no_options(run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(Captioner, "answer", None)
+        run(asking=Asking("a dog", 8))
+    _, done = run()
+    assert done.captioned
+
+
+def test_a_journal_that_was_being_deleted_is_not_resumed(run, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rmdir", killed)
+        patch.setattr(os, "rmdir", killed)
+        run()
+    before = (tmp_path / "out.jsonl").read_bytes()
+    monkeypatch.setattr(Captioner, "answer", None)
+    run()
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_a_run_that_waited_for_one_that_finished_does_not_start_again(run, tmp_path, monkeypatch):
+    def finished_meanwhile(folder, *_):
+        folder.mkdir()
+        return nullcontext()  # its lock is that of a deleted file
+
+    monkeypatch.setattr("clipvip.captions.journal.only_run", finished_meanwhile)
+    with pytest.raises(ValueError, match="another run has just written"):
+        run()
 
 
 def test_another_run_is_kept_out(run, stopped, captioners, annotations, tmp_path, monkeypatch):

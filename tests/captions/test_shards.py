@@ -151,8 +151,15 @@ def test_other_options_and_other_shards_are_refused(shards, run, tmp_path):
         run(f"{shards}/{{00000..00001}}.tar")
     with pytest.raises(ShardError, match="is the folder of the shards"):
         run(shards, "in")
-    with pytest.raises(ValueError, match="expected the folder"):
+    with pytest.raises(ValueError, match="expected a folder"):
         run(shards, "out.jsonl")
+
+
+def test_a_run_that_wrote_nothing_binds_to_no_options(shards, run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(Captioner, "answer", None)
+        run(shards)
+    assert run(shards, asking=Asking(length=9)).captioned
 
 
 def test_filtered_captions_are_removed_and_counted(shards, run, tmp_path, say):
@@ -191,6 +198,18 @@ def test_tars_of_other_tools_keep_all_their_members(shards, run, tmp_path, say):
     run(folder, "again", overwrite=True, max_bad_share=0.5)
     (shard,) = manifest(tmp_path / "again").values()
     assert (shard["texts"], shard["captions"]) == (3, 0)
+
+
+def test_a_clip_is_not_lost_for_members_that_nobody_reads(shards, run, tmp_path, say):
+    video = next(data for name, data in members(shards).items() if name.endswith(".mp4"))
+    (tmp_path / "theirs").mkdir()
+    repack(tmp_path / "theirs" / "a.tar", {"a.mp4": video, "a.cls": b"7", "a.CLS": b"8"})
+    source = f"{tmp_path}/theirs/a.tar"
+    verify_shards(source, manifest=tmp_path / "theirs" / "manifest.jsonl", num_workers=0)
+    say("a dog")
+    assert run(source).captioned == 1
+    (shard,) = manifest(tmp_path / "out").values()
+    assert shard["clips"] == shard["captions"] == 1
 
 
 def test_shards_of_several_folders_get_numbers(shards, run, tmp_path, say):

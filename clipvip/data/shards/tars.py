@@ -109,17 +109,18 @@ def read_samples(file: Readable, url: str, everything: bool = False) -> Iterator
     """Yield the samples of an open tar, in order. Raises DecodeError if the rest of the tar cannot
     be parsed, and errors of the file itself.
 
-    everything: also hold members that are neither media nor texts.
+    everything: also hold members that are neither media nor texts; of several with one suffix, the
+        last one.
     """
     tar = _Bytes(file, url)
     for key, members in groupby(_members(tar, everything), lambda member: member.key):
         sample = Packed(key)
         for member in members:
-            fault = member.fault
-            if member.suffix in sample.members:
+            fault, held = member.fault, _most_bytes(member.suffix) > 0
+            if held and member.suffix in sample.members:
                 fault = f"two members have the suffix .{member.suffix}"
             sample.fault = sample.fault or fault
-            if everything or _most_bytes(member.suffix):
+            if everything or held:
                 sample.members[member.suffix] = member.data
         yield sample
 

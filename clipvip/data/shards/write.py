@@ -140,19 +140,18 @@ def delete_partial(out: Path, names: Collection[str]) -> None:
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a new folder; raise ShardError if it holds shards of other settings,
-    or of another tool."""
+    """Write the settings of a folder without shards; raise ShardError if it holds shards of other
+    settings, or of another tool."""
     path = out / "settings.json"
+    names = os.listdir(out)
+    shards = [x for x in names if x.endswith(".tar") or PARTIAL.fullmatch(x) or x == MANIFEST]
     if not path.exists():
-        names = os.listdir(out)
-        tars = [name for name in names if name.endswith(".tar") or PARTIAL.fullmatch(name)]
-        if others := [*tars, *({MANIFEST} & {*names})]:
+        if shards:
             raise ShardError(
-                f"{out} holds {min(others)!r} and no settings.json, so it is not from an earlier "
+                f"{out} holds {min(shards)!r} and no settings.json, so it is not from an earlier "
                 "run; give a new or empty folder"
             )
-        with on_disk(path):
-            write_whole(path, json.dumps(settings, indent=1) + "\n")
+        _write_settings(path, settings)
         return
     try:
         old = json.loads(path.read_bytes())
@@ -160,6 +159,9 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"expected an object in braces, got {kind_of(old)}")
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{path}: {error}; give a new or empty folder") from error
+    if not shards and old.get("format") == settings["format"]:  # of a run that wrote none
+        _write_settings(path, settings)
+        return
     for key, value in settings.items():
         if old.get(key) != value:
             other = {"annotations": "other annotations", "coding": "another video coding"}
@@ -169,6 +171,11 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
                 f"{out} holds shards made with {was}; give another folder, or the same "
                 f"{'shards' if 'shards' in settings else 'annotations'} and options to resume"
             )
+
+
+def _write_settings(path: Path, settings: dict[str, Any]) -> None:
+    with on_disk(path):
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _write_missing(

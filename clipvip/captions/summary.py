@@ -61,7 +61,7 @@ class Summary:
         self._texts = {**other._texts, **self._texts}
 
     def most_common(self) -> tuple[str, int]:
-        """Return the most frequent caption, ignoring case and full stop, and its number of clips."""
+        """Return the most frequent caption, ignoring case and full stop, and how many have it."""
         if not self._hashes:
             return "", 0
         values, counts = np.unique(np.frombuffer(self._hashes, np.uint64), return_counts=True)

@@ -338,7 +338,7 @@ def test_a_model_describes_what_annotations_do_not(build, model, videos, film, t
     with pytest.raises(ValueError, match="no index in"):
         cli.describe(str(own), index=str(tmp_path / "none"))
     for wrong in ({"index": "index", "videos": ("a",)}, {"overwrite": True, "videos": ("a",)}, {}):
-        with pytest.raises(ValueError, match=r"expected videos|leave videos|--overwrite is for an index"):
+        with pytest.raises(ValueError, match=r"expected videos|leave videos|is for an index"):
             cli.describe(str(own), **wrong)
 
 

@@ -9,8 +9,9 @@ A job takes, besides a fixed part, the longest of three times:
 `python bench/cluster.py --measure` measures processor seconds and bytes per clip on this machine
 with one worker, on real H.264 clips of two kinds. It then predicts two other runs of each job, and
 measures them: two Ray workers on another number of clips, and local processes on all cores on a
-mix of both kinds. It is an error if a prediction is off by more than TOLERANCE. Writes
-bench/results/cluster.json. Models have random weights; rates of GPUs are assumed, see GPU.
+mix of both kinds. Writes bench/results/cluster.json, and exits with an error if a prediction is off
+by more than TOLERANCE. Models have random weights; rates of GPUs are assumed, see GPU. The tables
+in docs/cluster.md are written by `python bench/report.py --pages`.
 """
 
 import argparse
@@ -68,6 +69,29 @@ def predict(
     if gpu_rate and gpus:
         times["GPU"] = clips / (gpu_rate * gpus)
     return times
+
+
+def documented() -> str:
+    """Return the tables of docs/cluster.md: predictions and measured runs, and the four jobs."""
+    record = json.loads(RESULT.read_text())
+    check = markdown_table(
+        ["run", "predicted", "measured", "predicted / measured"],
+        [
+            (
+                case,
+                f"{row['predicted']:.1f} s",
+                f"{row['measured']:.1f} s",
+                f"{row['predicted'] / row['measured']:.2f}",
+            )
+            for case, row in record["check"].items()
+        ],
+    )
+    machine = record["machine"]
+    return (
+        f"Measured on {machine['cores']} cores of {machine['cpu']} ({machine['capability']}), "
+        f"{machine['date']}:\n\n{check}\n\n"
+        f"What the command above prints:\n\n{table(record, parser().parse_args([]))}"
+    )
 
 
 def table(record: dict[str, Any], given: argparse.Namespace) -> str:
@@ -300,13 +324,13 @@ def measure(out: Path) -> None:
         print(f"{case}: " + ", ".join(f"{name} {value:.1f} s" for name, value in row.items()))
     found = misses(check)
     record = {"calibration": calibration, "check": check, "misses": found, "machine": machine()}
-    if found:
-        sys.exit("; ".join(found) + "; nothing was written; run it on an idle machine")
     records.write(out, record)
+    if found:
+        sys.exit("; ".join(found))
 
 
-def main() -> None:
-    """Print the table, after measuring if asked to."""
+def parser() -> argparse.ArgumentParser:
+    """Return the options of the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -325,7 +349,12 @@ def main() -> None:
     for job, rate in GPU.items():
         text = f"clips per second of a GPU in {job}; assumed {rate:g}"
         parser.add_argument(f"--gpu-{job}", type=float, default=rate, help=text)
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Print the table, after measuring if asked to."""
+    given = parser().parse_args()
     if given.measure:
         measure(given.record)
     if not given.record.exists():

@@ -1,11 +1,11 @@
 """Write the page and the Markdown tables of benchmark records.
 
     python bench/report.py [STORE]           writes report.html and report.md beside the records
-    python bench/report.py [STORE] --pages   also updates README.md and docs/benchmarks.md
+    python bench/report.py [STORE] --pages   also updates the tables of README.md and docs
 
 STORE: see records.py; by default bench/results. Files in it that hold no records are listed on the
 page and otherwise ignored. `--pages` replaces the text between the two marks: the README gets the
-table of a few rows, docs/benchmarks.md all tables.
+table of a few rows, docs/benchmarks.md all tables, docs/cluster.md those of bench/cluster.py.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cluster
 from page import page
 from records import BENCH, RESULTS, Record, folder_of, read
 from tables import markdown, short
@@ -55,6 +56,7 @@ def pages(records: Sequence[Record]) -> dict[Path, str]:
     return {
         ROOT / "README.md": short(records),
         ROOT / "docs" / "benchmarks.md": markdown(records),
+        ROOT / "docs" / "cluster.md": cluster.documented(),
     }
 
 
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("store", nargs="?", type=Path, default=RESULTS, help="%(default)s")
     parser.add_argument(
-        "--pages", action="store_true", help="also update README.md and docs/benchmarks.md"
+        "--pages", action="store_true", help="also update the tables of README.md and docs"
     )
     given = parser.parse_args(arguments)
     try:

@@ -334,38 +334,50 @@ def test_shards_are_the_same_bytes_though_a_worker_is_killed(
 
 
 KILLED = """
-import os, signal, sys, threading, time
-from pathlib import Path
-from clipvip.data.shards import write_shards
+import os, pkgutil, signal, sys
+from clipvip import cli
+from clipvip.index import build
 
-clips, out = map(Path, sys.argv[1:])
+build.SAVE_SECONDS = 0.0
+owner, name, times, *sys.argv[1:] = sys.argv[1:]
+owner, left = pkgutil.resolve_name(owner), [None] * int(times)
+function = getattr(owner, name)
 
-def kill():
-    manifest = out / "manifest.jsonl"
-    while not (manifest.exists() and manifest.read_bytes().count(b"\\n") >= 2):
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
+def kill(*given):
+    result = function(*given)
+    left.pop()
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
 
-threading.Thread(target=kill, daemon=True).start()
-write_shards(clips, out, clips_per_shard=2, size=32, on="ray")
+setattr(owner, name, kill)
+cli.main()
 """
 
 
-def test_a_killed_command_is_resumed_and_leaves_no_process(
-    cluster: str, clips: Path, shards: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
+def killed(cluster: str, function: str, times: int, *command: object) -> None:
+    """Run a command on the cluster until it is killed after some calls of a function; no process
+    of it stays."""
+    words = [*function.rsplit(".", 1), times, *command, "--on", "ray", "--workers", 2]
     gone = subprocess.run(
-        [sys.executable, "-c", KILLED, str(clips), str(out)],
+        [sys.executable, "-c", KILLED, *map(str, words)],
         env={**os.environ, "RAY_ADDRESS": cluster},
         timeout=120,
     )
     assert gone.returncode == -signal.SIGKILL
-    assert 2 <= lines_of(out / "manifest.jsonl") < COUNT // 2
     assert ends(actors)
-    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    write_shards(clips, out, clips_per_shard=2, size=32, on="ray")
-    assert content(out) == content(shards)
+
+
+def test_shards_of_a_killed_command_are_kept(
+    cluster: str, clips: Path, shards: Path, tmp_path: Path
+) -> None:
+    options = "--clips-per-shard", 2, "--size", 32
+    function = "clipvip.data.shards.write.append_to_manifest"
+    killed(cluster, function, 2, "shard", clips, tmp_path, *options)
+    assert lines_of(tmp_path / "manifest.jsonl") == 2
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
+    write_shards(clips, tmp_path, clips_per_shard=2, size=32, on="ray")
+    assert content(tmp_path) == content(shards)
     assert sum(path.stat().st_mtime_ns == time for path, time in finished.items()) >= 2
 
 
@@ -437,6 +449,12 @@ def vectors(where: Path) -> dict[tuple[str, Any, Any], np.ndarray]:
     }
 
 
+def assert_close(expected: dict[Any, np.ndarray], got: dict[Any, np.ndarray]) -> None:
+    assert expected.keys() == got.keys()
+    for key, row in expected.items():
+        np.testing.assert_allclose(row, got[key], atol=5e-4)  # a step of fp16
+
+
 def test_an_index_is_the_same_though_a_worker_is_killed(
     cluster: str, model: Path, videos: Path, tmp_path: Path
 ) -> None:
@@ -446,12 +464,22 @@ def test_an_index_is_the_same_though_a_worker_is_killed(
     progress = lambda progress: kill() if progress.done else None  # noqa: E731
     there = build(tmp_path / "there", model, videos, progress=progress, **options)
     assert kill.killed and here == there and len(here.bad_files) == 1
-    expected, got = vectors(tmp_path / "here"), vectors(tmp_path / "there")
-    assert expected.keys() == got.keys()
-    for key, row in expected.items():
-        np.testing.assert_allclose(row, got[key], atol=5e-4)  # a step of fp16
+    assert_close(vectors(tmp_path / "here"), vectors(tmp_path / "there"))
     again = build(tmp_path / "there", model, videos, **options)
     assert (again.embedded, again.unchanged) == (0, 13)
+
+
+def test_vectors_of_a_killed_command_are_kept(
+    cluster: str, model: Path, videos: Path, tmp_path: Path
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    command = "embed", model, videos, "--out", there, "--window", 1.0, "--mixed-precision", "no"
+    killed(cluster, "clipvip.index.store.Store.put", 1, *command)
+    kept = len(vectors(there))
+    resumed = build(there, model, videos, on="ray", num_workers=2, **OPTIONS)
+    assert resumed.unchanged == 13 - resumed.embedded > 0 and kept > 0
+    build(here, model, videos, device="cpu", num_workers=0, **OPTIONS)
+    assert_close(vectors(here), vectors(there))
 
 
 def test_a_model_of_other_weights_is_refused(cluster: str, model: Path) -> None:
@@ -507,6 +535,28 @@ def test_captions_are_the_same_though_a_worker_is_killed(
     if kind == "annotations":
         assert there.read_bytes().replace(b"there", b"here") == here.read_bytes()
     else:
+        assert content(there) == content(here)
+
+
+@pytest.mark.parametrize("kind", ["annotations", "shards"])
+def test_captions_of_a_killed_command_are_kept(
+    kind: str, cluster: str, captioner: Path, clips: Path, shards: Path, tmp_path: Path
+) -> None:
+    source = clips if kind == "annotations" else shards
+    ending = ".jsonl" * (kind == "annotations")
+    function = "run.Job.add" if kind == "annotations" else "shards.ShardCopies.finish"
+    here, there = tmp_path / f"here{ending}", tmp_path / f"there{ending}"
+    command: list[object] = ["caption", captioner, source, there, "--length", 8, "--batch-size", 2]
+    killed(cluster, f"clipvip.captions.{function}", 3, *command, "--mixed-precision", "no")
+    options: dict[str, Any] = {"asking": Asking(length=8), "batch_size": 2}
+    options["mixed_precision"] = "no"
+    resumed = caption(str(captioner), source, there, on="ray", num_workers=2, **options)
+    expected = caption(str(captioner), source, here, device="cpu", num_workers=0, **options)
+    if kind == "annotations":
+        assert resumed == expected
+        assert there.read_bytes().replace(b"there", b"here") == here.read_bytes()
+    else:
+        assert resumed.earlier >= 3 * 2 - 1  # one of the clips cannot be read
         assert content(there) == content(here)
 
 

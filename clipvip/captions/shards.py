@@ -128,8 +128,7 @@ def caption_shards(
     max_bad_share: float,
     elsewhere: Elsewhere | None = None,
 ) -> Summary:
-    """Write shards with captions; see clipvip.captions.run.caption. The summary's counts of clips
-    that were captioned or filtered are those of this run, not of those that it resumes.
+    """Write shards with captions; see clipvip.captions.run.caption.
 
     elsewhere: captions and copies shards of these numbers on other machines, with batches of this
     size; also clips that have a caption, if the last argument is true.
@@ -169,8 +168,9 @@ def caption_shards(
         summary = joined(distributed.all_gather_objects(own_summary))
         shards = distributed.first_does(copies.close)
     summary.clips = sum(shard.clips for shard in shards)
-    captions = sum(shard.captions for shard in shards)
-    summary.kept = captions - summary.captioned
+    summary.earlier = sum(shard.clips for shard in finished.values())
+    new = (shard for number, shard in enumerate(shards) if number not in finished)
+    summary.kept = sum(shard.captions for shard in new) - summary.captioned
     return summary
 
 

@@ -23,13 +23,15 @@ class Summary:
     """Counts of a run.
 
     clips: all clips. kept: those that had a caption and were not captioned. captioned: those that
-    got one. left_out: number of others by the reason (see filters.fault_of, and "unreadable").
-    cut: captions that reached the most tokens. examples: of filtered texts, by the reason.
+    got one. earlier: those in shards that an earlier run finished; the other counts leave them out.
+    left_out: number of others by the reason (see filters.fault_of, and "unreadable"). cut: captions
+    that reached the most tokens. examples: of filtered texts, by the reason.
     """
 
     clips: int = 0
     kept: int = 0
     captioned: int = 0
+    earlier: int = 0
     cut: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     # These depend on the order of the results, which is that in which workers finish.
@@ -53,7 +55,7 @@ class Summary:
 
     def join(self, other: "Summary") -> None:
         """Add the counts of another process."""
-        for name in ("clips", "kept", "captioned", "cut"):
+        for name in ("clips", "kept", "captioned", "earlier", "cut"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.left_out += other.left_out
         self.examples = {**other.examples, **self.examples}
@@ -91,6 +93,8 @@ class Summary:
         found = [f"{self.captioned} of {self.clips} clips captioned"]
         if self.kept:
             found[0] += f", {self.kept} had a caption already"
+        if self.earlier:
+            found[0] += f"; {self.earlier} are in shards that an earlier run finished"
         for reason, count in self.left_out.most_common():
             example = shown(self.examples.get(reason, ""))
             example = example[:EXAMPLE] + "…" * (len(example) > EXAMPLE)

@@ -133,14 +133,18 @@ def test_finished_shards_are_kept(shards, run, tmp_path, say, monkeypatch):
     (out / "00002.tar.partial").write_bytes(b"left by a killed run")
     with (out / ".finished-00001.jsonl").open("w") as file:
         file.write('{"shard": "00002.t')
-    run(shards)
+    done = run(shards)
     for name, time in kept.items():
         assert (out / name).stat().st_mtime_ns == time
+    assert 0 < done.earlier < 10
+    assert done.captioned + done.kept + done.earlier + done.left_out.total() == 10
     assert manifest(out) == manifest(tmp_path / "one")
     names = {".lock", "manifest.jsonl", "settings.json", *manifest(out)}
     assert {path.name for path in out.iterdir()} == names
     say(None)
-    assert run(shards).captioned == 0
+    again = run(shards)
+    assert (again.captioned, again.kept, again.earlier) == (0, 0, 10)
+    assert "10 are in shards that an earlier run finished" in again.lines(8)[0]
 
 
 def test_other_options_and_other_shards_are_refused(shards, run, tmp_path):

@@ -25,10 +25,13 @@ def has_decoder(source: str | PathLike, **options: Any) -> bool:
 
     options: options of `from_pretrained`. Raises FileNotFoundError if there is no such model.
     """
+    return _config(source, options).get("decoder_config") is not None
+
+
+def _config(source: str | PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's config.json; that of a checkpoint file, which has none, is empty."""
     with found("the model", source, options.get("subfolder") or ""):
-        if is_checkpoint_file(source):
-            return False
-        return read_json(source, "config.json", options).get("decoder_config") is not None
+        return {} if is_checkpoint_file(source) else read_json(source, "config.json", options)
 
 
 def load_for_captioning(
@@ -40,7 +43,14 @@ def load_for_captioning(
     Returns the model in eval mode on the CPU, and a processor that fits it. Raises
     FileNotFoundError if there is no model, and ValueError if it has no decoder.
     """
-    if not has_decoder(source, **options):
+    config = _config(source, options)
+    if (kind := config.get("model_type", "clip")) not in ("clip", "clipvip"):
+        raise ValueError(
+            f"{shown(source)} holds a {shown(repr(kind))[:50]} model; expected one that clipvip "
+            "has trained to caption. Other models caption the clips of a file: "
+            f"clipvip caption {shown(source)} ANNOTATIONS.jsonl OUT.jsonl"
+        )
+    if config.get("decoder_config") is None:
         raise ValueError(
             f"the model {shown(source)} has no decoder, so it cannot caption videos; train one "
             f"first: clipvip train msrvtt_captions model.name={shown(source)} out=… data.train=…"

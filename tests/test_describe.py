@@ -147,6 +147,11 @@ def test_a_model_without_a_decoder_is_refused_in_one_line(model, videos, tmp_pat
     status, out, err = run(tmp_path, videos)
     assert status == 1 and out == "" and err.count("\n") == 1
     assert "has no decoder, so it cannot caption videos; train one first: clipvip train msr" in err
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    status, out, err = run(tmp_path, videos)
+    assert status == 1 and out == "" and err.count("\n") == 1
+    assert "holds a 'blip' model; expected one that clipvip" in err
+    assert f"clipvip caption {tmp_path} ANNOTATIONS.jsonl OUT.jsonl" in err
     with pytest.raises(FileNotFoundError, match="no such model"):
         list(describe("no such model", videos, **HERE))
     for options, message in (

@@ -36,6 +36,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
+from clipvip.captions.filters import THINK
 from clipvip.embedding import precision_of
 from clipvip.files import shown
 from clipvip.model.pretrained import found, no_bars, read_json
@@ -72,7 +73,7 @@ class Asking:
 
 
 class Answer(NamedTuple):
-    """What a model says. cut: it had not finished after the most tokens that it may take."""
+    """The answer of a model. cut: the limit on tokens cut it off."""
 
     text: str
     cut: bool
@@ -109,12 +110,18 @@ class Preparer:
         texts = [self.prompt] * len(flat)
         return dict(self.processor(images=flat, text=texts, padding=True, return_tensors="pt"))
 
+    def begins_to_think(self) -> bool:
+        """Whether the request to a chat model opens a thought, which its answer only closes."""
+        return self.kind == "chat" and self._request(1).rstrip().endswith(THINK)
+
+    def _request(self, pictures: int) -> str:
+        """The text that asks a chat model about so many pictures."""
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": self.prompt}]
+        message = {"role": "user", "content": content}
+        return self.processor.apply_chat_template([message], add_generation_prompt=True)
+
     def _chat(self, pictures: list[list[Any]]) -> Any:
-        texts = []
-        for clip in pictures:
-            content = [{"type": "image"} for _ in clip] + [{"type": "text", "text": self.prompt}]
-            message = {"role": "user", "content": content}
-            texts.append(self.processor.apply_chat_template([message], add_generation_prompt=True))
+        texts = [self._request(len(clip)) for clip in pictures]
         first = self.processor.tokenizer.bos_token  # which a template writes itself, or not
         own = {"add_special_tokens": False} if first and texts[0].startswith(first) else {}
         return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt", **own)
@@ -187,6 +194,7 @@ class Captioner:
         blank = np.full((TRIED_SIDE, TRIED_SIDE, 3), 128, np.uint8)
         with self._tried("whose processor fails"):
             self._grey = self.prepare([[blank] * asking.frames])
+            self._before = THINK if self.prepare.begins_to_think() else ""
 
     @contextmanager
     def _tried(self, what: str) -> Iterator[None]:
@@ -195,8 +203,11 @@ class Captioner:
             yield
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            hint = "" if self.prepare.prompt else "; it may need a prompt: give --prompt"
+            asks = bool(self.prepare.prompt) or self.prepare.kind == "pair"
+            hint = "" if asks else "; it may need a prompt: give --prompt"
             hint = "; give --frames 1" if self.asking.frames > 1 else hint
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                hint = "; take a smaller model, or a GPU with more memory"
             raise ValueError(
                 f"the captioner is {self.source!r}, {what} on a grey picture "
                 f"({type(error).__name__}: {reason}){hint}"
@@ -270,9 +281,12 @@ class Captioner:
             with _quiet():
                 found = self.model.generate(**given, **options)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"the GPU's memory does not hold {clips} clips at once; give a smaller --batch-size"
-            ) from error
+            reason = "the GPU's memory does not hold "
+            if clips > 1:
+                reason += f"{clips} clips at once; give a smaller --batch-size"
+            else:
+                reason += "the model and one clip"
+            raise ValueError(reason) from error
         if begin.length is None:
             raise ValueError(f"{shown(self.source)} does not generate token by token")
         return found, found.sequences[:, begin.length :]
@@ -285,7 +299,8 @@ class Captioner:
         tokenizer = self.prepare.processor.tokenizer
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ended = self._ended(tokens).any(1).tolist()
-        return [Answer(text, not end) for text, end in zip(texts, ended, strict=True)]
+        pairs = zip(texts, ended, strict=True)
+        return [Answer(self._before + text, not end) for text, end in pairs]
 
     def _ended(self, tokens: Tensor) -> Tensor:
         """Whether a token ends its caption: bool, as `tokens`."""

@@ -1,8 +1,9 @@
-"""Which captions are no use to train on: empty ones, ones that are no text, and repetitions."""
+"""Captions that are no use to train on: empty ones, ones that are no text, and repetitions."""
 
 import re
 import unicodedata
 
+THINK = "<think>"
 THOUGHT = re.compile(r"^.*</think>", re.DOTALL)
 # A phrase of n words that follows itself this often is a loop. People say things three times too.
 WORD_TIMES, PAIR_TIMES, PHRASE_TIMES = 4.0, 3.0, 2.5
@@ -25,7 +26,7 @@ def fault_of(caption: str) -> str | None:
     """
     if not caption:
         return "empty"
-    if "<think>" in caption:
+    if THINK in caption:
         return "unfinished"
     if not _is_text(caption):
         return "not text"

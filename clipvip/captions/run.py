@@ -157,6 +157,8 @@ def _about(captioner: Captioner, overwrite: bool) -> dict[str, Any]:
 def _worker_count(given: int | None) -> int:
     """Number of reading processes: by default one per core, which the ranks of a machine share."""
     if given is not None:
+        if given < 0:
+            raise ValueError(f"--workers is {given}; expected at least 0")
         return given
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if distributed.world_size() > 1 else 1
     return max(worker_count(None, sys.maxsize) // ranks, 1)
@@ -194,8 +196,7 @@ def _caption_on_ray(there: CaptionerThere, job: "Job", num_workers: int | None) 
 class Job:
     """The captioning of a file of annotations, whoever does it.
 
-    about: what captions depend on besides the annotations. process: number of this process among
-    those that call `add`; by default the rank.
+    about: what captions depend on besides the annotations.
 
     Enter `only_run`, caption the clips of `batches`, `add` their records in any order, then
     `finish`, once for all processes.
@@ -226,8 +227,8 @@ class Job:
         self.bad = BadFiles(len(self.clips), max_bad_share, out.with_suffix(".bad_files.jsonl"))
 
     @contextmanager
-    def only_run(self, process: int | None = None) -> Iterator[Summary | None]:
-        """Keep other runs out of the journal. Yield what an earlier run that is finished came to,
+    def only_run(self) -> Iterator[Summary | None]:
+        """Keep other runs out of the journal. Yield the summary of an earlier run that is finished,
         else None. Raises ValueError if something else is in the place of the captions."""
         with ExitStack() as stack:
             with distributed.first_reports():
@@ -239,9 +240,10 @@ class Job:
                 yield done
                 return
             self.journal.read()
+            # Or the few clips that are tried again would seem to be all, and most of them bad.
+            self.bad.resume(np.flatnonzero(self.journal.finished()), 0)
             distributed.all_gather_objects(None)  # all have read it, none has written
-            number = distributed.rank() if process is None else process
-            self._writer = self.journal.writer(number)
+            self._writer = self.journal.writer(distributed.rank())
             yield None
 
     def _earlier(self) -> Summary | None:
@@ -251,7 +253,7 @@ class Job:
         try:
             old = json.loads(self.report.read_bytes())
             settings, counts = old["settings"], old["counts"]
-            earlier = Summary(counts["clips"], counts["kept"], counts["captioned"], counts["cut"])
+            earlier = Summary(**{key: counts[key] for key in ("clips", "kept", "captioned", "cut")})
             earlier.left_out.update(counts["left_out"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise JournalError(f"{name} exists; delete it, or give another OUT") from error

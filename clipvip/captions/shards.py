@@ -28,7 +28,7 @@ from clipvip.captions.work import (
     records,
 )
 from clipvip.data.loading import BadFile, BadFiles, Failure, Workers
-from clipvip.data.shards import Shard, ShardCopies, Stored
+from clipvip.data.shards import Shard, ShardCopies
 from clipvip.data.video import DecodeError
 from clipvip.terminal import progress
 
@@ -52,7 +52,7 @@ class Copy(NamedTuple):
 
 @dataclass
 class ShardWork:
-    """What processes do for shards: a Batch is read, a Copy is written.
+    """The work of processes for shards: a Batch is read, a Copy is written.
 
     firsts: place of each shard's first clip among all. overwrite: also caption clips that have a
     caption.
@@ -89,15 +89,12 @@ class ShardWork:
             yield found
 
     def _wanted(self, number: int) -> Iterator[Given | Failure]:
-        url, first = self.copies.shards[number][0], self.firsts[number]
-        for place, stored in enumerate(self.copies.samples(number), first):
+        for place, stored in enumerate(self.copies.samples(number), self.firsts[number]):
             if isinstance(stored, DecodeError):
                 yield Failure(place, BadFile(str(stored.path), stored.reason, 0))
             elif self.overwrite or stored.clip.caption is None:
-                yield self._given(place, stored, url)
-
-    def _given(self, place: int, stored: Stored, url: str) -> Given:
-        return Given(place, stored.clip, stored.video, stored.image, str(stored.clip.video))
+                name = str(stored.clip.video)
+                yield Given(place, stored.clip, stored.video, stored.image, name)
 
     def name(self, place: int) -> str:
         """Describe a place, for logs."""
@@ -106,7 +103,7 @@ class ShardWork:
 
 
 class Taken(NamedTuple):
-    """What became of a shard. records: some of those of its clips. shard: its copy, once it is
+    """Results of a shard. records: some of those of its clips. shard: its copy, once it is
     whole."""
 
     number: int
@@ -167,8 +164,8 @@ def caption_shards(
         bad.note((), (), final=True)
         summary = joined(distributed.all_gather_objects(own_summary))
         shards = distributed.first_does(copies.close)
-    summary.clips = sum(shard.clips for shard in shards)
-    summary.earlier = sum(shard.clips for shard in finished.values())
+    summary.clips = firsts[-1]
+    summary.earlier = sum(counts[number] for number in finished)
     new = (shard for number, shard in enumerate(shards) if number not in finished)
     summary.kept = sum(shard.captions for shard in new) - summary.captioned
     return summary

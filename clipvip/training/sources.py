@@ -40,10 +40,10 @@ class SourceConfig:
 def check_sources(sources: Sequence[SourceConfig]) -> None:
     """Raise ValueError if values are out of range or contradict each other."""
     for source in sources:
-        if (source.shards is None) == (source.clips is None):
-            both = "both" if source.clips else "neither"
+        if bool(source.shards) == bool(source.clips):
+            has = "both shards and clips" if source.clips else "neither shards nor clips"
             raise ValueError(
-                f"sources: one has {both} shards and clips; give shards (tars, their folder or "
+                f"sources: one has {has}; give shards (tars, their folder or "
                 "manifest) or clips (a file of annotations)"
             )
         if source.clips is not None and is_shards(source.clips):
@@ -56,7 +56,7 @@ def check_sources(sources: Sequence[SourceConfig]) -> None:
                 f"sources: texts is {source.texts!r}; it must be one of {', '.join(TEXTS)}"
             )
         if not 0 < source.ratio < math.inf:
-            raise ValueError(f"sources: ratio is {source.ratio}; it must be above 0")
+            raise ValueError(f"sources: ratio is {source.ratio}; it must be above 0 and finite")
     files = [source.clips for source in sources if source.clips is not None]
     if files and len(files) < len(sources):
         raise ValueError(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clipvip.captions.captioner import Asking, Captioner
+from clipvip.captions.filters import fault_of, said
 
 GENERATOR = np.random.default_rng(3)
 # Of several shapes, as frames of several videos are.
@@ -71,9 +72,9 @@ def test_a_chat_model_is_asked_for_one_sentence_and_gets_one_start_token(load):
     captioner = load("llava")
     tokenizer = captioner.prepare.processor.tokenizer
     ids = captioner.prepare([[PICTURES[0]], [PICTURES[1]]])["input_ids"]
-    said = tokenizer.decode(ids[0])
-    assert said.count("<s>") == 1 and said.endswith("assistant :")
-    assert "describe this image in one sentence ." in said
+    text = tokenizer.decode(ids[0])
+    assert text.count("<s>") == 1 and text.endswith("assistant :")
+    assert "describe this image in one sentence ." in text
 
 
 def test_a_template_that_writes_the_start_token_gets_no_second(make_captioner, tmp_path):
@@ -82,6 +83,19 @@ def test_a_template_that_writes_the_start_token_gets_no_second(make_captioner, t
     captioner = Captioner(str(make_captioner("llava", tmp_path, template=template)), Asking())
     ids = captioner.prepare([[PICTURES[0]]])["input_ids"]
     assert captioner.prepare.processor.tokenizer.decode(ids[0]).count("<s>") == 1
+
+
+def test_a_thought_that_the_template_opens_and_nothing_closes_is_unfinished(
+    make_captioner, tmp_path
+):
+    template = "{% for p in messages[0]['content'] %}{% if p['type'] == 'image' %}<image> "
+    template += "{% else %}{{ p['text'] }} {% endif %}{% endfor %}assistant : "
+    template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    folder = str(make_captioner("llava", tmp_path, template=template))
+    captioner = Captioner(folder, Asking(length=8), "cpu")
+    (answer,) = captioner.answer(captioner.prepare([[PICTURES[0]]]), [1])
+    assert fault_of(said(answer.text)) == "unfinished"
+    assert said(f"{answer.text}</think> A dog.") == "A dog."
 
 
 def test_prompts_are_padded_on_the_left(load):

@@ -21,7 +21,7 @@ from clipvip.captions.captioner import Answer, Preparer
 from clipvip.captions.on_ray import CaptionClips, CaptionerThere
 from clipvip.captions.summary import Summary
 from clipvip.data.annotations import load_annotations
-from clipvip.data.loading import LoaderError, LoaderOptions, build_loader
+from clipvip.data.loading import BadFile, LoaderError, LoaderOptions, build_loader
 from clipvip.data.shards import write_shards
 from clipvip.data.video import read_pictures
 
@@ -305,7 +305,7 @@ def test_a_finished_run_is_not_repeated(run, tmp_path, monkeypatch):
     _, again = run()
     assert (tmp_path / "out.jsonl").stat() == before
     assert again.record()["left_out"] == done.record()["left_out"]
-    assert again.captioned == done.captioned
+    assert again == done and again.lines(8)[0] == done.lines(8)[0]
     with pytest.raises(ValueError, match="made with length 8 instead of 7"):
         run(asking=Asking(length=7))
     (tmp_path / "mine.jsonl").write_text('{"video": "a.mp4"}\n')
@@ -327,6 +327,34 @@ def test_too_many_unreadable_clips_stop_the_run_and_are_tried_again(run, annotat
         (annotations.parent / f"later-{i}.mp4").symlink_to("0.mp4")
     _, done = run(source=source)
     assert not done.left_out["unreadable"] and done.clips == 6
+
+
+def test_a_run_that_is_resumed_late_does_not_take_few_clips_for_all(tmp_path):
+    count = 2000
+    source = tmp_path / "many.jsonl"
+    source.write_text("".join(f'{{"video": "{i}.mp4"}}\n' for i in range(count)))
+    about = {"overwrite": False, "length": 8, "model": "m", "name": "m"}
+
+    def record(place):
+        bad = BadFile(f"{place}.mp4", "gone", place)
+        if place % 25 == 0:
+            return Record(place, None, "unreadable", "gone", file=bad)
+        return Record(place, f"clip {place}")
+
+    def attempt(last):
+        job = Job(source, tmp_path / "out.jsonl", about, max_bad_share=0.05)
+        with job.only_run() as finished:
+            assert finished is None
+            for batch in job.batches():
+                if batch[0] >= last:
+                    return None
+                job.add([record(place) for place in batch])
+            return job.finish()
+
+    attempt(count - 200)
+    attempt(count - 50)
+    done = attempt(count)
+    assert (done.captioned, done.left_out["unreadable"]) == (count - count // 25, count // 25)
 
 
 def test_a_clip_that_the_processor_refuses_is_listed_alone(run, annotations, tmp_path, monkeypatch):

@@ -188,7 +188,11 @@ def test_tars_of_other_tools_keep_all_their_members(shards, run, tmp_path, say):
     say("a dog")
     done = run(folder, max_bad_share=0.5)
     found = {name.removeprefix("a.tar/"): data for name, data in members(tmp_path / "out").items()}
-    assert done.left_out == {"unreadable": 2} and done.captioned == 2
+    assert done.left_out == {"unreadable": 2} and (done.clips, done.captioned, done.kept) == (
+        5,
+        2,
+        1,
+    )
     unchanged = {name: data for name, data in files.items() if name not in ("x/c.json", "__meta__")}
     assert unchanged.items() <= found.items()
     assert json.loads(found["x/a.json"]) == {"caption": "a dog"}
@@ -207,13 +211,37 @@ def test_tars_of_other_tools_keep_all_their_members(shards, run, tmp_path, say):
 def test_a_clip_is_not_lost_for_members_that_nobody_reads(shards, run, tmp_path, say):
     video = next(data for name, data in members(shards).items() if name.endswith(".mp4"))
     (tmp_path / "theirs").mkdir()
-    repack(tmp_path / "theirs" / "a.tar", {"a.mp4": video, "a.cls": b"7", "a.CLS": b"8"})
+    files = {"a.mp4": video, "a.cls": b"7", "a.CLS": b"8"}
+    files |= {"a.": b"9", "a._x": b"10", "a.__key__": b"11"}
+    repack(tmp_path / "theirs" / "a.tar", files)
     source = f"{tmp_path}/theirs/a.tar"
     verify_shards(source, manifest=tmp_path / "theirs" / "manifest.jsonl", num_workers=0)
     say("a dog")
     assert run(source).captioned == 1
     (shard,) = manifest(tmp_path / "out").values()
     assert shard["clips"] == shard["captions"] == 1
+    found = {name.partition("/")[2]: data for name, data in members(tmp_path / "out").items()}
+    del files["a.CLS"]
+    assert found.pop("a.json") and found == {**files, "a.cls": b"8"}
+
+
+@pytest.mark.parametrize("json_text", [None, b"{}", b'{"text": null}', b'{"text": [], "x": 1}'])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_text_outlives_the_caption_that_it_stood_for(
+    json_text, encoding, shards, run, tmp_path, say
+):
+    video = next(data for name, data in members(shards).items() if name.endswith(".mp4"))
+    files = {"a.mp4": video, "a.txt": "un café ".encode(encoding)}
+    files |= {} if json_text is None else {"a.json": json_text}
+    (tmp_path / "theirs").mkdir()
+    repack(tmp_path / "theirs" / "a.tar", files)
+    source = f"{tmp_path}/theirs/a.tar"
+    verify_shards(source, manifest=tmp_path / "theirs" / "manifest.jsonl", num_workers=0)
+    say("!!!")
+    run(source, overwrite=True)
+    found = members(tmp_path / "out")
+    assert json.loads(found["a.tar/a.json"])["text"] == "un café"
+    assert "a.tar/a.txt" not in found
 
 
 def test_shards_of_several_folders_get_numbers(shards, run, tmp_path, say):

@@ -323,7 +323,7 @@ def test_operations_of_images_are_counted_as_such(make_config, sources):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("{}", "sources: one has neither shards and clips; give shards (tars"),
+        ("{}", "sources: one has neither shards nor clips; give shards (tars"),
         ("{clips: a.jsonl, shards: b}", "sources: one has both shards and clips"),
         ("{clips: FOLDER}", "which is shards; expected a file of annotations: give it as shards:"),
         ("{clips: a.jsonl, texts: words}", "texts is 'words'; it must be one of sentence, para"),

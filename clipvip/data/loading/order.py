@@ -2,7 +2,8 @@
 
 All ranks share one order of an epoch: a global batch is its next batch_size · world_size clips, of
 which rank r takes the r-th part. The order depends on seed and epoch alone. So a run that resumes
-continues with the batches that would have followed, also on another number of ranks.
+continues with the batches that would have followed, also on another number of ranks; with several
+files, if batch_size · world_size stays.
 
 One file: an epoch is a random order of its clips.
 

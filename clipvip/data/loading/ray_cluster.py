@@ -88,8 +88,6 @@ def joined_cluster() -> Iterator[Cluster]:
             gpus = f", {cluster.gpus} GPUs" * bool(cluster.gpus)
             nodes = f"{count} node{'s' * (count != 1)}, {cluster.cpus} CPUs{gpus}"
             print(f"Ray {where}: {nodes}", file=sys.stderr)
-            if not cluster.cpus:
-                raise ValueError("the Ray cluster has no CPUs; add nodes that have some")
             yield cluster
         finally:
             ray.shutdown()
@@ -155,7 +153,10 @@ def _cluster() -> Cluster:
     import ray
 
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return Cluster([(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found])
+    cluster = Cluster([(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found])
+    if not cluster.cpus:
+        raise ValueError("the Ray cluster has no CPUs; add nodes that have some")
+    return cluster
 
 
 @contextmanager

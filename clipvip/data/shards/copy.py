@@ -6,14 +6,16 @@ tars in `.finished-NNNNN.jsonl`. So a run that was killed resumes, with any numb
 """
 
 import hashlib
+import io
 import json
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from clipvip.data.shards.manifest import (
     MANIFEST,
@@ -30,7 +32,7 @@ from clipvip.data.shards.tars import Packed, Stored, open_url, read_samples, rea
 from clipvip.data.shards.verify import read_rest
 from clipvip.data.shards.write import check_settings, delete_partial, partial_path
 from clipvip.data.video import DecodeError
-from clipvip.files import Hashed, json_line, only_run
+from clipvip.files import Hashed, decode_text, json_line, only_run
 
 FORMAT = "clipvip shard copies 1"
 FINISHED = ".finished-*.jsonl"
@@ -123,21 +125,19 @@ class ShardCopies:
             the tar makes unusable are left out. bad: number of unreadable clips.
         Raises ShardError if the tar cannot be read to its end or is not as its manifest says.
         """
-        from webdataset import TarWriter
-
         url, name = self.shards[number][0], self.names[number]
         partial, tally = partial_path(self.out / name), Tally()
         try:
             with on_disk(self.out / name):
                 with partial.open("wb") as out:
                     copied = Hashed(out)
-                    with TarWriter(copied, encoder=False, mtime=0) as tar:
+                    with tarfile.open(fileobj=cast(IO[bytes], copied), mode="w|") as tar:
                         for place, sample in enumerate(self._members(number)):
                             if sample.fault is not None:
                                 continue
                             if place in captions:
                                 sample.members = _captioned(sample.members, captions[place])
-                            tar.write({"__key__": sample.key, **sample.members})
+                            _add(tar, sample)
                             tally.clips += 1
                             _count(tally, sample, url)
                     out.flush()
@@ -172,6 +172,14 @@ def _readable(url: str) -> Iterator[None]:
         raise ShardError(f"{url}: {reason_of(error)}; {_MEND}") from error
 
 
+def _add(tar: tarfile.TarFile, sample: Packed) -> None:
+    # webdataset's TarWriter would drop members whose suffix begins with "_", and fail at others.
+    for suffix, data in sorted(sample.members.items()):
+        member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+        member.size, member.mode = len(data), 0o444
+        tar.addfile(member, io.BytesIO(data))
+
+
 def _captioned(members: dict[str, bytes], caption: str | None) -> dict[str, bytes]:
     """Replace or remove the caption of a clip that `unpack` can read."""
     record = json.loads(members.get("json", b"{}"))
@@ -180,7 +188,9 @@ def _captioned(members: dict[str, bytes], caption: str | None) -> dict[str, byte
         record["caption"] = caption
     elif "txt" in members:  # which counts as a caption where there is none
         members = {**members}
-        record.setdefault("text", members.pop("txt").decode(errors="replace").strip())
+        text, _ = decode_text(members.pop("txt"))
+        if record.get("text") in (None, "", []):  # as `unpack` reads it
+            record["text"] = text.strip()
     return {**members, "json": json_line(record)}
 
 

@@ -52,7 +52,7 @@ Picture = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Asking:
-    """How a model is asked.
+    """Prompt and options with which a model is asked.
 
     prompt: None for the kind's own: a chat model is asked for one sentence, others get none.
     length: most tokens of a caption. beams: of the beam search; 1 is greedy. frames: frames per

@@ -1,4 +1,4 @@
-"""What is captioned so far, on disk: a run that is killed at any moment resumes at the clip.
+"""Captions so far, on disk: a run that is killed at any moment resumes at the clip.
 
 A journal is a folder beside the file that will hold the captions:
 

@@ -86,7 +86,7 @@ def caption(
     max_bad_share: share of unreadable clips, among those to be captioned, above which LoaderError
         is raised; what is captioned stays in the journal.
 
-    Returns, on the first rank, what the run came to. All clips of `source` are in `out`: filtered
+    Returns, on the first rank, its summary. All clips of `source` are in `out`: filtered
     and unreadable ones without a new caption. Raises ValueError if `out` exists and is from another
     run, or if the journal is of other options; and the errors of Captioner.
     """
@@ -132,7 +132,7 @@ def caption(
 def caption_and_leave(
     model: str, source: str, out: Path, *, asking: Asking, **options: Any
 ) -> None:
-    """Caption clips and print what the run came to, as a command; end a rank's process."""
+    """Caption clips and print a summary, as a command; end a rank's process."""
     summary = caption(model, source, out, asking=asking, **options)
     if distributed.rank() == 0:
         print(f"{shown(out)}: " + "\n".join(summary.lines(asking.length)))

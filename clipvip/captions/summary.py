@@ -1,4 +1,4 @@
-"""What a run of captions came to: counts, examples, and captions that many clips share."""
+"""Summary of a run of captions: counts, examples, and captions that many clips share."""
 
 import hashlib
 from array import array

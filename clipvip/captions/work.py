@@ -19,7 +19,7 @@ UNREADABLE = "unreadable"
 
 
 class Record(NamedTuple):
-    """What became of a clip.
+    """The result of a clip.
 
     place: of the clip among the data. caption: None if it is filtered or the clip is unreadable.
     left_out: why there is no caption, see filters.fault_of; or "unreadable". said: what the model

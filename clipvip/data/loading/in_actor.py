@@ -155,7 +155,7 @@ Message = Begun | Refused | Reported | Done | Failed | Line
 
 
 class Expected(NamedTuple):
-    """What must be the same for an actor as for the command.
+    """Things that must be the same for an actor as for the command.
 
     version: of this package. folder: the working folder, to which relative paths refer.
     paths: files and folders that exist. lock: path and content of a file that the command has just

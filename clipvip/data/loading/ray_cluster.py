@@ -37,7 +37,7 @@ def at_least_one(num_workers: int | None) -> int | None:
 
 
 class Cluster(NamedTuple):
-    """What the nodes of a Ray cluster have: CPUs and GPUs of each."""
+    """The nodes of a Ray cluster: CPUs and GPUs of each."""
 
     nodes: list[tuple[int, int]]
 

@@ -26,6 +26,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def ranks_here() -> int:
+    """Number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
+
+
 def all_gather_objects(value: Any) -> list[Any]:
     """Gather a picklable value from every rank, in the order of ranks."""
     if world_size() == 1:

@@ -106,7 +106,7 @@ def caption(
     with distributed.first_reports():
         about = distributed.first_does(load)
     captioner = loaded[0] if loaded else Captioner(model, asking, device, mixed_precision)
-    workers = _worker_count(num_workers)
+    workers = worker_count(num_workers, sys.maxsize, distributed.ranks_here())
     there = None
     if is_ray(on):
         there = CaptionerThere(model, asking, captioner.precision, about["model"])
@@ -152,16 +152,6 @@ def _about(captioner: Captioner, overwrite: bool) -> dict[str, Any]:
         "model": captioner.fingerprint(),
         "name": captioner.source,
     }
-
-
-def _worker_count(given: int | None) -> int:
-    """Number of reading processes: by default one per core, which the ranks of a machine share."""
-    if given is not None:
-        if given < 0:
-            raise ValueError(f"--workers is {given}; expected at least 0")
-        return given
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if distributed.world_size() > 1 else 1
-    return max(worker_count(None, sys.maxsize) // ranks, 1)
 
 
 def _caption_own(captioner: Captioner, reader: Reader, job: "Job", workers: int) -> None:

@@ -159,7 +159,7 @@ def build(
         options |= {"num_workers": num_workers, "mixed_precision": mixed_precision}
         run.embed(found, partial(embed_on_ray, about, **options))
     else:
-        options["num_workers"] = _worker_count(num_workers)
+        options["num_workers"] = worker_count(num_workers, sys.maxsize, distributed.ranks_here())
         with autocast(network, mixed_precision):
             run.embed(found, partial(embed_files, network, processor, **options))
     return run.finish(files, found, left_out, sources)
@@ -550,14 +550,6 @@ def _join_ranks(device: str | torch.device | None) -> str | torch.device:
         own = distributed.start(PATIENCE).device
         return device or own
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _worker_count(given: int | None) -> int:
-    """Number of decoding processes: by default one per core, which the ranks of a machine share."""
-    if given is not None:
-        return given
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if distributed.world_size() > 1 else 1
-    return max(worker_count(None, sys.maxsize) // ranks, 1)
 
 
 def _first(work: Callable[[], Result]) -> Result:

@@ -429,3 +429,8 @@ def test_the_command(captioners, annotations, tmp_path, monkeypatch, capfd):
     assert status == 1 and "does not exist" in error and error.count("\n") == 1
     status, _, error = command(captioners["blip"], tmp_path / "no.jsonl", out)
     assert status == 1 and "no.jsonl" in error and error.count("\n") == 1
+
+
+def test_less_than_no_workers_are_refused_by_the_name_of_the_option(run):
+    with pytest.raises(ValueError, match="--workers is -1; expected at least 0"):
+        run(num_workers=-1)

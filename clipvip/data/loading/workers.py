@@ -46,11 +46,15 @@ Result = TypeVar("Result")
 Work = Callable[[Task, frozenset[int]], Result]
 
 
-def worker_count(num_workers: int | None, tasks: int) -> int:
-    """Number of workers for a number of tasks; num_workers None: one per core."""
+def worker_count(num_workers: int | None, tasks: int, ranks: int = 1) -> int:
+    """Number of workers for a number of tasks. num_workers None: one per core, which the ranks of
+    a machine share. Raises ValueError for less than none."""
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"--workers is {num_workers}; expected at least 0")
     if num_workers is None:
         known = hasattr(os, "sched_getaffinity")
-        num_workers = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+        num_workers = max(cores // ranks, 1)
     return min(num_workers, tasks)
 
 
